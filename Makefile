@@ -1,0 +1,37 @@
+# Each target sets up what it needs: a virtual environment in .venv with this package and its extras.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   fine-tune the embedded model on the embedded images; results in demo/"
+	@echo "make test   the whole test suite"
+	@echo "make lint   ruff: lint and format"
+	@echo "make bench  speed and memory, as ratios; minutes"
+	@echo "make clean  remove the virtual environment and the demo"
+
+.venv/installed: setup.py
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	@touch $@
+
+demo: .venv/installed
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	  finetune_model.py --output_dir demo --resume_from_checkpoint latest
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,23 @@
+"""Diffusers extended by Denoising Diffusion GANs, fine-tuning and guided sampling. Importing this is cheap."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "DDGANScheduler": ".schedulers.scheduling_ddgan",
+    "DDGANSchedulerOutput": ".schedulers.scheduling_ddgan",
+    "NCSNpp": ".models.unet_ncsnpp",
+    "DDGANDiscriminator": ".models.discriminator_ddgan",
+}
+__all__ = [*_EXPORTS]
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name], __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,23 @@
+"""The two ways in which a command of this project ends early, each with one paragraph for the user."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what was found, what was expected and what to do."""
+
+
+class RunError(RuntimeError):
+    """A run could not go on; the message says why and where its last good state lies."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command line's `main`; an `InputError` (exit code 2) or `RunError` (1) ends as one paragraph, no traceback."""
+    try:
+        main()
+    except (InputError, RunError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)

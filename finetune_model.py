@@ -1,0 +1,156 @@
+"""Fine-tune a pretrained unconditional diffusion pipeline on your own images.
+
+    accelerate launch finetune_model.py --start_model google/ddpm-celebahq-256 --dataset_name \
+        Norod78/Vintage-Faces-FFHQAligned --image_size 128 --batch_size 8 --grad_accumulation_steps 2 --num_epochs 16
+
+Without flags it fine-tunes the embedded emoji model on the embedded emoji in another style.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from ddgan.errors import InputError, run_command
+from ddgan.hub.cards import CardFacts, license_of
+from ddgan.hub.upload import who_am_i
+from ddgan.sampling.pictures import before_after
+from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, sample, with_scheduler
+from ddgan.training.arguments import DataArguments, RunArguments, option, parse_arguments
+from ddgan.training.checkpoints import replace_file
+from ddgan.training.data import Preprocessing, TrainingData
+from ddgan.training.loop import Job, Player, Trainer, open_run
+from ddgan.training.objectives import DenoisingObjective
+from ddgan.training.results import settings_for_card, upload
+
+EMBEDDED_MODEL = Path(__file__).parent / "examples" / "models" / "noto-emoji-32"
+
+# the parameters that each choice of --freeze leaves to be trained, by parts of their names
+TRAINED_PARTS = {
+    "none": ("",),
+    "all_but_attention": ("attentions.",),
+    "all_but_norms": ("norm",),
+    "all_but_up_blocks": ("up_blocks.", "conv_norm_out", "conv_out"),
+}
+
+
+@dataclass
+class FinetuneArguments:
+    """What is fine-tuned, and towards which loss."""
+
+    _argument_group_name = "fine-tuning"
+
+    start_model: str = option(
+        str(EMBEDDED_MODEL), "pipeline folder or Hub repository of an unconditional UNet2DModel to start from"
+    )
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
+        None, "what the network predicts (default: what the start model predicts)"
+    )
+    min_snr_gamma: float | None = option(None, "weigh the loss by min(SNR, gamma); 5 is usual (default: no weights)")
+    freeze: Literal[tuple(TRAINED_PARTS)] = option("none", "train only this part of the UNet and keep the rest")
+    sample_scheduler: Literal[tuple(SCHEDULERS)] = option("ddim", "scheduler for the grids of samples")
+    sample_steps: int = option(40, "network evaluations for a sample in those grids")
+
+
+def main(argv: list[str] | None = None) -> None:
+    run, data_args, args = parse_arguments(RunArguments, DataArguments, FinetuneArguments, argv=argv)
+    repo_id = (run.hub_model_id or f"{who_am_i()}/{run.model_save_name}") if run.push_to_hub else None
+    accelerator = open_run(run)
+
+    pipeline = load_start_model(args, data_args)
+    unet = pipeline.unet
+    height, width = picture_size(unet)
+    preprocessing = Preprocessing(unet.config.in_channels, height, width, data_args.center_crop, data_args.random_flip)
+    data = TrainingData(
+        data_args,
+        preprocessing,
+        accelerator.process_index,
+        batch_size=run.batch_size,
+        accumulation=run.grad_accumulation_steps,
+        processes=accelerator.num_processes,
+        seed=run.seed,
+    )
+    parts = TRAINED_PARTS[args.freeze]
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(any(part in name for part in parts))
+    if run.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=run.learning_rate)
+
+    def draw(trained: DDPMPipeline, seeds: list[int]) -> list[Image.Image]:
+        return sample(with_scheduler(trained, args.sample_scheduler), seeds, args.sample_steps)
+
+    name = Path(args.start_model).name if Path(args.start_model).exists() else args.start_model
+    card = CardFacts(
+        title=run.model_save_name,
+        summary=f"An unconditional diffusion model: {name}, fine-tuned on {data.name}.",
+        usage=USAGE.format(model=repo_id or run.output_dir, steps=args.sample_steps),
+        settings=settings_for_card(run, data_args, args),
+        base_model=args.start_model,
+        license=license_of(args.start_model),
+        dataset=data.name,
+        tags=["ddpm", "fine-tuned"],
+    )
+    player = Player("", unet, DenoisingObjective(pipeline.scheduler, args.min_snr_gamma), optimizer)
+    trainer = Trainer(Job([player], pipeline, unet, draw, card, (run, data_args, args)), data, run, accelerator)
+    trainer.run()
+    if accelerator.is_main_process:
+        before, after = (Image.open(trainer.sample_path(step)) for step in (0, trainer.step))
+        replace_file(Path(run.output_dir) / "before_after.png", before_after(before, after).save)
+        trainer.finish()
+        if repo_id:
+            upload(run, repo_id)
+
+
+def load_start_model(args: FinetuneArguments, data_args: DataArguments) -> DDPMPipeline:
+    """The pipeline to start from, with the noise process that is trained, at the size that is asked for.
+
+    Raises:
+        InputError: if it is not found, is of another kind, or its UNet cannot take the size.
+    """
+    found = load_pipeline(args.start_model)
+    unet = getattr(found, "unet", None)
+    if not isinstance(unet, UNet2DModel):
+        raise InputError(
+            f"--start_model {args.start_model} is a {type(found).__name__} with the parts "
+            f"{', '.join(found.components)}. Fine-tuning takes a pipeline whose `unet` is an unconditional "
+            "UNet2DModel, such as google/ddpm-celebahq-256."
+        )
+    size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
+    if size:
+        factor = 2 ** (len(unet.config.block_out_channels) - 1)
+        if any(side < factor or side % factor for side in size):
+            lower = [max(factor, side // factor * factor) for side in size]
+            upper = [low + factor for low in lower]
+            raise InputError(
+                f"The UNet of {args.start_model} halves its input {len(unet.config.block_out_channels) - 1} times, so "
+                f"height and width must be multiples of {factor}; {size[0]} x {size[1]} is not. The nearest it can "
+                f"take are {lower[0]} x {lower[1]} and {upper[0]} x {upper[1]}."
+            )
+        unet.register_to_config(sample_size=size[0] if size[0] == size[1] else list(size))
+    scheduler = DDPMScheduler.from_config(found.scheduler.config)
+    if args.prediction_type:
+        scheduler.register_to_config(prediction_type=args.prediction_type)
+    return DDPMPipeline(unet, scheduler)
+
+
+def picture_size(unet: UNet2DModel) -> tuple[int, int]:
+    """Height and width of the pictures that a UNet makes."""
+    size = unet.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+USAGE = """
+from diffusers import DDIMScheduler, DDPMPipeline
+
+pipe = DDPMPipeline.from_pretrained("{model}")
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+image = pipe(num_inference_steps={steps}).images[0]
+"""
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""Pipeline folders as things to publish: model card and upload."""

@@ -1,0 +1,93 @@
+"""Model cards written from what is known of a run, never from placeholders."""
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+CARD_NAME = "README.md"
+
+
+@dataclass
+class CardFacts:
+    """What a model card tells.
+
+    Attributes:
+        title: name of the model.
+        summary: what was trained on what, in one paragraph.
+        usage: Python that loads the model and makes an image.
+        settings: hyper-parameters by their flags' names.
+        training: what happened in the run, as rows of a table.
+        pictures: captions by file names relative to the card's folder.
+        base_model: id or name of the model that was started from, and its licence where known.
+        dataset: id or name of the data.
+        tags: the Hub's tags beside `unconditional-image-generation`.
+    """
+
+    title: str
+    summary: str
+    usage: str
+    settings: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
+    base_model: str | None = None
+    license: str | None = None
+    dataset: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+def card_text(facts: CardFacts) -> str:
+    """The card as Markdown with its metadata."""
+    data = ModelCardData(
+        license=facts.license,
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        base_model=facts.base_model if is_repo_id(facts.base_model) else None,
+        datasets=[facts.dataset] if is_repo_id(facts.dataset) else None,
+        tags=["diffusers", "unconditional-image-generation", *facts.tags],
+    )
+    license_line = (
+        f"Licence of the weights: `{facts.license}`, carried over from the model that was started from."
+        if facts.license
+        else "The licence of the model that was started from is not known here: look it up before passing this on."
+    )
+    packages = ", ".join(f"{name} {version(name)}" for name in ("diffusers", "torch", "accelerate"))
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {facts.title}",
+        facts.summary,
+        *(f"![{caption}]({name})\n\n*{caption}*" for name, caption in facts.pictures.items()),
+        f"## Use\n\n```python\n{facts.usage.strip()}\n```",
+        f"## Training\n\n{_table(facts.training)}\n\nMade with {packages}.",
+        f"<details><summary>All settings</summary>\n\n{_table(facts.settings)}\n\n</details>",
+        f"## Limits and licence\n\nIt draws what it was trained on, at the size it was trained at, and may repeat "
+        f"images of its training data. {license_line}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def license_of(model: str) -> str | None:
+    """The licence on a model's card, or None: of a folder, else of a repository on the Hub."""
+    try:
+        card = ModelCard.load(Path(model) / CARD_NAME if Path(model).is_dir() else model)
+    except Exception:  # no card, no network, or no right to read: the card then says that the licence is not known
+        return None
+    return card.data.license
+
+
+def is_repo_id(name: str | None) -> bool:
+    """Whether a name can stand for a repository on the Hub, as `user/name`."""
+    if not name or "/" not in name or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _table(rows: dict[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -1,0 +1,1 @@
+"""Drawing pictures from a finished pipeline, and laying them out."""

@@ -1,0 +1,232 @@
+"""Pictures from a finished pipeline: loading it, choosing its scheduler, and one picture for each seed."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from ..errors import InputError
+from .pictures import to_pil
+
+SCHEDULERS = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "dpmsolver": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+}
+
+
+def load_pipeline(
+    path_or_repo: str,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device = "cpu",
+) -> DiffusionPipeline:
+    """Load a pipeline from a local folder or a Hub repository, its weights as `dtype` (None: float32).
+
+    Raises:
+        InputError: where there is no pipeline, or one with code of its own that `trust_remote_code` does not allow.
+    """
+    folder = Path(path_or_repo)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise InputError(
+            f"The folder {path_or_repo} holds no pipeline: it has no model_index.json. Give the folder that "
+            "`save_pretrained` or a training run wrote, not one of its sub-folders."
+        )
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path_or_repo, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"The pipeline {path_or_repo} brings Python code of its own. Read that code, and if you trust it, "
+                "allow it to run with --trust_remote_code (in Python: trust_remote_code=True)."
+            ) from error
+        reason = str(error).strip().splitlines()[0]
+        if folder.is_dir():
+            raise InputError(f"The pipeline in the folder {path_or_repo} cannot be loaded: {reason}") from error
+        raise InputError(
+            f"No pipeline {path_or_repo} was found: there is no such folder below {Path.cwd()}, and looking for it on "
+            f"the Hugging Face Hub gave: {reason}"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    # on a CPU the weights still lie in the file, at odd addresses, for which kernels sum in another order
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            for parameter in part.parameters():
+                parameter.data = parameter.data.clone()
+    return pipe
+
+
+def with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
+    """The same pipeline, weights shared, with the scheduler `name` of `SCHEDULERS` made from the config of its own.
+
+    `as-saved` gives back the pipeline as it is. Where the saved scheduler clips the predicted clean image, so do those
+    that are built for latents and call it thresholding.
+
+    Raises:
+        InputError: for a pipeline whose noise process the scheduler does not know, such as a DDGAN's.
+    """
+    if name == "as-saved":
+        return pipe
+    config = pipe.scheduler.config
+    if SCHEDULERS[name] not in pipe.scheduler.compatibles:
+        raise InputError(
+            f"The {type(pipe.scheduler).__name__} of this {type(pipe).__name__} is a noise process of its own, which "
+            f"the scheduler {name} cannot stand in for. Sample with the scheduler as saved."
+        )
+    # a threshold of at most sample_max_value = 1 is the plain clip to [-1, 1]
+    clips = {"thresholding": True} if config.get("clip_sample") and name in ("dpmsolver", "unipc") else {}
+    pipe = copy.copy(pipe)
+    pipe.scheduler = SCHEDULERS[name].from_config(config, **clips)
+    return pipe
+
+
+@torch.no_grad()
+def sample(
+    pipe: DiffusionPipeline,
+    seeds: Sequence[int],
+    num_inference_steps: int | None = None,
+    class_labels: Sequence[int] | None = None,
+) -> list[Image.Image]:
+    """Draw one picture for each seed: grey, RGB or RGBA, by the channels of the network.
+
+    All noise of a picture comes from a CPU generator of its own, so that it depends on its seed alone: on a given
+    device with the same number of seeds exactly, otherwise up to the rounding of the network's arithmetic. In a plain
+    `DDPMPipeline` or `DDIMPipeline` the sample stays float32 whatever the dtype of the network. Any other pipeline
+    is called as it is.
+
+    Args:
+        num_inference_steps: None leaves a pipeline of its own kind to its default; else all of a DDPM's, 50 of others.
+        class_labels: a class for each seed, where the network is conditioned on one.
+
+    Raises:
+        InputError: for more steps than were trained, and for class labels that are missing, too many or unknown.
+    """
+    trained = pipe.scheduler.config.num_train_timesteps
+    if num_inference_steps is not None and num_inference_steps > trained:
+        raise InputError(
+            f"{num_inference_steps} inference steps are more than the {trained} of this pipeline's training."
+        )
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    if type(pipe) in (DDPMPipeline, DDIMPipeline):
+        if num_inference_steps is None:
+            num_inference_steps = trained if isinstance(pipe.scheduler, DDPMScheduler) else min(50, trained)
+        return _pictures(_denoise(pipe, generators, num_inference_steps, class_labels))
+    accepted = inspect.signature(pipe.__call__).parameters
+    arguments = {"num_inference_steps": num_inference_steps, "class_labels": class_labels}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    for name in arguments:
+        if name not in accepted:
+            raise InputError(f"A {type(pipe).__name__} takes no {name}.")
+    if "batch_size" in accepted:
+        arguments["batch_size"] = len(seeds)
+    images = pipe(**arguments, generator=generators, output_type="np").images
+    return [to_pil(image) for image in (images * 255).round().astype(np.uint8)]
+
+
+def intermediates(
+    pipe: DiffusionPipeline,
+    seed: int,
+    count: int,
+    num_inference_steps: int | None = None,
+    class_label: int | None = None,
+) -> tuple[list[int], list[Image.Image], list[Image.Image]]:
+    """The way to one picture, at `count` evenly spaced of its steps (all of them, where there are fewer).
+
+    Returns:
+        Their timesteps, the noisy samples that the network saw, and the clean images that it predicted from them. The
+        last prediction is the picture itself with all of `SCHEDULERS`.
+    """
+    scheduler = pipe.scheduler
+    step, calls, timesteps, noisy, clean = scheduler.step, 0, [], [], []
+
+    @functools.wraps(step)
+    def recording_step(model_output, timestep, sample, *args, **kwargs):
+        nonlocal calls
+        last = len(scheduler.timesteps) - 1
+        seen = scheduler.scale_model_input(sample, timestep)
+        output = step(model_output, timestep, sample, *args, **kwargs)
+        if calls in np.linspace(last, 0, min(count, last + 1)).round():
+            predicted = getattr(output, "pred_original_sample", None)
+            if predicted is None:
+                predicted = _predicted_clean(scheduler, model_output, int(timestep), sample)
+            timesteps.append(int(timestep))
+            noisy.extend(_pictures(seen))
+            clean.extend(_pictures(predicted))
+        calls += 1
+        return output
+
+    scheduler.step = recording_step
+    try:
+        sample(pipe, [seed], num_inference_steps, None if class_label is None else [class_label])
+    finally:
+        del scheduler.step
+    return timesteps, noisy, clean
+
+
+def _pictures(images: torch.Tensor) -> list[Image.Image]:
+    """Pictures of images (N, C, H, W) that are clipped to [-1, 1]."""
+    images = (images.float() / 2 + 0.5).clamp(0, 1)
+    return [to_pil(image) for image in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _denoise(pipe, generators, num_inference_steps, class_labels) -> torch.Tensor:
+    """What the pipelines' own `__call__` does, for schedulers that scale the network's input too."""
+    unet, scheduler = pipe.unet, pipe.scheduler
+    condition = _class_condition(unet, class_labels)
+    size, channels = unet.config.sample_size, unet.config.in_channels
+    height, width = (size, size) if isinstance(size, int) else size
+    noisy_steps = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    scheduler.set_timesteps(num_inference_steps, device=unet.device)
+    shape = (len(generators), channels, height, width)
+    sample = randn_tensor(shape, generator=generators, device=unet.device) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        network_input = scheduler.scale_model_input(sample, t).to(unet.dtype)
+        prediction = unet(network_input, t, **condition).sample.float()
+        if not isinstance(scheduler, DDPMScheduler):  # the only one whose step uses a learned variance riding along
+            prediction = prediction[:, :channels]
+        sample = scheduler.step(prediction, t, sample, **noisy_steps).prev_sample
+    return sample
+
+
+def _class_condition(unet, class_labels) -> dict[str, torch.Tensor]:
+    classes = unet.config.num_class_embeds
+    if classes is None:
+        if class_labels is not None:
+            raise InputError("This network is not conditioned on a class: leave the class labels out.")
+        return {}
+    if class_labels is None or not all(0 <= label < classes for label in class_labels):
+        raise InputError(
+            f"This network draws one of {classes} classes, so each picture needs a class label from 0 to "
+            f"{classes - 1}; given were {'none' if class_labels is None else sorted(set(class_labels))}."
+        )
+    return {"class_labels": torch.tensor(class_labels, device=unet.device)}
+
+
+def _predicted_clean(scheduler, model_output, timestep: int, noisy) -> torch.Tensor:
+    """x_0 from x_t and the network's output, for schedulers that do not hand it out (arXiv 2006.11239, eq. 15)."""
+    signal = scheduler.alphas_cumprod[timestep].item()
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return (noisy - (1 - signal) ** 0.5 * model_output) / signal**0.5
+    if kind == "v_prediction":
+        return signal**0.5 * noisy - (1 - signal) ** 0.5 * model_output
+    return model_output

@@ -1,0 +1,165 @@
+"""Sample any pipeline folder or Hub repository into a folder of PNG files, one for each seed.
+
+    python scripts/generate.py --pipeline google/ddpm-cifar10-32 --num_images 64 --scheduler ddim --grid
+    accelerate launch scripts/generate.py --pipeline google/ddpm-cifar10-32 --num_images 50000 --output_dir cifar
+
+Picture i is drawn from the seed `--seed` + i alone: the same files come out of any number of processes, and the same
+command goes on where an interrupted one stopped. On a CPU each process draws picture by picture on one thread, because
+the size of a batch and the number of threads change the order in which floating point numbers are summed: start as
+many processes as there are cores. On an accelerator whole batches are drawn, the last one filled up.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from ddgan.errors import InputError, run_command
+from ddgan.sampling.pictures import image_grid, steps_strip
+from ddgan.sampling.pipelines import SCHEDULERS, intermediates, load_pipeline, sample, with_scheduler
+from ddgan.training.arguments import option, parse_arguments
+from ddgan.training.checkpoints import replace_file
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SETTINGS = "generate.json"
+GRID_IMAGES = 64
+
+
+@dataclass
+class GenerateArguments:
+    """What is sampled, how, and where the pictures go."""
+
+    pipeline: str | None = option(None, "pipeline folder or Hub repository")
+    output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
+    num_images: int = option(16, "pictures in all; a higher number adds to those that are there")
+    batch_size: int = option(16, "pictures that an accelerator draws at once; on a CPU it is always one")
+    seed: int = option(0, "seed of the first picture; the next ones follow it")
+    scheduler: Literal["as-saved", *SCHEDULERS] = option("as-saved", "scheduler to sample with")
+    num_inference_steps: int | None = option(
+        None, "network evaluations for a picture (default: all of a DDPM's, 50 of others', or the pipeline's own)"
+    )
+    dtype: Literal[tuple(DTYPES)] = option("fp32", "number format of the network")
+    class_labels: list[int] | None = option(None, "class of each picture, used in turn: --class_labels 0 1 2")
+    trust_remote_code: bool = option(False, "run Python code that the pipeline brings along")
+    grid: bool = option(False, f"lay the first {GRID_IMAGES} pictures out in grid.png")
+    intermediates: int | None = option(
+        None, "show this many steps on the way to the first picture in intermediates.png"
+    )
+
+    def __post_init__(self):
+        if not self.pipeline:
+            raise InputError("Name what to sample: --pipeline takes a pipeline folder or a repository on the Hub.")
+        for name in ("num_images", "batch_size", "num_inference_steps", "intermediates"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} is {value}; it counts something, so it must be at least 1.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = parse_arguments(GenerateArguments, argv=argv)
+    accelerator = Accelerator()
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(1)
+    at_once = 1 if on_cpu else args.batch_size
+
+    pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+    output = Path(args.output_dir)
+    settings = {
+        "pipeline": args.pipeline,
+        "contents": digest(pipe),
+        "scheduler": args.scheduler,
+        "num_inference_steps": args.num_inference_steps,
+        "class_labels": args.class_labels,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "device": accelerator.device.type,
+        "images_at_once": at_once,
+    }
+    check_settings(output, settings)
+    pipe = with_scheduler(pipe, args.scheduler)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+
+    def label(i: int) -> int | None:
+        return args.class_labels[i % len(args.class_labels)] if args.class_labels else None
+
+    mine = range(accelerator.process_index, args.num_images, accelerator.num_processes)
+    missing = [i for i in mine if not image_path(output, i).exists()]
+    progress = tqdm(
+        total=len(mine), initial=len(mine) - len(missing), unit="image", disable=not accelerator.is_main_process
+    )
+    for start in range(0, len(missing), at_once):
+        batch = missing[start : start + at_once]
+        filled = batch + batch[-1:] * (at_once - len(batch))  # the arithmetic depends on the size of the batch
+        labels = [label(i) for i in filled] if args.class_labels else None
+        pictures = sample(pipe, [args.seed + i for i in filled], args.num_inference_steps, labels)
+        for i, picture in zip(batch, pictures, strict=False):
+            replace_file(image_path(output, i), picture.save)
+        progress.update(len(batch))
+    progress.close()
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"{args.num_images} pictures: {output / 'images'}")
+        if args.grid:
+            first = [Image.open(image_path(output, i)) for i in range(min(args.num_images, GRID_IMAGES))]
+            replace_file(output / "grid.png", image_grid(first).save)
+            print(f"grid: {output / 'grid.png'}")
+        if args.intermediates:
+            way = intermediates(pipe, args.seed, args.intermediates, args.num_inference_steps, label(0))
+            replace_file(output / "intermediates.png", steps_strip(*way).save)
+            print(f"the way to the first picture: {output / 'intermediates.png'}")
+    accelerator.end_training()
+
+
+def image_path(output: Path, i: int) -> Path:
+    return output / "images" / f"{i:06d}.png"
+
+
+def digest(pipe: DiffusionPipeline) -> str:
+    """A fingerprint of weights and configs: a training run may have saved others into the same folder since."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, part in sorted(pipe.components.items()):
+        config = {key: value for key, value in getattr(part, "config", {}).items() if not key.startswith("_")}
+        found.update(json.dumps([name, config], sort_keys=True, default=str).encode())
+        if isinstance(part, torch.nn.Module):
+            for tensor in part.state_dict().values():
+                found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def check_settings(output: Path, settings: dict) -> None:
+    """Refuse to add to pictures that were made otherwise.
+
+    Raises:
+        InputError: if the settings of the pictures in the folder are not these, or not known.
+    """
+    if not (output / SETTINGS).exists():
+        if (output / "images").exists():
+            raise InputError(
+                f"{output / 'images'} is there already, but no {SETTINGS} that says how its pictures were made. "
+                "Give another --output_dir."
+            )
+        return
+    found = json.loads((output / SETTINGS).read_text())
+    differing = [
+        f"{name} was {found.get(name)}, is {value}" for name, value in settings.items() if found.get(name) != value
+    ]
+    if differing:
+        raise InputError(
+            f"The pictures in {output} were made with other settings ({'; '.join(differing)}). Give another "
+            "--output_dir, or the settings of before to add to them."
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

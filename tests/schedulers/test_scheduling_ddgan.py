@@ -1,0 +1,403 @@
+"""The noise process against recorded values of the published implementation and the mathematics of Gaussians."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddgan import DDGANScheduler, DDGANSchedulerOutput
+from ddgan.schedulers import scheduling_ddgan
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+RECORDED = np.load(GOLDEN / "scheduler.npz", allow_pickle=False)
+CASES = json.loads(str(RECORDED["config_json"]))["cases"]
+VALID = [pytest.param(case, id=case["key"]) for case in CASES if case["valid"]]
+INVALID = [pytest.param(case, id=case["key"]) for case in CASES if not case["valid"]]
+# What was recorded was computed in float32, with coefficients up to 3e-6 off.
+FLOAT32_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def recorded(*names):
+    return torch.from_numpy(RECORDED["/".join(names)])
+
+
+def scheduler_of(case, **kwargs):
+    return DDGANScheduler(
+        num_train_timesteps=case["num_timesteps"],
+        beta_min=case["beta_min"],
+        beta_max=case["beta_max"],
+        variance_schedule="geometric" if case["use_geometric"] else "vp",
+        **kwargs,
+    )
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """Has the scheduler draw the given noises, in this order, and no more."""
+
+    def draw_these(*noises):
+        left = list(noises)
+        monkeypatch.setattr(scheduling_ddgan, "randn_tensor", lambda shape, **_: left.pop(0).expand(shape))
+
+    return draw_these
+
+
+def posterior(draw, scheduler, t):
+    """The three coefficients of q(x_s | x_t, x_0): of x_0, of x_t and of the noise, in float64."""
+    zero, one = torch.zeros(1, 1, 1, 1).double(), torch.ones(1, 1, 1, 1).double()
+    t = torch.tensor([t])
+    coefficients = []
+    for x_0, x_t, noise in ((one, zero, zero), (zero, one, zero), (zero, zero, one)):
+        draw(noise)
+        coefficients.append(scheduler.step(x_0, t, x_t).prev_sample.item())
+    return coefficients
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_schedule_and_posterior_match_the_recorded_coefficients(case, draw):
+    scheduler, key = scheduler_of(case), case["key"]
+    T = case["num_timesteps"]
+    coefficients = torch.tensor([posterior(draw, scheduler, t) for t in range(T)])
+    ours = {
+        "betas": scheduler.betas.float(),
+        "alphas_cumprod": scheduler.alphas_cumprod.float(),
+        "posterior_mean_coef1": coefficients[:, 0],
+        "posterior_mean_coef2": coefficients[:, 1],
+        "posterior_variance": coefficients[:, 2] ** 2,
+    }
+    for name, value in ours.items():
+        torch.testing.assert_close(value, recorded(key, "posterior", name), **FLOAT32_TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_pair_with_the_recorded_noises_matches(case, draw):
+    get = partial(recorded, case["key"], "q_sample_pairs")
+    # The reference draws the noise of the noisier sample first.
+    draw(get("noise_second_drawn"), get("noise_first_drawn"))
+    less_noisy, noisier = scheduler_of(case).add_noise_pair(get("x_start"), get("t"))
+    torch.testing.assert_close(less_noisy, get("x_t"), **FLOAT32_TOLERANCE)
+    torch.testing.assert_close(noisier, get("x_t_plus_one"), **FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_posterior_draw_with_the_recorded_noise_matches_for_a_timestep_a_sample(case, draw):
+    get = partial(recorded, case["key"], "sample_posterior")
+    draw(get("noise"))
+    output = scheduler_of(case).step(get("x_0"), get("t"), get("x_t"))
+    torch.testing.assert_close(output.prev_sample, get("output"), **FLOAT32_TOLERANCE)
+
+
+def test_recorded_sampling_run_is_repeated_step_by_step(draw):
+    run = {
+        name: torch.from_numpy(a)
+        for name, a in np.load(GOLDEN / "sample_trajectory.npz").items()
+        if "json" not in name
+    }
+    scheduler = DDGANScheduler()
+    assert scheduler.timesteps.tolist() == [run[f"step{i}/t"][0].item() for i in range(4)]
+    x = run["input/x_init"] * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        torch.testing.assert_close(x, run[f"step{i}/x"], **FLOAT32_TOLERANCE)
+        draw(run[f"step{i}/noise"])
+        x = scheduler.step(run[f"step{i}/x_0_predicted"], t, x).prev_sample
+    torch.testing.assert_close(x, run["output"], **FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_impossible_schedules_are_refused_with_the_possible_values(case):
+    with pytest.raises(ValueError, match="0 < beta_min < beta_max < 1"):
+        scheduler_of(case)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"beta_min": -1.0},
+        {"beta_min": 0.0, "beta_max": 0.0},
+        {"beta_max": 500.0},
+        {"eps": 0.0},
+        {"eps": 1.0},
+        {"variance_schedule": "geometric", "beta_min": 0.5, "beta_max": 0.01},
+        {"variance_schedule": "geometric", "beta_min": 0.0, "beta_max": 0.5},
+        {"variance_schedule": "geometric", "beta_min": -0.1, "beta_max": 0.5},
+    ],
+    ids=str,
+)
+def test_variance_that_does_not_grow_within_0_and_1_is_refused(kwargs):
+    with pytest.raises(ValueError, match="Possible values"):
+        DDGANScheduler(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"num_train_timesteps": 0}, {"prediction_type": "x0"}, {"variance_schedule": "linear"}], ids=str
+)
+def test_unknown_names_and_empty_processes_are_refused(kwargs):
+    with pytest.raises(ValueError, match="must be"):
+        DDGANScheduler(**kwargs)
+
+
+def test_schedule_is_float64_and_follows_its_formula():
+    scheduler = DDGANScheduler(num_train_timesteps=3, beta_min=0.3, beta_max=7.0, eps=0.01)
+    u = [0.01 + 0.99 * k / 3 for k in range(4)]
+    signal = [np.exp(-0.5 * v * v * (7.0 - 0.3) - v * 0.3) for v in u]
+    assert scheduler.betas.dtype == scheduler.alphas_cumprod.dtype == torch.float64
+    np.testing.assert_allclose(scheduler.betas, [1 - signal[k + 1] / signal[k] for k in range(3)], rtol=1e-13)
+    np.testing.assert_allclose(scheduler.alphas_cumprod, np.array(signal[1:]) / signal[0], rtol=1e-13)
+
+
+@pytest.mark.parametrize("timesteps", [[7, 6, 5, 4, 3, 2, 1, 0], [7, 4, 3, 0], [6, 2], [5]], ids=str)
+def test_posterior_of_any_sub_sequence_conditions_the_composed_gaussian(timesteps, draw):
+    """x_s given x_0 and x_t given x_s are Gaussian; conditioning their joint on x_t gives mean and variance."""
+    scheduler = DDGANScheduler(num_train_timesteps=8, beta_max=6.0)
+    scheduler.set_timesteps(timesteps=timesteps)
+    assert scheduler.timesteps.tolist() == timesteps
+    for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        a_s = (1 - scheduler.betas[: s + 1]).prod().item()
+        a_ts = (1 - scheduler.betas[s + 1 : t + 1]).prod().item()
+        # cov(x_s, x_t) = sqrt(a_ts) (1 - a_s), var(x_t) = 1 - a_s a_ts, both given x_0
+        gain = a_ts**0.5 * (1 - a_s) / (1 - a_s * a_ts)
+        mean_of_x_0 = a_s**0.5 - gain * (a_s * a_ts) ** 0.5
+        std = ((1 - a_s) - gain * a_ts**0.5 * (1 - a_s)) ** 0.5
+        np.testing.assert_allclose(posterior(draw, scheduler, t), [mean_of_x_0, gain, std], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("timesteps", [None, [3, 1], [2, 0]], ids=str)
+def test_denoising_with_the_true_picture_stays_on_the_noise_levels(timesteps):
+    """If x_t follows q(x_t | x_0), what `step` draws follows q(x_s | x_0): same mean and variance, in closed form."""
+    scheduler = DDGANScheduler(beta_max=5.0)
+    scheduler.set_timesteps(timesteps=timesteps)
+    generator = seeded(0)
+    n = 200_000
+    x_0 = torch.full((n, 1, 1, 1), 0.7, dtype=torch.float64)
+    first, *rest = scheduler.timesteps
+    x = scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=generator).double(), first.expand(n))
+    for t, s in zip(scheduler.timesteps, rest, strict=False):
+        x = scheduler.step(x_0, t, x, generator=generator).prev_sample
+        level = scheduler.alphas_cumprod[s]
+        # five standard errors of a mean and of a variance of n draws
+        assert abs(x.mean() - 0.7 * level.sqrt()) < 5 * ((1 - level) / n).sqrt()
+        assert abs(x.var() / (1 - level) - 1) < 5 * (2 / n) ** 0.5
+    assert torch.equal(scheduler.step(x_0, scheduler.timesteps[-1], x, generator=generator).prev_sample, x_0)
+
+
+@pytest.mark.parametrize(
+    ("T", "steps", "expected"),
+    [(4, None, [3, 2, 1, 0]), (4, 4, [3, 2, 1, 0]), (4, 2, [3, 1]), (4, 1, [3]), (8, 3, [7, 4, 2]), (2, 2, [1, 0])],
+)
+def test_fewer_steps_are_spread_evenly_and_begin_at_pure_noise(T, steps, expected):
+    scheduler = DDGANScheduler(num_train_timesteps=T)
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == expected
+    assert scheduler.timesteps.dtype == torch.int64
+    assert scheduler.num_inference_steps == len(expected)
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 8, 50])
+def test_every_number_of_steps_up_to_all_of_them_descends(T):
+    scheduler = DDGANScheduler(num_train_timesteps=T)
+    for n in range(1, T + 1):
+        scheduler.set_timesteps(n)
+        assert len(set(scheduler.timesteps.tolist())) == n
+        assert scheduler.timesteps[0] == T - 1
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"num_inference_steps": 2, "timesteps": [3, 1]},
+        {"num_inference_steps": 5},
+        {"num_inference_steps": 0},
+        {"timesteps": [1, 3]},
+        {"timesteps": [3, 3]},
+        {"timesteps": [4, 1]},
+        {"timesteps": [2, -1]},
+        {"timesteps": []},
+    ],
+    ids=str,
+)
+def test_impossible_timesteps_are_refused(kwargs):
+    with pytest.raises(ValueError, match=r"timesteps|num_inference_steps"):
+        DDGANScheduler().set_timesteps(**kwargs)
+
+
+def test_set_timesteps_without_arguments_undoes_a_sub_sequence(draw):
+    scheduler = DDGANScheduler()
+    full = [posterior(draw, scheduler, t) for t in range(4)]
+    scheduler.set_timesteps(2)
+    assert posterior(draw, scheduler, 3) != full[3]
+    scheduler.set_timesteps()
+    assert [posterior(draw, scheduler, t) for t in range(4)] == full
+
+
+def test_noise_pair_is_markov_and_its_noisier_half_is_what_the_network_sees():
+    """The pair's second sample follows q(x_t | x_0) and their correlation is the chain's."""
+    scheduler = DDGANScheduler(beta_max=5.0)
+    n, t = 200_000, 2
+    x_0 = torch.full((n, 1, 1, 1), 0.5, dtype=torch.float64)
+    less, more = scheduler.add_noise_pair(x_0, torch.full((n,), t), generator=seeded(0))
+    level, level_below = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[t - 1]
+    assert abs(more.mean() - 0.5 * level.sqrt()) < 5 * ((1 - level) / n).sqrt()
+    assert abs(more.var() / (1 - level) - 1) < 5 * (2 / n) ** 0.5
+    covariance = ((less - less.mean()) * (more - more.mean())).mean()
+    assert abs(covariance - (1 - scheduler.betas[t]).sqrt() * (1 - level_below)) < 5 / n**0.5
+
+
+def test_add_noise_agrees_with_its_formula_and_pair_at_0_holds_the_picture():
+    scheduler = DDGANScheduler()
+    x_0, noise = torch.randn(4, 3, 5, 7), torch.randn(4, 3, 5, 7)
+    t = torch.tensor([0, 1, 2, 3])
+    level = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    expected = level.sqrt() * x_0 + (1 - level).sqrt() * noise
+    torch.testing.assert_close(scheduler.add_noise(x_0, noise, t), expected.float())
+    less, more = scheduler.add_noise_pair(x_0, torch.zeros(4, dtype=torch.long))
+    assert torch.equal(less, x_0)
+    assert not torch.equal(more, x_0)
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
+def test_prediction_types_mean_the_same_picture(prediction_type):
+    scheduler = DDGANScheduler(prediction_type=prediction_type, beta_max=5.0)
+    x_0, noise = torch.randn(2, 1, 4, 4).double(), torch.randn(2, 1, 4, 4).double()
+    for t in range(4):
+        a = scheduler.alphas_cumprod[t]
+        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
+        output = {"sample": x_0, "epsilon": noise, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * x_0}
+        step = scheduler.step(output[prediction_type], t, x_t)
+        torch.testing.assert_close(step.pred_original_sample, x_0)
+
+
+def test_clip_sample_clips_the_predicted_picture_before_the_posterior():
+    x_0, x_t = 3 * torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    clipped = DDGANScheduler(clip_sample=True).step(x_0, 2, x_t, generator=seeded(0))
+    plain = DDGANScheduler().step(x_0.clamp(-1, 1), 2, x_t, generator=seeded(0))
+    assert torch.equal(clipped.pred_original_sample, x_0.clamp(-1, 1))
+    assert torch.equal(clipped.prev_sample, plain.prev_sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_the_float32_result_rounded_once(dtype):
+    scheduler = DDGANScheduler()
+    x_0, x_t = torch.randn(2, 3, 4, 4).to(dtype), torch.randn(2, 3, 4, 4).to(dtype)
+    t = torch.tensor([1, 3])
+
+    def run(x_0, x_t):
+        step = scheduler.step(x_0, t, x_t, generator=seeded(0))
+        return [
+            *step.values(),
+            scheduler.add_noise(x_0, x_t, t),
+            *scheduler.add_noise_pair(x_0, t, generator=seeded(0)),
+        ]
+
+    for half, full in zip(run(x_0, x_t), run(x_0.float(), x_t.float()), strict=True):
+        assert half.dtype == dtype
+        assert torch.equal(half, full.to(dtype))
+
+
+def test_list_of_generators_makes_each_sample_independent_of_its_neighbours():
+    scheduler = DDGANScheduler()
+    x_0, x_t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    together = scheduler.step(x_0, 2, x_t, generator=[seeded(5), seeded(6), seeded(7)]).prev_sample
+    alone = scheduler.step(x_0[1:2], 2, x_t[1:2], generator=[seeded(6)]).prev_sample
+    assert torch.equal(together[1:2], alone)
+    t = torch.tensor([1, 2, 3])
+    for whole, one in zip(
+        scheduler.add_noise_pair(x_0, t, generator=[seeded(5), seeded(6), seeded(7)]),
+        scheduler.add_noise_pair(x_0[1:2], t[1:2], generator=[seeded(6)]),
+        strict=True,
+    ):
+        assert torch.equal(whole[1:2], one)
+
+
+def test_last_step_draws_nothing():
+    generator = seeded(0)
+    before = generator.get_state()
+    scheduler = DDGANScheduler()
+    x = torch.randn(1, 1, 4, 4)
+    scheduler.step(x, 0, x, generator=generator)
+    scheduler.set_timesteps(timesteps=[3, 1])
+    scheduler.step(x, 1, x, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+    scheduler.step(x, 3, x, generator=generator)
+    assert not torch.equal(generator.get_state(), before)
+
+
+def test_number_tensor_and_timestep_a_sample_are_the_same_step():
+    scheduler = DDGANScheduler()
+    x_0, x_t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    steps = [
+        scheduler.step(x_0, t, x_t, generator=seeded(0), return_dict=False)[0]
+        for t in (2, scheduler.timesteps[1], torch.tensor([2]), torch.tensor([2, 2, 2]))
+    ]
+    for step in steps[1:]:
+        torch.testing.assert_close(step, steps[0])
+
+
+def test_output_is_a_dataclass_or_the_same_as_a_tuple():
+    scheduler = DDGANScheduler()
+    x_0, x_t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    output = scheduler.step(x_0, 1, x_t, generator=seeded(0))
+    as_tuple = scheduler.step(x_0, 1, x_t, generator=seeded(0), return_dict=False)
+    assert isinstance(output, DDGANSchedulerOutput)
+    assert type(as_tuple) is tuple
+    assert torch.equal(output.prev_sample, as_tuple[0])
+    assert torch.equal(output.pred_original_sample, as_tuple[1])
+
+
+def test_gradient_of_a_step_reaches_the_prediction():
+    x_0 = torch.randn(2, 3, 4, 4, requires_grad=True)
+    DDGANScheduler().step(x_0, torch.tensor([0, 2]), torch.randn(2, 3, 4, 4)).prev_sample.sum().backward()
+    torch.testing.assert_close(x_0.grad[0], torch.ones(3, 4, 4))
+    assert 0 < x_0.grad[1].unique().item() < 1
+
+
+def test_saved_and_loaded_scheduler_is_the_same(tmp_path):
+    config = {
+        "num_train_timesteps": 8,
+        "beta_min": 0.02,
+        "beta_max": 0.6,
+        "variance_schedule": "geometric",
+        "eps": 1e-2,
+        "prediction_type": "v_prediction",
+        "clip_sample": True,
+    }
+    scheduler = DDGANScheduler(**config)
+    scheduler.save_pretrained(tmp_path)
+    loaded = DDGANScheduler.from_pretrained(tmp_path)
+    assert {name: loaded.config[name] for name in config} == config
+    assert torch.equal(loaded.betas, scheduler.betas)
+    assert DDGANScheduler.from_config(scheduler.config).config == scheduler.config
+
+
+def test_scheduler_keeps_the_conventions_of_diffusers():
+    scheduler = DDGANScheduler()
+    sample = torch.randn(1, 3, 4, 4)
+    assert scheduler.scale_model_input(sample, 3) is sample
+    assert scheduler.init_noise_sigma == 1.0
+    assert scheduler.order == 1
+    assert len(scheduler) == 4
+    assert scheduler.compatibles == []
+    scheduler.set_timesteps(2, device="meta")
+    assert scheduler.timesteps.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_samples_on_the_gpu_are_those_of_the_cpu():
+    scheduler = DDGANScheduler()
+    x_0, x_t, t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([0, 2, 3])
+    results = {}
+    for device in ("cpu", "cuda"):
+        scheduler.set_timesteps(device=device)
+        a, b = x_0.to(device), x_t.to(device)
+        step = scheduler.step(a, scheduler.timesteps[1], b, generator=seeded(0), return_dict=False)
+        each = scheduler.step(a, t.to(device), b, generator=seeded(0), return_dict=False)
+        results[device] = [*step, *each, scheduler.add_noise(a, b, t), *scheduler.add_noise_pair(a, t, seeded(0))]
+    for cpu, gpu in zip(results["cpu"], results["cuda"], strict=True):
+        assert gpu.device.type == "cuda"
+        torch.testing.assert_close(gpu.cpu(), cpu)

@@ -1,0 +1,181 @@
+"""Claims about scripts/generate.py, through its command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
+from PIL import Image
+from tiny import ROOT, run_script, tiny_unet
+
+from ddgan.errors import InputError
+from ddgan.scripts import generate
+
+SCRIPT = ROOT / "scripts" / "generate.py"
+SHORT = ("--scheduler", "ddim", "--num_inference_steps", "3", "--num_images", "7")
+
+
+def flags(model: Path, output: Path, *more) -> list[str]:
+    return [str(flag) for flag in ("--pipeline", model, "--output_dir", output, *SHORT, *more)]
+
+
+def images(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((output / "images").iterdir())}
+
+
+@pytest.fixture
+def whole(tiny_model, tmp_path) -> Path:
+    """Seven pictures, made in one go."""
+    generate.main(flags(tiny_model, tmp_path / "whole"))
+    return tmp_path / "whole"
+
+
+def test_every_picture_has_a_seed_of_its_own(tiny_model, whole, tmp_path):
+    assert sorted(images(whole)) == [f"{i:06d}.png" for i in range(7)]
+    assert len(set(images(whole).values())) == 7
+    generate.main(flags(tiny_model, tmp_path / "later", "--seed", 4, "--num_images", 2))
+    assert list(images(tmp_path / "later").values()) == [images(whole)[f"{i:06d}.png"] for i in (4, 5)]
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory) -> Path:
+    """Wide enough for sums whose order, and so whose rounding, depends on batch size, threads and memory alignment."""
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    DDPMPipeline(tiny_unet(sample_size=32, block_out_channels=(64, 128)), DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide_images(wide_model, tmp_path_factory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("wide") / "whole"
+    generate.main(flags(wide_model, output))
+    return images(output)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
+def test_files_do_not_depend_on_the_batch_size(wide_model, wide_images, tmp_path, batch_size):
+    generate.main(flags(wide_model, tmp_path, "--batch_size", batch_size))
+    assert images(tmp_path) == wide_images
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_files_of_one(wide_model, wide_images, tmp_path):
+    output = tmp_path / "two"
+    done = run_script(SCRIPT, *flags(wide_model, output, "--grid", "--intermediates", 2), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert images(output) == wide_images
+    assert done.stdout.count(str(output / "images")) == 1
+    assert (output / "grid.png").exists() and (output / "intermediates.png").exists()
+
+
+def test_an_interrupted_run_goes_on(tiny_model, whole):
+    expected = images(whole)
+    folder = whole / "images"
+    for i in (1, 3, 6):
+        (folder / f"{i:06d}.png").unlink()
+    (folder / ".tmp-000003.png").write_bytes(expected["000003.png"][:50])
+    kept = (folder / "000000.png").stat().st_mtime_ns
+    generate.main(flags(tiny_model, whole))
+    assert images(whole) == expected
+    assert (folder / "000000.png").stat().st_mtime_ns == kept
+
+
+def test_more_pictures_are_added_to_those_there(tiny_model, whole):
+    generate.main(flags(tiny_model, whole, "--num_images", 9))
+    assert len(images(whole)) == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--seed", 1], "seed was 0, is 1"),
+        (["--scheduler", "euler"], "scheduler was ddim, is euler"),
+        (["--num_inference_steps", 4], "num_inference_steps was 3, is 4"),
+        (["--dtype", "bf16"], "dtype was fp32, is bf16"),
+        (["--class_labels", 1], "class_labels was None, is \\[1\\]"),
+    ],
+)
+def test_pictures_of_other_settings_are_not_mixed_in(tiny_model, whole, change, said):
+    before = images(whole)
+    with pytest.raises(InputError, match=said):
+        generate.main(flags(tiny_model, whole, "--num_images", 9, *change))
+    assert images(whole) == before
+
+
+def test_pictures_of_other_weights_under_the_same_name_are_not_mixed_in(tmp_path):
+    model, output = tmp_path / "model", tmp_path / "output"
+    unet = tiny_unet()
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(model)
+    generate.main(flags(model, output))
+    unet.conv_out.bias.data += 0.01
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(model)
+    with pytest.raises(InputError, match="contents was"):
+        generate.main(flags(model, output))
+
+
+def test_pictures_of_unknown_settings_are_not_added_to(tiny_model, whole):
+    (whole / "generate.json").unlink()
+    with pytest.raises(InputError, match=r"no generate\.json"):
+        generate.main(flags(tiny_model, whole))
+
+
+def test_classes_are_used_in_turn(tmp_path):
+    unet = tiny_unet(num_class_embeds=3)
+    unet.class_embedding.weight.data *= 20
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    for name, labels in (("turn", [0, 2]), ("zero", [0]), ("two", [2])):
+        generate.main(flags(tmp_path / "model", tmp_path / name, "--class_labels", *labels))
+    turn, zero, two = (list(images(tmp_path / n).values()) for n in ("turn", "zero", "two"))
+    assert zero != two
+    assert turn == [(zero, two)[i % 2][i] for i in range(7)]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision(tiny_model, tmp_path, dtype):
+    generate.main(flags(tiny_model, tmp_path / "half", "--dtype", dtype, "--num_images", 2))
+    assert len(set(images(tmp_path / "half").values())) == 2
+
+
+def test_grid_and_intermediates_are_beside_the_pictures(tiny_model, whole, capsys):
+    generate.main(flags(tiny_model, whole, "--grid", "--intermediates", 3))
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "generate.json",
+        "grid.png",
+        "images",
+        "intermediates.png",
+    ]
+    printed = capsys.readouterr().out
+    assert all(str(whole / name) in printed for name in ("images", "grid.png", "intermediates.png"))
+    grid, strip = Image.open(whole / "grid.png"), Image.open(whole / "intermediates.png")
+    first = Image.open(whole / "images" / "000000.png").resize((96, 96), Image.Resampling.NEAREST)
+    assert grid.crop((4, 4, 100, 100)).tobytes() == first.tobytes()
+    last = strip.crop((strip.width - 100, strip.height - 100, strip.width - 4, strip.height - 4))
+    assert last.tobytes() == first.tobytes()  # the last prediction is the first picture
+
+
+def test_settings_are_kept_to_be_read(whole):
+    settings = json.loads((whole / "generate.json").read_text())
+    assert (settings["scheduler"], settings["num_inference_steps"], settings["seed"]) == ("ddim", 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--num_images", 0], "at least 1"),
+        (["--scheduler", "ddmp"], "ddpm"),
+        (["--num_inference_step", 3], "--num_inference_steps"),
+        (["--num_inference_steps", 1001], "1000"),
+        (["--class_labels", 1], "not conditioned"),
+        (["--pipeline", "nowhere"], "No pipeline nowhere"),
+        (["--pipeline", ""], "--pipeline"),
+    ],
+)
+def test_what_cannot_be_used_is_said(tiny_model, tmp_path, wrong, said):
+    with pytest.raises(InputError, match=said):
+        generate.main(flags(tiny_model, tmp_path / "output", *wrong))
+
+
+def test_a_mistake_ends_the_command_with_one_paragraph_and_code_2(tiny_model, tmp_path):
+    done = run_script(SCRIPT, *flags(tiny_model, tmp_path / "output", "--num_images", -1))
+    assert done.returncode == 2
+    assert "error: --num_images is -1" in done.stderr and "Traceback" not in done.stderr

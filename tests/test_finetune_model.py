@@ -1,0 +1,330 @@
+"""What a user of finetune_model.py sees: results that load anywhere, and clear words where something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import ROOT, finetune_flags, largest_difference, make_dataset, run_script, tiny_unet, weights, write_images
+
+from ddgan.errors import InputError, RunError
+from ddgan.training.tracking import read_metrics
+
+COURSE = """--image_size 16 --batch_size 8 --num_epochs 16 --grad_accumulation_steps 2 --start_model {model}
+ --dataset_name {data} --wandb_project dm-finetune --log_samples_every 100 --save_model_every 1000
+ --model_save_name vintageface"""
+
+
+def saved_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_run_folder_is_as_the_design_says(finetune):
+    run = finetune("run", "--log_samples_every", 2, "--checkpointing_steps", 2)
+    found = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    expected = {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "README.md"}
+    expected |= {"scheduler/scheduler_config.json", "metrics.csv", "loss.png", "before_after.png", "config.yaml"}
+    expected |= {f"samples/step-{step:08d}.png" for step in (0, 2, 4)}
+    assert expected <= found
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
+    rows = read_metrics(run / "metrics.csv")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["images"] for row in rows] == [8, 13, 21, 26]
+    assert [row["epoch"] for row in rows] == pytest.approx([8 / 13, 1, 1 + 8 / 13, 2])
+    before, after = (np.asarray(Image.open(run / "samples" / f"step-{step:08d}.png")) for step in (0, 4))
+    assert before.shape == after.shape
+    assert (before != after).any()
+
+
+def test_the_result_loads_where_this_package_is_not(finetune, tmp_path):
+    run = finetune("run")
+    program = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+try:
+    import ddgan
+    sys.exit("ddgan is still there")
+except ImportError:
+    pass
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
+for loader in (DDPMPipeline, DiffusionPipeline):
+    pipe = loader.from_pretrained(sys.argv[1])
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    image = pipe(num_inference_steps=40, generator=torch.Generator().manual_seed(0)).images[0]
+    print(type(pipe).__name__, image.size)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(run)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split("\n")[:2] == ["DDPMPipeline (8, 8)"] * 2, done.stderr
+
+
+def test_its_card_tells_what_was_done_and_its_snippet_runs(finetune, monkeypatch):
+    run = finetune("run", "--min_snr_gamma", 5)
+    card = ModelCard.load(run / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert card.data.base_model is None  # a folder on this machine is no model on the Hub
+    for said in ("| data | thirteen, 13 images |", "4 of 4 optimizer steps, 2.0 passes", "| min_snr_gamma | 5.0 |"):
+        assert said in card.content
+    assert str(run.parent) not in card.content.replace(str(run), "")
+    for line in card.content.splitlines():
+        if line.startswith("!["):
+            assert (run / line.split("](")[1].rstrip(")")).exists()
+    snippet = card.content.split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(snippet, names)
+    assert names["image"].size == (8, 8)
+
+
+def test_the_courses_flags_do_what_they_say(tiny_model, tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    from ddgan import finetune_model
+
+    make_dataset(tmp_path / "faces", 20)
+    finetune_model.main([*COURSE.format(model=tiny_model, data="faces").split(), "--sample_steps", "2"])
+    config = yaml.safe_load((tmp_path / "vintageface" / "config.yaml").read_text())
+    assert config["report_to"] == "wandb"
+    assert len(read_metrics(tmp_path / "vintageface" / "metrics.csv")) == 16 * 2
+    assert DDPMPipeline.from_pretrained("vintageface").unet.config.sample_size == 16
+
+
+def test_config_yaml_repeats_the_run_and_flags_override_it(finetune, tmp_path):
+    first = finetune("first", "--seed", 7, "--random_flip", "--freeze", "all_but_attention", "--ema_power", 0.5)
+    again = finetune("again", "--config", first / "config.yaml", "--output_dir", tmp_path / "again")
+    assert largest_difference(weights(first), weights(again)) == 0
+    other = finetune("other", "--config", first / "config.yaml", "--output_dir", tmp_path / "other", "--seed", 8)
+    assert largest_difference(weights(first), weights(other)) > 0
+
+
+@pytest.mark.parametrize(
+    ("part", "trained"),
+    [("all_but_attention", "attentions."), ("all_but_norms", "norm"), ("all_but_up_blocks", "up_blocks.")],
+)
+def test_freeze_trains_one_part_and_keeps_the_rest_bit_by_bit(finetune, tiny_model, part, trained):
+    before, after = saved_weights(tiny_model), saved_weights(finetune("run", "--freeze", part))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(trained in name or name.startswith(("conv_norm_out", "conv_out")) for name in changed)
+    assert any(trained in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--prediction_type v_prediction",
+        "--min_snr_gamma 5",
+        "--gradient_checkpointing",
+        "--channels_last",
+        "--mixed_precision bf16",
+        "--ema_decay 0",
+        "--center_crop",
+        "--sample_scheduler dpmsolver",
+        "--lr_scheduler constant_with_warmup",
+    ],
+)
+def test_each_setting_trains_to_finite_losses(finetune, flags):
+    run = finetune("run", *flags.split())
+    assert all(np.isfinite(row["loss"]) for row in read_metrics(run / "metrics.csv"))
+    if "v_prediction" in flags:
+        config = json.loads((run / "scheduler" / "scheduler_config.json").read_text())
+        assert config["prediction_type"] == "v_prediction"
+
+
+def test_gradient_checkpointing_changes_no_weight(finetune):
+    runs = [finetune("plain"), finetune("checkpointed", "--gradient_checkpointing")]
+    assert largest_difference(*map(weights, runs)) < 1e-6
+
+
+@pytest.mark.slow
+def test_compile_trains_and_saves_plain_names(finetune, tiny_model):
+    run = finetune("run", "--compile", "--max_train_steps", 2)
+    assert saved_weights(run).keys() == saved_weights(tiny_model).keys()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_models_of_other_channels_take_colour_images(finetune, tmp_path, channels):
+    model = tmp_path / "model"
+    unet = tiny_unet(in_channels=channels, out_channels=channels)
+    DDIMPipeline(unet, DDIMScheduler(prediction_type="v_prediction")).save_pretrained(model)
+    run = finetune("run", "--start_model", model)
+    pipe = DiffusionPipeline.from_pretrained(run)
+    assert type(pipe) is DDPMPipeline
+    assert pipe.unet.config.in_channels == channels
+    assert pipe.scheduler.config.prediction_type == "v_prediction"  # what the start model was trained for
+
+
+def test_another_size_is_trained_saved_and_sampled(finetune, tmp_path):
+    run = finetune("run", "--resolution", 8, 16)
+    pipe = DDPMPipeline.from_pretrained(run)
+    assert pipe(num_inference_steps=1).images[0].size == (16, 8)
+
+
+def test_all_trackers_start_offline(finetune, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = finetune("run", "--report_to", "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = next(path for path in (run / "logs").rglob("events*") if path.parent.name == "run")
+    tracked = EventAccumulator(str(events)).Reload()
+    assert tracked.Scalars("loss")[-1].value == pytest.approx(read_metrics(run / "metrics.csv")[-1]["loss"])
+    assert [event.step for event in tracked.Images("samples")] == [0, 4]
+
+
+def test_a_stream_is_trained_on_stopped_and_resumed_exactly(finetune, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+    folder = make_dataset(tmp_path / "streamed", 30, shards=2)
+    flags = ("--train_data_dir", "", "--dataset_name", folder, "--streaming", "--checkpointing_steps", 3)
+    straight = finetune("straight", *flags, "--max_train_steps", 8, "--lr_scheduler", "constant")
+    short = finetune("resumed", *flags, "--max_train_steps", 3, "--lr_scheduler", "constant")
+    resume = ("--resume_from_checkpoint", "latest")
+    finetune("resumed", *flags, "--max_train_steps", 8, "--lr_scheduler", "constant", *resume)
+    assert largest_difference(weights(straight), weights(short)) == 0
+    assert (straight / "metrics.csv").read_text() == (short / "metrics.csv").read_text()
+    with pytest.raises(InputError, match="--max_train_steps"):
+        finetune("endless", *flags)
+
+
+# ---- clear errors
+
+
+def test_unknown_flags_are_met_with_the_nearest(finetune):
+    with pytest.raises(InputError, match=r"no flag --learning_rat\. Did you mean --learning_rate\?"):
+        finetune("run", "--learning_rat", "1e-4")
+    with pytest.raises(InputError, match=r"--batch_size.*: invalid int value: 'many'"):
+        finetune("run", "--batch_size", "many")
+
+
+def test_an_unknown_key_of_a_config_is_met_likewise(finetune, tmp_path):
+    (tmp_path / "c.yaml").write_text("num_epoch: 3\n")
+    with pytest.raises(InputError, match=r"c\.yaml: There is no flag --num_epoch\. Did you mean --num_epochs\?"):
+        finetune("run", "--config", tmp_path / "c.yaml")
+    with pytest.raises(InputError, match="no such file"):
+        finetune("run", "--config", tmp_path / "missing.yaml")
+
+
+def test_errors_are_one_paragraph_without_a_traceback(tiny_model, images, tmp_path):
+    done = run_script(
+        ROOT / "finetune_model.py", *finetune_flags(tiny_model, images, tmp_path / "run", "--image_size", "9")
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "multiples of 2; 9 x 9 is not. The nearest it can take are 8 x 8 and 10 x 10." in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_there_is_said_with_where_it_was_looked_for(finetune, tmp_path):
+    with pytest.raises(InputError, match=r"nobody/nothing.*(folder|Hub)"):
+        finetune("run", "--start_model", "nobody/nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"model_index\.json"):
+        finetune("run", "--start_model", tmp_path / "empty")
+
+
+def test_another_run_in_the_folder_is_kept(finetune):
+    run = finetune("run")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(InputError, match=r"already holds a run.*--resume_from_checkpoint latest.*--output_dir"):
+        finetune("run")
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_a_run_is_not_resumed_with_other_data_order(finetune):
+    finetune("run")
+    with pytest.raises(InputError, match=r"images_per_step = 8, but this run has 4"):
+        finetune("run", "--batch_size", 4, "--resume_from_checkpoint", "latest")
+    with pytest.raises(InputError, match=r"nowhere is not a complete checkpoint.*step-00000004"):
+        finetune("run", "--resume_from_checkpoint", "nowhere")
+
+
+def test_latest_skips_what_is_not_complete(finetune):
+    run = finetune("run", "--checkpointing_steps", 2)
+    (run / "checkpoints" / "step-00000004" / "state.json").unlink()
+    finetune("run", "--resume_from_checkpoint", "latest", "--checkpointing_steps", 2)
+    assert (run / "checkpoints" / "step-00000004" / "state.json").exists()
+    assert len(read_metrics(run / "metrics.csv")) == 4
+
+
+def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(finetune):
+    flags = ("--num_epochs", 4, "--checkpointing_steps", 4)
+    run = finetune("run", *flags, "--max_train_steps", 4)
+    finetune("run", *flags, "--learning_rate", 5e-3, "--resume_from_checkpoint", "latest")
+    straight = finetune("straight", *flags, "--learning_rate", 5e-3)
+    rates = [[row["learning_rate"] for row in read_metrics(r / "metrics.csv")] for r in (run, straight)]
+    assert rates[0][4:] == rates[1][4:]
+    assert rates[0][0] == 2 * rates[1][0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(finetune):
+    flags = ("--num_epochs", 20, "--save_model_every", 2, "--checkpointing_steps", 2, "--max_grad_norm", 0)
+    run = finetune("run", *flags, "--max_train_steps", 2)
+    good = saved_weights(run)
+    expected = r"loss of step \d+ is not finite.*learning rate of .*last good checkpoint is .*step-00000002"
+    with pytest.raises(RunError, match=expected):
+        finetune("run", *flags, "--learning_rate", "1e30", "--resume_from_checkpoint", "latest")
+    assert largest_difference(good, saved_weights(run)) == 0
+    assert all(np.isfinite(row["loss"]) for row in read_metrics(run / "metrics.csv"))
+    assert (run / "checkpoints" / "step-00000002" / "state.json").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_ends_with_the_reason_and_the_last_good_checkpoint(finetune, tmp_path):
+    disk = tmp_path / "run"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        with pytest.raises(RunError, match=r"No space left.*last good checkpoint is .*step-0000000\d"):
+            finetune("run", "--checkpointing_steps", 1, "--checkpoints_total_limit", 0, "--num_epochs", 10)
+        good = sorted((disk / "checkpoints").glob("step-*"))
+        assert good
+        assert all((folder / "state.json").exists() for folder in good)
+        assert not list((disk / "checkpoints").glob(".tmp-*"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_broken_image_that_is_met_later_leaves_a_checkpoint_to_go_on_from(finetune, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddgan.training.data._CHECKED_IMAGES", 1)
+    folder = write_images(tmp_path / "images", 13)
+    (folder / "007.png").write_bytes(b"not an image")
+    flags = ("--train_data_dir", folder)
+    with pytest.raises(RunError, match=r"007\.png.*--skip_broken_images"):
+        finetune("run", *flags)
+    run = finetune("run", *flags, "--skip_broken_images", "--resume_from_checkpoint", "latest")
+    assert "| images left out as broken | 1 |" in (run / "README.md").read_text()
+
+
+def test_pushing_without_a_login_is_said_before_training(finetune, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(InputError, match="--push_to_hub"):
+        finetune("run", "--push_to_hub")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_of_another_kind_is_refused_with_its_parts(finetune, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    sizes = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "cross_attention_dim": 8}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DConditionModel(**sizes, **blocks, attention_head_dim=4)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="unconditional UNet2DModel"):
+        finetune("run", "--start_model", tmp_path / "other")

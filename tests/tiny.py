@@ -1,0 +1,82 @@
+"""Tiny real components that the tests share, and runs on them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+
+
+def tiny_unet(**changes) -> UNet2DModel:
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+    }
+    return UNet2DModel(**{**config, **changes})
+
+
+def write_images(folder: Path, count: int, size: tuple[int, int] = (8, 8)) -> Path:
+    """RGB noise of width and height `size`, count.png names in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(pixels.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def make_dataset(folder: Path, count: int, shards: int = 1) -> Path:
+    """A local dataset folder of parquet files; the first pixel of image i has the value i."""
+    (folder / "data").mkdir(parents=True)
+    for shard in range(shards):
+        rows = [Image.new("L", (8, 8), i) for i in range(shard, count, shards)]
+        features = datasets.Features({"number": datasets.Value("int64"), "picture": datasets.Image()})
+        table = datasets.Dataset.from_dict({"number": range(len(rows)), "picture": rows}, features=features)
+        table.to_parquet(folder / "data" / f"train-{shard:05d}-of-{shards:05d}.parquet")
+    return folder
+
+
+def finetune_flags(model: Path, images: Path, output: Path, *flags) -> list[str]:
+    """Flags of a run that is as short as can be; later ones override."""
+    short = "--report_to none --sample_steps 2 --num_samples 2 --batch_size 8 --num_epochs 2 --learning_rate 1e-2"
+    start = ["--start_model", model, "--train_data_dir", images, "--output_dir", output, *short.split()]
+    return [str(flag) for flag in [*start, *flags]]
+
+
+def command(*args, processes: int = 1) -> tuple[list[str], dict[str, str]]:
+    """How a script is started with Accelerate on the CPU, and in which environment."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if processes == 1:
+        return [sys.executable, *map(str, args)], environment
+    launch = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+    port = ["--main_process_port", "0", "--num_processes", str(processes)]
+    return [sys.executable, *launch.split(), *port, *map(str, args)], environment
+
+
+def run_script(*args, processes: int = 1, **options) -> subprocess.CompletedProcess:
+    """Run a script to its end in processes of its own."""
+    arguments, environment = command(*args, processes=processes)
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The parameters as trained (not averaged) in the newest checkpoint of a run."""
+    return load_file(sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)

@@ -1,0 +1,267 @@
+"""Images in, tensors out: every kind of source and of image, and the plan that deals them out."""
+
+import json
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import ROOT, make_dataset, write_images
+
+from ddgan.errors import InputError, RunError
+from ddgan.training.arguments import DataArguments
+from ddgan.training.data import Plan, Preprocessing, TrainingData, open_images, read_image
+
+SHARED = ROOT.parent / "shared" / "data"
+PLAN = {"batch_size": 4, "accumulation": 1, "processes": 1, "seed": 0}
+
+
+def load(image, channels=3, size=(8, 8), **options) -> torch.Tensor:
+    preprocessing = Preprocessing(channels, *size, **options)
+    return preprocessing.finish(preprocessing.load(image), sample_key=0)
+
+
+def numbers(batch) -> list[int]:
+    return ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+# ---- images
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr"])
+def test_every_mode_becomes_what_the_model_takes(mode, channels, tmp_path):
+    grey = np.linspace(0, 65535 if mode.startswith("I") else 255, 64).reshape(8, 8)
+    if mode.startswith("I"):
+        image = Image.fromarray(grey.astype(np.uint16 if mode == "I;16" else np.int32))
+    else:
+        image = Image.fromarray(grey.astype(np.float32) if mode == "F" else grey.astype(np.uint8)).convert(mode)
+    pixels = load(image, channels)
+    assert pixels.shape == (channels, 8, 8)
+    assert pixels.dtype == torch.float32
+    assert pixels[0, 0, 0] == pytest.approx(-1, abs=0.05)
+    assert pixels[0, -1, -1] == pytest.approx(1, abs=0.05)
+
+
+def test_sixteen_bits_keep_their_range():
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    expected = torch.from_numpy(np.round(ramp * (255 / 65535)) / 127.5 - 1).float()
+    assert torch.allclose(load(Image.fromarray(ramp), channels=1)[0], expected, atol=1e-6)
+
+
+def test_transparent_becomes_white_where_the_model_has_no_alpha():
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert torch.equal(load(clear), torch.ones(3, 8, 8))
+    assert load(clear, channels=4)[3].max() == -1
+    palette = Image.new("P", (8, 8), 3)
+    palette.info["transparency"] = 3
+    assert torch.equal(load(palette, channels=1), torch.ones(1, 8, 8))
+
+
+def test_a_photo_is_turned_the_way_its_camera_was_held(tmp_path):
+    photo = Image.new("RGB", (16, 8), "black")
+    photo.paste("white", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    photo.save(tmp_path / "photo.png", exif=exif)
+    pixels = load(Image.open(tmp_path / "photo.png"), size=(16, 8))
+    assert pixels[:, 0].min() == 1
+    assert pixels[:, -1].max() == -1
+
+
+def test_images_that_are_not_square_are_cropped_not_squeezed():
+    wide = Image.new("L", (32, 8), 0)
+    wide.paste(255, (12, 0, 20, 8))
+    assert load(wide, channels=1, center_crop=True).min() == 1  # the white square in the middle
+    crops = set()
+    preprocessing = Preprocessing(1, 8, 8)
+    for key in range(50):
+        crops.add(preprocessing.finish(preprocessing.load(wide), key).mean().item())
+    assert len(crops) > 5
+    assert load(Image.new("L", (20, 30)), channels=1, size=(8, 16)).shape == (1, 8, 16)
+
+
+def test_flips_are_half_of_the_samples_and_depend_on_the_key_alone():
+    ramp = Image.fromarray(np.tile(np.arange(8, dtype=np.uint8), (8, 1)))
+    preprocessing = Preprocessing(1, 8, 8, random_flip=True)
+    flipped = [preprocessing.finish(preprocessing.load(ramp), key)[0, 0, 0] > -1 for key in range(400)]
+    assert 150 < sum(flipped) < 250
+    again = [preprocessing.finish(preprocessing.load(ramp), key)[0, 0, 0] > -1 for key in range(400)]
+    assert flipped == again
+
+
+def test_arrays_of_other_channel_counts_are_taken_and_pictures_refused():
+    assert load(np.zeros((8, 8, 6), dtype=np.uint8), channels=6).shape == (6, 8, 8)
+    with pytest.raises(InputError, match=r"takes 6 channels, but .* mode RGB"):
+        load(Image.new("RGB", (8, 8)), channels=6)
+
+
+# ---- sources
+
+
+def test_a_local_dataset_folder_finds_its_image_column(tmp_path):
+    folder = make_dataset(tmp_path / "digits", 10)
+    data = TrainingData(DataArguments(dataset_name=str(folder)), Preprocessing(1, 8, 8), 0, **PLAN)
+    seen = [n for batch in data.batches(0, 3, None) for n in numbers(batch)]
+    assert sorted(seen) == list(range(10))
+    assert data.name == "digits"
+    with pytest.raises(InputError, match=r"no column 'photo'.*number, picture.*--image_column"):
+        open_images(DataArguments(dataset_name=str(folder), image_column="photo"))
+    with pytest.raises(InputError, match=r"split test.*could not be loaded"):
+        open_images(DataArguments(dataset_name=str(folder), split="test"))
+
+
+def test_a_dataset_without_images_names_its_columns(tmp_path):
+    (tmp_path / "words.csv").write_text("word,length\nno,2\n")
+    with pytest.raises(InputError, match=r"no image column\. Its columns are: word, length"):
+        open_images(DataArguments(dataset_name=str(tmp_path)))
+
+
+def test_what_is_not_there_is_said_with_where_it_was_looked_for(tmp_path):
+    with pytest.raises(InputError, match=r"nobody/nothing .*local folder .*not there; then nobody/nothing on"):
+        open_images(DataArguments(dataset_name="nobody/nothing"))
+    with pytest.raises(InputError, match="no such folder"):
+        open_images(DataArguments(train_data_dir=str(tmp_path / "missing")))
+    with pytest.raises(InputError, match="There is no image in"):
+        open_images(DataArguments(train_data_dir=str(tmp_path)))
+
+
+def test_an_image_folder_needs_no_datasets_library(images, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert len(open_images(DataArguments(train_data_dir=str(images)))) == 13
+    with pytest.raises(InputError, match=r"needs the package `datasets`.*\[train\]"):
+        open_images(DataArguments(dataset_name="some/thing"))
+
+
+def test_a_torchvision_folder_is_read_as_it_lies(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.arange(5 * 16, dtype=np.uint8).reshape(5, 4, 4)
+    header = b"\0\0\x08\x03" + b"".join(int(n).to_bytes(4, "big") for n in pixels.shape)
+    (raw / "train-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+    for folder in (tmp_path, tmp_path / "MNIST"):
+        source = open_images(DataArguments(train_data_dir=str(folder)))
+        assert np.array_equal(np.stack([source[i] for i in range(len(source))]), pixels)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared data sets are not beside this clone")
+def test_the_real_mnist_is_read():
+    source = open_images(DataArguments(train_data_dir=str(SHARED / "MNIST")))
+    assert len(source) == 60000
+    assert load(source[0], channels=1, size=(32, 32)).shape == (1, 32, 32)
+
+
+def test_the_embedded_dataset_is_the_default():
+    source = open_images(DataArguments())
+    assert 500 <= len(source) <= 1000
+    assert read_image(source[0], Preprocessing(3, 32, 32)).shape == (3, 32, 32)
+
+
+# ---- broken images
+
+
+def test_a_broken_image_is_named_before_training_or_left_out_and_counted(tmp_path):
+    folder = write_images(tmp_path / "images", 9)
+    (folder / "004.png").write_bytes((folder / "004.png").read_bytes()[:60])
+    with pytest.raises(InputError, match=r"004\.png.*--skip_broken_images"):
+        TrainingData(DataArguments(train_data_dir=str(folder)), Preprocessing(3, 8, 8), 0, **PLAN)
+    for workers in (0, 1):
+        args = DataArguments(train_data_dir=str(folder), skip_broken_images=True, dataloader_num_workers=workers)
+        data = TrainingData(args, Preprocessing(3, 8, 8), 0, **PLAN)
+        batches = list(data.batches(0, 3, None))
+        assert sum(len(batch.images) for batch in batches) == 9
+        broken = [name for batch in batches for name in batch.broken]
+        assert len(broken) == 1
+        assert "004.png" in broken[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_later_ends_the_run_with_its_name(tmp_path, workers):
+    folder = write_images(tmp_path / "images", 9)
+    args = DataArguments(train_data_dir=str(folder), dataloader_num_workers=workers)
+    data = TrainingData(args, Preprocessing(3, 8, 8), 0, **PLAN)
+    (folder / "004.png").write_bytes(b"")
+    with pytest.raises(RunError, match=r"004\.png"):
+        list(data.batches(0, 3, None))
+
+
+# ---- the plan
+
+
+@pytest.mark.parametrize("images", [1, 7, 24, 25, 100])
+@pytest.mark.parametrize(("batch", "accumulation", "processes"), [(4, 1, 1), (3, 2, 1), (2, 3, 2), (1, 1, 5)])
+def test_every_epoch_has_every_image_once_and_no_process_is_without_work(images, batch, accumulation, processes):
+    plan = Plan(images, batch, accumulation, processes, seed=3)
+    orders = []
+    for epoch in range(2):
+        order = []
+        for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
+            positions = []
+            for micro_batch in range(plan.micro_batches(step)):
+                shares = [plan.share(step, micro_batch, rank) for rank in range(processes)]
+                assert max(map(len, shares)) <= batch
+                positions += [position for share in shares for position in share]
+            assert positions == list(range(plan.window(step)[2]))
+            order += [plan.image_index(step, position) for position in positions]
+        assert sorted(order) == list(range(images))
+        assert plan.images_seen((epoch + 1) * plan.steps_per_epoch) == (epoch + 1) * images
+        orders.append(order)
+    assert images < 7 or orders[0] != orders[1]
+
+
+# ---- streams
+
+
+def stream(folder: Path, rank: int = 0, workers: int = 0, **plan) -> TrainingData:
+    args = DataArguments(dataset_name=str(folder), streaming=True, dataloader_num_workers=workers)
+    return TrainingData(args, Preprocessing(1, 8, 8), rank, **{**PLAN, **plan})
+
+
+@pytest.fixture
+def no_naps(monkeypatch):
+    """The datasets library sleeps for seconds whenever a stream of parquet files is closed."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
+@pytest.mark.usefixtures("no_naps")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_is_taken_up_exactly_where_it_was_left(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("ddgan.training.data._SHUFFLE_BLOCK", 7)
+    folder = make_dataset(tmp_path / "streamed", 30, shards=3)
+
+    def read(start: int, stop: int, position=None) -> list:
+        return list(islice(stream(folder, workers=workers).batches(start, 20, position), stop - start))
+
+    whole = [(numbers(batch), batch.keys) for batch in read(0, 20)]
+    first_pass = Counter(n for seen, _ in whole for n in seen)
+    assert sum(first_pass.values()) == 80
+    assert set(first_pass) == set(range(30))
+    assert max(first_pass.values()) <= 3  # 80 samples are two passes of 30 and a part of a third
+    for taken in (1, 3, 7, 8, 15):  # within a block, at its end, in the second pass
+        first = read(0, taken)
+        rest = read(taken, 20, json.loads(json.dumps(first[-1].position)))
+        assert [(numbers(b), b.keys) for b in [*first, *rest]] == whole, taken
+
+
+@pytest.mark.usefixtures("no_naps")
+@pytest.mark.parametrize("shards", [1, 4])
+def test_processes_share_out_a_stream(tmp_path, shards):
+    folder = make_dataset(tmp_path / "streamed", 32, shards=shards)
+    parts = [
+        [n for b in islice(stream(folder, rank, processes=2).batches(0, 4, None), 4) for n in numbers(b)]
+        for rank in (0, 1)
+    ]
+    assert len(parts[0]) == len(parts[1]) == 16
+    assert sorted(parts[0] + parts[1]) == list(range(32))
+
+
+@pytest.mark.usefixtures("no_naps")
+def test_a_stream_shuffles_its_rows(tmp_path):
+    folder = make_dataset(tmp_path / "streamed", 32)
+    seen = [n for b in islice(stream(folder).batches(0, 8, None), 8) for n in numbers(b)]
+    assert sorted(seen) == list(range(32))
+    assert seen != list(range(32))

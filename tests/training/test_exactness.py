@@ -1,0 +1,205 @@
+"""What must never change: a step is the same however it is cut up, and a run however it is interrupted."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors.torch import load_file
+from tiny import ROOT, command, finetune_flags, largest_difference, run_script, tiny_unet, weights, write_images
+
+from ddgan.training.tracking import read_metrics
+
+SCRIPT = ROOT / "finetune_model.py"
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run / "metrics.csv")]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, averaged weights, optimizer and metrics are the same to the last bit."""
+    newest = [sorted((run / "checkpoints").glob("step-*"))[-1] for run in (a, b)]
+    assert newest[0].name == newest[1].name
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert largest_difference(*(load_file(folder / file) for folder in newest)) == 0, file
+    states = [torch.load(folder / "optimizer.bin", weights_only=True)["state"] for folder in newest]
+    assert states[0].keys() == states[1].keys()
+    for i in states[0]:
+        for name, value in states[0][i].items():
+            assert torch.equal(value, states[1][i][name]), (i, name)
+    assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert largest_difference(load_file(a / unet), load_file(b / unet)) == 0
+
+
+def start(model: Path, images: Path, output: Path, *flags, processes: int = 1) -> subprocess.Popen:
+    arguments, environment = command(SCRIPT, *finetune_flags(model, images, output, *flags), processes=processes)
+    return subprocess.Popen(
+        arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if (run / "metrics.csv").exists() and len((run / "metrics.csv").read_text().splitlines()) > steps:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} did not reach step {steps}")
+
+
+# dropout draws differ with the way a batch is cut up, so these start from a model without it
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "no-dropout"
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+# SGD-like bounds on the difference would need a smaller rate: Adam divides by the root of the squared gradient, so
+# where a gradient is rounding noise it turns 1e-9 into a full step. A larger epsilon is not ours to set; a low
+# learning rate bounds a full step by 1e-5 and two epochs are four of them.
+LOW_RATE = ("--learning_rate", "1e-6", "--max_grad_norm", "0")
+
+
+def test_accumulated_micro_batches_equal_one_batch_also_in_a_short_window(finetune, model):
+    whole = finetune("whole", "--start_model", model, "--batch_size", 8, *LOW_RATE)
+    parts = finetune("parts", "--start_model", model, "--batch_size", 2, "--grad_accumulation_steps", 4, *LOW_RATE)
+    assert len(losses(whole)) == 4  # two epochs of 13 images: windows of 8 and 5
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-6)
+    moved = largest_difference(weights(whole), load_file(model / "unet/diffusion_pytorch_model.safetensors"))
+    assert moved > 1e-6
+    assert largest_difference(weights(whole), weights(parts)) < 1e-6
+
+
+def test_the_gradient_is_that_of_the_mean_over_the_window(finetune, model):
+    """The same with gradients themselves, through their norm, which no optimizer rescales."""
+    whole = finetune("whole", "--start_model", model, "--batch_size", 8, *LOW_RATE)
+    parts = finetune("parts", "--start_model", model, "--batch_size", 3, "--grad_accumulation_steps", 3, *LOW_RATE)
+    first = [read_metrics(run / "metrics.csv")[0]["grad_norm"] for run in (whole, parts)]
+    assert first[0] != pytest.approx(first[1], rel=1e-3)  # windows of 8 and of 9 images are not the same
+    parts = finetune("again", "--start_model", model, "--batch_size", 1, "--grad_accumulation_steps", 8, *LOW_RATE)
+    norms = [[row["grad_norm"] for row in read_metrics(run / "metrics.csv")] for run in (whole, parts)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_also_where_one_has_no_image_left(finetune, model, tmp_path):
+    images = write_images(tmp_path / "nine", 9)  # windows of 8 and 1: in the second, one process only stands in
+    flags = ("--start_model", model, "--train_data_dir", images, *LOW_RATE)
+    one = finetune("one", *flags, "--batch_size", 8)
+    two = tmp_path / "two"
+    done = run_script(SCRIPT, *finetune_flags(model, images, two, *LOW_RATE, "--batch_size", 4), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert losses(two) == pytest.approx(losses(one), abs=1e-6)
+    assert largest_difference(weights(one), weights(two)) < 1e-6
+    assert "| images a step | 8, 2 processes |" in (two / "README.md").read_text()
+    for name in ("samples/step-00000004.png", "before_after.png", "loss.png"):
+        assert (two / name).exists()
+
+
+def test_a_run_repeats_itself_and_another_seed_does_not(finetune):
+    first, again, other = (finetune(name, "--seed", seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert_same_run(first, again)
+    assert losses(first) != losses(other)
+
+
+def test_neither_samples_nor_saves_nor_workers_disturb_training(finetune):
+    plain = finetune("plain", "--random_flip")
+    busy = finetune(
+        "busy",
+        "--random_flip",
+        *["--log_samples_every", "1", "--save_model_every", "1", "--checkpointing_steps", "1"],
+        "--dataloader_num_workers",
+        2,
+        "--cache_images",
+    )
+    assert_same_run(plain, busy)
+    assert len(list((busy / "checkpoints").iterdir())) == 2  # --checkpoints_total_limit
+
+
+def test_averaged_weights_are_what_is_saved_and_never_what_is_trained(finetune):
+    averaged, plain = finetune("averaged"), finetune("plain", "--ema_decay", 0)
+    assert largest_difference(weights(averaged), weights(plain)) == 0
+    saved = load_file(averaged / "unet/diffusion_pytorch_model.safetensors")
+    newest = sorted((averaged / "checkpoints").glob("step-*"))[-1]
+    shadow = load_file(newest / "ema.safetensors")
+    assert sorted(t.sum().item() for t in saved.values()) == sorted(t.sum().item() for t in shadow.values())
+    assert largest_difference(saved, weights(averaged)) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_the_resumed_run_ends_bit_identical(
+    finetune, tiny_model, images, tmp_path, number
+):
+    flags = ("--num_epochs", 80, "--dataloader_num_workers", 1)
+    straight = finetune("straight", *flags)
+    run = tmp_path / "stopped"
+    process = start(tiny_model, images, run, *flags)
+    wait_for_steps(run, 11)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert f"Stopped by {number.name} after step" in output
+    assert "--resume_from_checkpoint latest" in output
+    assert "Traceback" not in output
+    assert 0 < len(losses(run)) < 160
+    assert finetune("stopped", *flags, "--resume_from_checkpoint", "latest") == run
+    assert_same_run(straight, run)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(finetune, tiny_model, images, tmp_path):
+    flags = (
+        "--num_epochs",
+        60,
+        *["--checkpointing_steps", "7", "--save_model_every", "9", "--log_samples_every", "11"],
+    )
+    straight = finetune("straight", *flags)
+    run = tmp_path / "killed"
+    moments = random.Random(0)
+    for reached in (1, 30, 60):
+        process = start(tiny_model, images, run, *flags, "--resume_from_checkpoint", "latest")
+        wait_for_steps(run, reached)
+        time.sleep(moments.random() * 0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    finetune("killed", *flags, "--resume_from_checkpoint", "latest")
+    assert_same_run(straight, run)
+    assert not list(run.rglob(".tmp-*"))
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_resume_bit_identical(tiny_model, images, tmp_path):
+    flags = ("--num_epochs", 30, "--batch_size", 4)
+    straight, run = tmp_path / "straight", tmp_path / "stopped"
+    done = run_script(SCRIPT, *finetune_flags(tiny_model, images, straight, *flags), processes=2)
+    assert done.returncode == 0, done.stderr
+    process = start(tiny_model, images, run, *flags, processes=2)
+    wait_for_steps(run, 11)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert "Stopped by SIGTERM after step" in output
+    assert 0 < len(losses(run)) < 60
+    again = finetune_flags(tiny_model, images, run, *flags, "--resume_from_checkpoint", "latest")
+    done = run_script(SCRIPT, *again, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(straight, run)
+
+
+def test_learning_rates_count_optimizer_steps_whatever_is_accumulated(finetune):
+    flags = ("--lr_warmup_steps", 2, "--lr_scheduler", "linear", "--num_epochs", 4)
+    rates = [
+        [row["learning_rate"] for row in read_metrics(run / "metrics.csv")]
+        for run in (finetune("a", *flags), finetune("b", *flags, "--batch_size", 2, "--grad_accumulation_steps", 4))
+    ]
+    assert rates[0] == rates[1]
+    assert rates[0][:3] == pytest.approx([0, 5e-3, 1e-2])
+    assert len(rates[0]) == 8

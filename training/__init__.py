@@ -1,0 +1,1 @@
+"""All that the training scripts share: arguments, data, the loop, objectives, checkpoints, tracking."""

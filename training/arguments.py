@@ -1,0 +1,172 @@
+"""What can be said on the command line of every training script, and how it is read."""
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..errors import InputError
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class DataArguments:
+    """Which images are trained on and how they are cut to size."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = option(
+        None, "dataset on the Hub, or a local folder that `datasets.load_dataset` reads (default: the embedded emoji)"
+    )
+    dataset_config: str | None = option(None, "configuration of that dataset, where it has several")
+    split: str = option("train", "split of the dataset")
+    image_column: str | None = option(None, "column with the images (default: the first image column)")
+    streaming: bool = option(False, "read the dataset as a stream, without a copy on disk; needs --max_train_steps")
+    train_data_dir: str | None = option(
+        None, "folder of image files, searched with its sub-folders, or torchvision's MNIST-style folder"
+    )
+    image_size: int | None = option(None, "train at this height and width (default: the start model's)")
+    resolution: list[int] | None = option(None, "height and width, where they differ: --resolution 64 96")
+    center_crop: bool = option(False, "crop images that are not square at the centre, not at random")
+    random_flip: bool = option(False, "mirror half of the images, drawn anew each time")
+    skip_broken_images: bool = option(False, "leave out images that cannot be read, and count them")
+    cache_images: bool = option(False, "keep the decoded, resized images in memory (images x channels x H x W bytes)")
+    dataloader_num_workers: int = option(0, "processes that read images ahead of the training loop")
+
+    def __post_init__(self):
+        if self.dataset_name and self.train_data_dir:
+            raise InputError(
+                f"--dataset_name {self.dataset_name} and --train_data_dir {self.train_data_dir} both name the "
+                "images to train on. Give one of them."
+            )
+        if self.resolution and (self.image_size or len(self.resolution) != 2):
+            raise InputError(
+                "--resolution takes a height and a width (--resolution 64 96) and stands in place of --image_size."
+            )
+        if self.streaming and not self.dataset_name:
+            raise InputError("--streaming reads a dataset as a stream: name it with --dataset_name.")
+
+
+@dataclass
+class RunArguments:
+    """How a training run goes: its length, its optimizer, what it shows and what it keeps."""
+
+    _argument_group_name = "run"
+
+    output_dir: str | None = option(None, "the run folder (default: --model_save_name)")
+    model_save_name: str | None = option(
+        None, "name of the model on its card and on the Hub (default: --output_dir's)"
+    )
+    seed: int = option(0, "with the same seed and settings a run repeats itself")
+    batch_size: int = option(16, "images in a micro-batch of one process")
+    grad_accumulation_steps: int = option(1, "micro-batches of each process that make one optimizer step")
+    num_epochs: int = option(40, "passes over the images")
+    max_train_steps: int | None = option(None, "optimizer steps, in place of --num_epochs")
+    learning_rate: float = option(1e-4, "peak learning rate of AdamW")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = option("cosine", "course of the learning rate over the optimizer steps")
+    lr_warmup_steps: int = option(0, "optimizer steps over which the learning rate rises from zero")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them")
+    ema_decay: float = option(0.9999, "upper bound on the decay of the averaged weights (EMA); 0 turns them off")
+    ema_inv_gamma: float = option(1.0, "EMA warm-up: the decay after n steps is 1 - (1 + n / inv_gamma) ** -power")
+    ema_power: float = option(0.75, "EMA warm-up: see --ema_inv_gamma")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "(default: what `accelerate launch` says)")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    compile: bool = option(False, "compile the network with torch.compile")
+    channels_last: bool = option(False, "keep tensors in channels-last order: faster convolutions on most devices")
+    log_samples_every: int = option(200, "optimizer steps between grids of samples; 0: only before and after")
+    num_samples: int = option(16, "images in such a grid")
+    save_model_every: int = option(500, "optimizer steps between saves of the pipeline; 0: only at the end")
+    checkpointing_steps: int = option(500, "optimizer steps between checkpoints to resume from; 0: only at the end")
+    checkpoints_total_limit: int = option(2, "checkpoints that are kept; 0 keeps all")
+    resume_from_checkpoint: str | None = option(None, "go on from this checkpoint folder, or from the `latest`")
+    report_to: Literal["tensorboard", "wandb", "trackio", "none", "all"] | None = option(
+        None, "where metrics and samples go (default: wandb with --wandb_project, else tensorboard)"
+    )
+    wandb_project: str | None = option(None, "project name for the tracker")
+    push_to_hub: bool = option(False, "upload the model to the Hugging Face Hub at the end")
+    hub_model_id: str | None = option(None, "repository to upload to (default: you/--model_save_name)")
+    hub_private: bool = option(False, "make that repository private")
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            self.output_dir = self.model_save_name or "finetuned"
+        if self.model_save_name is None:
+            self.model_save_name = Path(self.output_dir).resolve().name
+        if self.report_to is None:
+            self.report_to = "wandb" if self.wandb_project else "tensorboard"
+        for name in ("batch_size", "grad_accumulation_steps", "num_epochs", "num_samples", "max_train_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} is {value}; it counts something, so it must be at least 1.")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"--ema_decay is {self.ema_decay}; it must be at least 0 (no EMA) and less than 1.")
+
+
+def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tuple:
+    """Read the command line into one instance of each dataclass.
+
+    `--config file.yaml` gives values that flags override; the file is flat, its keys are the flags' names.
+
+    Raises:
+        InputError: for an unknown flag or key (the nearest one is named) or a value of the wrong kind.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with values for any of these flags; flags override it")
+
+    def fail(message):
+        raise InputError(f"{message[0].upper()}{message[1:]}. --help lists the flags.")
+
+    parser.error = fail
+    known = {option for action in parser._actions for option in action.option_strings}
+    config, _ = parser.parse_known_args([token for token in argv if token not in ("-h", "--help")])
+    defaults = _read_config(config.config, known) if config.config else []
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        defaults + argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise InputError(f"{_unknown(unknown[0].split('=')[0], known)} --help lists the flags.")
+    return tuple(parsed)
+
+
+def write_config(path: Path, *arguments: Any) -> None:
+    """Write every argument in force to a YAML file that `--config` reads back."""
+    values = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
+    path.write_text(
+        "# every argument of this run: pass this file back with --config to repeat it\n"
+        + yaml.safe_dump({name: value for name, value in values.items() if value is not None}, sort_keys=False),
+        encoding="utf-8",
+    )
+
+
+def _read_config(path: str, known: set[str]) -> list[str]:
+    if not Path(path).is_file():
+        raise InputError(f"--config {path}: there is no such file.")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path} must hold one `flag: value` a line, like the config.yaml of a run folder.")
+    tokens = []
+    for name, value in values.items():
+        if f"--{name}" not in known:
+            raise InputError(f"--config {path}: {_unknown(f'--{name}', known)}")
+        if value is not None:
+            tokens += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return tokens
+
+
+def _unknown(flag: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(flag, known, n=1)
+    return f"There is no flag {flag}." + (f" Did you mean {nearest[0]}?" if nearest else "")

@@ -1,0 +1,141 @@
+"""Files and checkpoints that are whole or not there, whenever the process ends."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..errors import InputError, RunError
+
+_NAME = re.compile(r"step-(\d{8})")
+_STATE = "state.json"
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name, sync it and rename it over `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")  # the suffix stays: writers go by it
+    write(temporary)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:
+    """Write files into a temporary folder, then rename each over its place in `folder`; other files there stay."""
+    temporary = folder / ".tmp-files"
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+    for path in files:
+        _sync(path)
+    for path in files:
+        target = folder / path.relative_to(temporary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writes that were cut off left in a run folder under temporary names."""
+    for path in [*folder.rglob(".tmp-*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run: step-00001000/ and so on, each the whole state of training.
+
+    A checkpoint is written to a temporary name, synced and renamed, so every folder `step-*` is complete; older ones
+    are removed after that.
+
+    Args:
+        folder: where they are.
+        limit: how many are kept; 0 keeps all.
+    """
+
+    def __init__(self, folder: Path, limit: int, accelerator: Accelerator):
+        self.folder, self.limit, self.accelerator = folder, limit, accelerator
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, oldest first."""
+        found = [_NAME.fullmatch(path.parent.name) for path in self.folder.glob(f"step-*/{_STATE}")]
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def last(self) -> str:
+        """The newest complete checkpoint in words."""
+        steps = self.steps()
+        return str(self.path(steps[-1])) if steps else "none: the run had not saved one yet"
+
+    def save(self, step: int, state: dict, write: Callable[[Path], None]) -> None:
+        """Save a checkpoint; called by every process.
+
+        Args:
+            state: the small facts that `load_state` gives back, as JSON.
+            write: puts everything else into the folder that it is given; runs in every process.
+
+        Raises:
+            RunError: if it cannot be written, for want of space say; what was saved before is still there.
+        """
+        if step in self.steps():
+            return
+        temporary, final = self.folder / f".tmp-step-{step:08d}", self.path(step)
+        try:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            write(temporary)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+                for path in temporary.rglob("*"):
+                    _sync(path)
+                shutil.rmtree(final, ignore_errors=True)  # there only if it is not complete
+                os.replace(temporary, final)
+                _sync(self.folder)
+        except Exception as error:  # OSError, or what torch's and safetensors' writers raise in its place
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(
+                f"The checkpoint of step {step} could not be written to {self.folder}: {error}. The last good "
+                f"checkpoint is {self.last()}. Make room, then go on with --resume_from_checkpoint latest."
+            ) from error
+        if self.accelerator.is_main_process and self.limit:
+            for old in self.steps()[: -self.limit]:
+                shutil.rmtree(self.path(old))
+
+    def find(self, wanted: str) -> Path | None:
+        """The folder that `--resume_from_checkpoint` means: a path, or `latest`, which is None where there is none.
+
+        Raises:
+            InputError: if the path is not a complete checkpoint.
+        """
+        if wanted == "latest":
+            steps = self.steps()
+            return self.path(steps[-1]) if steps else None
+        if not (Path(wanted) / _STATE).is_file():
+            there = ", ".join(self.path(step).name for step in self.steps()) or "none"
+            raise InputError(
+                f"--resume_from_checkpoint {wanted} is not a complete checkpoint. Those of this run, in "
+                f"{self.folder}: {there}. `latest` takes the newest."
+            )
+        return Path(wanted)
+
+
+def load_state(checkpoint: Path) -> dict:
+    """The facts that were given to `Checkpoints.save`."""
+    return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,505 @@
+"""Images for training: where they come from, how they become tensors, and which process trains on which when."""
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.datasets.mnist import read_image_file
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from ..errors import InputError, RunError
+from .arguments import DataArguments
+from .randomness import key
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+EMBEDDED_DATASET = Path(__file__).parent.parent / "examples" / "data" / "twemoji-32"
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_SHUFFLE_BLOCK = 1000  # rows of a stream that are shuffled among one another, and held in memory undecoded
+_CHECKED_IMAGES = 1000  # images that are read once before a run starts, so that a broken one is found early
+
+
+class BrokenImageError(Exception):
+    """An image of the data cannot be read; the message says why."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: `len(source)`, `source[i]` -> a cell that `read_image` reads, `source.name(i)` for messages
+
+
+class ImageFolder:
+    """The image files below a folder, in the order of their paths."""
+
+    def __init__(self, folder: Path):
+        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not self.paths:
+            raise InputError(
+                f"There is no image in {folder} or its sub-folders. Files that end in "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))} count, and torchvision's raw/train-images-idx3-ubyte."
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Path:
+        return self.paths[i]
+
+    def name(self, i: int) -> str:
+        return str(self.paths[i])
+
+
+class ImageArray:
+    """Grey images from a file in MNIST's idx format, as torchvision lays them out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.images = read_image_file(str(path)).numpy()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.images[i]
+
+    def name(self, i: int) -> str:
+        return f"image {i} of {self.path}"
+
+
+class ImageTable:
+    """The image column of a dataset of the `datasets` library."""
+
+    def __init__(self, dataset, column: str | None):
+        self.dataset, self.column = _undecoded(dataset, column)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.dataset[i][self.column]
+
+    def name(self, i: int) -> str:
+        return f"row {i} ({_file_name(self[i])})"
+
+
+def open_images(args: DataArguments):
+    """Open what the arguments name: an image source, or with `--streaming` an iterable dataset with its column.
+
+    Raises:
+        InputError: what is named is not found, holds no image, or has no such split, configuration or column.
+    """
+    if args.train_data_dir:
+        folder = Path(args.train_data_dir)
+        if not folder.is_dir():
+            raise InputError(f"--train_data_dir {folder}: there is no such folder (looked for at {folder.resolve()}).")
+        part = "t10k" if args.split == "test" else "train"
+        arrays = [*folder.glob(f"raw/{part}-images-idx3-ubyte"), *folder.glob(f"*/raw/{part}-images-idx3-ubyte")]
+        return ImageArray(arrays[0]) if arrays else ImageFolder(folder)
+    dataset = _load_dataset(args)
+    if args.streaming:
+        return _undecoded(dataset, args.image_column)
+    if len(dataset) == 0:
+        raise InputError(f"The dataset {args.dataset_name}, split {args.split}, is empty.")
+    return ImageTable(dataset, args.image_column)
+
+
+def _load_dataset(args: DataArguments):
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            "Reading a dataset needs the package `datasets`: pip install 'diffusers-ddgan[train]'. A folder of images "
+            "can be read without it: --train_data_dir FOLDER."
+        ) from None
+    name = args.dataset_name or str(EMBEDDED_DATASET)
+    try:
+        return datasets.load_dataset(name, args.dataset_config, split=args.split, streaming=args.streaming)
+    except Exception as error:  # the library raises ValueError, OSError, its own and its builders' errors
+        looked = f"local folder {Path(name).resolve()}: {'there' if Path(name).exists() else 'not there'}"
+        raise InputError(
+            f"The dataset {name} (split {args.split}) could not be loaded. Looked for: {looked}; then {name} on the "
+            f"Hugging Face Hub. The datasets library says: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _undecoded(dataset, column: str | None):
+    """The dataset with its image column as encoded bytes, and that column's name."""
+    from datasets import Image as ImageFeature
+
+    features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
+    found = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
+    found += [name for name in ("image", "img") if name in features and name not in found]
+    column = column or (found[0] if found else None)
+    if column not in features:
+        raise InputError(
+            f"The dataset has no {'image column' if column is None else f'column {column!r}'}. Its columns are: "
+            f"{', '.join(features) or 'none (it is empty)'}. Name the one with the images with --image_column."
+        )
+    if isinstance(features[column], ImageFeature):
+        dataset = dataset.cast_column(column, ImageFeature(decode=False))
+    return dataset.select_columns([column]), column
+
+
+def _file_name(cell: Any) -> str:
+    return (isinstance(cell, dict) and cell["path"]) or "no file name"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From an image to a tensor
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes what the network takes: (channels, height, width) in [-1, 1]."""
+
+    channels: int
+    height: int
+    width: int
+    center_crop: bool = False
+    random_flip: bool = False
+
+    def load(self, image: Image.Image | np.ndarray) -> torch.Tensor:
+        """Decode, convert and resize: uint8 (channels, h, w) that covers (height, width) with one side equal."""
+        pixels = torch.from_numpy(np.array(self._convert(image)))
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        h, w = pixels.shape[1:]
+        scale = max(self.height / h, self.width / w)
+        size = [max(self.height, round(h * scale)), max(self.width, round(w * scale))]
+        return TF.resize(pixels, size, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+
+    def finish(self, pixels: torch.Tensor, sample_key: int) -> torch.Tensor:
+        """Crop, flip and scale a loaded image to [-1, 1]; what is random is drawn from the sample's key."""
+        random = Random(sample_key)
+        spare = (pixels.shape[1] - self.height, pixels.shape[2] - self.width)
+        top, left = (s // 2 if self.center_crop else random.randint(0, s) for s in spare)
+        pixels = pixels[:, top : top + self.height, left : left + self.width]
+        if self.random_flip and random.random() < 0.5:
+            pixels = pixels.flip(2)
+        return pixels.to(torch.float32).div_(127.5).sub_(1.0)
+
+    def _convert(self, image: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
+        if isinstance(image, np.ndarray):
+            if image.ndim == 3 and image.shape[2] == self.channels and image.dtype == np.uint8:
+                return image
+            image = Image.fromarray(image)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16 bits, or floats in 0..1 or 0..255
+            values = np.asarray(image, dtype=np.float64)
+            scale = 255 / 65535 if values.max() > 255 else 255 if image.mode == "F" and values.max() <= 1 else 1
+            image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
+        if self.channels not in _MODES:
+            raise InputError(
+                f"The UNet takes {self.channels} channels, but an image of the data has mode {image.mode}. Images "
+                f"have 1 to 4 channels; for others give a dataset of uint8 arrays (height, width, {self.channels})."
+            )
+        if self.channels in (1, 3) and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert(_MODES[self.channels])
+
+
+def read_image(cell: Any, preprocessing: Preprocessing) -> torch.Tensor:
+    """Read and load an image from its path, its encoded bytes (a cell of `datasets`), or its pixels.
+
+    Raises:
+        BrokenImageError: if it cannot be read.
+    """
+    try:
+        if isinstance(cell, dict):
+            cell = io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]
+        return preprocessing.load(Image.open(cell) if isinstance(cell, (str, Path, io.BytesIO)) else np.asarray(cell))
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenImageError(str(error)) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which samples make which optimizer step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the samples of a run are dealt out to optimizer steps, micro-batches and processes.
+
+    An epoch is a permutation of the images, cut into windows of `images_per_step`; the last window of an epoch may be
+    shorter. Everything is computed from the step, so a run can be taken up at any of them.
+
+    Args:
+        num_images: images in an epoch; None for a stream, which is one endless epoch.
+    """
+
+    num_images: int | None
+    batch_size: int
+    accumulation: int
+    processes: int
+    seed: int
+
+    @property
+    def images_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.processes
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        return None if self.num_images is None else ceil(self.num_images / self.images_per_step)
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data that are complete after `step` optimizer steps (0 throughout for a stream)."""
+        if self.num_images is None:
+            return 0.0
+        whole, part = divmod(step, self.steps_per_epoch)
+        return whole + min(1.0, part * self.images_per_step / self.num_images)
+
+    def window(self, step: int) -> tuple[int, int, int]:
+        """Epoch, position of the first sample in it, and number of samples of the optimizer step with index `step`."""
+        if self.num_images is None:
+            return 0, step * self.images_per_step, self.images_per_step
+        epoch, part = divmod(step, self.steps_per_epoch)
+        start = part * self.images_per_step
+        return epoch, start, min(self.images_per_step, self.num_images - start)
+
+    def images_seen(self, step: int) -> int:
+        """Samples that `step` optimizer steps have trained on."""
+        epoch, start, _ = self.window(step)
+        return epoch * (self.num_images or 0) + start
+
+    def micro_batches(self, step: int) -> int:
+        """Micro-batches that each process trains on in a step."""
+        return ceil(self.window(step)[2] / (self.batch_size * self.processes))
+
+    def share(self, step: int, micro_batch: int, rank: int) -> range:
+        """Positions in the window that a process trains on in a micro-batch; a short one is shared out evenly."""
+        start = micro_batch * self.batch_size * self.processes
+        count = min(self.batch_size * self.processes, self.window(step)[2] - start)
+        return range(start + count * rank // self.processes, start + count * (rank + 1) // self.processes)
+
+    def sample_key(self, step: int, position: int) -> int:
+        return key(self.seed, step, position)
+
+    def image_index(self, step: int, position: int) -> int:
+        epoch, start, _ = self.window(step)
+        return int(_permutation(self.num_images, key(self.seed, epoch))[start + position])
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, seed: int) -> torch.Tensor:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+@dataclass
+class Batch:
+    """A micro-batch of one process.
+
+    Attributes:
+        images: (B, C, H, W) in [-1, 1].
+        keys: one integer a sample, from which all that is random about it is drawn.
+        weight: 1, or 0 where the process only stands in because the window has no sample left for it.
+        broken: images that cannot be read; they were left out if the arguments say so, else there are no `images`.
+        position: of a stream, where it can be taken up after this batch.
+    """
+
+    images: torch.Tensor | None
+    keys: list[int]
+    weight: float
+    broken: list[str]
+    position: dict | None = None
+
+    def pin_memory(self) -> "Batch":
+        return self if self.images is None else replace(self, images=self.images.pin_memory())
+
+
+class TrainingImages(torch.utils.data.Dataset):
+    """Micro-batches from an image source: item (step, micro-batch) is what this process trains on there."""
+
+    def __init__(self, source, preprocessing: Preprocessing, plan: Plan, rank: int, args: DataArguments):
+        self.source, self.preprocessing, self.plan, self.rank = source, preprocessing, plan, rank
+        self.skip_broken = args.skip_broken_images
+        self.cache = None
+        if args.cache_images:
+            progress = tqdm(range(len(source)), "decoding images", leave=False, disable=rank > 0)
+            self.cache = [self._read(i) for i in progress]
+
+    def __getitem__(self, item: tuple[int, int]) -> Batch:
+        step, micro_batch = item
+        share = self.plan.share(step, micro_batch, self.rank)
+        positions = share or range(share.start, share.start + 1)
+        images, keys, broken = [], [], []
+        for position in positions:
+            sample_key = self.plan.sample_key(step, position)
+            index = self.plan.image_index(step, min(position, self.plan.window(step)[2] - 1))
+            pixels, names = self.cache[index] if self.cache else self._read(index)
+            if names and not self.skip_broken:
+                return Batch(None, [], 0.0, names)
+            images.append(self.preprocessing.finish(pixels, sample_key))
+            keys.append(sample_key)
+            broken += names
+        return Batch(torch.stack(images), keys, float(len(share) > 0), broken)
+
+    def _read(self, index: int) -> tuple[torch.Tensor | None, list[str]]:
+        """The image, or where it is broken and may be left out the next one that is not, and the broken ones."""
+        broken = []
+        for _ in range(len(self.source) if self.skip_broken else 1):
+            try:
+                return read_image(self.source[index], self.preprocessing), broken
+            except BrokenImageError as error:
+                broken.append(f"{self.source.name(index)}: {error}")
+                index = (index + 1) % len(self.source)
+        return None, broken
+
+
+class StreamedImages(torch.utils.data.IterableDataset):
+    """Micro-batches from a stream, which each process reads its own part of, for ever, from a given position on.
+
+    Rows are shuffled within blocks, shards anew in each pass. A position is the state of the stream at the start of a
+    block and the number of rows of the block that were used, so that a run can be taken up exactly.
+    """
+
+    def __init__(self, stream, column, preprocessing: Preprocessing, plan: Plan, rank: int, args: DataArguments):
+        from datasets.distributed import split_dataset_by_node
+
+        stream = stream.shuffle(seed=plan.seed, buffer_size=1)  # the order of the shards; rows: see `_rows`
+        self.stream = split_dataset_by_node(stream, rank, plan.processes)
+        self.column, self.preprocessing, self.plan, self.rank = column, preprocessing, plan, rank
+        self.skip_broken = args.skip_broken_images
+        self.start_step, self.position = 0, None
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = self._rows(self.position)
+        step = self.start_step
+        while True:
+            for micro_batch in range(self.plan.accumulation):
+                images, keys, broken = [], [], []
+                for position in self.plan.share(step, micro_batch, self.rank):
+                    sample_key = self.plan.sample_key(step, position)
+                    pixels, where = self._next(rows, broken)
+                    if pixels is None:
+                        yield Batch(None, [], 0.0, broken)
+                        return
+                    images.append(self.preprocessing.finish(pixels, sample_key))
+                    keys.append(sample_key)
+                yield Batch(torch.stack(images), keys, 1.0, broken, where)
+            step += 1
+
+    def _next(self, rows: Iterator, broken: list[str]) -> tuple[torch.Tensor | None, dict]:
+        for cell, where in rows:
+            try:
+                return read_image(cell, self.preprocessing), where
+            except BrokenImageError as error:
+                broken.append(f"a row of the stream ({_file_name(cell)}): {error}")
+                if not self.skip_broken:
+                    return None, where
+
+    def _rows(self, position: dict | None) -> Iterator[tuple[Any, dict]]:
+        """Cells of the image column, each with the position after it."""
+        here = position or {"pass": 0, "block": 0, "state": None, "used": 0}
+        while True:
+            self.stream.set_epoch(here["pass"])
+            if here["state"] is not None:
+                self.stream.load_state_dict(here["state"])
+            rows = iter(self.stream)
+            while block := list(islice(rows, _SHUFFLE_BLOCK)):
+                order = list(range(len(block)))
+                Random(key(self.plan.seed, self.rank, here["pass"], here["block"])).shuffle(order)
+                for i in order[here["used"] :]:
+                    here = {**here, "used": here["used"] + 1}
+                    yield block[i][self.column], here
+                here = {**here, "block": here["block"] + 1, "state": self.stream.state_dict(), "used": 0}
+            if here["block"] == 0:
+                raise InputError("The stream has no rows for this process: it is empty, or has too few for so many.")
+            here = {"pass": here["pass"] + 1, "block": 0, "state": None, "used": 0}
+
+
+class TrainingData:
+    """The images of a run and the order in which they are trained on.
+
+    Args:
+        args: which images.
+        preprocessing: how they become tensors.
+        rank: this process.
+        plan: batch_size, accumulation, processes and seed of the `Plan`.
+    """
+
+    def __init__(self, args: DataArguments, preprocessing: Preprocessing, rank: int, **plan: int):
+        self.args = args
+        opened = open_images(args)
+        self.plan = Plan(None if args.streaming else len(opened), **plan)
+        if args.streaming:
+            self.images = StreamedImages(*opened, preprocessing, self.plan, rank, args)
+        else:
+            if rank == 0 and not args.skip_broken_images:
+                _check(opened, preprocessing)
+            self.images = TrainingImages(opened, preprocessing, self.plan, rank, args)
+
+    @property
+    def name(self) -> str:
+        """How the model card names the data: a dataset by its name on the Hub, a folder by its own name."""
+        given = self.args.train_data_dir or self.args.dataset_name or str(EMBEDDED_DATASET)
+        return Path(given).resolve().name if Path(given).exists() else given
+
+    def batches(self, start: int, stop: int, position: dict | None) -> Iterator[Batch]:
+        """The micro-batches of this process for optimizer steps start .. stop-1.
+
+        Args:
+            position: of a stream, the last batch's position where a run is taken up.
+
+        Raises:
+            RunError: at an image that cannot be read, unless such are to be left out.
+        """
+        workers = self.args.dataloader_num_workers
+        if self.args.streaming:
+            self.images.start_step, self.images.position = start, position
+            sampler, workers = None, min(workers, 1)  # the rows of a stream come in one order
+        else:
+            sampler = _Items(self.plan, start, stop)
+        for batch in torch.utils.data.DataLoader(
+            self.images,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_parent,
+        ):
+            if batch.images is None:
+                raise RunError(f"An image cannot be read: {batch.broken[-1]}. {_WHAT_TO_DO}")
+            yield batch
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    os.setpgrp()  # Ctrl-C and a scheduler's SIGTERM go to the whole process group
+
+
+class _Items(torch.utils.data.Sampler):
+    """(step, micro-batch) for every micro-batch from one optimizer step up to another."""
+
+    def __init__(self, plan: Plan, start: int, stop: int):
+        self.plan, self.start, self.stop = plan, start, stop
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for step in range(self.start, self.stop):
+            for micro_batch in range(self.plan.micro_batches(step)):
+                yield step, micro_batch
+
+
+_WHAT_TO_DO = "Repair or remove it, or give --skip_broken_images to leave such images out and count them."
+
+
+def _check(source, preprocessing: Preprocessing) -> None:
+    """Read images spread over the source once, so that a broken one is named before training starts."""
+    for i in range(0, len(source), ceil(len(source) / _CHECKED_IMAGES)):
+        try:
+            read_image(source[i], preprocessing)
+        except BrokenImageError as error:
+            raise InputError(f"An image cannot be read: {source.name(i)}: {error}. {_WHAT_TO_DO}") from None

@@ -1,0 +1,492 @@
+"""The training loop: steps, accumulation, averaging, logging, saving, resuming. It does not know what it trains."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from ..errors import InputError, RunError
+from ..hub.cards import CardFacts
+from ..sampling.pictures import image_grid
+from .arguments import RunArguments, write_config
+from .checkpoints import Checkpoints, load_state, remove_leftovers, replace_file, replace_tree
+from .data import Batch, TrainingData
+from .randomness import Draws, key
+from .results import report, write_card
+from .tracking import Metrics, plot_losses, read_metrics, start_trackers, track_picture, tracker_names
+
+_CONFIG = "config.yaml"
+_LOG_EVERY = 10  # optimizer steps whose losses are read back from the device at once
+
+
+@dataclass
+class Player:
+    """A network that is trained, with its loss and its optimizer.
+
+    Attributes:
+        name: what its columns in metrics.csv begin with; empty where a run has one player.
+        network: the module.
+        loss: gives one loss a sample, (B,), from the network as it is to be called (wrapped for several processes),
+            images (B, C, H, W) in [-1, 1], and the samples' `Draws`.
+        optimizer: over the network's parameters.
+    """
+
+    name: str
+    network: torch.nn.Module
+    loss: Callable[[torch.nn.Module, torch.Tensor, Draws], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass
+class Job:
+    """What a training script hands over to the loop.
+
+    Attributes:
+        players: updated one after the other in every step, on the same images with draws of their own.
+        pipeline: holds the networks; it is what is sampled and saved.
+        averaged: the network of the pipeline that has averaged weights (EMA).
+        sample: pictures from the pipeline for a list of seeds, a picture depending on its seed alone.
+        card: what the model card says beside the facts of the run.
+        arguments: all of the script's arguments, for config.yaml and the trackers.
+    """
+
+    players: list[Player]
+    pipeline: DiffusionPipeline
+    averaged: torch.nn.Module
+    sample: Callable[[DiffusionPipeline, list[int]], list[Image.Image]]
+    card: CardFacts
+    arguments: tuple
+
+
+def open_run(args: RunArguments) -> Accelerator:
+    """Check that the run folder can be used, and start Accelerate.
+
+    Raises:
+        InputError: if the folder holds another run that is not to be resumed, or a tracker is not installed.
+    """
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder} is a file; it must be a folder, or not there yet.")
+    if (folder / _CONFIG).exists() and not args.resume_from_checkpoint:
+        raise InputError(
+            f"{folder} already holds a run. Go on with it: --resume_from_checkpoint latest. Or keep it and name "
+            "another folder with --output_dir."
+        )
+    return Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=tracker_names(args.report_to) or None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
+        step_scheduler_with_optimizer=False,
+    )
+
+
+class Trainer:
+    """Runs a job from its first or its resumed step to its last.
+
+    In a step every process trains on its share of a window of `batch_size x grad_accumulation_steps x processes`
+    images, and the gradient is that of the mean loss over the window, also where the window is short.
+
+    Args:
+        job: what is trained.
+        data: on what.
+        args: for how long, and what is shown and kept.
+        accelerator: where.
+    """
+
+    def __init__(self, job: Job, data: TrainingData, args: RunArguments, accelerator: Accelerator):
+        self.job, self.data, self.args, self.accelerator = job, data, args, accelerator
+        self.plan = data.plan
+        self.folder = Path(args.output_dir)
+        self.total_steps = args.max_train_steps or args.num_epochs * (self.plan.steps_per_epoch or 0)
+        if not self.total_steps:
+            raise InputError("A stream has no known length: say how long to train with --max_train_steps.")
+        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.models, self.optimizers, self.schedules = [], [], []
+        self.peak_rates = [[group["lr"] for group in player.optimizer.param_groups] for player in job.players]
+        for player in job.players:
+            player.network.train().to(memory_format=self.memory_format)
+            if args.compile:
+                player.network.compile()
+            schedule = get_scheduler(
+                args.lr_scheduler,
+                player.optimizer,
+                num_warmup_steps=args.lr_warmup_steps,
+                num_training_steps=self.total_steps,
+            )
+            prepared = accelerator.prepare(player.network, player.optimizer, schedule)
+            for kept, part in zip((self.models, self.optimizers, self.schedules), prepared, strict=True):
+                kept.append(part)
+        self.ema = (
+            EMAModel(
+                job.averaged.parameters(),
+                decay=args.ema_decay,
+                use_ema_warmup=True,
+                inv_gamma=args.ema_inv_gamma,
+                power=args.ema_power,
+                foreach=True,
+            )
+            if args.ema_decay
+            else None
+        )
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", args.checkpoints_total_limit, accelerator)
+        self.step, self.seconds, self.position, self.broken = 0, 0.0, None, set()
+        if args.resume_from_checkpoint and (checkpoint := self.checkpoints.find(args.resume_from_checkpoint)):
+            self._resume(checkpoint)
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+            replace_file(self.folder / _CONFIG, lambda path: write_config(path, *job.arguments))
+        start_trackers(accelerator, args, {k: v for part in job.arguments for k, v in vars(part).items()})
+        self.metrics = Metrics(self.folder / "metrics.csv", self.step) if accelerator.is_main_process else None
+        self.pending = []  # (step, learning rate, one row of numbers on the device) of the steps not yet logged
+        self.clock = _Clock(mark=(0.0, self.plan.images_seen(self.step)))
+
+    def run(self) -> None:
+        """Train to the end, then save the pipeline, its pictures and its card.
+
+        Raises:
+            RunError: if a loss is not finite, an image is broken, or a checkpoint cannot be written.
+        """
+        try:
+            with _StopRequest(self.accelerator) as stop:
+                self._run(stop)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"The run folder {self.folder} could not be written: {error}. The last good checkpoint is "
+                f"{self.checkpoints.last()}. Make room, then go on with --resume_from_checkpoint latest."
+            ) from error
+        self.accelerator.end_training()
+
+    def _run(self, stop: "_StopRequest") -> None:
+        if self.step == 0:
+            self._show_samples()
+        batches = self.data.batches(self.step, self.total_steps, self.position)
+        # closing ends the processes that read images ahead
+        with (
+            closing(batches),
+            tqdm(
+                total=self.total_steps,
+                initial=self.step,
+                desc="training",
+                unit="step",
+                dynamic_ncols=True,
+                disable=not self.accelerator.is_main_process,
+            ) as progress,
+        ):
+            while self.step < self.total_steps:
+                try:
+                    self._train_step(batches)
+                except RunError:
+                    if self.accelerator.num_processes == 1:  # the others would not know of it
+                        self._log(progress)
+                        self._save_checkpoint()
+                    raise
+                progress.update()
+                stopping, last = stop.requested(), self.step == self.total_steps
+                checkpoint_due = stopping or last or _due(self.step, self.args.checkpointing_steps)
+                samples_due = not last and not stopping and _due(self.step, self.args.log_samples_every)
+                model_due = not last and not stopping and _due(self.step, self.args.save_model_every)
+                if checkpoint_due or samples_due or model_due or _due(self.step, _LOG_EVERY):
+                    self._log(progress)
+                if checkpoint_due:
+                    self._save_checkpoint()
+                if stopping:
+                    progress.close()
+                    stop.leave(self.step, self.checkpoints.last())
+                if samples_due:
+                    self._show_samples()
+                if model_due:
+                    self._save_model()
+        self._show_samples()
+        self._save_model()
+
+    def _train_step(self, batches: Iterator[Batch]) -> None:
+        step, accelerator = self.step, self.accelerator
+        with self.clock.waiting():
+            window = [next(batches) for _ in range(self.plan.micro_batches(step))]
+        # what a network draws by itself (dropout) depends on the step and the process alone; seeded after the data
+        # loader, which draws too
+        torch.manual_seed(key(self.plan.seed, step, -1 - accelerator.process_index))
+        self.position = window[-1].position
+        self.broken.update(name for batch in window for name in batch.broken)
+        scale = 1 / self.plan.window(step)[2]
+        device = accelerator.device
+        images = [
+            batch.images.to(device, non_blocking=True).contiguous(memory_format=self.memory_format) for batch in window
+        ]
+        numbers, rates = [], []
+        for i, player in enumerate(self.job.players):
+            model, optimizer, total = self.models[i], self.optimizers[i], torch.zeros((), device=device)
+            for j, batch in enumerate(window):
+                with accelerator.no_sync(model) if j + 1 < len(window) else nullcontext():
+                    losses = player.loss(model, images[j], Draws(batch.keys, device, stream=i))
+                    loss = losses.sum() * (batch.weight * scale)
+                    # gradients are averaged over processes, but the window's mean loss is a sum over them
+                    accelerator.backward(loss * accelerator.num_processes)
+                total += loss.detach()
+            norm = accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or torch.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            rates.append(self.schedules[i].get_last_lr()[0])
+            self.schedules[i].step()
+            numbers += [total, norm]
+        if self.ema:
+            self.ema.step(self.job.averaged.parameters())
+        self.step += 1
+        self.pending.append((self.step, rates[0], torch.stack(numbers)))
+
+    def _log(self, progress: tqdm) -> None:
+        """Read back the numbers of the steps since the last call, check them, and log them."""
+        if not self.pending:
+            return
+        table = torch.stack([numbers for _, _, numbers in self.pending])
+        losses = self.accelerator.reduce(table[:, 0::2].contiguous(), reduction="sum").tolist()
+        norms = table[:, 1::2].tolist()
+        names = [f"{player.name}_" if player.name else "" for player in self.job.players]
+        rows = []
+        for (step, rate, _), step_losses, step_norms in zip(self.pending, losses, norms, strict=True):
+            row = {"step": step, "epoch": self.plan.epoch(step), "images": self.plan.images_seen(step)}
+            row["learning_rate"] = rate
+            for name, loss, norm in zip(names, step_losses, step_norms, strict=True):
+                row |= {f"{name}loss": loss, f"{name}grad_norm": norm}
+            finite = all(torch.isfinite(torch.tensor(step_losses)))
+            # in half precision a gradient that is not finite is met by the scaler: it leaves the step out
+            finite &= self.accelerator.scaler is not None or all(torch.isfinite(torch.tensor(step_norms)))
+            if not finite:
+                raise RunError(
+                    f"The loss of step {step} is not finite (loss {step_losses}, gradient norm {step_norms}) at a "
+                    f"learning rate of {rate:g}. Nothing was overwritten. The last good checkpoint is "
+                    f"{self.checkpoints.last()}. A lower --learning_rate, a longer --lr_warmup_steps or bf16 in "
+                    "place of fp16 usually help; go on with --resume_from_checkpoint latest."
+                )
+            rows.append(row)
+        self.pending.clear()
+        speed = self.clock.images_per_second(rows[-1]["images"])
+        if self.metrics is not None:
+            self.metrics.append(rows)
+        shown = {name: value for name, value in rows[-1].items() if name.endswith("loss")}
+        self.accelerator.log({**rows[-1], "images_per_second": speed}, step=self.step)
+        progress.set_postfix(
+            {name: f"{value:.4f}" for name, value in shown.items()}
+            | {"lr": f"{rows[-1]['learning_rate']:.1e}", "images/s": f"{speed:.1f}"}
+            | ({"broken": len(self.broken)} if self.broken else {})
+        )
+
+    @contextmanager
+    def averaged_weights(self):
+        """Inside, the averaged network holds its EMA weights and is in evaluation mode; outside it never does."""
+        network = self.job.averaged
+        if self.ema:
+            self.ema.store(network.parameters())
+            self.ema.copy_to(network.parameters())
+        network.eval()
+        try:
+            yield self.job.pipeline
+        finally:
+            network.train()
+            if self.ema:
+                self.ema.restore(network.parameters())
+
+    def _show_samples(self) -> None:
+        """Sample the run's fixed seeds, a part in each process, and save and track the grid."""
+        seeds = [self.args.seed + i for i in range(self.args.num_samples)]
+        with self.clock.paused(), self.averaged_weights() as pipeline, torch.no_grad():
+            with self.accelerator.split_between_processes(seeds, apply_padding=True) as mine:
+                pictures = self.job.sample(pipeline, mine)
+            if self.accelerator.num_processes > 1:
+                gathered = [None] * self.accelerator.num_processes
+                torch.distributed.all_gather_object(gathered, pictures)
+                pictures = [picture for part in gathered for picture in part][: len(seeds)]
+        if self.accelerator.is_main_process:
+            grid = image_grid(pictures)
+            replace_file(self.sample_path(self.step), grid.save)
+            track_picture(self.accelerator, "samples", grid, self.step)
+
+    def sample_path(self, step: int) -> Path:
+        return self.folder / "samples" / f"step-{step:08d}.png"
+
+    def _save_model(self) -> None:
+        """Write the pipeline with its averaged weights, the loss curve and the card into the run folder."""
+        with self.clock.paused():
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                with self.averaged_weights() as pipeline:
+                    replace_tree(self.folder, pipeline.save_pretrained)
+                plot_losses(self.folder / "metrics.csv", self.folder / "loss.png")
+                write_card(self.folder, self.job.card, self.facts())
+            self.accelerator.wait_for_everyone()
+
+    def finish(self) -> None:
+        """Write the card once more, when all pictures are there, and say where things are."""
+        write_card(self.folder, self.job.card, self.facts())
+        report(self.folder, self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the run so far, for the model card."""
+        device = self.accelerator.device
+        losses = [row["loss"] for row in read_metrics(self.folder / "metrics.csv")[-100:]]
+        return {
+            "steps": self.step,
+            "total_steps": self.total_steps,
+            "epochs": self.plan.epoch(self.step),
+            "images": self.plan.num_images,
+            "images_seen": self.plan.images_seen(self.step),
+            "images_per_step": self.plan.images_per_step,
+            "processes": self.accelerator.num_processes,
+            "precision": self.accelerator.mixed_precision,
+            "hardware": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"CPU, {os.cpu_count()} cores",
+            "loss": sum(losses) / len(losses),
+            "loss_steps": len(losses),
+            "seconds": self.seconds + self.clock.seconds(),
+            "waited": self.clock.share_waited(),
+            "broken": len(self.broken),
+        }
+
+    def _save_checkpoint(self) -> None:
+        state = {
+            "step": self.step,
+            "seconds": self.seconds + self.clock.seconds(),
+            "broken": sorted(self.broken),
+            **self._identity(),
+        }
+        with self.clock.paused():
+            self.checkpoints.save(self.step, state, self._write_checkpoint)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and the run that goes on from it."""
+        plan = self.plan
+        return {"images": plan.num_images, "images_per_step": plan.images_per_step, "seed": plan.seed}
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        if self.ema and self.accelerator.is_main_process:
+            tensors = {str(i): tensor.contiguous() for i, tensor in enumerate(self.ema.shadow_params)}
+            save_file(tensors, folder / "ema.safetensors", {"optimization_step": str(self.ema.optimization_step)})
+        if self.position is not None:
+            (folder / self._stream_file()).write_text(json.dumps(self.position), encoding="utf-8")
+
+    def _stream_file(self) -> str:
+        return f"stream_{self.accelerator.process_index}.json"
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = load_state(checkpoint)
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise InputError(
+                    f"{checkpoint} was made with {name} = {state[name]}, but this run has {value}, so the place in "
+                    "the data would be lost. Keep the images, --seed and --batch_size x --grad_accumulation_steps x "
+                    "processes as they were, or start another run from the saved model with --start_model."
+                )
+        self.accelerator.load_state(str(checkpoint))
+        for schedule, rates in zip(self.schedules, self.peak_rates, strict=True):
+            _set_peak_rates(schedule.scheduler, rates)
+        if self.ema:
+            tensors = load_file(checkpoint / "ema.safetensors", device=str(self.accelerator.device))
+            self.ema.shadow_params = [tensors[str(i)] for i in range(len(tensors))]
+            self.ema.optimization_step = state["step"]
+        if self.plan.num_images is None:
+            self.position = json.loads((checkpoint / self._stream_file()).read_text(encoding="utf-8"))
+        self.step, self.seconds, self.broken = state["step"], state["seconds"], set(state["broken"])
+        self.accelerator.print(f"Going on from {checkpoint}, step {self.step} of {self.total_steps}.")
+
+
+def _set_peak_rates(schedule: torch.optim.lr_scheduler.LambdaLR, rates: list[float]) -> None:
+    """Put this run's learning rates in place of the checkpoint's, at the same point of their course."""
+    schedule.base_lrs = rates
+    for group, rate, course in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * course(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@dataclass
+class _Clock:
+    """Where the time of a run goes: training, waiting for data, and pauses for samples and saving."""
+
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    away: float = 0.0
+    mark: tuple[float, int] = (0.0, 0)  # when, and after how many images, the speed was last asked for
+
+    @contextmanager
+    def waiting(self):
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self):
+        start = time.perf_counter()
+        yield
+        self.away += time.perf_counter() - start
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def share_waited(self) -> float:
+        return self.waited / max(self.seconds() - self.away, 1e-9)
+
+    def images_per_second(self, images: int) -> float:
+        """Images trained on per second since the last call."""
+        now = self.seconds() - self.away
+        then, before = self.mark
+        self.mark = (now, images)
+        return (images - before) / max(now - then, 1e-9)
+
+
+class _StopRequest:
+    """SIGTERM and Ctrl-C as a wish to stop after the step, which all processes learn of together."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.signal = accelerator, 0
+        # on the CPU, so that agreeing on it does not wait for the accelerator's queue
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def __enter__(self) -> "_StopRequest":
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        self.signal = number
+        signal.signal(number, self.before[number])  # a second one ends the process at once
+
+    def requested(self) -> bool:
+        if self.group is not None:
+            number = torch.tensor(self.signal)
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self.group)
+            self.signal = int(number)
+        return self.signal > 0
+
+    def leave(self, step: int, checkpoint: str) -> None:
+        name = signal.Signals(self.signal).name
+        self.accelerator.print(
+            f"\nStopped by {name} after step {step}. Saved: {checkpoint}. Go on with --resume_from_checkpoint latest."
+        )
+        self.accelerator.end_training()
+        sys.exit(128 + self.signal)

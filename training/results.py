@@ -1,0 +1,77 @@
+"""What a run leaves for people: its model card, a report on where things are, and the upload."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..hub.cards import CARD_NAME, CardFacts, card_text, is_repo_id
+from ..hub.upload import push_folder
+from .arguments import RunArguments
+from .checkpoints import replace_file
+
+# what is the user's own affair: places on the machine, and where the model goes
+_PRIVATE = {"output_dir", "train_data_dir", "resume_from_checkpoint", "hub_model_id", "hub_private", "push_to_hub"}
+
+
+def settings_for_card(*arguments: Any) -> dict[str, Any]:
+    """The hyper-parameters of a run by their flags' names; local paths are given by their last part."""
+    values = {name: value for part in arguments for name, value in asdict(part).items()}
+    return {
+        name: Path(value).name if isinstance(value, str) and not is_repo_id(value) and "/" in value else value
+        for name, value in values.items()
+        if value is not None and name not in _PRIVATE
+    }
+
+
+def write_card(folder: Path, card: CardFacts, facts: dict[str, Any]) -> None:
+    """Write the model card of a run folder: what the script says of the model, and the facts of the run."""
+    images = f"{facts['images']:,} images" if facts["images"] else "a stream"
+    processes = "one process" if facts["processes"] == 1 else f"{facts['processes']} processes"
+    training = {
+        "data": f"{card.dataset}, {images}",
+        "trained for": f"{facts['steps']:,} of {facts['total_steps']:,} optimizer steps"
+        + (f", {facts['epochs']:.1f} passes over the data" if facts["images"] else ""),
+        "images a step": f"{facts['images_per_step']}, {processes}",
+        "loss": f"{facts['loss']:.4f}, mean of the last {facts['loss_steps']} steps",
+        "hardware": f"{facts['hardware']}, precision {facts['precision']}",
+        "time": f"{facts['seconds'] / 60:.1f} minutes",
+    }
+    if facts["broken"]:
+        training["images left out as broken"] = facts["broken"]
+    pictures = {
+        "before_after.png": "The same seeds before and after.",
+        f"samples/step-{facts['steps']:08d}.png": f"Samples after {facts['steps']:,} steps.",
+        "loss.png": "Training loss.",
+    }
+    there = {name: caption for name, caption in pictures.items() if (folder / name).exists()}
+    text = card_text(replace(card, training=training, pictures=there))
+    replace_file(folder / CARD_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def report(folder: Path, facts: dict[str, Any]) -> None:
+    """Print where things are."""
+    lines = [
+        f"\nStep {facts['steps']} of {facts['total_steps']} reached after {facts['seconds'] / 60:.1f} minutes.",
+        f"{facts['waited']:.1%} of the training time went into waiting for data.",
+        f"{facts['broken']} broken images were left out." if facts["broken"] else "",
+        "",
+        f"model folder   {folder}",
+        *(
+            f"{name:<14} {folder / file}"
+            for name, file in (("before, after", "before_after.png"), ("loss", "loss.png"))
+            if (folder / file).exists()
+        ),
+        f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(folder)!r})",
+    ]
+    print("\n".join(lines))
+
+
+def upload(args: RunArguments, repo_id: str) -> None:
+    """Upload a finished run folder; a failure is told, and leaves the run as it is."""
+    try:
+        print(f"uploaded       {push_folder(Path(args.output_dir), repo_id, args.hub_private)}")
+    except OSError as error:
+        print(
+            f"\nThe upload to {repo_id} failed: {error}\nThe model is whole in {args.output_dir}; to upload it:\n"
+            f"    hf upload {repo_id} {args.output_dir} --exclude 'checkpoints/*' --exclude 'logs/*'"
+        )
