@@ -3,9 +3,10 @@
     accelerate launch finetune_model.py --start_model google/ddpm-celebahq-256 --dataset_name \
         Norod78/Vintage-Faces-FFHQAligned --image_size 128 --batch_size 8 --grad_accumulation_steps 2 --num_epochs 16
 
-Without flags it fine-tunes the embedded emoji model on the embedded emoji in another style.
+Without flags it is the demo: examples/demo.yaml, the embedded model on the embedded images.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,6 @@ from PIL import Image
 
 from ddgan.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts, license_of
-from ddgan.hub.upload import who_am_i
 from ddgan.sampling.pictures import before_after
 from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, sample, with_scheduler
 from ddgan.training.arguments import DataArguments, RunArguments, option, parse_arguments
@@ -24,9 +24,10 @@ from ddgan.training.checkpoints import replace_file
 from ddgan.training.data import Preprocessing, TrainingData
 from ddgan.training.loop import Job, Player, Trainer, open_run
 from ddgan.training.objectives import DenoisingObjective
-from ddgan.training.results import settings_for_card, upload
+from ddgan.training.results import repository_for, settings_for_card, upload
 
-EMBEDDED_MODEL = Path(__file__).parent / "examples" / "models" / "noto-emoji-32"
+EXAMPLES = Path(__file__).parent / "examples"
+EMBEDDED_MODEL = EXAMPLES / "models" / "noto-emoji-32"
 
 # the parameters that each choice of --freeze leaves to be trained, by parts of their names
 TRAINED_PARTS = {
@@ -56,8 +57,9 @@ class FinetuneArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = (sys.argv[1:] if argv is None else argv) or ["--config", str(EXAMPLES / "demo.yaml")]
     run, data_args, args = parse_arguments(RunArguments, DataArguments, FinetuneArguments, argv=argv)
-    repo_id = (run.hub_model_id or f"{who_am_i()}/{run.model_save_name}") if run.push_to_hub else None
+    repo_id = repository_for(run) if run.push_to_hub else None
     accelerator = open_run(run)
 
     pipeline = load_start_model(args, data_args)

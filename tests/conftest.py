@@ -1,9 +1,12 @@
 """Fixtures that the tests share: a pipeline folder, a folder of images, and runs on them."""
 
 import os
+import tempfile
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests needs the network; read when the libraries are imported
+# read when the libraries are imported; nothing in the tests needs the network
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()
 
 import pytest
 import torch

@@ -175,15 +175,30 @@ def test_another_size_is_trained_saved_and_sampled(finetune, tmp_path):
     assert pipe(num_inference_steps=1).images[0].size == (16, 8)
 
 
-def test_all_trackers_start_offline(finetune, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run = finetune("run", "--report_to", "tensorboard")
+def test_tensorboard_gets_numbers_and_pictures(finetune):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    run = finetune("run", "--report_to", "tensorboard")
     events = next(path for path in (run / "logs").rglob("events*") if path.parent.name == "run")
     tracked = EventAccumulator(str(events)).Reload()
     assert tracked.Scalars("loss")[-1].value == pytest.approx(read_metrics(run / "metrics.csv")[-1]["loss"])
     assert [event.step for event in tracked.Images("samples")] == [0, 4]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_other_trackers_start_offline(finetune, tracker, monkeypatch):
+    pytest.importorskip(tracker, reason=f"{tracker} is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = finetune("run", "--report_to", tracker)
+    kept = run / "wandb" if tracker == "wandb" else Path(os.environ["TRACKIO_DIR"])
+    assert any(path.is_file() for path in kept.rglob("*"))
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_training(finetune, monkeypatch, tmp_path):
+    monkeypatch.setattr("ddgan.training.tracking.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"--report_to wandb needs .*pip install 'diffusers-ddgan\[wandb\]'"):
+        finetune("run", "--report_to", "wandb")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stream_is_trained_on_stopped_and_resumed_exactly(finetune, tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ class RunArguments:
     seed: int = option(0, "with the same seed and settings a run repeats itself")
     batch_size: int = option(16, "images in a micro-batch of one process")
     grad_accumulation_steps: int = option(1, "micro-batches of each process that make one optimizer step")
-    num_epochs: int = option(40, "passes over the images")
+    num_epochs: int = option(10, "passes over the images")
     max_train_steps: int | None = option(None, "optimizer steps, in place of --num_epochs")
     learning_rate: float = option(1e-4, "peak learning rate of AdamW")
     lr_scheduler: Literal[

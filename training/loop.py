@@ -282,7 +282,8 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.append(rows)
         shown = {name: value for name, value in rows[-1].items() if name.endswith("loss")}
-        self.accelerator.log({**rows[-1], "images_per_second": speed}, step=self.step)
+        tracked = {name: value for name, value in rows[-1].items() if name != "step"} | {"images_per_second": speed}
+        self.accelerator.log(tracked, step=self.step)
         progress.set_postfix(
             {name: f"{value:.4f}" for name, value in shown.items()}
             | {"lr": f"{rows[-1]['learning_rate']:.1e}", "images/s": f"{speed:.1f}"}

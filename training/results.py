@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.cards import CARD_NAME, CardFacts, card_text, is_repo_id
-from ..hub.upload import push_folder
+from ..hub.upload import push_folder, who_am_i
 from .arguments import RunArguments
 from .checkpoints import replace_file
 
@@ -64,6 +64,16 @@ def report(folder: Path, facts: dict[str, Any]) -> None:
         f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(folder)!r})",
     ]
     print("\n".join(lines))
+
+
+def repository_for(args: RunArguments) -> str:
+    """The repository that a run is uploaded to; that somebody is logged in is found out before training.
+
+    Raises:
+        InputError: if nobody is, or the Hub does not answer.
+    """
+    user = who_am_i()
+    return args.hub_model_id or f"{user}/{args.model_save_name}"
 
 
 def upload(args: RunArguments, repo_id: str) -> None:

@@ -25,11 +25,12 @@ LEFT_OUT += ["bouncing ball", "cartwheel", "playing", "middle finger extended"]
 
 TWEMOJI = """"Twemoji" by Twitter, Inc and other contributors (<https://github.com/twitter/twemoji>, now maintained at
 <https://github.com/jdecked/twemoji>), as packed in the npm package
-[emoji-datasource-twitter](https://www.npmjs.com/package/emoji-datasource-twitter) 16.0.0. The graphics are licensed
+emoji-datasource-twitter 16.0.0. The graphics are licensed
 under [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), and so is this dataset. They come as they are, without
 warranties. Neither Twitter, Inc nor the other contributors endorse this dataset."""
 NOTO = """Noto Emoji by Google (<https://github.com/googlefonts/noto-emoji>), as packed in the npm package
-[emoji-datasource-google](https://www.npmjs.com/package/emoji-datasource-google) 16.0.0, under the Apache License 2.0."""
+emoji-datasource-google 16.0.0, under the Apache
+License 2.0."""
 README = """---
 license: {license}
 pretty_name: {title}

@@ -1,0 +1,40 @@
+"""Model cards say what is known, and nothing where nothing is known."""
+
+import pytest
+from huggingface_hub import ModelCard
+from tiny import ROOT
+
+from ddgan.hub.cards import CardFacts, card_text, is_repo_id, license_of
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        *[(name, True) for name in ("user/model", "google/ddpm-cifar10-32")],
+        *[(name, False) for name in ("model", None, "a/b/c", "examples/data", "user/mod el", "/tmp/model")],
+    ],
+)
+def test_only_names_that_the_hub_takes_become_links(name, is_one, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert is_repo_id(name) == is_one
+
+
+def test_a_licence_is_carried_over_from_a_folders_card(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# model\n")
+    assert license_of(str(tmp_path)) == "cc-by-4.0"
+    (tmp_path / "README.md").write_text("# model without metadata\n")
+    assert license_of(str(tmp_path)) is None
+    assert license_of("nobody/nothing") is None
+
+
+def test_what_is_known_is_in_the_metadata_and_what_is_not_is_left_out():
+    facts = CardFacts(
+        "title", "summary", "print(1)", {"seed": 0}, base_model="user/base", license="mit", dataset="u/d"
+    )
+    card = ModelCard(card_text(facts))
+    assert (card.data.license, card.data.base_model, card.data.datasets) == ("mit", "user/base", ["u/d"])
+    card = ModelCard(
+        card_text(CardFacts("title", "summary", "print(1)", {}, base_model="/tmp/base", dataset="folder"))
+    )
+    assert (card.data.license, card.data.base_model, card.data.datasets) == (None, None, None)
+    assert "licence of the model that was started from is not known" in card.content
