@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     card = CardFacts(
         title=run.model_save_name,
         summary=f"An unconditional diffusion model: {name}, fine-tuned on {data.name}.",
-        usage=USAGE.format(model=repo_id or run.output_dir, steps=args.sample_steps),
+        usage=USAGE.format(model=repo_id or Path(run.output_dir).resolve().name, steps=args.sample_steps),
         settings=settings_for_card(run, data_args, args),
         base_model=args.start_model,
         license=license_of(args.start_model),

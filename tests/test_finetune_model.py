@@ -77,12 +77,13 @@ def test_its_card_tells_what_was_done_and_its_snippet_runs(finetune, monkeypatch
     assert card.data.base_model is None  # a folder on this machine is no model on the Hub
     for said in ("| data | thirteen, 13 images |", "4 of 4 optimizer steps, 2.0 passes", "| min_snr_gamma | 5.0 |"):
         assert said in card.content
-    assert str(run.parent) not in card.content.replace(str(run), "")
+    assert str(run.parent) not in card.content
     for line in card.content.splitlines():
         if line.startswith("!["):
             assert (run / line.split("](")[1].rstrip(")")).exists()
     snippet = card.content.split("```python\n")[1].split("```")[0]
     names = {}
+    monkeypatch.chdir(run.parent)
     exec(snippet, names)
     assert names["image"].size == (8, 8)
 
@@ -263,6 +264,8 @@ def test_a_run_is_not_resumed_with_other_data_order(finetune):
     finetune("run")
     with pytest.raises(InputError, match=r"images_per_step = 8, but this run has 4"):
         finetune("run", "--batch_size", 4, "--resume_from_checkpoint", "latest")
+    with pytest.raises(InputError, match=r"averaged weights = True, but this run has False"):
+        finetune("run", "--ema_decay", 0, "--resume_from_checkpoint", "latest")
     with pytest.raises(InputError, match=r"nowhere is not a complete checkpoint.*step-00000004"):
         finetune("run", "--resume_from_checkpoint", "nowhere")
 

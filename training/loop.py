@@ -162,15 +162,15 @@ class Trainer:
         """Train to the end, then save the pipeline, its pictures and its card.
 
         Raises:
-            RunError: if a loss is not finite, an image is broken, or a checkpoint cannot be written.
+            RunError: if a loss is not finite, an image is broken, or files cannot be read or written any more.
         """
         try:
             with _StopRequest(self.accelerator) as stop:
                 self._run(stop)
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"The run folder {self.folder} could not be written: {error}. The last good checkpoint is "
-                f"{self.checkpoints.last()}. Make room, then go on with --resume_from_checkpoint latest."
+                f"The run in {self.folder} could not go on: {error}. The last good checkpoint is "
+                f"{self.checkpoints.last()}. When the cause is removed, go on with --resume_from_checkpoint latest."
             ) from error
         self.accelerator.end_training()
 
@@ -342,7 +342,7 @@ class Trainer:
     def facts(self) -> dict[str, Any]:
         """What is known of the run so far, for the model card."""
         device = self.accelerator.device
-        losses = [row["loss"] for row in read_metrics(self.folder / "metrics.csv")[-100:]]
+        last = read_metrics(self.folder / "metrics.csv")[-100:]
         return {
             "steps": self.step,
             "total_steps": self.total_steps,
@@ -355,8 +355,8 @@ class Trainer:
             "hardware": torch.cuda.get_device_name(device)
             if device.type == "cuda"
             else f"CPU, {os.cpu_count()} cores",
-            "loss": sum(losses) / len(losses),
-            "loss_steps": len(losses),
+            "losses": {k: sum(row[k] for row in last) / len(last) for k in last[0] if k.endswith("loss")},
+            "loss_steps": len(last),
             "seconds": self.seconds + self.clock.seconds(),
             "waited": self.clock.share_waited(),
             "broken": len(self.broken),
@@ -375,7 +375,8 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it."""
         plan = self.plan
-        return {"images": plan.num_images, "images_per_step": plan.images_per_step, "seed": plan.seed}
+        identity = {"images": plan.num_images, "images_per_step": plan.images_per_step, "seed": plan.seed}
+        return identity | {"averaged weights": self.ema is not None}
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
@@ -393,9 +394,9 @@ class Trainer:
         for name, value in self._identity().items():
             if state[name] != value:
                 raise InputError(
-                    f"{checkpoint} was made with {name} = {state[name]}, but this run has {value}, so the place in "
-                    "the data would be lost. Keep the images, --seed and --batch_size x --grad_accumulation_steps x "
-                    "processes as they were, or start another run from the saved model with --start_model."
+                    f"{checkpoint} was made with {name} = {state[name]}, but this run has {value}, so it cannot go on "
+                    "from there exactly. Keep the images, --seed, --ema_decay and --batch_size x "
+                    "--grad_accumulation_steps x processes as they were, or start another run from the saved model."
                 )
         self.accelerator.load_state(str(checkpoint))
         for schedule, rates in zip(self.schedules, self.peak_rates, strict=True):

@@ -32,7 +32,7 @@ def write_card(folder: Path, card: CardFacts, facts: dict[str, Any]) -> None:
         "trained for": f"{facts['steps']:,} of {facts['total_steps']:,} optimizer steps"
         + (f", {facts['epochs']:.1f} passes over the data" if facts["images"] else ""),
         "images a step": f"{facts['images_per_step']}, {processes}",
-        "loss": f"{facts['loss']:.4f}, mean of the last {facts['loss_steps']} steps",
+        **{k: f"{v:.4f}, mean of the last {facts['loss_steps']} steps" for k, v in facts["losses"].items()},
         "hardware": f"{facts['hardware']}, precision {facts['precision']}",
         "time": f"{facts['seconds'] / 60:.1f} minutes",
     }

@@ -46,7 +46,7 @@ def start(model: Path, images: Path, output: Path, *flags, processes: int = 1) -
 
 
 def wait_for_steps(run: Path, steps: int) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while time.monotonic() < end:
         if (run / "metrics.csv").exists() and len((run / "metrics.csv").read_text().splitlines()) > steps:
             return
