@@ -14,7 +14,7 @@ class RunError(RuntimeError):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's `main`; an `InputError` (exit code 2) or `RunError` (1) ends as one paragraph, no traceback."""
+    """Run a command line's `main`; an `InputError` (exit code 2) or `RunError` (1) ends as one paragraph."""
     try:
         main()
     except (InputError, RunError) as error:

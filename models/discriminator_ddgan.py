@@ -1,0 +1,184 @@
+"""The discriminator of Denoising Diffusion GANs: are these two neighbours in the diffusion of a real picture?"""
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+
+class DDGANDiscriminatorBlock(nn.Module):
+    """Residual block with a time embedding that halves height and width, rounding down, if `down`."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_embed_dim: int, down: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_embed_dim, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.down = down
+        if down:
+            kernel = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+            self.register_buffer("kernel", kernel.outer(kernel)[None, None], persistent=False)
+
+    def downsample(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """FIR filter (1 3 3 1) in both directions at every second pixel, as a depthwise strided convolution."""
+        channels = hidden_states.shape[1]
+        kernel = self.kernel.to(hidden_states.dtype).expand(channels, -1, -1, -1)
+        return F.conv2d(hidden_states, kernel, stride=2, padding=1, groups=channels)
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.conv1(F.leaky_relu(hidden_states, 0.2))
+        hidden_states = hidden_states.add_(self.time_emb_proj(temb)[:, :, None, None])
+        hidden_states = F.leaky_relu(hidden_states, 0.2, inplace=True)
+        if self.down:
+            hidden_states = self.downsample(hidden_states)
+            residual = self.downsample(residual)
+        return self.conv2(hidden_states).add_(self.conv_shortcut(residual)).mul_(math.sqrt(0.5))
+
+
+class DDGANDiscriminator(ModelMixin, ConfigMixin):
+    """
+    D(x_{t-1}, x_t, t) of [Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804), section 3.2 and appendix.
+
+    The small form of the paper (32x32) is the default, the large one (256x256) has
+    `base_channels=128, block_out_channels=(256, 512, 512, 512, 512, 512), down_blocks=(True,) * 6,
+    near_zero_conv_out=False`.
+
+    Args:
+        sample_size (`int` or `tuple[int, int]`, defaults to 32):
+            Height and width of the pictures. Any size works that can be halved by all blocks that go down.
+        in_channels (`int`, defaults to 3): channels of one picture; the network sees two.
+        base_channels (`int`, defaults to 128): width of the first, 1x1 convolution.
+        block_out_channels (`tuple[int, ...]`, defaults to `(128, 256, 512, 512)`): width of each block.
+        down_blocks (`tuple[bool, ...]`, defaults to `(False, True, True, True)`): which blocks halve the resolution.
+        time_embed_dim (`int`, defaults to 256): number of sinusoids of t and width of their embedding.
+        near_zero_conv_out (`bool`, defaults to `True`): initialise the last convolution near zero.
+        num_class_embeds (`int`, *optional*):
+            Number of classes; their embeddings are projected on the features (arXiv 1802.05637).
+
+    Raises:
+        `ValueError`: if blocks and their directions differ in number, or go down more often than the size allows.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["DDGANDiscriminatorBlock"]
+    _repeated_blocks: ClassVar = ["DDGANDiscriminatorBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        block_out_channels: tuple[int, ...] = (128, 256, 512, 512),
+        down_blocks: tuple[bool, ...] = (False, True, True, True),
+        time_embed_dim: int = 256,
+        near_zero_conv_out: bool = True,
+        num_class_embeds: int | None = None,
+    ):
+        super().__init__()
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        if len(down_blocks) != len(block_out_channels):
+            raise ValueError(
+                f"`down_blocks` has {len(down_blocks)} entries, but must have one for each of the "
+                f"{len(block_out_channels)} of `block_out_channels`."
+            )
+        if min(height, width) >> sum(down_blocks) == 0:
+            raise ValueError(
+                f"`down_blocks` halves {sum(down_blocks)} times, too often for pictures of {height}x{width} pixels: "
+                "use fewer blocks that go down or larger pictures."
+            )
+        self.gradient_checkpointing = False
+
+        self.time_proj = Timesteps(time_embed_dim, flip_sin_to_cos=False, downscale_freq_shift=1)
+        self.time_linear_1 = nn.Linear(time_embed_dim, time_embed_dim)
+        self.time_linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
+        self.conv_in = nn.Conv2d(2 * in_channels, base_channels, 1)
+        self.blocks = nn.ModuleList()
+        channels = base_channels
+        for out_channels, down in zip(block_out_channels, down_blocks, strict=True):
+            self.blocks.append(DDGANDiscriminatorBlock(channels, out_channels, time_embed_dim, down))
+            channels = out_channels
+        self.conv_out = nn.Conv2d(channels + 1, channels, 3, padding=1)
+        self.linear_out = nn.Linear(channels, 1)
+        self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, channels)
+
+        # uniform weights of variance 1 / fan_avg, or 1e-10 of that where they shall begin near zero
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            nn.init.xavier_uniform_(block.conv2.weight, gain=1e-5)
+        if near_zero_conv_out:
+            nn.init.xavier_uniform_(self.conv_out.weight, gain=1e-5)
+        if self.class_embedding is not None:
+            nn.init.zeros_(self.class_embedding.weight)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        noisy_sample: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Judges pairs of a less noisy and a noisier picture.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): x_{t-1}, real or generated.
+            timestep (`torch.Tensor`, `float` or `int`): t, one for all or of shape `(batch_size,)`.
+            noisy_sample (`torch.Tensor`): x_t, of the shape of `sample`.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): integers below `num_class_embeds`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`: the logits, positive for "real". They depend on the rest of the
+            batch through the minibatch standard deviation.
+
+        Raises:
+            `ValueError`: if class labels are given or missing against what the network was built for.
+        """
+        if (class_labels is None) != (self.class_embedding is None):
+            raise ValueError(
+                "`class_labels` must be given exactly if the network was built with `num_class_embeds`, which is "
+                f"{self.config.num_class_embeds}."
+            )
+        batch_size = sample.shape[0]
+
+        # 1. time
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(batch_size)
+        temb = F.leaky_relu(self.time_linear_1(self.time_proj(timestep).to(sample.dtype)), 0.2)
+        temb = F.leaky_relu(self.time_linear_2(temb), 0.2)
+
+        # 2. features of the pair
+        hidden_states = self.conv_in(torch.cat([sample, noisy_sample], dim=1))
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
+            else:
+                hidden_states = block(hidden_states, temb)
+
+        # 3. minibatch standard deviation (arXiv 1710.10196, section 3) over groups of 4, or where the batch does not
+        # divide by 4, of the next number that it divides by
+        _, channels, height, width = hidden_states.shape
+        size = min(4, batch_size)
+        while batch_size % size:
+            size += 1
+        grouped = hidden_states.view(size, batch_size // size, channels, height, width)
+        std = (grouped.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))
+        std = std.repeat(size).view(batch_size, 1, 1, 1).expand(-1, 1, height, width)
+        hidden_states = torch.cat([hidden_states, std], dim=1)
+
+        # 4. logit
+        features = F.leaky_relu(self.conv_out(hidden_states), 0.2).sum(dim=(2, 3))
+        logits = self.linear_out(features)[:, 0]
+        if self.class_embedding is not None:
+            logits = logits + (self.class_embedding(class_labels) * features).sum(dim=1)
+        return logits
