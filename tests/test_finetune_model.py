@@ -78,6 +78,9 @@ def test_its_card_tells_what_was_done_and_its_snippet_runs(finetune, monkeypatch
     for said in ("| data | thirteen, 13 images |", "4 of 4 optimizer steps, 2.0 passes", "| min_snr_gamma | 5.0 |"):
         assert said in card.content
     assert str(run.parent) not in card.content
+    for path in [*run.glob("*.json"), *run.glob("*/*.json")]:
+        assert "/tmp" not in path.read_text()
+        assert str(run.parent) not in path.read_text()
     for line in card.content.splitlines():
         if line.startswith("!["):
             assert (run / line.split("](")[1].rstrip(")")).exists()

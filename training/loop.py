@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -30,6 +30,7 @@ from .checkpoints import Checkpoints, load_state, remove_leftovers, replace_file
 from .data import Batch, TrainingData
 from .randomness import Draws, key
 from .results import report, write_card
+from .sharding import local, reshard, whole, whole_pipeline
 from .tracking import Metrics, plot_losses, read_metrics, start_trackers, track_picture, tracker_names
 
 _CONFIG = "config.yaml"
@@ -89,12 +90,18 @@ def open_run(args: RunArguments) -> Accelerator:
             f"{folder} already holds a run. Go on with it: --resume_from_checkpoint latest. Or keep it and name "
             "another folder with --output_dir."
         )
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=tracker_names(args.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.distributed_type == DistributedType.FSDP and (args.channels_last or not accelerator.is_fsdp2):
+        raise InputError(
+            "With FSDP, training needs its version 2 (fsdp_version: 2, as in examples/accelerate/fsdp.yaml) and goes "
+            "without --channels_last: FSDP shards contiguous parameters only."
+        )
+    return accelerator
 
 
 class Trainer:
@@ -118,6 +125,7 @@ class Trainer:
         if not self.total_steps:
             raise InputError("A stream has no known length: say how long to train with --max_train_steps.")
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
         self.models, self.optimizers, self.schedules = [], [], []
         self.peak_rates = [[group["lr"] for group in player.optimizer.param_groups] for player in job.players]
         for player in job.players:
@@ -135,7 +143,7 @@ class Trainer:
                 kept.append(part)
         self.ema = (
             EMAModel(
-                job.averaged.parameters(),
+                local(job.averaged.parameters()),
                 decay=args.ema_decay,
                 use_ema_warmup=True,
                 inv_gamma=args.ema_inv_gamma,
@@ -241,14 +249,14 @@ class Trainer:
                     # gradients are averaged over processes, but the window's mean loss is a sum over them
                     accelerator.backward(loss * accelerator.num_processes)
                 total += loss.detach()
-            norm = accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or torch.inf)
+            norm = whole(accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or torch.inf))
             optimizer.step()
             optimizer.zero_grad()
             rates.append(self.schedules[i].get_last_lr()[0])
             self.schedules[i].step()
             numbers += [total, norm]
         if self.ema:
-            self.ema.step(self.job.averaged.parameters())
+            self.ema.step(local(self.job.averaged.parameters()))
         self.step += 1
         self.pending.append((self.step, rates[0], torch.stack(numbers)))
 
@@ -295,28 +303,29 @@ class Trainer:
         """Inside, the averaged network holds its EMA weights and is in evaluation mode; outside it never does."""
         network = self.job.averaged
         if self.ema:
-            self.ema.store(network.parameters())
-            self.ema.copy_to(network.parameters())
+            self.ema.store(local(network.parameters()))
+            self.ema.copy_to(local(network.parameters()))
         network.eval()
         try:
             yield self.job.pipeline
         finally:
             network.train()
+            reshard(network)
             if self.ema:
-                self.ema.restore(network.parameters())
+                self.ema.restore(local(network.parameters()))
 
     def _show_samples(self) -> None:
         """Sample the run's fixed seeds, a part in each process, and save and track the grid."""
         seeds = [self.args.seed + i for i in range(self.args.num_samples)]
         with self.clock.paused(), self.averaged_weights() as pipeline, torch.no_grad():
             with self.accelerator.split_between_processes(seeds, apply_padding=True) as mine:
-                pictures = self.job.sample(pipeline, mine)
+                drawn = dict(zip(mine, self.job.sample(pipeline, mine), strict=True))
             if self.accelerator.num_processes > 1:
                 gathered = [None] * self.accelerator.num_processes
-                torch.distributed.all_gather_object(gathered, pictures)
-                pictures = [picture for part in gathered for picture in part][: len(seeds)]
+                torch.distributed.all_gather_object(gathered, drawn)
+                drawn = {seed: picture for part in gathered for seed, picture in part.items()}
         if self.accelerator.is_main_process:
-            grid = image_grid(pictures)
+            grid = image_grid([drawn[seed] for seed in seeds])
             replace_file(self.sample_path(self.step), grid.save)
             track_picture(self.accelerator, "samples", grid, self.step)
 
@@ -327,9 +336,11 @@ class Trainer:
         """Write the pipeline with its averaged weights, the loss curve and the card into the run folder."""
         with self.clock.paused():
             self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                with self.averaged_weights() as pipeline:
+            with self.averaged_weights() as averaged:
+                pipeline = whole_pipeline(averaged, self.accelerator)
+                if self.accelerator.is_main_process:
                     replace_tree(self.folder, pipeline.save_pretrained)
+            if self.accelerator.is_main_process:
                 plot_losses(self.folder / "metrics.csv", self.folder / "loss.png")
                 write_card(self.folder, self.job.card, self.facts())
             self.accelerator.wait_for_everyone()
@@ -376,15 +387,20 @@ class Trainer:
         """What must not change between a checkpoint and the run that goes on from it."""
         plan = self.plan
         identity = {"images": plan.num_images, "images_per_step": plan.images_per_step, "seed": plan.seed}
-        return identity | {"averaged weights": self.ema is not None}
+        if plan.num_images is None:
+            identity["processes"] = plan.processes
+        return identity | {"averaged weights": self.ema is not None, "shards": self.shards}
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
-        if self.ema and self.accelerator.is_main_process:
+        if self.ema and (self.shards > 1 or self.accelerator.is_main_process):
             tensors = {str(i): tensor.contiguous() for i, tensor in enumerate(self.ema.shadow_params)}
-            save_file(tensors, folder / "ema.safetensors", {"optimization_step": str(self.ema.optimization_step)})
+            save_file(tensors, folder / self._ema_file(), {"optimization_step": str(self.ema.optimization_step)})
         if self.position is not None:
             (folder / self._stream_file()).write_text(json.dumps(self.position), encoding="utf-8")
+
+    def _ema_file(self) -> str:
+        return f"ema_{self.accelerator.process_index}.safetensors" if self.shards > 1 else "ema.safetensors"
 
     def _stream_file(self) -> str:
         return f"stream_{self.accelerator.process_index}.json"
@@ -402,8 +418,8 @@ class Trainer:
         for schedule, rates in zip(self.schedules, self.peak_rates, strict=True):
             _set_peak_rates(schedule.scheduler, rates)
         if self.ema:
-            tensors = load_file(checkpoint / "ema.safetensors", device=str(self.accelerator.device))
-            self.ema.shadow_params = [tensors[str(i)] for i in range(len(tensors))]
+            tensors = load_file(checkpoint / self._ema_file())
+            self.ema.shadow_params = [tensors[str(i)].to(self.accelerator.device) for i in range(len(tensors))]
             self.ema.optimization_step = state["step"]
         if self.plan.num_images is None:
             self.position = json.loads((checkpoint / self._stream_file()).read_text(encoding="utf-8"))

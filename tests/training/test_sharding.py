@@ -1,0 +1,49 @@
+"""FSDP on two CPU processes. Accelerate shards on GPUs only, so the script tells it that it sees some."""
+
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+from tiny import finetune_flags, largest_difference, run_script
+
+from ddgan.training.tracking import read_metrics
+
+SCRIPT = """
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+PartialState(cpu=True)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+from ddgan import finetune_model
+
+finetune_model.main()
+"""
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "ResnetBlock2D,Attention",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+
+
+@pytest.mark.slow
+def test_a_sharded_run_saves_whole_pipelines_and_resumes_bit_identical(tiny_model, images, tmp_path, monkeypatch):
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    script = tmp_path / "sharded.py"
+    script.write_text(SCRIPT)
+    flags = ("--batch_size", 4, "--max_train_steps", 5, "--checkpointing_steps", 3, "--log_samples_every", 2)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    for run, more in ((straight, ()), (resumed, ("--resume_from_checkpoint", "latest"))):
+        done = run_script(script, *finetune_flags(tiny_model, images, run, *flags, *more), processes=2)
+        assert done.returncode == 0, done.stderr
+        if run == straight:
+            shutil.copytree(straight, resumed)
+            shutil.rmtree(resumed / "checkpoints" / "step-00000005")
+    assert (straight / "checkpoints" / "step-00000005" / "ema_1.safetensors").exists()
+    assert read_metrics(straight / "metrics.csv") == read_metrics(resumed / "metrics.csv")
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert largest_difference(load_file(straight / unet), load_file(resumed / unet)) == 0
+    assert load_file(straight / unet).keys() == load_file(tiny_model / unet).keys()
