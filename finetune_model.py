@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     def draw(trained: DDPMPipeline, seeds: list[int]) -> list[Image.Image]:
         return sample(with_scheduler(trained, args.sample_scheduler), seeds, args.sample_steps)
 
-    name = Path(args.start_model).name if Path(args.start_model).exists() else args.start_model
+    name = model_name(args.start_model)
     card = CardFacts(
         title=run.model_save_name,
         summary=f"An unconditional diffusion model: {name}, fine-tuned on {data.name}.",
@@ -133,10 +133,16 @@ def load_start_model(args: FinetuneArguments, data_args: DataArguments) -> DDPMP
                 f"take are {lower[0]} x {lower[1]} and {upper[0]} x {upper[1]}."
             )
         unet.register_to_config(sample_size=size[0] if size[0] == size[1] else list(size))
+    unet.register_to_config(_name_or_path=model_name(args.start_model))  # not where it lies on this machine
     scheduler = DDPMScheduler.from_config(found.scheduler.config)
     if args.prediction_type:
         scheduler.register_to_config(prediction_type=args.prediction_type)
     return DDPMPipeline(unet, scheduler)
+
+
+def model_name(model: str) -> str:
+    """How a model is called: a repository by its id, a folder by its own name."""
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def picture_size(unet: UNet2DModel) -> tuple[int, int]:
