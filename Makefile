@@ -20,8 +20,7 @@ help:
 	@touch $@
 
 demo: .venv/installed
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	  finetune_model.py --config examples/demo.yaml --resume_from_checkpoint latest
+	$(BIN)/python finetune_model.py --resume_from_checkpoint latest
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -18,6 +18,9 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             print(f"\nerror: {error}", file=sys.stderr)
+        elif isinstance(error, RunError):  # bad input is the same in every process, a run's end may not be
+            print(f"\nerror in process {rank}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

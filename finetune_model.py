@@ -3,7 +3,7 @@
     accelerate launch finetune_model.py --start_model google/ddpm-celebahq-256 --dataset_name \
         Norod78/Vintage-Faces-FFHQAligned --image_size 128 --batch_size 8 --grad_accumulation_steps 2 --num_epochs 16
 
-Without flags it is the demo: examples/demo.yaml, the embedded model on the embedded images.
+Where no model, data or --config is named it is the demo: examples/demo.yaml, the embedded model and images.
 """
 
 import sys
@@ -19,15 +19,18 @@ from ddgan.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts, license_of
 from ddgan.sampling.pictures import before_after
 from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, sample, with_scheduler
-from ddgan.training.arguments import DataArguments, RunArguments, option, parse_arguments
+from ddgan.training.arguments import DataArguments, RunArguments, option, parse_arguments, require_at_least
 from ddgan.training.checkpoints import replace_file
-from ddgan.training.data import Preprocessing, TrainingData
+from ddgan.training.data import CHANNEL_MODES, Preprocessing, TrainingData
 from ddgan.training.loop import Job, Player, Trainer, open_run
 from ddgan.training.objectives import DenoisingObjective
 from ddgan.training.results import repository_for, settings_for_card, upload
 
 EXAMPLES = Path(__file__).parent / "examples"
 EMBEDDED_MODEL = EXAMPLES / "models" / "noto-emoji-32"
+
+# flags that say what to train from or on, or how; a command without any of them is the demo
+NOT_THE_DEMO = {"--config", "--start_model", "--dataset_name", "--train_data_dir"}
 
 # the parameters that each choice of --freeze leaves to be trained, by parts of their names
 TRAINED_PARTS = {
@@ -55,12 +58,17 @@ class FinetuneArguments:
     sample_scheduler: Literal[tuple(SCHEDULERS)] = option("ddim", "scheduler for the grids of samples")
     sample_steps: int = option(40, "network evaluations for a sample in those grids")
 
+    def __post_init__(self):
+        require_at_least(1, self, "sample_steps")
+
 
 def main(argv: list[str] | None = None) -> None:
-    argv = (sys.argv[1:] if argv is None else argv) or ["--config", str(EXAMPLES / "demo.yaml")]
+    argv = sys.argv[1:] if argv is None else argv
+    if not any(flag.split("=")[0] in NOT_THE_DEMO for flag in argv):
+        argv = ["--config", str(EXAMPLES / "demo.yaml"), *argv]
     run, data_args, args = parse_arguments(RunArguments, DataArguments, FinetuneArguments, argv=argv)
-    repo_id = repository_for(run) if run.push_to_hub else None
     accelerator = open_run(run)
+    repo_id = repository_for(run) if run.push_to_hub and accelerator.is_main_process else None
 
     pipeline = load_start_model(args, data_args)
     unet = pipeline.unet
@@ -78,12 +86,17 @@ def main(argv: list[str] | None = None) -> None:
     parts = TRAINED_PARTS[args.freeze]
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(any(part in name for part in parts))
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    if not trained:
+        raise InputError(
+            f"--freeze {args.freeze} leaves nothing to train: the UNet of {args.start_model} has no such part."
+        )
     if run.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=run.learning_rate)
+    optimizer = torch.optim.AdamW(trained, lr=run.learning_rate)
 
-    def draw(trained: DDPMPipeline, seeds: list[int]) -> list[Image.Image]:
-        return sample(with_scheduler(trained, args.sample_scheduler), seeds, args.sample_steps)
+    def draw(pipe: DDPMPipeline, seeds: list[int]) -> list[Image.Image]:
+        return sample(with_scheduler(pipe, args.sample_scheduler), seeds, args.sample_steps)
 
     name = model_name(args.start_model)
     card = CardFacts(
@@ -100,8 +113,10 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(Job([player], pipeline, unet, draw, card, (run, data_args, args)), data, run, accelerator)
     trainer.run()
     if accelerator.is_main_process:
-        before, after = (Image.open(trainer.sample_path(step)) for step in (0, trainer.step))
-        replace_file(Path(run.output_dir) / "before_after.png", before_after(before, after).save)
+        before, after = (trainer.sample_path(step) for step in (0, trainer.step))
+        if before.exists():
+            picture = before_after(Image.open(before), Image.open(after))
+            replace_file(Path(run.output_dir) / "before_after.png", picture.save)
         trainer.finish()
         if repo_id:
             upload(run, repo_id)
@@ -115,11 +130,20 @@ def load_start_model(args: FinetuneArguments, data_args: DataArguments) -> DDPMP
     """
     found = load_pipeline(args.start_model)
     unet = getattr(found, "unet", None)
-    if not isinstance(unet, UNet2DModel):
+    if (
+        not isinstance(unet, UNet2DModel)
+        or set(found.components) != {"unet", "scheduler"}
+        or DDPMScheduler not in found.scheduler.compatibles
+    ):
         raise InputError(
             f"--start_model {args.start_model} is a {type(found).__name__} with the parts "
-            f"{', '.join(found.components)}. Fine-tuning takes a pipeline whose `unet` is an unconditional "
-            "UNet2DModel, such as google/ddpm-celebahq-256."
+            f"{', '.join(f'{name} ({type(part).__name__})' for name, part in found.components.items())}. Fine-tuning "
+            "takes a pipeline of pixels with an unconditional UNet2DModel and a scheduler of DDPM's kind, such as "
+            "google/ddpm-celebahq-256."
+        )
+    if unet.config.in_channels not in CHANNEL_MODES:
+        raise InputError(
+            f"The UNet of {args.start_model} takes {unet.config.in_channels} channels; images have 1 to 4."
         )
     size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
     if size:
@@ -133,6 +157,8 @@ def load_start_model(args: FinetuneArguments, data_args: DataArguments) -> DDPMP
                 f"take are {lower[0]} x {lower[1]} and {upper[0]} x {upper[1]}."
             )
         unet.register_to_config(sample_size=size[0] if size[0] == size[1] else list(size))
+    if unet.config.sample_size is None:
+        raise InputError(f"The UNet of {args.start_model} does not say its size; say it with --image_size.")
     unet.register_to_config(_name_or_path=model_name(args.start_model))  # not where it lies on this machine
     scheduler = DDPMScheduler.from_config(found.scheduler.config)
     if args.prediction_type:

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from ..errors import InputError
 
 # what a run folder holds beside the model; the pictures in samples/ go along, the card shows them
-PRIVATE_PARTS = ["checkpoints/*", "logs/*", "wandb/*", "**/.tmp-*", ".tmp-*", "**/__pycache__/*"]
+PRIVATE_PARTS = ["config.yaml", "checkpoints/*", "logs/*", "wandb/*", "**/.tmp-*", ".tmp-*", "**/__pycache__/*"]
 
 
 def who_am_i() -> str:
@@ -23,16 +23,22 @@ def who_am_i() -> str:
         raise InputError(
             "--push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN to a token with the right to write."
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"--push_to_hub: the Hub did not accept the login: {error}") from error
+    except Exception as error:  # the client's own, and those of the HTTP library beneath it
+        raise InputError(f"--push_to_hub: the Hub did not accept the login, or did not answer: {error}") from error
 
 
-def push_folder(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload a run folder's model, card and pictures; returns the address of the commit.
+def open_repository(repo_id: str, private: bool) -> None:
+    """Make a repository where it is not there yet.
 
     Raises:
-        OSError: huggingface_hub's errors, if the upload does not succeed.
+        InputError: if its name is not one, or the user may not make it.
     """
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=PRIVATE_PARTS).commit_url
+    try:
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+    except Exception as error:  # as above
+        raise InputError(f"--push_to_hub: the repository {repo_id} cannot be used: {error}") from error
+
+
+def push_folder(folder: Path, repo_id: str) -> str:
+    """Upload a run folder's model, card and pictures; returns the address of the commit."""
+    return HfApi().upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=PRIVATE_PARTS).commit_url

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ddgan.errors import InputError, run_command
 from ddgan.sampling.pictures import image_grid, steps_strip
 from ddgan.sampling.pipelines import SCHEDULERS, intermediates, load_pipeline, sample, with_scheduler
-from ddgan.training.arguments import option, parse_arguments
+from ddgan.training.arguments import option, parse_arguments, require_at_least
 from ddgan.training.checkpoints import replace_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -56,10 +56,7 @@ class GenerateArguments:
     def __post_init__(self):
         if not self.pipeline:
             raise InputError("Name what to sample: --pipeline takes a pipeline folder or a repository on the Hub.")
-        for name in ("num_images", "batch_size", "num_inference_steps", "intermediates"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} is {value}; it counts something, so it must be at least 1.")
+        require_at_least(1, self, "num_images", "batch_size", "num_inference_steps", "intermediates")
 
 
 def main(argv: list[str] | None = None) -> None:

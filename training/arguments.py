@@ -51,6 +51,8 @@ class DataArguments:
             raise InputError(
                 "--resolution takes a height and a width (--resolution 64 96) and stands in place of --image_size."
             )
+        require_at_least(1, self, "image_size")
+        require_at_least(0, self, "dataloader_num_workers")
         if self.streaming and not self.dataset_name:
             raise InputError("--streaming reads a dataset as a stream: name it with --dataset_name.")
 
@@ -71,9 +73,9 @@ class RunArguments:
     num_epochs: int = option(10, "passes over the images")
     max_train_steps: int | None = option(None, "optimizer steps, in place of --num_epochs")
     learning_rate: float = option(1e-4, "peak learning rate of AdamW")
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = option("cosine", "course of the learning rate over the optimizer steps")
+    lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = option(
+        "cosine", "course of the learning rate over the optimizer steps"
+    )
     lr_warmup_steps: int = option(0, "optimizer steps over which the learning rate rises from zero")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them")
     ema_decay: float = option(0.9999, "upper bound on the decay of the averaged weights (EMA); 0 turns them off")
@@ -104,12 +106,26 @@ class RunArguments:
             self.model_save_name = Path(self.output_dir).resolve().name
         if self.report_to is None:
             self.report_to = "wandb" if self.wandb_project else "tensorboard"
-        for name in ("batch_size", "grad_accumulation_steps", "num_epochs", "num_samples", "max_train_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} is {value}; it counts something, so it must be at least 1.")
+        require_at_least(
+            1, self, "batch_size", "grad_accumulation_steps", "num_epochs", "num_samples", "max_train_steps"
+        )
+        require_at_least(0, self, "lr_warmup_steps", "max_grad_norm", "learning_rate")
+        every = ("log_samples_every", "save_model_every", "checkpointing_steps", "checkpoints_total_limit")
+        require_at_least(0, self, *every)
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema_decay is {self.ema_decay}; it must be at least 0 (no EMA) and less than 1.")
+
+
+def require_at_least(least: int, arguments: Any, *names: str) -> None:
+    """Refuse numbers that are too small.
+
+    Raises:
+        InputError: which one, and what it may be.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} is {value}; it must be at least {least}.")
 
 
 def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tuple:
@@ -142,6 +158,7 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tu
 def write_config(path: Path, *arguments: Any) -> None:
     """Write every argument in force to a YAML file that `--config` reads back."""
     values = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
+    values.pop("resume_from_checkpoint")  # a run that is repeated starts anew
     path.write_text(
         "# every argument of this run: pass this file back with --config to repeat it\n"
         + yaml.safe_dump({name: value for name, value in values.items() if value is not None}, sort_keys=False),

@@ -26,11 +26,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:
-    """Write files into a temporary folder, then rename each over its place in `folder`; other files there stay."""
+    """Write files into a temporary folder, then rename each over its place in `folder`, those at its top last.
+
+    Other files there stay.
+    """
     temporary = folder / ".tmp-files"
     shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
-    files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+    files = sorted((path for path in temporary.rglob("*") if path.is_file()), key=lambda path: -len(path.parts))
     for path in files:
         _sync(path)
     for path in files:
@@ -42,7 +45,7 @@ def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what writes that were cut off left in a run folder under temporary names."""
-    for path in [*folder.rglob(".tmp-*")]:
+    for path in [path for part in (".", "samples", "checkpoints") for path in (folder / part).glob(".tmp-*")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -107,22 +110,31 @@ class Checkpoints:
                 f"checkpoint is {self.last()}. Make room, then go on with --resume_from_checkpoint latest."
             ) from error
         if self.accelerator.is_main_process and self.limit:
-            for old in self.steps()[: -self.limit]:
-                shutil.rmtree(self.path(old))
+            self._remove(self.steps()[: -self.limit])
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which a run that is taken up at this one will make anew."""
+        self._remove([later for later in self.steps() if later > step])
+
+    def _remove(self, steps: list[int]) -> None:
+        for step in steps:
+            leaving = self.folder / f".tmp-old-{step:08d}"  # so that one which is half removed counts as none
+            os.replace(self.path(step), leaving)
+            shutil.rmtree(leaving)
 
     def find(self, wanted: str) -> Path | None:
         """The folder that `--resume_from_checkpoint` means: a path, or `latest`, which is None where there is none.
 
         Raises:
-            InputError: if the path is not a complete checkpoint.
+            InputError: if the path is not a complete checkpoint of this run.
         """
         if wanted == "latest":
             steps = self.steps()
             return self.path(steps[-1]) if steps else None
-        if not (Path(wanted) / _STATE).is_file():
+        if not (Path(wanted) / _STATE).is_file() or Path(wanted).resolve().parent != self.folder.resolve():
             there = ", ".join(self.path(step).name for step in self.steps()) or "none"
             raise InputError(
-                f"--resume_from_checkpoint {wanted} is not a complete checkpoint. Those of this run, in "
+                f"--resume_from_checkpoint {wanted} is not a complete checkpoint of this run. It has, in "
                 f"{self.folder}: {there}. `latest` takes the newest."
             )
         return Path(wanted)

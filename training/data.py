@@ -1,7 +1,7 @@
 """Images for training: where they come from, how they become tensors, and which process trains on which when."""
 
 import io
-import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,7 +24,7 @@ from .randomness import key
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 EMBEDDED_DATASET = Path(__file__).parent.parent / "examples" / "data" / "twemoji-32"
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+CHANNEL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _SHUFFLE_BLOCK = 1000  # rows of a stream that are shuffled among one another, and held in memory undecoded
 _CHECKED_IMAGES = 1000  # images that are read once before a run starts, so that a broken one is found early
 
@@ -159,7 +159,7 @@ def _file_name(cell: Any) -> str:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes what the network takes: (channels, height, width) in [-1, 1]."""
+    """How an image becomes what the network takes: (channels, height, width) in [-1, 1], for 1 to 4 channels."""
 
     channels: int
     height: int
@@ -186,25 +186,19 @@ class Preprocessing:
             pixels = pixels.flip(2)
         return pixels.to(torch.float32).div_(127.5).sub_(1.0)
 
-    def _convert(self, image: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
+    def _convert(self, image: Image.Image | np.ndarray) -> Image.Image:
         if isinstance(image, np.ndarray):
-            if image.ndim == 3 and image.shape[2] == self.channels and image.dtype == np.uint8:
-                return image
             image = Image.fromarray(image)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16 bits, or floats in 0..1 or 0..255
             values = np.asarray(image, dtype=np.float64)
-            scale = 255 / 65535 if values.max() > 255 else 255 if image.mode == "F" and values.max() <= 1 else 1
+            wide = image.mode.startswith("I;16") or values.max() > 255
+            scale = 255 / 65535 if wide else 255 if image.mode == "F" and values.max() <= 1 else 1
             image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
-        if self.channels not in _MODES:
-            raise InputError(
-                f"The UNet takes {self.channels} channels, but an image of the data has mode {image.mode}. Images "
-                f"have 1 to 4 channels; for others give a dataset of uint8 arrays (height, width, {self.channels})."
-            )
         if self.channels in (1, 3) and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert(_MODES[self.channels])
+        return image.convert(CHANNEL_MODES[self.channels])
 
 
 def read_image(cell: Any, preprocessing: Preprocessing) -> torch.Tensor:
@@ -217,9 +211,7 @@ def read_image(cell: Any, preprocessing: Preprocessing) -> torch.Tensor:
         if isinstance(cell, dict):
             cell = io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]
         return preprocessing.load(Image.open(cell) if isinstance(cell, (str, Path, io.BytesIO)) else np.asarray(cell))
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise BrokenImageError(str(error)) from error
 
 
@@ -341,7 +333,7 @@ class TrainingImages(torch.utils.data.Dataset):
             sample_key = self.plan.sample_key(step, position)
             index = self.plan.image_index(step, min(position, self.plan.window(step)[2] - 1))
             pixels, names = self.cache[index] if self.cache else self._read(index)
-            if names and not self.skip_broken:
+            if pixels is None:
                 return Batch(None, [], 0.0, names)
             images.append(self.preprocessing.finish(pixels, sample_key))
             keys.append(sample_key)
@@ -394,7 +386,11 @@ class StreamedImages(torch.utils.data.IterableDataset):
             step += 1
 
     def _next(self, rows: Iterator, broken: list[str]) -> tuple[torch.Tensor | None, dict]:
+        began = None
         for cell, where in rows:
+            began = where["pass"] if began is None else began
+            if where["pass"] > began + 1:
+                raise RunError(f"A whole pass over the stream had no image that can be read; the last: {broken[-1]}")
             try:
                 return read_image(cell, self.preprocessing), where
             except BrokenImageError as error:
@@ -418,7 +414,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
                     yield block[i][self.column], here
                 here = {**here, "block": here["block"] + 1, "state": self.stream.state_dict(), "used": 0}
             if here["block"] == 0:
-                raise InputError("The stream has no rows for this process: it is empty, or has too few for so many.")
+                raise RunError("The stream has no rows for this process: it is empty, or has too few for so many.")
             here = {"pass": here["pass"] + 1, "block": 0, "state": None, "used": 0}
 
 
@@ -464,21 +460,31 @@ class TrainingData:
             sampler, workers = None, min(workers, 1)  # the rows of a stream come in one order
         else:
             sampler = _Items(self.plan, start, stop)
-        for batch in torch.utils.data.DataLoader(
+        loader = torch.utils.data.DataLoader(
             self.images,
             batch_size=None,
             sampler=sampler,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_signals_to_the_parent,
-        ):
-            if batch.images is None:
-                raise RunError(f"An image cannot be read: {batch.broken[-1]}. {_WHAT_TO_DO}")
-            yield batch
+        )
+        iterator = iter(loader)
+        readers = getattr(iterator, "_workers", [])
+        try:
+            for batch in iterator:
+                if batch.images is None:
+                    raise RunError(f"An image cannot be read: {batch.broken[-1]}. {_WHAT_TO_DO}")
+                yield batch
+        finally:
+            del iterator
+            for reader in readers:
+                if reader.is_alive():
+                    reader.kill()  # it does not listen to the signal that would end it
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    os.setpgrp()  # Ctrl-C and a scheduler's SIGTERM go to the whole process group
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Items(torch.utils.data.Sampler):
@@ -493,7 +499,7 @@ class _Items(torch.utils.data.Sampler):
                 yield step, micro_batch
 
 
-_WHAT_TO_DO = "Repair or remove it, or give --skip_broken_images to leave such images out and count them."
+_WHAT_TO_DO = "Repair or replace it, or give --skip_broken_images to leave such images out and count them."
 
 
 def _check(source, preprocessing: Preprocessing) -> None:

@@ -85,6 +85,10 @@ def open_run(args: RunArguments) -> Accelerator:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file; it must be a folder, or not there yet.")
+    if (folder / "model_index.json").exists() and not (folder / _CONFIG).exists():
+        raise InputError(
+            f"{folder} holds a model that no run made. Keep it, and name another folder with --output_dir."
+        )
     if (folder / _CONFIG).exists() and not args.resume_from_checkpoint:
         raise InputError(
             f"{folder} already holds a run. Go on with it: --resume_from_checkpoint latest. Or keep it and name "
@@ -132,12 +136,15 @@ class Trainer:
             player.network.train().to(memory_format=self.memory_format)
             if args.compile:
                 player.network.compile()
-            schedule = get_scheduler(
-                args.lr_scheduler,
-                player.optimizer,
-                num_warmup_steps=args.lr_warmup_steps,
-                num_training_steps=self.total_steps,
-            )
+            try:
+                schedule = get_scheduler(
+                    args.lr_scheduler,
+                    player.optimizer,
+                    num_warmup_steps=args.lr_warmup_steps,
+                    num_training_steps=self.total_steps,
+                )
+            except ValueError as error:
+                raise InputError(f"--lr_scheduler {args.lr_scheduler} cannot be used like this: {error}") from None
             prepared = accelerator.prepare(player.network, player.optimizer, schedule)
             for kept, part in zip((self.models, self.optimizers, self.schedules), prepared, strict=True):
                 kept.append(part)
@@ -160,8 +167,10 @@ class Trainer:
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
-            replace_file(self.folder / _CONFIG, lambda path: write_config(path, *job.arguments))
+            self.checkpoints.remove_after(self.step)
         start_trackers(accelerator, args, {k: v for part in job.arguments for k, v in vars(part).items()})
+        if accelerator.is_main_process:
+            replace_file(self.folder / _CONFIG, lambda path: write_config(path, *job.arguments))
         self.metrics = Metrics(self.folder / "metrics.csv", self.step) if accelerator.is_main_process else None
         self.pending = []  # (step, learning rate, one row of numbers on the device) of the steps not yet logged
         self.clock = _Clock(mark=(0.0, self.plan.images_seen(self.step)))
@@ -347,8 +356,9 @@ class Trainer:
 
     def finish(self) -> None:
         """Write the card once more, when all pictures are there, and say where things are."""
-        write_card(self.folder, self.job.card, self.facts())
-        report(self.folder, self.facts())
+        facts = self.facts()
+        write_card(self.folder, self.job.card, facts)
+        report(self.folder, facts)
 
     def facts(self) -> dict[str, Any]:
         """What is known of the run so far, for the model card."""
@@ -374,6 +384,10 @@ class Trainer:
         }
 
     def _save_checkpoint(self) -> None:
+        if self.accelerator.num_processes > 1:
+            found = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(found, self.broken)
+            self.broken = set().union(*found)
         state = {
             "step": self.step,
             "seconds": self.seconds + self.clock.seconds(),
@@ -395,8 +409,8 @@ class Trainer:
         self.accelerator.save_state(str(folder))
         if self.ema and (self.shards > 1 or self.accelerator.is_main_process):
             tensors = {str(i): tensor.contiguous() for i, tensor in enumerate(self.ema.shadow_params)}
-            save_file(tensors, folder / self._ema_file(), {"optimization_step": str(self.ema.optimization_step)})
-        if self.position is not None:
+            save_file(tensors, folder / self._ema_file())
+        if self.plan.num_images is None:
             (folder / self._stream_file()).write_text(json.dumps(self.position), encoding="utf-8")
 
     def _ema_file(self) -> str:

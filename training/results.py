@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.cards import CARD_NAME, CardFacts, card_text, is_repo_id
-from ..hub.upload import push_folder, who_am_i
+from ..hub.upload import open_repository, push_folder, who_am_i
 from .arguments import RunArguments
 from .checkpoints import replace_file
 
@@ -67,21 +67,24 @@ def report(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def repository_for(args: RunArguments) -> str:
-    """The repository that a run is uploaded to; that somebody is logged in is found out before training.
+    """The repository that a run is uploaded to, made before training so that what is wrong is known early.
 
     Raises:
-        InputError: if nobody is, or the Hub does not answer.
+        InputError: if nobody is logged in, the Hub does not answer, or the repository cannot be made.
     """
     user = who_am_i()
-    return args.hub_model_id or f"{user}/{args.model_save_name}"
+    repo_id = args.hub_model_id or f"{user}/{args.model_save_name}"
+    open_repository(repo_id, args.hub_private)
+    return repo_id
 
 
 def upload(args: RunArguments, repo_id: str) -> None:
     """Upload a finished run folder; a failure is told, and leaves the run as it is."""
     try:
-        print(f"uploaded       {push_folder(Path(args.output_dir), repo_id, args.hub_private)}")
-    except OSError as error:
+        print(f"uploaded       {push_folder(Path(args.output_dir), repo_id)}")
+    except Exception as error:  # whatever it is, the run itself is done and saved
         print(
             f"\nThe upload to {repo_id} failed: {error}\nThe model is whole in {args.output_dir}; to upload it:\n"
-            f"    hf upload {repo_id} {args.output_dir} --exclude 'checkpoints/*' --exclude 'logs/*'"
+            f"    hf upload {repo_id} {args.output_dir} --exclude config.yaml --exclude 'checkpoints/*' "
+            "--exclude 'logs/*'"
         )

@@ -36,12 +36,23 @@ def tracker_names(report_to: str) -> list[str]:
 
 
 def start_trackers(accelerator: Accelerator, args: RunArguments, config: dict) -> None:
+    """Start the trackers with the run's settings.
+
+    Raises:
+        InputError: if one does not start.
+    """
     plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items() if v is not None}
-    accelerator.init_trackers(
-        args.wandb_project or args.model_save_name,
-        config=plain,
-        init_kwargs={"wandb": {"name": args.model_save_name, "dir": args.output_dir}},
-    )
+    try:
+        accelerator.init_trackers(
+            args.wandb_project or args.model_save_name,
+            config=plain,
+            init_kwargs={"wandb": {"name": args.model_save_name, "dir": args.output_dir}},
+        )
+    except Exception as error:  # each tracker has errors of its own, most often that nobody is logged in
+        raise InputError(
+            f"--report_to {args.report_to}: the tracker did not start: {error}. Log in to it, or set "
+            "WANDB_MODE=offline, or choose --report_to tensorboard or none."
+        ) from error
 
 
 def track_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
@@ -85,8 +96,8 @@ def _write(path: Path, rows: list[dict[str, float]], mode: str) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The complete rows of a metrics.csv."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    text = path.read_text(encoding="utf-8")
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
     return [{k: int(v) if k in ("step", "images") else float(v) for k, v in row.items()} for row in rows]
 
 

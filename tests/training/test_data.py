@@ -53,6 +53,11 @@ def test_sixteen_bits_keep_their_range():
     assert torch.allclose(load(Image.fromarray(ramp), channels=1)[0], expected, atol=1e-6)
 
 
+def test_dark_sixteen_bit_images_stay_dark():
+    dark = Image.fromarray(np.full((8, 8), 200, dtype=np.uint16))
+    assert load(dark, channels=1).max() == pytest.approx(1 / 127.5 - 1)
+
+
 def test_transparent_becomes_white_where_the_model_has_no_alpha():
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     assert torch.equal(load(clear), torch.ones(3, 8, 8))
@@ -92,12 +97,6 @@ def test_flips_are_half_of_the_samples_and_depend_on_the_key_alone():
     assert 150 < sum(flipped) < 250
     again = [preprocessing.finish(preprocessing.load(ramp), key)[0, 0, 0] > -1 for key in range(400)]
     assert flipped == again
-
-
-def test_arrays_of_other_channel_counts_are_taken_and_pictures_refused():
-    assert load(np.zeros((8, 8, 6), dtype=np.uint8), channels=6).shape == (6, 8, 8)
-    with pytest.raises(InputError, match=r"takes 6 channels, but .* mode RGB"):
-        load(Image.new("RGB", (8, 8)), channels=6)
 
 
 # ---- sources
@@ -187,6 +186,28 @@ def test_an_image_that_breaks_later_ends_the_run_with_its_name(tmp_path, workers
     (folder / "004.png").write_bytes(b"")
     with pytest.raises(RunError, match=r"004\.png"):
         list(data.batches(0, 3, None))
+
+
+def test_cells_that_are_no_images_are_broken_images(tmp_path):
+    import datasets
+
+    (tmp_path / "data").mkdir(parents=True)
+    features = datasets.Features({"picture": datasets.Image()})
+    rows = [Image.new("L", (8, 8), 7), None, Image.new("L", (8, 8), 9)]
+    datasets.Dataset.from_dict({"picture": rows}, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(InputError, match="row 1"):
+        TrainingData(DataArguments(dataset_name=str(tmp_path)), Preprocessing(1, 8, 8), 0, **PLAN)
+    args = DataArguments(dataset_name=str(tmp_path), skip_broken_images=True)
+    (batch,) = TrainingData(args, Preprocessing(1, 8, 8), 0, **PLAN).batches(0, 1, None)
+    assert sorted(numbers(batch)) == [7, 9, 9]
+
+
+def test_nothing_but_broken_images_ends_the_run(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    args = DataArguments(train_data_dir=str(tmp_path), skip_broken_images=True)
+    with pytest.raises(RunError, match="cannot be read"):
+        list(TrainingData(args, Preprocessing(3, 8, 8), 0, **PLAN).batches(0, 1, None))
 
 
 # ---- the plan
