@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if run.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(trained, lr=run.learning_rate)
+    optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, fused=True)
 
     def draw(pipe: DDPMPipeline, seeds: list[int]) -> list[Image.Image]:
         return sample(with_scheduler(pipe, args.sample_scheduler), seeds, args.sample_steps)
