@@ -9,6 +9,7 @@ _EXPORTS = {
     "DDGANSchedulerOutput": ".schedulers.scheduling_ddgan",
     "NCSNpp": ".models.unet_ncsnpp",
     "DDGANDiscriminator": ".models.discriminator_ddgan",
+    "DDGANPipeline": ".pipelines.pipeline_ddgan",
 }
 __all__ = [*_EXPORTS]
 

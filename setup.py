@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
+PARTS = ("evaluation", "hub", "models", "pipelines", "sampling", "schedulers", "training")
 EXTRAS = {
     "train": ["accelerate>=1.10", "datasets>=4.0", "matplotlib>=3.8", "tensorboard>=2.16", "tqdm>=4.66"],
     "clip": ["open-clip-torch>=2.24"],
@@ -23,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"ddgan": "."},
-    packages=["ddgan", *(f"ddgan.{part}" for part in ("hub", "models", "sampling", "schedulers", "training"))],
+    packages=["ddgan", *(f"ddgan.{part}" for part in PARTS)],
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",

@@ -1,0 +1,1 @@
+"""Ways to draw pictures: one file a pipeline, complete in itself."""
