@@ -9,6 +9,8 @@ _EXPORTS = {
     "DDGANSchedulerOutput": ".schedulers.scheduling_ddgan",
     "NCSNpp": ".models.unet_ncsnpp",
     "DDGANDiscriminator": ".models.discriminator_ddgan",
+    "ClassConditionedUnet": ".models.unet_class_conditioned",
+    "ContextUnet": ".models.unet_context",
     "DDGANPipeline": ".pipelines.pipeline_ddgan",
 }
 __all__ = [*_EXPORTS]

@@ -1,0 +1,224 @@
+"""Claims about the class-conditioned UNet: a plain UNet with the class beside its picture, by Diffusers' rules."""
+
+import logging
+
+import pytest
+import torch
+from accelerate import infer_auto_device_map
+from diffusers import UNet2DModel
+
+from ddgan import ClassConditionedUnet
+
+TINY = {
+    "sample_size": 8,
+    "num_classes": 3,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+}
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return ClassConditionedUnet(**{**TINY, **changes})
+
+
+def inputs(batch_size=3, channels=1, height=8, width=8):
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(batch_size, channels, height, width, generator=generator)
+    return sample, torch.tensor([5, 400, 999])[:batch_size], torch.tensor([2, 0, 1])[:batch_size]
+
+
+def plain_unet(model, in_channels, **changes):
+    """Diffusers' own network with the same weights."""
+    config = {**TINY, "in_channels": in_channels, "out_channels": 1, **changes}
+    unet = UNet2DModel(**{key: value for key, value in config.items() if key != "num_classes"})
+    unet.load_state_dict({name.removeprefix("unet."): w for name, w in model.state_dict().items() if "unet." in name})
+    return unet
+
+
+def test_defaults_are_the_mnist_network_with_1_7_million_parameters():
+    model = ClassConditionedUnet()
+    plain = UNet2DModel(
+        sample_size=28,
+        in_channels=1 + 4,
+        out_channels=1,
+        layers_per_block=2,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )
+    assert model.num_parameters() == plain.num_parameters() + 10 * 4
+    assert round(model.num_parameters() / 1e6, 1) == 1.7
+    assert model.config.sample_size == 28
+    assert model.config.in_channels == model.config.out_channels == 1
+    plain.load_state_dict(model.unet.state_dict())  # the same parts of the same shapes
+
+
+def test_it_is_a_plain_unet_on_the_picture_with_the_embedding_at_every_pixel():
+    model = tiny(in_channels=2, class_emb_size=5)
+    sample, t, labels = inputs(channels=2)
+    joined = torch.empty(3, 2 + 5, 8, 8)
+    for i, label in enumerate(labels):
+        joined[i, :2] = sample[i]
+        for j in range(5):
+            joined[i, 2 + j] = model.class_embedding.weight[label, j].detach()
+    expected = plain_unet(model, 2 + 5)(joined, t).sample
+    assert torch.equal(model(sample, t, labels).sample, expected)
+
+
+def test_one_hot_classes_have_a_channel_each_and_the_null_class_has_none():
+    model = tiny(class_emb_size=None, class_dropout=0.1)
+    assert not any("class_embedding" in name for name, _ in model.named_parameters())
+    sample, t, _ = inputs()
+    joined = torch.zeros(3, 1 + 3, 8, 8)
+    joined[:, :1] = sample
+    joined[0, 1 + 2] = 1
+    joined[1, 1 + 0] = 1
+    expected = plain_unet(model, 1 + 3)(joined, t).sample
+    assert torch.equal(model(sample, t, torch.tensor([2, 0, 3])).sample, expected)
+
+
+@pytest.mark.parametrize("class_emb_size", [4, None])
+def test_the_null_class_is_one_more_label_where_there_is_class_dropout(class_emb_size):
+    sample, t, _ = inputs()
+    null = torch.tensor([3, 3, 3])
+    with_null = tiny(class_emb_size=class_emb_size, class_dropout=0.1)
+    outputs = [with_null(sample, t, torch.full((3,), label)).sample for label in range(4)]
+    assert all(not torch.allclose(outputs[3], output) for output in outputs[:3])
+    with pytest.raises((IndexError, RuntimeError)):
+        tiny(class_emb_size=class_emb_size)(sample, t, null)
+
+
+def test_the_network_draws_nothing_by_itself():
+    model = tiny(class_dropout=0.9).train()
+    assert torch.equal(model(*inputs()).sample, model(*inputs()).sample)
+
+
+def test_gradients_reach_all_weights_and_the_embeddings_of_the_classes_seen():
+    model = tiny()
+    sample, t, _ = inputs()
+    model(sample, t, torch.tensor([0, 2, 2])).sample.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert [bool(row.any()) for row in model.class_embedding.weight.grad] == [True, False, True]
+
+
+@pytest.mark.parametrize("timestep", [7, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 7, 7])], ids=str)
+def test_timestep_may_be_a_number_or_a_tensor(timestep):
+    model = tiny()
+    sample, _, labels = inputs()
+    torch.testing.assert_close(
+        model(sample, timestep, labels).sample, model(sample, torch.full((3,), 7), labels).sample
+    )
+
+
+def test_output_is_a_dataclass_or_the_same_as_a_tuple():
+    model = tiny()
+    as_tuple = model(*inputs(), return_dict=False)
+    assert type(as_tuple) is tuple
+    assert torch.equal(as_tuple[0], model(*inputs()).sample)
+
+
+def test_pictures_need_not_be_square():
+    model = tiny(sample_size=(8, 12))
+    sample, t, labels = inputs(width=12)
+    assert model(sample, t, labels).sample.shape == sample.shape
+
+
+@pytest.mark.parametrize("id2label", [{0: "a", 1: "b", 2: "c"}, ["a", "b", "c"]], ids=str)
+def test_saved_network_loads_the_same_with_names_and_dtype(tmp_path, caplog, id2label):
+    model = tiny(class_dropout=0.1, id2label=id2label)
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        loaded = ClassConditionedUnet.from_pretrained(tmp_path)
+    assert caplog.text == ""
+    assert torch.equal(loaded(*inputs()).sample, model(*inputs()).sample)
+    assert loaded.config.class_dropout == 0.1
+    names = loaded.config.id2label
+    assert names == (id2label if isinstance(id2label, list) else {"0": "a", "1": "b", "2": "c"})
+
+    half = ClassConditionedUnet.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    sample, t, labels = inputs()
+    output = half(sample.bfloat16(), t, labels).sample
+    assert half.dtype == output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), model(sample, t, labels).sample, rtol=0, atol=0.1)
+
+
+def test_autocast_trains_in_bfloat16_near_the_float32_result():
+    model = tiny()
+    expected = model(*inputs()).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(*inputs()).sample
+    output.float().sum().backward()
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.1)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gradient_checkpointing_reaches_the_unet_and_changes_no_number():
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+            assert all(block.gradient_checkpointing for block in [*model.unet.down_blocks, *model.unet.up_blocks])
+        output = model(*inputs()).sample
+        output.square().sum().backward()
+        gradients.append([output, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("class_emb_size", [4, None])
+def test_compiles_as_one_graph(class_emb_size):
+    model = tiny(class_emb_size=class_emb_size, class_dropout=0.1)
+    expected = model(*inputs()).sample
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # what is tested is the graph, not the compiler
+    torch.testing.assert_close(compiled(*inputs()).sample, expected)
+
+
+def test_layerwise_casting_stores_small_and_computes_in_float32():
+    model = tiny()
+    expected = model(*inputs()).sample
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.unet.conv_in.weight.dtype == torch.float8_e4m3fn
+    output = model(*inputs()).sample
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected, rtol=0, atol=0.5)
+
+
+def test_the_wrapped_network_stays_on_one_device():
+    model = tiny()
+    no_split = model._get_no_split_modules("auto")
+    devices = infer_auto_device_map(model, {0: "150KB", "cpu": "1GB"}, no_split_module_classes=no_split)
+    assert devices.keys() <= {"", "class_embedding", "unet"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0.0, 1.0, 2.0]), "one integer for each of the 3 pictures"),
+        (torch.tensor([0, 1]), r"shape \(2,\), but must hold one integer for each of the 3"),
+        (torch.eye(3), "one integer for each of the 3 pictures"),
+    ],
+    ids=["floats", "too few", "a matrix"],
+)
+def test_labels_that_do_not_fit_the_pictures_are_refused(labels, message):
+    sample, t, _ = inputs()
+    with pytest.raises(ValueError, match=message):
+        tiny()(sample, t, labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_dropout": 1.0}, r"class_dropout.*\[0, 1\)"),
+        ({"id2label": ["a", "b"]}, r"names the labels \[0, 1\].*each of the 3 classes, 0 to 2"),
+        ({"id2label": {1: "a", 2: "b", 3: "c"}}, r"names the labels \[1, 2, 3\].*0 to 2"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_when_it_is_built(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
