@@ -12,6 +12,7 @@ _EXPORTS = {
     "ClassConditionedUnet": ".models.unet_class_conditioned",
     "ContextUnet": ".models.unet_context",
     "DDGANPipeline": ".pipelines.pipeline_ddgan",
+    "ClassConditionalPipeline": ".pipelines.pipeline_class_conditional",
 }
 __all__ = [*_EXPORTS]
 

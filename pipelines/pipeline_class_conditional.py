@@ -1,0 +1,300 @@
+"""Sampling from a network that is conditioned on a class or a context, with any scheduler and with guidance."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """
+    Draws pictures of the classes that are asked for.
+
+    With [classifier-free guidance](https://arxiv.org/abs/2207.12598) the network's output is
+    unconditional + guidance_scale (conditional - unconditional); both come from one batch of twice the size, the first
+    with the null class that the network was trained with.
+
+    Args:
+        unet (`ClassConditionedUnet`, `ContextUnet` or `UNet2DModel` with `num_class_embeds`):
+            The network. Its config tells the number of classes (`num_classes`, `n_cfeat` or `num_class_embeds`), the
+            null class, whose label is that number (there is one if `class_dropout` is above 0), and the names of the
+            classes (`id2label`).
+        scheduler (`SchedulerMixin`): any scheduler for the noise process that the network was trained with.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs: ClassVar = ["latents", "class_labels"]
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes that the network knows, without the null class."""
+        for name in ("num_classes", "n_cfeat", "num_class_embeds"):
+            if self.unet.config.get(name):
+                return self.unet.config[name]
+        raise ValueError(
+            f"This {type(self.unet).__name__} is not conditioned on a class: its config has none of `num_classes`, "
+            "`n_cfeat` and `num_class_embeds`."
+        )
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the network was trained with a null class, whose label is `num_classes`."""
+        return bool(self.unet.config.get("class_dropout"))
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The label of each name of a class; empty if the network knows no names."""
+        id2label = self.unet.config.get("id2label") or {}
+        pairs = id2label.items() if isinstance(id2label, dict) else enumerate(id2label)
+        return {name: int(label) for label, name in pairs}
+
+    def get_label_ids(self, names: Sequence[str]) -> list[int]:
+        """
+        The labels of classes by their names.
+
+        Raises:
+            `ValueError`: for a name that the network does not know, with the nearest ones.
+        """
+        labels = self.labels
+        if not labels:
+            raise ValueError(
+                f"Class names {list(names)} were given, but this network knows none (its config has no `id2label`): "
+                f"give labels from 0 to {self.num_classes - 1}."
+            )
+        for name in names:
+            if name not in labels:
+                nearest = difflib.get_close_matches(name, labels, cutoff=0)
+                raise ValueError(
+                    f"There is no class {name!r} among the {len(labels)} of this network. The nearest names are "
+                    f"{', '.join(map(repr, nearest))}."
+                )
+        return [labels[name] for name in names]
+
+    def encode_class_labels(self, class_labels, batch_size: int | None = None) -> torch.Tensor:
+        """
+        Makes what the network is conditioned on from what `__call__` takes as `class_labels` and `batch_size`.
+
+        Returns:
+            `torch.Tensor`: integers of shape `(batch_size,)`, or float contexts of shape `(batch_size, n_cfeat)`.
+
+        Raises:
+            `ValueError`: for labels out of range, unknown names, contexts of the wrong width or for a network that
+                takes none, and if their number is not `batch_size`.
+        """
+        if isinstance(class_labels, str):
+            class_labels = self.get_label_ids([class_labels])[0]
+        elif isinstance(class_labels, list | tuple):
+            names = [label for label in class_labels if isinstance(label, str)]
+            ids = iter(self.get_label_ids(names) if names else [])
+            class_labels = [next(ids) if isinstance(label, str) else label for label in class_labels]
+        encoded = torch.as_tensor(class_labels)
+
+        classes, width = self.num_classes, self.unet.config.get("n_cfeat")
+        if encoded.is_floating_point() or encoded.ndim > 1:
+            if width is None:
+                raise ValueError(
+                    f"`class_labels` is {encoded.dtype} of shape {tuple(encoded.shape)}, but a "
+                    f"{type(self.unet).__name__} takes no contexts: give one integer label a picture."
+                )
+            if encoded.ndim not in (1, 2) or encoded.shape[-1] != width:
+                raise ValueError(
+                    f"`class_labels` is a context of shape {tuple(encoded.shape)}, but must be a matrix of {width} "
+                    f"columns, one for each class of this network: (batch_size, {width}), or ({width},) for all "
+                    "pictures alike."
+                )
+            encoded = encoded.to(torch.promote_types(self.unet.dtype, torch.float32))
+            is_single = encoded.ndim == 1
+        else:
+            encoded = encoded.long()
+            is_single = encoded.ndim == 0
+            known = range(classes + self.has_null_class)
+            unknown = sorted({label for label in encoded.flatten().tolist() if label not in known})
+            if unknown:
+                null = f", and {classes} for the null class" if self.has_null_class else ""
+                raise ValueError(
+                    f"`class_labels` holds {', '.join(map(str, unknown))}, but this network has {classes} classes, "
+                    f"whose labels are 0 to {classes - 1}{null}."
+                )
+
+        if is_single:
+            encoded = encoded.expand(1 if batch_size is None else batch_size, *encoded.shape)
+        elif batch_size not in (None, len(encoded)):
+            raise ValueError(
+                f"`class_labels` has {len(encoded)} entries, but `batch_size` is {batch_size}: give one label a "
+                "picture, or a single one for all of them."
+            )
+        return encoded
+
+    def check_inputs(
+        self,
+        batch_size: int | None,
+        guidance_scale: float,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ):
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
+        if guidance_scale > 1 and not self.has_null_class:
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale}, but this {type(self.unet).__name__} was not trained with a "
+                "null class (its config has no `class_dropout` above 0), so there is nothing to guide away from. "
+                "Sample with `guidance_scale=1`, or train it with class dropout."
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
+        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs}, but a callback can be "
+                f"given only {self._callback_tensor_inputs}."
+            )
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The noise that sampling begins with, drawn or as given, at the scale of the scheduler."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, but must have one for each of the {batch_size} pictures "
+                "that `class_labels` and `batch_size` ask for."
+            )
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        elif latents.shape != shape:
+            raise ValueError(f"`latents` has the shape {tuple(latents.shape)}, but must have {shape}.")
+        return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor,
+        batch_size: int | None = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 50,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+    ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | torch.Tensor]:
+        """
+        Draws one picture for each class label.
+
+        Noise is drawn and the sample is kept in float32; the network alone runs in its own dtype.
+
+        Args:
+            class_labels (`int`, `str`, a list of them, or `torch.Tensor`):
+                Labels of classes, or their names if the network knows them. For a `ContextUnet` also a float matrix
+                `(batch_size, n_cfeat)` of contexts, zeros for none. A single label, name or context is for all
+                pictures alike.
+            batch_size (`int`, *optional*):
+                Number of pictures; needed only with a single label, where it is 1 if left out.
+            guidance_scale (`float`, defaults to 1.0):
+                Strength of classifier-free guidance, which is used above 1 and needs a null class.
+            num_inference_steps (`int`, defaults to 50): number of steps, as the scheduler counts them.
+            eta (`float`, defaults to 0.0):
+                For `DDIMScheduler` and others whose `step` takes it: 0 adds no noise, 1 that of DDPM.
+            generator (`torch.Generator` or a list of one for each picture, *optional*):
+                Source of all noise; with a list, picture i depends on generator i alone.
+            latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*):
+                Standard normal noise to begin with, in place of that drawn first.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`: PIL images, of mode L for one channel; `"np"`: an array `(batch_size, height, width,
+                channels)` in [0, 1]; `"pt"`: a tensor `(batch_size, channels, height, width)` in [0, 1]; `"latent"`:
+                that tensor as sampling leaves it, about [-1, 1].
+            return_dict (`bool`, defaults to `True`): an [`ImagePipelineOutput`] or a tuple of its images.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step as `callback(pipe, step, timestep, callback_kwargs)`; tensors in the dictionary
+                that it returns take the place of those here. `pipe._interrupt = True` ends sampling.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                What `callback_kwargs` holds: `"latents"`, and `"class_labels"` as the network is given them, with the
+                null class first where there is guidance.
+
+        Raises:
+            `ValueError`: for labels out of range, unknown names (with the nearest ones), contexts of the wrong width,
+                guidance of a network without null class, and numbers of pictures that contradict one another.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(batch_size, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        device, dtype = self._execution_device, torch.promote_types(self.unet.dtype, torch.float32)
+        class_labels = self.encode_class_labels(class_labels, batch_size).to(device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        latents = self.prepare_latents(len(class_labels), generator, latents, dtype)
+        if self.do_classifier_free_guidance:
+            null = 0 if class_labels.is_floating_point() else self.num_classes
+            class_labels = torch.cat([torch.full_like(class_labels, null), class_labels])
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if self.interrupt:
+                continue
+            model_input = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
+            model_input = self.scheduler.scale_model_input(model_input, t).to(self.unet.dtype)
+            output = self.unet(model_input, t, class_labels=class_labels, return_dict=False)[0].to(dtype)
+            if self.do_classifier_free_guidance:
+                unconditional, conditional = output.chunk(2)
+                output = unconditional + self.guidance_scale * (conditional - unconditional)
+            latents = self.scheduler.step(output, t, latents, **step_kwargs).prev_sample
+
+            if callback_on_step_end is not None:
+                available = {"latents": latents, "class_labels": class_labels}
+                chosen = {name: available[name] for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, i, t, chosen)
+                latents = returned.get("latents", latents)
+                class_labels = returned.get("class_labels", class_labels)
+
+        self.maybe_free_model_hooks()
+
+        images = latents
+        if output_type != "latent":
+            images = (images / 2 + 0.5).clamp(0, 1)
+        if output_type in ("np", "pil"):
+            images = images.permute(0, 2, 3, 1).cpu().float().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)

@@ -1,0 +1,398 @@
+"""Claims about sampling by class: every scheduler and network, guidance, labels in all their forms, clear refusals."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.callbacks import PipelineCallback
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from tiny import tiny_unet
+from torch import nn
+
+from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
+
+NAMES = {0: "angry", 1: "happy", 2: "sad"}
+# networks sum in another order in batches of another size, or at another place in them
+ROUNDING = {"rtol": 0, "atol": 1e-5}
+SCHEDULERS = {
+    "ddpm": (DDPMScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "ddim eta": (DDIMScheduler, {}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {}),
+    "sde-dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmsolver++ single": (DPMSolverSinglestepScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "deis": (DEISMultistepScheduler, {}),
+    "pndm": (PNDMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "euler ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+}
+STOCHASTIC = ("ddpm", "ddim eta", "sde-dpmsolver++", "euler ancestral")
+
+
+def lively(model):
+    """With weights at which the class matters; to a fresh network it hardly does."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def class_conditioned(**changes):
+    torch.manual_seed(0)
+    config = {
+        "sample_size": (8, 12),
+        "num_classes": 3,
+        "class_dropout": 0.1,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "id2label": NAMES,
+    }
+    return lively(ClassConditionedUnet(**{**config, **changes}))
+
+
+def context(**changes):
+    torch.manual_seed(0)
+    config = {"n_feat": 8, "n_cfeat": 3, "height": 8, "class_dropout": 0.1, "num_train_timesteps": 1000}
+    return lively(ContextUnet(**{**config, **changes}))
+
+
+def plain_unet(**changes):
+    return tiny_unet(num_class_embeds=3, **changes).eval()
+
+
+def pipeline(unet=None, name="ddim", **scheduler):
+    scheduler_class, config = SCHEDULERS[name]
+    pipe = ClassConditionalPipeline(unet or class_conditioned(), scheduler_class(1000, **{**config, **scheduler}))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(*seeds):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return generators if len(seeds) > 1 else generators[0]
+
+
+def latents(pipe, class_labels, **arguments):
+    return pipe(class_labels, **{"num_inference_steps": 4, "output_type": "latent", **arguments}).images
+
+
+class OnePictureAClass(ModelMixin, ConfigMixin):
+    """The perfect network where each class has a single picture: a smooth ramp, brighter from class to class."""
+
+    @register_to_config
+    def __init__(self, num_classes=3, in_channels=1, sample_size=8):
+        super().__init__()
+        self.pictures = nn.Parameter(torch.linspace(-0.9, 0.8, 3 * 64).view(3, 1, 8, 8))
+        self.alphas_cumprod = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
+
+    def forward(self, sample, timestep, class_labels, return_dict=True):
+        # sigmas are interpolated where a scheduler stops between two timesteps
+        sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy()
+        variance = float(np.interp(float(timestep), range(1000), sigmas)) ** 2
+        noise = sample * (1 + variance) ** 0.5 - self.pictures[class_labels]
+        return (noise / variance**0.5,)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_perfect_network_draws_the_picture_of_the_class_with_every_scheduler(name):
+    unet = OnePictureAClass()
+    pipe = pipeline(unet, name, beta_schedule="squaredcos_cap_v2")
+    drawn = latents(pipe, [2, 0], num_inference_steps=20, eta=float("eta" in name), generator=seeded(0))
+    # PNDM and DEIS extrapolate to their end, which PNDM has at the least noisy timestep
+    tolerance = 0.03 if name in ("pndm", "deis") else 1e-3
+    torch.testing.assert_close(drawn, unet.pictures[[2, 0]].detach(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_with_a_list_of_generators_each_picture_depends_on_its_own_alone(name):
+    pipe = pipeline(name=name)
+    arguments = {"guidance_scale": 2.0, "eta": float("eta" in name)}
+    three = latents(pipe, [0, 1, 2], generator=seeded(5, 6, 7), **arguments)
+    assert torch.equal(latents(pipe, [2, 1, 0], generator=seeded(8, 6, 9), **arguments)[1], three[1])
+    alone = latents(pipe, [1], generator=[seeded(6)], **arguments)
+    scale = three.abs().max()
+    torch.testing.assert_close(alone[0] / scale, three[1] / scale, **ROUNDING)
+    other = latents(pipe, [1], generator=[seeded(8)], **arguments)
+    assert (other - alone).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_noise_of_the_steps_comes_from_the_generator_where_the_scheduler_draws_any(name):
+    pipe = pipeline(name=name)
+    start = torch.randn(1, 1, 8, 12, generator=seeded(0))
+
+    def drawn(seed):
+        return latents(pipe, 1, latents=start, generator=seeded(seed), eta=float("eta" in name))
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert torch.equal(drawn(1), drawn(2)) == (name not in STOCHASTIC)
+
+
+@pytest.mark.parametrize("network", [class_conditioned, context], ids=["class", "context"])
+@pytest.mark.parametrize("name", ["ddpm", "unipc", "euler"])
+def test_guided_is_unconditional_and_s_times_the_difference(network, name):
+    pipe = pipeline(network(), name)
+    generator = seeded(3)
+    size = pipe.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    x = torch.randn(2, pipe.unet.config.in_channels, height, width, generator=generator)
+    pipe.scheduler.set_timesteps(4)
+    x = x * pipe.scheduler.init_noise_sigma
+    draws = {"generator": generator} if name != "unipc" else {}
+    for t in pipe.scheduler.timesteps:
+        scaled = pipe.scheduler.scale_model_input(x, t)
+        with torch.no_grad():
+            conditional = pipe.unet(scaled, t, torch.tensor([2, 1])).sample
+            unconditional = pipe.unet(scaled, t, torch.tensor([3, 3])).sample
+        x = pipe.scheduler.step(unconditional + 2.5 * (conditional - unconditional), t, x, **draws).prev_sample
+    drawn = latents(pipe, [2, 1], guidance_scale=2.5, generator=seeded(3))
+    scale = x.abs().max()
+    torch.testing.assert_close(drawn / scale, x / scale, **ROUNDING)
+    assert (drawn - latents(pipe, [2, 1], generator=seeded(3))).abs().max() > 100 * ROUNDING["atol"] * scale
+
+
+@pytest.mark.parametrize(("guidance_scale", "batch"), [(1.0, 2), (2.0, 4)])
+def test_guidance_takes_one_batch_of_twice_the_size_and_none_takes_one_of_the_same(guidance_scale, batch):
+    pipe = pipeline()
+    sizes = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    latents(pipe, [0, 1], guidance_scale=guidance_scale)
+    assert sizes == [batch] * 4
+
+
+@pytest.mark.parametrize("network", [class_conditioned, context, plain_unet], ids=["class", "context", "plain"])
+def test_labels_steer_each_network(network):
+    pipe = pipeline(network())
+    drawn = latents(pipe, [0, 2], generator=seeded(5, 5))
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+    other = latents(pipe, [1, 2], generator=seeded(5, 5))
+    assert torch.equal(other[1], drawn[1])
+    assert not torch.equal(other[0], drawn[0])
+
+
+@pytest.mark.parametrize("id2label", [NAMES, list(NAMES.values())], ids=["dict", "list"])
+def test_all_forms_of_labels_mean_the_same(tmp_path, id2label):
+    pipe = pipeline(class_conditioned(id2label=id2label))
+    expected = latents(pipe, [2, 0], generator=seeded(0))
+    for labels in (["sad", "angry"], ("sad", 0), torch.tensor([2, 0]), np.array([2, 0], dtype=np.uint8)):
+        assert torch.equal(latents(pipe, labels, generator=seeded(0)), expected)
+    four = latents(pipe, [1] * 4, generator=seeded(0))
+    for label in (1, "happy", torch.tensor(1), np.int64(1)):
+        assert torch.equal(latents(pipe, label, batch_size=4, generator=seeded(0)), four)
+    assert len(latents(pipe, "happy")) == 1
+
+    pipe.unet.save_pretrained(tmp_path)  # JSON makes strings of the labels
+    pipe.unet = ClassConditionedUnet.from_pretrained(tmp_path)
+    assert pipe.labels == {"angry": 0, "happy": 1, "sad": 2}
+    assert torch.equal(latents(pipe, ["sad", "angry"], generator=seeded(0)), expected)
+
+
+def test_contexts_may_be_one_hot_mixed_or_left_out():
+    pipe = pipeline(context())
+    labels = latents(pipe, [2, 0], guidance_scale=2.0, generator=seeded(0))
+    one_hot = torch.eye(3)[[2, 0]]
+    for matrix in (one_hot, one_hot.double(), one_hot.tolist(), one_hot.long().tolist(), one_hot.numpy()):
+        assert torch.equal(latents(pipe, matrix, guidance_scale=2.0, generator=seeded(0)), labels)
+    half_half = [0.5, 0.0, 0.5]
+    mixed = latents(pipe, [half_half, half_half], generator=seeded(0))
+    assert torch.equal(latents(pipe, half_half, batch_size=2, generator=seeded(0)), mixed)
+    assert not torch.allclose(mixed, labels)
+    none = latents(pipe, torch.zeros(2, 3), generator=seeded(0))
+    assert torch.equal(latents(pipe, 3, batch_size=2, generator=seeded(0)), none)  # the null class by its label
+    guided = latents(pipe, torch.zeros(2, 3), guidance_scale=2.0, generator=seeded(0))
+    torch.testing.assert_close(guided / none.abs().max(), none / none.abs().max(), **ROUNDING)
+
+
+def test_given_latents_take_the_place_of_those_drawn_first():
+    for name in ("ddpm", "euler"):
+        pipe = pipeline(name=name)
+        generator = seeded(1)
+        noise = torch.randn(2, 1, 8, 12, generator=generator)
+        drawn = latents(pipe, [0, 1], latents=noise, generator=generator)
+        assert torch.equal(drawn, latents(pipe, [0, 1], generator=seeded(1)))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_output_types_are_one_picture_in_several_forms(channels, mode):
+    pipe = pipeline(class_conditioned(in_channels=channels, out_channels=channels))
+    forms = {
+        form: pipe([0, 1], num_inference_steps=3, generator=seeded(0), output_type=form).images
+        for form in ("pil", "np", "pt", "latent")
+    }
+    assert forms["latent"].shape == forms["pt"].shape == (2, channels, 8, 12)
+    assert forms["np"].shape == (2, 8, 12, channels)
+    assert forms["latent"].min() < -0.1
+    torch.testing.assert_close(forms["pt"], (forms["latent"] / 2 + 0.5).clamp(0, 1))
+    assert np.array_equal(forms["np"], forms["pt"].permute(0, 2, 3, 1).numpy())
+    assert [(picture.mode, picture.size) for picture in forms["pil"]] == [(mode, (12, 8))] * 2
+    levels = np.asarray(forms["pil"][0]).reshape(8, 12, channels)
+    assert np.array_equal(levels, (forms["np"][0] * 255).round().astype(np.uint8))
+    as_tuple = pipe([0, 1], num_inference_steps=3, generator=seeded(0), output_type="pt", return_dict=False)
+    assert type(as_tuple) is tuple
+    assert torch.equal(as_tuple[0], forms["pt"])
+
+
+def test_callback_sees_every_step_and_may_replace_the_sample():
+    pipe = pipeline()
+    calls = []
+
+    def replace_at_last(pipeline_, step, timestep, kwargs):
+        assert pipeline_ is pipe
+        calls.append((step, int(timestep), tuple(kwargs["latents"].shape)))
+        return {"latents": torch.zeros_like(kwargs["latents"])} if step == 3 else kwargs
+
+    drawn = latents(pipe, [0, 1], callback_on_step_end=replace_at_last)
+    assert calls == [(i, t, (2, 1, 8, 12)) for i, t in enumerate(pipe.scheduler.timesteps.tolist())]
+    assert pipe.num_timesteps == 4
+    assert not drawn.any()
+
+
+def test_callback_may_end_guidance_or_sampling_early():
+    pipe = pipeline()
+    sizes = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+
+    class EndGuidance(PipelineCallback):
+        tensor_inputs = ["class_labels"]  # noqa: RUF012
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            if step_index == 0:
+                assert callback_kwargs["class_labels"].tolist() == [3, 3, 2, 1]
+                pipeline._guidance_scale = 1.0
+                callback_kwargs["class_labels"] = callback_kwargs["class_labels"].chunk(2)[1]
+            return callback_kwargs
+
+    latents(pipe, [2, 1], guidance_scale=3.0, callback_on_step_end=EndGuidance(cutoff_step_ratio=0.5))
+    assert sizes == [4, 2, 2, 2]
+
+    def stop(pipeline, step, timestep, kwargs):
+        pipeline._interrupt = step == 1
+        return kwargs
+
+    sizes.clear()
+    latents(pipe, [2, 1], num_inference_steps=10, callback_on_step_end=stop)
+    assert sizes == [2, 2]
+    sizes.clear()
+    latents(pipe, [2, 1], guidance_scale=3.0)  # neither lasts
+    assert sizes == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("network", [class_conditioned, context, plain_unet], ids=["class", "context", "plain"])
+@pytest.mark.parametrize("name", ["ddpm", "dpmsolver++", "euler"])
+def test_half_precision_network_has_its_samples_kept_in_float32(network, name):
+    pipe = pipeline(network(), name)
+    full = latents(pipe, [0, 1], generator=seeded(0))
+    pipe.to(torch.bfloat16)
+    dtypes = set()
+    step = pipe.scheduler.step
+
+    def recording(output, t, sample, generator=None, **kwargs):
+        dtypes.update((output.dtype, sample.dtype))
+        return step(output, t, sample, generator=generator, **kwargs)
+
+    pipe.scheduler.step = recording
+    half = latents(pipe, [0, 1], generator=seeded(0))
+    assert dtypes == {half.dtype} == {torch.float32}
+    # bfloat16 rounds by 2^-9, in each of some ten layers of three evaluations
+    assert 0 < (half - full).abs().mean() < 0.03 * full.abs().mean()
+
+
+def test_progress_bar_counts_the_steps(capsys):
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=False)
+    pipe(0, num_inference_steps=2)
+    assert "2/2" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("offload", [None, "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_on_a_gpu_the_pictures_are_those_of_the_cpu_also_when_offloaded(offload):
+    pipe = pipeline()
+    expected = latents(pipe, [0, 1], guidance_scale=2.0, generator=seeded(0, 1))
+    getattr(pipe, offload)() if offload else pipe.to("cuda")
+    drawn = latents(pipe, [0, 1], guidance_scale=2.0, generator=seeded(0, 1))
+    assert drawn.device.type == "cuda"
+    torch.testing.assert_close(drawn.cpu(), expected, rtol=0, atol=2e-2)  # convolutions in TF32
+    if offload:
+        assert pipe.unet.device.type in ("cpu", "meta")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"class_labels": [0, 4, -1]}, "holds -1, 4, but .* 3 classes, whose labels are 0 to 2, and 3 for the null"),
+        ({"class_labels": 7}, "holds 7, but"),
+        ({"class_labels": ["sad", "hapy"]}, "no class 'hapy' among the 3 .* nearest names are 'happy', "),
+        ({"class_labels": "SAD"}, "no class 'SAD' .* nearest names are "),
+        (
+            {"class_labels": torch.zeros(2, 3)},
+            r"float32 of shape \(2, 3\), but a ClassConditionedUnet takes no contexts",
+        ),
+        ({"class_labels": [0, 1], "batch_size": 3}, "2 entries, but `batch_size` is 3"),
+        ({"class_labels": 0, "batch_size": 0}, "`batch_size` is 0"),
+        ({"generator": [torch.Generator()] * 3}, "list of 3, .* each of the 2 pictures"),
+        ({"class_labels": 0, "generator": [torch.Generator()] * 3}, "list of 3, .* each of the 1 pictures"),
+        ({"latents": torch.zeros(2, 1, 12, 8)}, r"\(2, 1, 12, 8\), but must have \(2, 1, 8, 12\)"),
+        ({"latents": torch.zeros(3, 1, 8, 12)}, r"\(3, 1, 8, 12\), but must have \(2, 1, 8, 12\)"),
+        ({"output_type": "jpg"}, "'jpg', but must be 'pil', 'np', 'pt' or 'latent'"),
+        ({"callback_on_step_end_tensor_inputs": ["z"]}, r"only \['latents', 'class_labels'\]"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        latents(pipeline(), **{"class_labels": [0, 1], **arguments})
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (torch.zeros(2, 4), r"context of shape \(2, 4\), but must be a matrix of 3 columns"),
+        ([0.5, 0.5], r"context of shape \(2,\), but must be a matrix of 3 columns"),
+        (torch.zeros(1, 2, 3), r"context of shape \(1, 2, 3\)"),
+        ([0, 5], "holds 5, but .* 3 classes, whose labels are 0 to 2, and 3 for the null class"),
+        ("hero", r"\['hero'\] were given, but this network knows none .* labels from 0 to 2"),
+    ],
+    ids=str,
+)
+def test_contexts_that_do_not_fit_are_refused(labels, said):
+    with pytest.raises(ValueError, match=said):
+        latents(pipeline(context()), labels)
+
+
+@pytest.mark.parametrize(
+    "unet",
+    [class_conditioned(class_dropout=0.0), context(class_dropout=0.0), plain_unet()],
+    ids=["class", "context", "plain"],
+)
+def test_a_network_without_null_class_cannot_be_guided(unet):
+    pipe = pipeline(unet)
+    with pytest.raises(ValueError, match=f"2.0, but this {type(unet).__name__} was not trained with a null class"):
+        latents(pipe, [0, 1], guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"holds 3, but this network has 3 classes, whose labels are 0 to 2\."):
+        latents(pipe, [3])
+    assert latents(pipe, [0, 1], guidance_scale=1.0).isfinite().all()
+
+
+def test_a_network_without_classes_is_refused():
+    with pytest.raises(ValueError, match="UNet2DModel is not conditioned on a class"):
+        latents(pipeline(tiny_unet()), 0)
