@@ -13,7 +13,7 @@ EXTRAS = {
     "eval": ["torch-fidelity>=0.4", "scipy>=1.11"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-EXTRAS["dev"] = [*EXTRAS["train"], *EXTRAS["eval"], *EXTRAS["wandb"], "pytest>=8.2", "ruff>=0.11"]
+EXTRAS["dev"] = [*EXTRAS["train"], *EXTRAS["eval"], *EXTRAS["wandb"], "pytest>=8.2", "ruff>=0.11", "torchmetrics>=1.4"]
 
 setup(
     name="diffusers-ddgan",

@@ -1,0 +1,244 @@
+"""Claims about distances between sets of features."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from ddgan.evaluation import metrics
+from ddgan.evaluation.metrics import Gaussian, frechet_distance
+
+
+def features(count: int, dimensions: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    """Correlated, not negative, like those of a network."""
+    random = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dimensions, dimensions, generator=torch.Generator().manual_seed(99)) / dimensions**0.5
+    return (torch.randn(count, dimensions, generator=random) @ mix + shift).relu()
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    return features(300, 24, 0), features(400, 24, 1, shift=0.3)
+
+
+class Identity(torch.nn.Module):
+    """torchmetrics asks for a network: this one takes features for images."""
+
+    num_features = 24
+
+    def forward(self, images):
+        return images.flatten(1)
+
+
+def fid(a: torch.Tensor, b: torch.Tensor) -> float:
+    return frechet_distance(Gaussian.of(a), Gaussian.of(b))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agreement
+
+
+def test_frechet_distance_agrees_with_the_formula_torch_fidelity_and_torchmetrics(pair):
+    found = fid(*pair)
+
+    a, b = (x.double().numpy() for x in pair)
+    root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    direct = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+
+    statistics = [fid_features_to_statistics(x.double()) for x in pair]
+    fidelity = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+
+    torchmetric = FrechetInceptionDistance(feature=Identity(), input_img_size=(1, 4, 6)).set_dtype(torch.float64)
+    for x, real in zip(pair, (False, True), strict=True):
+        torchmetric.update(x.double().view(-1, 1, 4, 6), real=real)
+
+    assert found == pytest.approx(direct, rel=1e-9)
+    assert found == pytest.approx(fidelity, rel=1e-9)
+    assert found == pytest.approx(torchmetric.compute().item(), rel=1e-4)
+
+
+def test_kernel_distance_agrees_with_the_formula_torch_fidelity_and_torchmetrics(pair):
+    a, b = pair[0], pair[1][:300]
+    found = metrics.kernel_distance(a, b, subset_size=300, subsets=2)
+
+    x, y = a.double(), b.double()
+    xx, yy, xy = (((u @ v.T) / 24 + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
+    n = 300
+    direct = sum((k.sum() - k.diagonal().sum()) / (n * (n - 1)) for k in (xx, yy)) - 2 * xy.mean()
+
+    fidelity = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=n, verbose=False)
+    torchmetric = KernelInceptionDistance(feature=Identity(), subsets=1, subset_size=n)
+    for z, real in ((a, False), (b, True)):
+        torchmetric.update(z.view(-1, 1, 4, 6), real=real)
+
+    assert found.value == pytest.approx(direct.item(), rel=1e-9)
+    assert found.value == pytest.approx(fidelity["kernel_inception_distance_mean"], rel=1e-9)
+    assert found.value == pytest.approx(torchmetric.compute()[0].item(), rel=1e-4)
+    assert found.spread == pytest.approx(0, abs=1e-12)  # every subset is the whole
+
+
+def test_the_spread_of_the_kernel_distance_is_that_over_subsets(pair):
+    found = metrics.kernel_distance(*pair)
+    assert found.protocol["subset_size"] == 150 and found.protocol["subsets"] == 100
+    assert 0 < found.spread < found.value
+
+
+def test_inception_score_agrees_with_the_formula(pair):
+    logits = pair[0][:, :5]
+    found = metrics.inception_score(logits)
+    fidelity = isc_features_to_metric(logits, splits=10)
+    # shuffled otherwise, so other splits: near, not equal
+    assert found.value == pytest.approx(fidelity["inception_score_mean"], rel=0.02)
+    assert 1 < found.value < 5
+    assert metrics.inception_score(torch.zeros(50, 7)).value == pytest.approx(1)
+    certain = 100 * torch.eye(10).repeat(100, 1)
+    assert metrics.inception_score(certain).value == pytest.approx(10, rel=0.05)
+
+
+def test_precision_and_recall_agree_with_torch_fidelity_and_density_and_coverage_with_their_formulas(pair):
+    samples, reference = pair[0].double(), pair[1][:300].double()
+    found = {name: measure.value for name, measure in metrics.manifold_measures(samples, reference).items()}
+    fidelity = prc_features_to_metric(samples, reference, verbose=False)
+    assert found["precision"] == pytest.approx(fidelity["precision"])
+    assert found["recall"] == pytest.approx(fidelity["recall"])
+
+    among = torch.cdist(reference, reference, compute_mode="donot_use_mm_for_euclid_dist").sort(1).values
+    radii = among[:, 5]  # the first neighbour of an image is itself
+    across = torch.cdist(samples, reference, compute_mode="donot_use_mm_for_euclid_dist")
+    assert found["density"] == pytest.approx((across <= radii).double().sum(1).mean().item() / 5)
+    assert found["coverage"] == pytest.approx((across <= radii).any(0).double().mean().item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is known beforehand
+
+
+@pytest.mark.parametrize(("count", "dimensions"), [(200, 16), (30, 64), (2, 8), (5, 1)])
+def test_identical_sets_are_at_no_frechet_distance(count, dimensions):
+    same = 10 * features(count, dimensions, 0)
+    assert abs(fid(same, same.flip(0))) < 1e-6
+
+
+def test_identical_sets_have_perfect_manifold_measures():
+    same = features(200, 6, 0)
+    found = metrics.manifold_measures(same, same)
+    assert found["precision"].value == found["recall"].value == found["coverage"].value == 1
+    assert found["density"].value > 1
+
+
+def test_known_gaussians_give_the_closed_form():
+    random = np.random.default_rng(0)
+    basis = np.linalg.qr(random.normal(size=(7, 7)))[0]
+    a, b = random.uniform(0.1, 4, size=(2, 7))  # variances along common axes
+    means = random.normal(size=(2, 7))
+    gaussians = [Gaussian(mean, basis * variance @ basis.T) for mean, variance in zip(means, (a, b), strict=True)]
+    expected = ((means[0] - means[1]) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert frechet_distance(*gaussians) == pytest.approx(expected, rel=1e-12)
+
+
+def test_large_samples_of_gaussians_approach_the_closed_form_and_the_bias_is_estimated():
+    random = torch.Generator().manual_seed(0)
+    reference = Gaussian(np.zeros(20), np.eye(20))
+    samples = torch.randn(400, 20, generator=random, dtype=torch.float64)
+    found = fid(samples, torch.randn(200_000, 20, generator=random, dtype=torch.float64))
+    assert frechet_distance(Gaussian.of(samples), reference) == pytest.approx(found, rel=0.05)
+    # the true distance is 0, so all of it is bias
+    assert metrics.frechet_bias(samples, reference) == pytest.approx(found, rel=0.3)
+
+
+def test_the_kernel_distance_of_one_distribution_lies_about_zero():
+    found = metrics.kernel_distance(features(500, 8, 0), features(500, 8, 1))
+    assert abs(found.value) < found.spread
+
+
+def test_disjoint_sets_have_no_precision_and_no_coverage():
+    found = metrics.manifold_measures(features(50, 4, 0), features(50, 4, 1) + 100)
+    assert all(measure.value == 0 for measure in found.values())
+
+
+def test_lost_modes_cost_recall_and_invented_ones_precision():
+    modes = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
+    both = modes.repeat(100, 1) + torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    one = modes[:1] + torch.randn(200, 2, generator=torch.Generator().manual_seed(1))
+    lost, invented = metrics.manifold_measures(one, both), metrics.manifold_measures(both, one)
+    assert lost["precision"].value > 0.9 and lost["recall"].value < 0.6 and lost["coverage"].value < 0.6
+    assert invented["precision"].value < 0.6 and invented["recall"].value > 0.9
+
+
+def test_repeated_training_images_are_found():
+    training, held_out, fresh = (features(n, 8, seed) for seed, n in enumerate((400, 300, 300)))
+    copies = training[:150] + 1e-3 * features(150, 8, 5)
+    found = metrics.memorisation(fresh, training, held_out)
+    assert found["nearest_training_ratio"].value == pytest.approx(1, abs=0.15)
+    assert found["memorised"].value < 0.05
+    found = metrics.memorisation(torch.cat([fresh[:150], copies]), training, held_out)
+    assert found["memorised"].value == pytest.approx(0.5, abs=0.03)
+    assert metrics.memorisation(copies, training, held_out)["nearest_training_ratio"].value < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may not matter, and what cannot be
+
+
+def test_nothing_depends_on_the_order(pair):
+    samples, reference = pair
+    turned = samples.flip(0), reference.roll(37, 0)
+    for name, measure in metrics.distances(samples, reference).items():
+        again = metrics.distances(*turned)[name]
+        assert again.value == pytest.approx(measure.value, rel=1e-9, abs=1e-12), name
+        assert (again.spread or 0) == pytest.approx(measure.spread or 0, rel=1e-9), name
+    score, again = metrics.inception_score(samples), metrics.inception_score(turned[0])
+    assert again.value == pytest.approx(score.value, rel=1e-12)
+    held_out = features(100, 24, 2)
+    for name, measure in metrics.memorisation(samples, reference, held_out).items():
+        assert metrics.memorisation(*turned, held_out.flip(0))[name].value == pytest.approx(measure.value, rel=1e-9)
+
+
+def test_the_number_of_rows_at_once_does_not_matter(pair, monkeypatch):
+    held_out = features(100, 24, 2)
+    whole = {**metrics.manifold_measures(*pair), **metrics.memorisation(*pair, held_out)}
+    monkeypatch.setattr(metrics, "_ROWS", 7)
+    parts = {**metrics.manifold_measures(*pair), **metrics.memorisation(*pair, held_out)}
+    assert {n: m.value for n, m in parts.items()} == pytest.approx({n: m.value for n, m in whole.items()})
+
+
+def test_the_floor_is_half_against_half_at_the_number_of_samples():
+    reference = features(600, 8, 0)
+    whole, small = metrics.floor(reference, 10_000), metrics.floor(reference, 40)
+    assert whole["fid"].protocol["halves"] == [300, 300] and small["fid"].protocol["halves"] == [40, 300]
+    assert 0 < whole["fid"].value < small["fid"].value
+    assert whole["fid"].value < fid(features(300, 8, 1, shift=0.5), reference)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_told_with_their_image(pair, broken):
+    samples = pair[0].clone()
+    samples[17, 3] = broken
+    for measure in (metrics.kernel_distance, metrics.manifold_measures):
+        with pytest.raises(ValueError, match=r"1 of 300 images are not finite, first those of image 17"):
+            measure(samples, pair[1])
+    with pytest.raises(ValueError, match="not finite"):
+        Gaussian.of(samples)
+
+
+def test_too_few_images_and_unequal_features_are_told(pair):
+    with pytest.raises(ValueError, match="1 images; this metric needs at least 2"):
+        Gaussian.of(pair[0][:1])
+    with pytest.raises(ValueError, match="needs at least 6"):
+        metrics.manifold_measures(pair[0][:5], pair[1])
+    with pytest.raises(ValueError, match="needs at least 10"):
+        metrics.inception_score(pair[0][:9])
+    with pytest.raises(ValueError, match="needs at least 100"):
+        metrics.memorisation(*pair, features(99, 24, 0))
+    with pytest.raises(ValueError, match="24 and 8 dimensions"):
+        metrics.kernel_distance(pair[0], features(50, 8, 0))
+    with pytest.raises(ValueError, match="24 and 8 dimensions"):
+        fid(pair[0], features(50, 8, 0))
+    with pytest.raises(ValueError, match="must be \\(images, dimensions\\)"):
+        Gaussian.of(pair[0][0])
