@@ -139,7 +139,7 @@ def test_saved_network_loads_the_same_with_names_and_dtype(tmp_path, caplog, id2
     names = loaded.config.id2label
     assert names == (id2label if isinstance(id2label, list) else {"0": "a", "1": "b", "2": "c"})
 
-    half = ClassConditionedUnet.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = ClassConditionedUnet.from_pretrained(tmp_path, dtype=torch.bfloat16)
     sample, t, labels = inputs()
     output = half(sample.bfloat16(), t, labels).sample
     assert half.dtype == output.dtype == torch.bfloat16

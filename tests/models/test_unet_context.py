@@ -182,7 +182,7 @@ def test_saved_network_loads_the_same_with_names_and_dtype(tmp_path, caplog):
     assert loaded.config.sample_size == loaded.config.height == 8
     assert ContextUnet.from_config(model.config, height=12).config.sample_size == 12
 
-    half = ContextUnet.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = ContextUnet.from_pretrained(tmp_path, dtype=torch.bfloat16)
     sample, t, labels = inputs()
     output = half(sample.bfloat16(), t, labels).sample
     assert half.dtype == output.dtype == torch.bfloat16
