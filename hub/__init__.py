@@ -1,1 +1,1 @@
-"""Pipeline folders as things to publish: model card and upload."""
+"""Pipeline folders as things to publish: complete in themselves, with a model card, uploaded."""

@@ -219,6 +219,8 @@ class NCSNppDownBlock(nn.Module):
         if attention is not None:
             self.attentions = nn.ModuleList(attention(out_channels) for _ in range(num_layers))
         self.downsampler = downsampler
+        # told now: Diffusers executes remote code anew at each load, which gives the name ResnetBlock to another class
+        self.downsampler_is_resnet = isinstance(downsampler, ResnetBlock)
         self.pyramid_downsampler = pyramid_downsampler
         self.pyramid_conv = pyramid_conv
         self.pyramid_combine = pyramid_combine
@@ -233,7 +235,7 @@ class NCSNppDownBlock(nn.Module):
                 hidden_states = self.attentions[i](hidden_states)
             kept.append(hidden_states)
         if self.downsampler is not None:
-            if isinstance(self.downsampler, ResnetBlock):
+            if self.downsampler_is_resnet:
                 hidden_states = self.downsampler(hidden_states, temb, z_emb)
             else:
                 hidden_states = self.downsampler(hidden_states)
@@ -289,6 +291,7 @@ class NCSNppUpBlock(nn.Module):
             self.pyramid_norm = nn.GroupNorm(num_groups(out_channels), out_channels, eps=1e-6)
             self.pyramid_conv = nn.Conv2d(out_channels, pyramid_channels, 3, padding=1)
         self.upsampler = upsampler
+        self.upsampler_is_resnet = isinstance(upsampler, ResnetBlock)
         self.residual_pyramid = residual_pyramid
         self.skip_scale = skip_scale
 
@@ -306,7 +309,7 @@ class NCSNppUpBlock(nn.Module):
             picture = self.pyramid_conv(F.silu(self.pyramid_norm(hidden_states)))
             pyramid = picture if pyramid is None else pyramid + picture
         if self.upsampler is not None:
-            if isinstance(self.upsampler, ResnetBlock):
+            if self.upsampler_is_resnet:
                 hidden_states = self.upsampler(hidden_states, temb, z_emb)
             else:
                 hidden_states = self.upsampler(hidden_states)

@@ -1,1 +1,9 @@
-"""Ways to draw pictures: one file a pipeline, complete in itself."""
+"""Ways to draw pictures: one file a pipeline, complete in itself; what all have in common is added here."""
+
+from ..hub.folders import complete_in_itself
+from ..hub.installed import with_installed_classes
+from .pipeline_class_conditional import ClassConditionalPipeline
+from .pipeline_ddgan import DDGANPipeline
+
+for pipeline_class in (ClassConditionalPipeline, DDGANPipeline):
+    complete_in_itself(with_installed_classes(pipeline_class))

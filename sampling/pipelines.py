@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..errors import InputError
+from ..hub.installed import installed_class
 from .pictures import to_pil
 
 SCHEDULERS = {
@@ -41,6 +44,8 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """Load a pipeline from a local folder or a Hub repository, its weights as `dtype` (None: float32).
 
+    The classes of this package are taken from the package, whatever code the folder or repository brings for them.
+
     Raises:
         InputError: where there is no pipeline, or one with code of its own that `trust_remote_code` does not allow.
     """
@@ -51,7 +56,8 @@ def load_pipeline(
             "`save_pretrained` or a training run wrote, not one of its sub-folders."
         )
     try:
-        pipe = DiffusionPipeline.from_pretrained(path_or_repo, dtype=dtype, trust_remote_code=trust_remote_code)
+        pipeline_class = installed_class(path_or_repo)
+        pipe = pipeline_class.from_pretrained(path_or_repo, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -73,6 +79,18 @@ def load_pipeline(
             for parameter in part.parameters():
                 parameter.data = parameter.data.clone()
     return pipe
+
+
+def digest(pipe: DiffusionPipeline) -> str:
+    """A fingerprint of weights and configs: a training run may have saved others into the same folder since."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, part in sorted(pipe.components.items()):
+        config = {key: value for key, value in getattr(part, "config", {}).items() if not key.startswith("_")}
+        found.update(json.dumps([name, config], sort_keys=True, default=str).encode())
+        if isinstance(part, torch.nn.Module):
+            for tensor in part.state_dict().values():
+                found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:

@@ -28,12 +28,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:
     """Write files into a temporary folder, then rename each over its place in `folder`, those at its top last.
 
-    Other files there stay.
+    JSON files come after those beside them, which they may name. Other files that are there stay.
     """
     temporary = folder / ".tmp-files"
     shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
-    files = sorted((path for path in temporary.rglob("*") if path.is_file()), key=lambda path: -len(path.parts))
+    files = [path for path in temporary.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: (-len(path.parts), path.suffix == ".json"))
     for path in files:
         _sync(path)
     for path in files:

@@ -1,0 +1,52 @@
+"""Pipelines loaded with the classes of the installed package, so that no code of their folder or repository runs."""
+
+from importlib import import_module
+
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # noqa: F401  sought beside a component's class
+
+from .. import __all__ as installed
+
+
+def __getattr__(name):
+    # so that ("ddgan.hub.installed", name) in a pipeline's index stands for any class of this package
+    if name not in installed:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("..", __package__), name)
+
+
+def with_installed_classes(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """
+    Class decorator: `from_pretrained` takes this class, and those of this package for the components.
+
+    A folder or repository that brings its code then loads without `trust_remote_code`, and none of that code runs.
+    Components of classes that this package does not have are loaded as Diffusers does it.
+    """
+
+    def _dict_from_json_file(cls, json_file):
+        # what `download` and `from_pretrained` read model_index.json with; a pair in it would be code to run
+        return {**super(pipeline_class, cls)._dict_from_json_file(json_file), "_class_name": cls.__name__}
+
+    def extract_init_dict(cls, config_dict, **kwargs):
+        for name, value in config_dict.items():
+            if isinstance(value, list) and len(value) == 2 and value[0] != "diffusers" and value[1] in installed:
+                config_dict = {**config_dict, name: [__name__, value[1]]}
+        return super(pipeline_class, cls).extract_init_dict(config_dict, **kwargs)
+
+    pipeline_class._dict_from_json_file = classmethod(_dict_from_json_file)
+    pipeline_class.extract_init_dict = classmethod(extract_init_dict)
+    return pipeline_class
+
+
+def installed_class(path_or_repo: str, **kwargs) -> type[DiffusionPipeline]:
+    """
+    The class of this package that a pipeline folder or repository is of, or else `DiffusionPipeline`.
+
+    Args:
+        kwargs: what `DiffusionPipeline.load_config` takes, such as `revision` and `cache_dir`.
+
+    Raises:
+        OSError: if there is no pipeline.
+    """
+    name = DiffusionPipeline.load_config(path_or_repo, **kwargs)["_class_name"]
+    name = name if isinstance(name, str) else name[-1]
+    return getattr(import_module("..", __package__), name) if name in installed else DiffusionPipeline

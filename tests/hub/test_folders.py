@@ -1,0 +1,346 @@
+"""Claims about pipeline folders: they load anywhere, can be saved again, and the package needs none of their code."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers.pipelines import pipeline_utils
+from diffusers.utils import hub_utils
+from huggingface_hub import ModelCard
+from in_a_fresh_process import draw, refusal
+from tiny import ROOT, tiny_unet
+
+import ddgan
+from ddgan import (
+    ClassConditionalPipeline,
+    ClassConditionedUnet,
+    ContextUnet,
+    DDGANPipeline,
+    DDGANScheduler,
+    NCSNpp,
+)
+from ddgan.hub import folders as mechanism
+from ddgan.hub.folders import complete_in_itself
+from ddgan.sampling.pipelines import load_pipeline
+from ddgan.training.checkpoints import replace_tree
+
+SCRIPT = ROOT / "tests/in_a_fresh_process.py"
+COMMIT = "1234567890" * 4
+TRAVELLING = sorted(file for part in ("models", "pipelines", "schedulers") for file in (ROOT / part).glob("[!_]*.py"))
+DDPM_LIKE = '''
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+class PlainPipeline(DiffusionPipeline):
+    """One step of Diffusers' own parts."""
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, num_inference_steps=1, generator=None, output_type="pt"):
+        noise = torch.randn(batch_size, 3, 8, 8, generator=generator)
+        return ImagePipelineOutput(images=self.unet(noise, 0).sample)
+'''
+
+
+def imported(file: Path, name: str):
+    """A file as the module `name`."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pipeline(kind=DDGANPipeline, network=NCSNpp, seed=0):
+    torch.manual_seed(seed)
+    unet = network(
+        sample_size=8,
+        block_out_channels=(8, 12),
+        layers_per_block=1,
+        attention_resolutions=(4,),
+        latent_dim=5,
+        latent_embed_dim=8,
+        latent_mapping_layers=1,
+    )
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return kind(unet.eval(), DDGANScheduler())
+
+
+def other_version(source: Path, folder: Path, old: str, new: str):
+    """A module of the same file name and size, with a change in it."""
+    text = source.read_text()
+    assert old in text and len(old) == len(new)
+    folder.mkdir(exist_ok=True)
+    (folder / source.name).write_text(text.replace(old, new))
+    return imported(folder / source.name, f"other_{source.stem}")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def expect(folder: Path, pipe, name=None):
+    torch.save(draw(pipe), folder.with_name(f"{name or folder.name}.pt"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Pipeline folders, and beside each what it draws."""
+    home, code = tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("code")
+    pipeline(seed=1).save_pretrained(home / "ddgan", variant="ema")
+    expect(home / "ddgan", DDGANPipeline.from_pretrained(home / "ddgan", variant="ema"), "ema")
+    pipeline().save_pretrained(home / "ddgan")
+    expect(home / "ddgan", DDGANPipeline.from_pretrained(home / "ddgan"))
+
+    changed = other_version(ROOT / "pipelines/pipeline_ddgan.py", code, "images / 2", "images / 4")
+    network = other_version(ROOT / "models/unet_ncsnpp.py", code, "eps=1e-8", "eps=1e-0")
+    changed = pipeline(complete_in_itself(changed.DDGANPipeline), network.NCSNpp)
+    changed.save_pretrained(home / "other_version")
+    expect(home / "other_version", changed)
+
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    by_class = ClassConditionalPipeline(ClassConditionedUnet(**sizes, **blocks), DDPMScheduler())
+    by_class.save_pretrained(home / "by_class")
+    expect(home / "by_class", ClassConditionalPipeline.from_pretrained(home / "by_class"))
+    by_context = ClassConditionalPipeline(ContextUnet(n_feat=8, height=8), DDIMScheduler())
+    by_context.save_pretrained(home / "by_context")
+    expect(home / "by_context", ClassConditionalPipeline.from_pretrained(home / "by_context"))
+
+    (code / "pipeline_plain.py").write_text(DDPM_LIKE)
+    plain = complete_in_itself(imported(code / "pipeline_plain.py", "pipeline_plain").PlainPipeline)
+    plain(tiny_unet().eval(), DDIMScheduler()).save_pretrained(home / "plain")
+    expect(home / "plain", plain.from_pretrained(home / "plain", trust_remote_code=True))
+    return home
+
+
+@pytest.fixture(scope="module")
+def hub(saved):
+    """Serves each folder `name` as the repository `user/name`, for reading."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            if match := re.fullmatch(r"/api/models/user/(\w+)(/revision/\w+)?", path):
+                names = [{"rfilename": name} for name in files(saved / match[1])]
+                self.answer(json.dumps({"id": f"user/{match[1]}", "sha": COMMIT, "siblings": names}).encode())
+            elif match := re.fullmatch(r"/api/models/user/(\w+)/tree/\w+", path):
+                entries = [
+                    {"type": "file", "path": name, "size": len(content), "oid": str(hash(content))}
+                    for name, content in files(saved / match[1]).items()
+                ]
+                self.answer(json.dumps(entries).encode())
+            elif match := re.fullmatch(r"/user/(\w+)/resolve/\w+/(.+)", path):
+                file = saved / match[1] / match[2]
+                self.answer(file.read_bytes() if file.is_file() else None)
+            else:
+                self.answer(None)
+
+        do_HEAD = do_GET
+
+        def answer(self, content):
+            self.send_response(404 if content is None else 200)
+            if content is None:
+                content = b""
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hash(content)}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.slow
+def test_folders_load_save_and_load_in_fresh_processes_at_once(saved, hub, tmp_path):
+    def start(how, output, home):
+        environment = {**os.environ, "HF_HOME": str(tmp_path / home), "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, SCRIPT, how, saved, tmp_path / output]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+    running = [
+        start("without_package", "one", "shared"),
+        start("without_package", "two", "shared"),
+        start("with_package", "three", "own"),
+    ]
+    for process in running:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        assert "not expected" not in said and "Expected types" not in said and "might require" not in said
+
+    for output in ("one", "two"):
+        for folder in filter(Path.is_dir, saved.iterdir()):
+            name, first = folder.name, files(folder)
+            first.pop("unet/diffusion_pytorch_model.ema.safetensors", None)
+            assert files(tmp_path / output / "second" / name) == first
+            assert files(tmp_path / output / "third" / name) == first
+        assert files(tmp_path / output / "from_the_hub") == files(tmp_path / output / "third" / "ddgan")
+
+
+def test_names_of_code_files_differ_with_their_contents_and_by_nothing_else(saved, tmp_path):
+    def code(folder):
+        return sorted(name for name in files(folder) if name.endswith(".py"))
+
+    names = code(saved / "ddgan")
+    assert [re.sub("_[0-9a-f]{12}.py", "", name) for name in names] == [
+        "pipeline_ddgan",
+        "scheduler/scheduling_ddgan",
+        "unet/unet_ncsnpp",
+    ]
+    others = code(saved / "other_version")
+    assert [a == b for a, b in zip(names, others, strict=True)] == [False, True, False]
+    pipeline(seed=3).save_pretrained(tmp_path)
+    assert code(tmp_path) == names
+
+
+def test_diffusers_own_parts_carry_no_code(saved, tmp_path):
+    assert [Path(name).suffix for name in files(saved / "plain")].count(".py") == 1
+    assert json.loads((saved / "plain/model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path)
+    assert not [name for name in files(tmp_path) if name.endswith(".py")]
+
+
+def test_no_file_tells_from_where_something_was_loaded(saved, tmp_path):
+    pipe = DDGANPipeline.from_pretrained(saved / "ddgan")
+    assert str(saved) in str(pipe.config._name_or_path) and str(saved) in pipe.unet.config._name_or_path
+    pipe.save_pretrained(tmp_path)
+    for content in files(tmp_path).values():
+        for place in (saved, tmp_path, ROOT, Path.home()):
+            assert f"{place}/".encode() not in content
+
+
+def test_with_the_package_a_folder_needs_no_trust_and_its_code_does_not_run(saved, tmp_path):
+    (tmp_path / "pipe").mkdir()
+    for name, content in files(saved / "ddgan").items():
+        (tmp_path / "pipe" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "pipe" / name).write_bytes(b"raise SystemExit" if name.endswith(".py") else content)
+    expected = torch.load(saved / "ddgan.pt")
+    for pipe in (
+        DDGANPipeline.from_pretrained(tmp_path / "pipe"),
+        DDGANPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True),
+        load_pipeline(str(tmp_path / "pipe")),
+    ):
+        assert (type(pipe), type(pipe.unet), type(pipe.scheduler)) == (DDGANPipeline, NCSNpp, DDGANScheduler)
+        torch.testing.assert_close(draw(pipe), expected)  # load_pipeline moves the weights, see there
+
+    half = DDGANPipeline.from_pretrained(tmp_path / "pipe", dtype=torch.bfloat16, device_map="cpu")
+    assert half.unet.dtype == torch.bfloat16
+    unet = pipeline(seed=5).unet
+    assert DDGANPipeline.from_pretrained(tmp_path / "pipe", unet=unet).unet is unet
+
+
+def test_with_the_package_a_component_of_another_class_still_needs_trust(tmp_path):
+    other = other_version(ROOT / "models/unet_ncsnpp.py", tmp_path / "code", "class NCSNpp(", "class OTHERs(")
+    pipeline(network=other.OTHERs).save_pretrained(tmp_path / "pipe")
+    assert "trust_remote_code=True" in refusal(DDGANPipeline.from_pretrained, tmp_path / "pipe")
+    pipe = DDGANPipeline.from_pretrained(tmp_path / "pipe", trust_remote_code=True)
+    assert type(pipe) is DDGANPipeline and type(pipe.unet).__name__ == "OTHERs"
+
+
+def test_a_run_folder_can_be_loaded_at_every_instant_of_a_save_with_other_code(saved, tmp_path, monkeypatch):
+    def missing_files():
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        named = [tmp_path / f"{index.pop('_class_name')[0]}.py"]
+        named += [tmp_path / name / f"{pair[0]}.py" for name, pair in index.items() if isinstance(pair, list)]
+        if auto_map := json.loads((tmp_path / "unet/config.json").read_text()).get("auto_map"):
+            named.append(tmp_path / "unet" / f"{auto_map['AutoModel'].partition('.')[0]}.py")
+        return [file for file in named if not file.is_file()]
+
+    old = DiffusionPipeline.from_pretrained(saved / "other_version", trust_remote_code=True)
+    replace_tree(tmp_path, old.save_pretrained)
+    before, replace, moves = files(tmp_path), os.replace, []
+
+    def replace_and_look(source, target):
+        replace(source, target)
+        moves.append(missing_files())
+
+    monkeypatch.setattr(os, "replace", replace_and_look)
+    replace_tree(tmp_path, pipeline().save_pretrained)
+    pipeline().save_pretrained(tmp_path)  # and without a temporary folder
+    assert moves and not any(moves)
+    assert before.keys() < files(tmp_path).keys()
+    assert torch.equal(draw(DDGANPipeline.from_pretrained(tmp_path)), torch.load(saved / "ddgan.pt"))
+
+
+@pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
+def test_what_is_pushed_is_the_complete_folder(saved, tmp_path, monkeypatch, how):
+    uploaded = {}
+    without_a_hub = {
+        "create_repo": lambda repo_id, **_: SimpleNamespace(repo_id=repo_id),
+        "load_or_create_model_card": lambda *_, **__: ModelCard("card"),
+        "upload_folder": lambda folder_path, **_: uploaded.update(files(Path(folder_path))),
+    }
+    for name, replacement in without_a_hub.items():
+        for module in (hub_utils, pipeline_utils):
+            monkeypatch.setattr(module, name, replacement, raising=False)
+    pipe = DDGANPipeline.from_pretrained(saved / "ddgan")
+    if how == "push_to_hub":
+        pipe.push_to_hub("user/ddgan")
+    else:
+        pipe.save_pretrained(str(tmp_path / "ddgan"), push_to_hub=True, repo_id="user/ddgan")
+    del uploaded["README.md"]
+    expected = files(saved / "ddgan")
+    del expected["unet/diffusion_pytorch_model.ema.safetensors"]
+    assert uploaded == expected
+
+
+def test_code_that_cannot_travel_is_refused(tmp_path):
+    class Local(NCSNpp):
+        pass
+
+    Local.__module__ = "__main__"
+    with pytest.raises(ValueError, match=r"Local cannot be saved with its code.* file of its own"):
+        pipeline(network=Local).save_pretrained(tmp_path)
+
+    source = ROOT / "models/unet_ncsnpp.py"
+    relative = other_version(source, tmp_path / "code", "import math\n", "import math\n")
+    (tmp_path / "code" / source.name).write_text("from .parts import x\n" + source.read_text())
+    with pytest.raises(ValueError, match=r"NCSNpp cannot be saved .* unet_ncsnpp.py has relative imports"):
+        pipeline(network=relative.NCSNpp).save_pretrained(tmp_path)
+
+
+def test_every_pipeline_of_the_package_is_complete_in_itself():
+    for name in ddgan.__all__:
+        exported = getattr(ddgan, name)
+        if issubclass(exported, DiffusionPipeline):
+            assert exported.to_json_file.__module__ == mechanism.__name__, name
+            assert "_dict_from_json_file" in vars(exported), name
+
+
+@pytest.mark.parametrize("file", TRAVELLING, ids=lambda file: file.stem)
+def test_files_that_travel_need_nothing_of_ours(file):
+    """The pattern is Diffusers' own: it counts lines of docstrings too."""
+    text = file.read_text()
+    found = re.findall(r"^\s*(?:from|import)\s+(\S+?)(?:\s+import.*)?$", text, flags=re.MULTILINE)
+    assert found and not [name for name in found if name.startswith(("ddgan", "."))]
+    if file.parent.name == "pipelines":
+        own = set(re.findall(r"^(?:def|class)\s+(\w+)|^(\w+)\s*=", text, flags=re.MULTILINE))
+        added = set(
+            re.findall(r"^(?:def|class)\s+(\w+)|^(\w+)\s*=", Path(mechanism.__file__).read_text(), re.MULTILINE)
+        )
+        assert not own & added

@@ -1,0 +1,88 @@
+"""Loads pipelines in a process of its own, with nothing but Diffusers or with the package; run by test_folders.py.
+
+    python in_a_fresh_process.py without_package|with_package <folder of pipeline folders> <folder to save in>
+
+Beside each pipeline folder `name` lies `name.pt`, what it is expected to draw. `user/name` on the Hub is `name`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
+
+
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    more = {"class_labels": [0, 1]} if type(pipe).__name__ == "ClassConditionalPipeline" else {}
+    generator = torch.Generator().manual_seed(0)
+    return pipe(batch_size=2, num_inference_steps=2, generator=generator, output_type="pt", **more).images
+
+
+def refusal(load, *args, **kwargs):
+    try:
+        load(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("the code was run without trust")
+
+
+def without_package(folders: list[Path], output: Path):
+    sys.modules["ddgan"] = None
+    expected = {folder.name: torch.load(folder.with_suffix(".pt")) for folder in folders}
+    loaded = {}
+    for folder in folders:
+        assert "trust_remote_code=True" in refusal(DiffusionPipeline.from_pretrained, folder)
+        loaded[folder.name] = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        source = folder
+        for generation in ("second", "third"):
+            pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
+            assert torch.equal(draw(pipe), expected[folder.name]), (folder, generation)
+            source = output / generation / folder.name
+            pipe.save_pretrained(source)
+
+    # loaded before everything else: each still goes by its own code
+    for name, pipe in loaded.items():
+        assert torch.equal(draw(pipe), expected[name]), name
+
+    weights = loaded["ddgan"].unet.state_dict()
+    ddgan = next(folder for folder in folders if folder.name == "ddgan")
+    for place, subfolder in ((str(ddgan), "unet"), (str(ddgan / "unet"), None), ("user/ddgan", "unet")):
+        assert "trust_remote_code=True" in refusal(AutoModel.from_pretrained, place, subfolder=subfolder)
+        unet = AutoModel.from_pretrained(place, subfolder=subfolder, trust_remote_code=True)
+        assert type(unet).__name__ == "NCSNpp"
+        assert all(torch.equal(weights[name], value) for name, value in unet.state_dict().items())
+
+    assert "trust_remote_code=True" in refusal(DiffusionPipeline.from_pretrained, "user/ddgan")
+    pipe = DiffusionPipeline.from_pretrained("user/ddgan", trust_remote_code=True, revision="main")
+    assert torch.equal(draw(pipe), expected["ddgan"])
+    pipe.save_pretrained(output / "from_the_hub")
+
+
+def with_package(folders: list[Path], output: Path):
+    from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
+    from ddgan.sampling.pipelines import load_pipeline
+
+    def check(pipe, expected):
+        assert (type(pipe), type(pipe.unet), type(pipe.scheduler)) == (DDGANPipeline, NCSNpp, DDGANScheduler)
+        assert pipe.config._name_or_path == "user/ddgan"
+        assert torch.equal(draw(pipe), expected)
+
+    expected = torch.load(folders[0].parent / "ddgan.pt")
+    here = {"cache_dir": output / "cache", "revision": "main"}
+    variant = DDGANPipeline.from_pretrained("user/ddgan", variant="ema", **here)
+    check(variant, torch.load(folders[0].parent / "ema.pt"))
+    assert [file.name for file in output.rglob("*.safetensors")] == ["diffusion_pytorch_model.ema.safetensors"]
+    check(DDGANPipeline.from_pretrained("user/ddgan", **here), expected)
+    check(DDGANPipeline.from_pretrained("user/ddgan", local_files_only=True, **here), expected)
+    assert DDGANPipeline.from_pretrained("user/ddgan", dtype=torch.float16, **here).unet.dtype == torch.float16
+    load_pipeline("user/ddgan")
+    assert not [name for name in sys.modules if name.startswith("diffusers_modules")], "remote code was run"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    folders = sorted(path for path in Path(sys.argv[2]).iterdir() if path.is_dir())
+    {"without_package": without_package, "with_package": with_package}[sys.argv[1]](folders, Path(sys.argv[3]))
