@@ -9,7 +9,6 @@ the size of a batch and the number of threads change the order in which floating
 many processes as there are cores. On an accelerator whole batches are drawn, the last one filled up.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
 from ddgan.errors import InputError, run_command
 from ddgan.sampling.pictures import image_grid, steps_strip
-from ddgan.sampling.pipelines import SCHEDULERS, intermediates, load_pipeline, sample, with_scheduler
+from ddgan.sampling.pipelines import SCHEDULERS, digest, intermediates, load_pipeline, sample, with_scheduler
 from ddgan.training.arguments import option, parse_arguments, require_at_least
 from ddgan.training.checkpoints import replace_file
 
@@ -120,18 +118,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def image_path(output: Path, i: int) -> Path:
     return output / "images" / f"{i:06d}.png"
-
-
-def digest(pipe: DiffusionPipeline) -> str:
-    """A fingerprint of weights and configs: a training run may have saved others into the same folder since."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, part in sorted(pipe.components.items()):
-        config = {key: value for key, value in getattr(part, "config", {}).items() if not key.startswith("_")}
-        found.update(json.dumps([name, config], sort_keys=True, default=str).encode())
-        if isinstance(part, torch.nn.Module):
-            for tensor in part.state_dict().values():
-                found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def check_settings(output: Path, settings: dict) -> None:

@@ -1,0 +1,41 @@
+"""Pictures as arrays that a network takes: reading, channels, size."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageMode
+from torchvision.transforms.v2 import functional as TF
+
+RESIZE = "bicubic, antialiased, of 8-bit values (torchvision)"
+
+
+def open_picture(cell: Any) -> Image.Image:
+    """Open a picture from its path, its encoded bytes (a cell of `datasets`: `{"bytes", "path"}`), or its pixels."""
+    if isinstance(cell, dict):
+        cell = io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]
+    return Image.open(cell) if isinstance(cell, (str, Path, io.BytesIO)) else Image.fromarray(np.asarray(cell))
+
+
+def color_channels(picture: Image.Image) -> int:
+    """1 for a grey picture of any depth, 3 for one with colours; transparency does not count."""
+    return 1 if ImageMode.getmode(picture.mode).basemode == "L" else 3
+
+
+def with_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
+    """Images (N, C, H, W), uint8, C = 1 or 3, as grey (luma of ITU-R 601) or with grey repeated as RGB."""
+    if images.shape[1] == channels:
+        return images
+    return TF.rgb_to_grayscale(images) if channels == 1 else images.expand(-1, channels, -1, -1)
+
+
+def resized(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Images (N, C, H, W), uint8, whole and without regard to their aspect, by the filter `RESIZE`."""
+    return TF.resize(images, [height, width], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """The 8-bit values of images in [-1, 1]."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte()

@@ -1,0 +1,68 @@
+"""Claims about collecting features: dealt out, taken up, kept."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from ddgan.evaluation import features
+from ddgan.evaluation.features import collect, collect_once
+
+
+class Measure:
+    """Squares of the numbers of images; refuses after so many batches."""
+
+    def __init__(self, batches: int = 1000):
+        self.left, self.seen = batches, []
+
+    def __call__(self, images: range) -> dict[str, torch.Tensor]:
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.seen += images
+        return {"features": torch.tensor([[float(i * i)] for i in images]), "classes": torch.tensor(images)}
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(features, "PART_IMAGES", 6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 100])
+def test_every_image_has_its_row(batch_size):
+    found = collect(11, batch_size, Measure(), Accelerator())
+    assert found["features"].flatten().tolist() == [i * i for i in range(11)]
+    assert found["classes"].tolist() == list(range(11))
+    assert found.keys() == {"features", "classes"}
+
+
+def test_an_interrupted_collection_goes_on_where_it_was(tmp_path):
+    parts = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        collect(20, 3, Measure(batches=5), Accelerator(), parts)
+    measure = Measure()
+    found = collect(20, 3, measure, Accelerator(), parts)
+    assert measure.seen == list(range(12, 20))  # two parts of two batches were kept, the fifth batch was not
+    assert found["features"].flatten().tolist() == [i * i for i in range(20)]
+    assert not parts.exists()
+
+
+def test_what_is_kept_is_not_measured_again(tmp_path):
+    path = tmp_path / "kept.safetensors"
+    first = collect_once(path, {"extractor": "squares"}, 7, 3, Measure(), Accelerator())
+    again = collect_once(path, {"extractor": "squares"}, 7, 3, Measure(batches=0), Accelerator())
+    assert torch.equal(first["features"], again["features"]) and torch.equal(first["classes"], again["classes"])
+    assert features.read_protocol(path) == {"extractor": "squares"}
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
+
+
+def test_an_image_whose_features_are_not_finite_is_named():
+    def measure(images):
+        return {"features": torch.tensor([[1.0, float("nan") if i == 7 else 0.0] for i in images])}
+
+    with pytest.raises(ValueError, match="features of image 7 are not finite"):
+        collect(10, 4, measure, Accelerator())
+
+
+def test_fingerprints_tell_facts_apart_not_their_order():
+    assert features.fingerprint({"a": 1, "b": [2]}) == features.fingerprint({"b": [2], "a": 1})
+    assert features.fingerprint({"a": 1}) != features.fingerprint({"a": 2})
