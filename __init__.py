@@ -13,6 +13,13 @@ _EXPORTS = {
     "ContextUnet": ".models.unet_context",
     "DDGANPipeline": ".pipelines.pipeline_ddgan",
     "ClassConditionalPipeline": ".pipelines.pipeline_class_conditional",
+    "GuidanceLoss": ".guidance.losses",
+    "ColorLoss": ".guidance.losses",
+    "SaturationLoss": ".guidance.losses",
+    "TotalVariationLoss": ".guidance.losses",
+    "SymmetryLoss": ".guidance.losses",
+    "ReferenceLoss": ".guidance.losses",
+    "CLIPLoss": ".guidance.clip",
 }
 __all__ = [*_EXPORTS]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PARTS = ("evaluation", "hub", "models", "pipelines", "sampling", "schedulers", "training")
+PARTS = ("evaluation", "guidance", "hub", "models", "pipelines", "sampling", "schedulers", "training")
 EXTRAS = {
     "train": ["accelerate>=1.10", "datasets>=4.0", "matplotlib>=3.8", "tensorboard>=2.16", "tqdm>=4.66"],
     "clip": ["open-clip-torch>=2.24"],
@@ -13,7 +13,8 @@ EXTRAS = {
     "eval": ["torch-fidelity>=0.4", "scipy>=1.11"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-EXTRAS["dev"] = [*EXTRAS["train"], *EXTRAS["eval"], *EXTRAS["wandb"], "pytest>=8.2", "ruff>=0.11", "torchmetrics>=1.4"]
+EXTRAS["dev"] = [requirement for extra in ("train", "clip", "eval", "wandb") for requirement in EXTRAS[extra]]
+EXTRAS["dev"] += ["pytest>=8.2", "ruff>=0.11", "torchmetrics>=1.4"]
 
 setup(
     name="diffusers-ddgan",

@@ -1,0 +1,149 @@
+"""Claims about the losses that need no pretrained model."""
+
+import pytest
+import torch
+from PIL import Image
+
+from ddgan import ColorLoss, GuidanceLoss, ReferenceLoss, SaturationLoss, SymmetryLoss, TotalVariationLoss
+from ddgan.errors import InputError
+
+PHOTO = Image.linear_gradient("L").rotate(30).convert("RGB")
+LOSSES = {
+    "color": ColorLoss("teal"),
+    "saturation": SaturationLoss(0.7),
+    "total variation": TotalVariationLoss(),
+    "left-right": SymmetryLoss(),
+    "top-bottom": SymmetryLoss("top-bottom"),
+    "reference": ReferenceLoss(PHOTO, 4),
+    "sum": 2 * ColorLoss("teal") + 0.5 * (SymmetryLoss() + TotalVariationLoss()),
+}
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def plain(red: float, green: float, blue: float) -> torch.Tensor:
+    """One image of one colour in 0..1."""
+    return torch.tensor([red, green, blue], dtype=torch.float32).view(1, 3, 1, 1).expand(1, 3, 8, 8) * 2 - 1
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_image_has_the_same_loss_in_any_company(name):
+    images = noise(3, 3, 8, 12)
+    losses = LOSSES[name](images)
+    assert losses.shape == (3,) and len(set(losses.tolist())) == 3
+    torch.testing.assert_close(losses, torch.cat([LOSSES[name](image) for image in images.split(1)]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_those_of_finite_differences(name):
+    assert torch.autograd.gradcheck(LOSSES[name], noise(2, 3, 4, 6).requires_grad_())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_going_down_the_gradient_leads_far_down(name):
+    image = noise(1, 3, 8, 8).requires_grad_()
+    before = LOSSES[name](image).item()
+    optimizer = torch.optim.Adam([image], 0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        LOSSES[name](image).sum().backward()
+        optimizer.step()
+    assert LOSSES[name](image).item() < before / 4
+
+
+@pytest.mark.parametrize("target", ["#1ae680", "rgb(26, 230, 128)", (26 / 255, 230 / 255, 128 / 255)])
+def test_a_colour_can_be_given_in_several_ways(target):
+    images = noise(2, 3, 4, 4)
+    torch.testing.assert_close(ColorLoss(target)(images), ColorLoss("#1AE680")(images), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ColorLoss()(plain(0.1, 0.9, 0.5)), torch.zeros(1))
+
+
+def test_distances_to_a_colour_are_in_the_units_of_images():
+    assert ColorLoss("white")(plain(0, 0, 0)).item() == 2
+    assert ColorLoss("red")(plain(1, 0, 0)).item() == 0
+    assert ColorLoss("red")(plain(1, 1, 0)).item() == pytest.approx(2 / 3)
+    assert ColorLoss("red")(torch.cat([plain(1, 1, 0), torch.full((1, 1, 8, 8), 0.3)], 1)).item() == pytest.approx(
+        2 / 3
+    )
+
+
+@pytest.mark.parametrize("target", ["teel", "#12345", (0.1, 0.2), (10, 200, 30), (-0.1, 0, 0)])
+def test_what_is_no_colour_is_said(target):
+    with pytest.raises(InputError, match="colour"):
+        ColorLoss(target)
+
+
+@pytest.mark.parametrize("loss", [ColorLoss(), SaturationLoss()])
+def test_grey_images_have_no_colour(loss):
+    with pytest.raises(InputError, match="1 channels"):
+        loss(noise(1, 1, 8, 8))
+
+
+def test_saturation_is_the_distance_of_chroma():
+    assert SaturationLoss(1)(plain(0.4, 0.4, 0.4)).item() == pytest.approx(1)
+    assert SaturationLoss(0)(plain(0.4, 0.4, 0.4)).item() == pytest.approx(0)
+    assert SaturationLoss(0)(plain(1, 0.25, 0.5)).item() == pytest.approx(0.75)
+
+
+def test_total_variation_counts_both_directions():
+    stripes = torch.tensor([-1.0, 1.0]).repeat(4).expand(1, 3, 8, 8)
+    assert TotalVariationLoss()(stripes).item() == TotalVariationLoss()(stripes.mT).item() == 2
+    assert TotalVariationLoss()(plain(0.2, 0.7, 0.1)).item() == 0
+
+
+def test_symmetry_has_two_mirrors():
+    ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
+    assert SymmetryLoss("top-bottom")(ramp).item() == 0
+    assert SymmetryLoss("left-right")(ramp).item() > 0.5
+    assert SymmetryLoss("left-right")(ramp.mT).item() == 0
+
+
+def test_a_reference_is_compared_at_low_resolution_only():
+    checker = (torch.arange(8)[:, None] + torch.arange(8)) % 2
+    black_and_white = Image.fromarray((checker * 255).byte().numpy())
+    assert ReferenceLoss(black_and_white, 4)(torch.zeros(1, 1, 8, 8)).item() == pytest.approx(0, abs=1e-6)
+    assert ReferenceLoss(black_and_white, 8)(torch.zeros(1, 1, 8, 8)).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_reference_takes_the_shape_of_the_images(channels):
+    red = Image.new("RGB", (40, 10), "red")
+    expected = {1: [-0.4], 3: [1, -1, -1], 4: [1, -1, -1, 1]}[channels]  # 76 of 255 is the luminance of red
+    images = torch.tensor(expected).view(1, channels, 1, 1).expand(1, channels, 8, 6)
+    assert ReferenceLoss(red, 2)(images).item() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda: SaturationLoss(1.5), "1.5"),
+        (lambda: SymmetryLoss("diagonal"), "left-right"),
+        (lambda: ReferenceLoss(PHOTO, 0), "at least 1"),
+        (lambda: ReferenceLoss(PHOTO, 16)(noise(1, 3, 8, 8)), "16x16"),
+    ],
+)
+def test_what_cannot_be_used_is_said(wrong, said):
+    with pytest.raises(InputError, match=said):
+        wrong()
+
+
+def test_losses_add_and_scale():
+    images = noise(3, 3, 8, 8)
+    color, symmetry = ColorLoss(), SymmetryLoss()
+    expected = 2 * color(images) - 0.5 * symmetry(images)
+    torch.testing.assert_close((2 * color + symmetry * -0.5)(images), expected)
+    torch.testing.assert_close((2 * (color + -0.25 * symmetry))(images), expected)
+
+
+def test_a_loss_of_ones_own_adds_and_is_told_the_step():
+    class Stepwise(GuidanceLoss):
+        def __call__(self, images, step=0):
+            return images.mean((1, 2, 3)) * step
+
+    images = noise(2, 3, 8, 8)
+    both = ColorLoss() + Stepwise()
+    torch.testing.assert_close(both(images, step=3), ColorLoss()(images) + 3 * images.mean((1, 2, 3)))
+    with pytest.raises(TypeError):
+        ColorLoss() + (lambda images: images.mean())
