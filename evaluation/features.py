@@ -35,7 +35,7 @@ def collect(
 
     Args:
         measure: given the numbers of some images, gives tensors with one row for each.
-        folder: where parts are kept until all images are measured, to go on with after an interruption.
+        folder: where what is measured is kept, to go on with after an interruption; for the caller to remove.
 
     Returns:
         the tensors with a row for each image, in the main process; None in the others.
@@ -66,8 +66,6 @@ def collect(
     if not main:
         return None
     whole = _joined(parts)
-    if folder:
-        shutil.rmtree(folder)
     order = whole.pop("image").argsort()
     return {name: tensor[order] for name, tensor in whole.items()}
 
@@ -90,6 +88,7 @@ def collect_once(
     found = collect(count, batch_size, measure, accelerator, parts, description)
     if accelerator.is_main_process:
         write_features(path, found, protocol)
+        shutil.rmtree(parts)
     return found
 
 

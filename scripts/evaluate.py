@@ -1,0 +1,600 @@
+"""Measure a pipeline, or pictures that are there, against reference images; every number comes with its protocol.
+
+    python scripts/evaluate.py --pipeline my-run --reference path/to/MNIST --feature_extractor mnist-classifier
+    accelerate launch scripts/evaluate.py --pipeline google/ddpm-cifar10-32 --scheduler ddim \
+        --reference uoft-cs/cifar10 --num_images 50000 --output cifar10.json
+    python scripts/evaluate.py --images generated/images --reference path/to/MNIST --held_out path/to/MNIST
+
+Pictures of a pipeline are measured as they are drawn, picture i from the seed `--seed` + i alone, and are not kept.
+The same numbers come out of any number of processes, the same command goes on where an interrupted one stopped, and
+the features of a reference are kept for the next time.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from huggingface_hub.constants import HF_HOME
+from PIL import Image
+
+from ddgan.errors import InputError, RunError, run_command
+from ddgan.evaluation import coverage, metrics, report
+from ddgan.evaluation.extractors import INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
+from ddgan.evaluation.features import Features, collect, collect_once, fingerprint, read_features, read_protocol
+from ddgan.evaluation.images import RESIZE, color_channels, open_picture, to_bytes
+from ddgan.evaluation.metrics import Gaussian, Measure
+from ddgan.hub.cards import CARD_NAME
+from ddgan.sampling.pipelines import SCHEDULERS, digest, load_pipeline, sample, with_scheduler
+from ddgan.training.arguments import DataArguments, option, parse_arguments, require_at_least
+from ddgan.training.checkpoints import replace_file
+from ddgan.training.data import BrokenImageError, ImageFolder, ImageTable, Preprocessing, open_images, read_image
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DRAWN = 10_000  # pictures of a pipeline, if nothing else is said; below that the bias of FID is large
+LOOKED_AT = 100  # images whose size, channels and file format stand for all
+TABLES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}
+
+
+@dataclass
+class EvaluateArguments:
+    """What is measured, against what, with which features."""
+
+    pipeline: str | None = option(None, "pipeline folder or Hub repository to draw pictures from")
+    images: str | None = option(None, "or pictures that are there: a folder, a .parquet file, or an .npz with arr_0")
+    num_images: int | None = option(None, f"pictures to measure (default: {DRAWN:,} of a pipeline, all of --images)")
+    reference: str | None = option(
+        None,
+        "images to measure against: folder, MNIST-style folder, dataset folder or Hub dataset, .npz, .parquet, or "
+        "statistics: an .npz with mu and sigma, a .safetensors of kept features",
+    )
+    reference_split: str = option("train", "split of the reference")
+    reference_config: str | None = option(None, "configuration of a reference dataset, where it has several")
+    num_reference: int | None = option(None, "images of the reference, drawn at random (default: all)")
+    held_out: str | None = option(
+        None, "images that the training has not seen, to tell memorisation; the reference are then the training images"
+    )
+    held_out_split: str = option("test", "split of the held-out images")
+    image_column: str | None = option(None, "column with the images (default: the first image column)")
+    feature_extractor: str | None = option(
+        None, "inception-v3-compat (default), dinov2, or a classifier folder from scripts/train_classifier.py"
+    )
+    extractor_weights: str | None = option(None, "file (inception-v3-compat) or folder (dinov2) with its weights")
+    classifier: str | None = option(
+        None, "classifier folder that judges classes and digits (default: the feature extractor, if it is one)"
+    )
+    stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
+    batch_size: int = option(64, "images that go through a network at once; on a CPU pictures are drawn one by one")
+    seed: int = option(0, "seed of the first picture; the next ones follow it")
+    scheduler: Literal["as-saved", *SCHEDULERS] = option("as-saved", "scheduler to sample with")
+    num_inference_steps: int | None = option(
+        None, "network evaluations for a picture (default: all of a DDPM's, 50 of others', or the pipeline's own)"
+    )
+    dtype: Literal[tuple(DTYPES)] = option("fp32", "number format of the pipeline's network")
+    class_labels: list[int] | None = option(None, "class of each picture, used in turn: --class_labels 0 1 2")
+    trust_remote_code: bool = option(False, "run Python code that the pipeline brings along")
+    output: str = option("evaluation.json", "file for all numbers and their protocol")
+    save_images: str | None = option(None, "keep the pictures that are drawn, in this folder")
+    cache_dir: str = option(str(Path(HF_HOME) / "ddgan-evaluation"), "folder for features of references")
+    update_card: bool = option(True, "write the numbers into the model card of a pipeline folder")
+
+    def __post_init__(self):
+        if bool(self.pipeline) == bool(self.images):
+            raise InputError("Name what to measure: either --pipeline to draw from, or --images that are there.")
+        if self.images and self.save_images:
+            raise InputError("--save_images keeps what a --pipeline draws; those of --images are there already.")
+        if self.held_out and not self.reference:
+            raise InputError("--held_out images are compared with training images: name these with --reference.")
+        if self.feature_extractor is None:
+            self.feature_extractor = INCEPTION if self.reference else self.classifier
+        if self.feature_extractor is None:
+            raise InputError("Name images to measure against with --reference, or a --classifier to judge with.")
+        require_at_least(1, self, "batch_size", "num_inference_steps")
+        require_at_least(12, self, "num_images", "num_reference")  # six in each half
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = parse_arguments(EvaluateArguments, argv=argv)
+    started = time.perf_counter()
+    accelerator = Accelerator()
+    threads = torch.get_num_threads()
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(1)  # as in scripts/generate.py: sums in another order are other pictures
+
+    with in_plain_words(InputError):
+        extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
+        judge = load_judge(args, extractor, accelerator.device)
+    samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args)
+    if args.stacked_mnist and samples.facts["channels"] != 3:
+        raise InputError("--stacked_mnist counts digits in three channels, but the pictures are grey.")
+    reference = held_out = None
+    with in_plain_words(RunError):
+        if args.reference:
+            reference = load_reference(
+                args.reference, args.reference_split, args.num_reference, samples, extractor, args, accelerator
+            )
+        if args.held_out and "statistics" in reference.facts:
+            raise InputError(
+                f"Memorisation is told from the features of the training images, but {args.reference} has only their "
+                "mean and covariance. Name the images with --reference."
+            )
+        if args.held_out:
+            held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator)
+        measured, parts = measure_samples(samples, extractor, judge, args, accelerator)
+    if accelerator.is_main_process:
+        torch.set_num_threads(threads)
+        with in_plain_words(InputError):
+            results = evaluate(samples, measured, reference, held_out, extractor, judge, args)
+        results.facts["seconds"] = round(time.perf_counter() - started, 1)
+        present(results, args)
+        shutil.rmtree(parts)
+    accelerator.end_training()
+
+
+@contextmanager
+def in_plain_words(kind: type[Exception]):
+    """What a part that knows no command line refuses ends the command with its message and no traceback."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except (ValueError, ImportError) as error:
+        raise kind(str(error)) from error
+
+
+def load_judge(
+    args: EvaluateArguments, extractor: FeatureExtractor, device: torch.device
+) -> ClassifierFeatures | None:
+    """The classifier that tells classes or digits, where any are to be told.
+
+    Raises:
+        InputError: if there is none, or it does not know the classes.
+    """
+    if args.class_labels is None and not args.stacked_mnist:
+        return None
+    judge = extractor if isinstance(extractor, ClassifierFeatures) else None
+    if args.classifier and args.classifier != args.feature_extractor:
+        judge = load_extractor(args.classifier, device=device)
+    if not isinstance(judge, ClassifierFeatures):
+        asked = "--stacked_mnist" if args.stacked_mnist else "--class_labels"
+        raise InputError(f"{asked} asks what a classifier sees: name the folder of one with --classifier.")
+    classes = judge.network.config.num_classes
+    if args.stacked_mnist:
+        if (classes, judge.channels) != (10, 1):
+            raise InputError(f"--stacked_mnist needs a classifier of ten grey digits, which {judge.name} is not.")
+    elif min(args.class_labels) < 0 or max(args.class_labels) >= classes:
+        raise InputError(
+            f"--class_labels are {sorted(set(args.class_labels))}, but the classifier {judge.name} knows 0 to "
+            f"{classes - 1}."
+        )
+    return judge
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples: `count`, `facts` and `batch(range)` -> images (N, C, H, W), uint8
+
+
+class PipelineSamples:
+    """Pictures that are drawn from a pipeline when they are asked for."""
+
+    def __init__(self, args: EvaluateArguments, accelerator: Accelerator):
+        self.args, self.count = args, args.num_images or DRAWN
+        # the arithmetic of an accelerator depends on the size of the batch, that of a CPU on more
+        self.at_once = 1 if accelerator.device.type == "cpu" else args.batch_size
+        pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+        contents = digest(pipe)
+        self.pipe = with_scheduler(pipe, args.scheduler)
+        first = self._draw(range(1))[0]
+        self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
+        self.facts = {
+            "pipeline": name_of(args.pipeline),
+            "contents": contents,
+            "images": self.count,
+            "seeds": f"{args.seed} to {args.seed + self.count - 1}",
+            "scheduler": type(self.pipe.scheduler).__name__,
+            "num_inference_steps": len(self.pipe.scheduler.timesteps),
+            "class_labels": args.class_labels,
+            "dtype": args.dtype,
+            "device": accelerator.device.type,
+            "drawn_at_once": self.at_once,
+            **look([first]),
+        }
+
+    def batch(self, indices: range) -> torch.Tensor:
+        pictures = self._draw(indices)
+        if self.args.save_images:
+            for i, picture in zip(indices, pictures, strict=True):
+                replace_file(Path(self.args.save_images) / f"{i:06d}.png", picture.save)
+        return torch.stack([self.preprocessing.load(picture) for picture in pictures])
+
+    def _draw(self, indices: range) -> list[Image.Image]:
+        pictures = []
+        for start in range(indices.start, indices.stop, self.at_once):
+            batch = list(range(start, min(start + self.at_once, indices.stop)))
+            filled = batch + batch[-1:] * (self.at_once - len(batch))
+            classes = self.args.class_labels
+            labels = [classes[i % len(classes)] for i in filled] if classes else None
+            drawn = sample(self.pipe, [self.args.seed + i for i in filled], self.args.num_inference_steps, labels)
+            pictures += drawn[: len(batch)]
+        return pictures
+
+
+class StoredSamples:
+    """Pictures that are there, all of one size."""
+
+    def __init__(self, args: EvaluateArguments):
+        self.source = open_source(args.images, "train", args)
+        self.count = args.num_images or len(self.source)
+        if self.count > len(self.source):
+            raise InputError(f"--num_images is {self.count}, but {args.images} has {len(self.source)} images.")
+        self.facts = {
+            "source": name_of(args.images),
+            "contents": identity(self.source),
+            "images": self.count,
+            "class_labels": args.class_labels,
+            **look([open_cell(self.source, i) for i in spread(self.count)]),
+        }
+        first = open_cell(self.source, 0)
+        self.preprocessing = Preprocessing(self.facts["channels"], first.height, first.width)
+
+    def batch(self, indices: range) -> torch.Tensor:
+        pictures = []
+        for i in indices:
+            size, expected = open_cell(self.source, i).size, (self.preprocessing.width, self.preprocessing.height)
+            if size != expected:
+                raise RunError(
+                    f"The pictures are not of one size: {self.source.name(0)} is {expected[0]}x{expected[1]}, "
+                    f"{self.source.name(i)} is {size[0]}x{size[1]}. Measure those of one size at a time."
+                )
+            pictures.append(load_cell(self.source, i, self.preprocessing))
+        return torch.stack(pictures)
+
+
+def measure_samples(
+    samples: PipelineSamples | StoredSamples,
+    extractor: FeatureExtractor,
+    judge: ClassifierFeatures | None,
+    args: EvaluateArguments,
+    accelerator: Accelerator,
+) -> tuple[Features | None, Path]:
+    """Features of all pictures, and the classes or digits that the classifier sees, in the main process.
+
+    Returns:
+        also the folder where they are kept, so that an interrupted command can go on.
+    """
+
+    def measure(indices: range) -> Features:
+        images = samples.batch(indices)
+        found = extractor(images)
+        if args.stacked_mnist:
+            digits = judge(images.flatten(0, 1)[:, None])["logits"].argmax(1)
+            return {**found, "digits": digits.view(-1, 3)}
+        if judge:
+            logits = found["logits"] if judge is extractor else judge(images)["logits"]
+            return {**found, "classes": logits.argmax(1)}
+        return found
+
+    settings = {**samples.facts, **extractor.protocol, "batch_size": args.batch_size, "digits": args.stacked_mnist}
+    settings |= {"judge": judge and judge.digest}
+    parts = Path(args.cache_dir) / f"samples-{fingerprint(settings)}.parts"
+    verb = "drawing and measuring" if args.pipeline else "measuring"
+    return collect(samples.count, args.batch_size, measure, accelerator, parts, verb), parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reference images and statistics
+
+
+@dataclass
+class Reference:
+    """What samples are measured against; features and statistics are in the main process.
+
+    Attributes:
+        facts: where the images are from, how many they are and how they were prepared.
+        features: of the images, if more than their mean and covariance is known.
+    """
+
+    name: str
+    facts: dict[str, Any]
+    features: Features | None = None
+    gaussian: Gaussian | None = None
+
+
+def load_reference(
+    given: str,
+    split: str,
+    count: int | None,
+    samples: PipelineSamples | StoredSamples,
+    extractor: FeatureExtractor,
+    args: EvaluateArguments,
+    accelerator: Accelerator,
+) -> Reference:
+    """Features of the images that are named, brought to the size of the samples; kept in the cache.
+
+    Raises:
+        InputError: if there are no such images, or the statistics are another extractor's.
+        RunError: at an image that cannot be read.
+    """
+    if given.endswith(".safetensors") and Path(given).is_file():
+        facts = read_protocol(Path(given))
+        if facts.get("extractor_digest") != extractor.digest:
+            raise InputError(
+                f"The features in {given} are those of {facts.get('extractor', 'an unknown network')}, not of "
+                f"{extractor.name} with the weights {extractor.digest}. Measure the reference images themselves."
+            )
+        return Reference(facts["name"], facts, read_features(Path(given)) if accelerator.is_main_process else None)
+    if given.endswith(".npz") and Path(given).is_file():
+        arrays = np.load(given)
+        if "arr_0" not in arrays and {"mu", "sigma"} <= {*arrays}:
+            facts = {"name": name_of(given), "statistics": "mu and sigma, of unknown protocol"}
+            return Reference(facts["name"], facts, None, Gaussian(*(arrays[k].astype(float) for k in ("mu", "sigma"))))
+    with accelerator.main_process_first():
+        source = open_source(given, split, args)
+    count = min(count or len(source), len(source))
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    chosen = order[:count].sort().values.tolist()
+    seen = look([open_cell(source, chosen[i]) for i in spread(count)])
+    height, width = samples.preprocessing.height, samples.preprocessing.width
+    preprocessing = Preprocessing(seen["channels"], height, width, center_crop=True)
+    as_they_are = seen["size"] == f"{width}x{height}"
+    facts = {
+        "name": name_of(given),
+        "split": split,
+        "contents": identity(source),
+        "images": count,
+        "of": len(source),
+        **seen,
+        "measured_at": f"{width}x{height}",
+        "preparation": "as they are" if as_they_are else f"cropped at the centre, to {width}x{height}, {RESIZE}",
+    }
+
+    def measure(indices: range) -> Features:
+        images = [
+            to_bytes(preprocessing.finish(load_cell(source, chosen[i], preprocessing), sample_key=0)) for i in indices
+        ]
+        return extractor(torch.stack(images))
+
+    protocol = {**facts, **extractor.protocol}
+    path = Path(args.cache_dir) / f"{facts['name'].replace('/', '-')}-{split}-{fingerprint(protocol)}.safetensors"
+    description = f"measuring {facts['name']}, {split}"
+    return Reference(
+        facts["name"],
+        facts,
+        collect_once(path, protocol, count, args.batch_size, measure, accelerator, description),
+    )
+
+
+class ImageStack:
+    """Images (N, H, W) or (N, H, W, C), uint8, in the array `arr_0` of an .npz file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        arrays = np.load(path)
+        if "arr_0" not in arrays or arrays["arr_0"].dtype != np.uint8 or arrays["arr_0"].ndim not in (3, 4):
+            raise InputError(f"{path} must hold images (N, H, W, C) as 8-bit integers in an array arr_0.")
+        self.images = arrays["arr_0"]
+        if self.images.shape[-1] == 1 and self.images.ndim == 4:
+            self.images = self.images[..., 0]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.images[i]
+
+    def name(self, i: int) -> str:
+        return f"image {i} of {self.path}"
+
+
+def open_source(given: str, split: str, args: EvaluateArguments):
+    """Open images by what they are named by: a file of them, a folder of them, a dataset folder, or the Hub's.
+
+    Raises:
+        InputError: if there are none.
+    """
+    path = Path(given)
+    if path.suffix == ".npz":
+        if not path.is_file():
+            raise InputError(f"{given}: there is no such file (looked for at {path.resolve()}).")
+        return ImageStack(path)
+    if path.suffix == ".parquet":
+        from datasets import load_dataset
+
+        if not path.is_file():
+            raise InputError(f"{given}: there is no such file (looked for at {path.resolve()}).")
+        return ImageTable(load_dataset("parquet", data_files=str(path), split="train"), args.image_column)
+    is_folder_of_images = path.is_dir() and not any(file.suffix in TABLES for file in path.rglob("*"))
+    if is_folder_of_images:
+        folder = path / split if (path / split).is_dir() else path
+        return open_images(DataArguments(train_data_dir=str(folder), split=split))
+    return open_images(
+        DataArguments(
+            dataset_name=given, dataset_config=args.reference_config, split=split, image_column=args.image_column
+        )
+    )
+
+
+def identity(source) -> str:
+    """A fingerprint of the images of a source: of a folder by names, sizes and times, of others by their contents."""
+    if isinstance(source, ImageTable):
+        return source.dataset._fingerprint
+    if isinstance(source, ImageFolder):
+        stats = [(path.name, path.stat()) for path in source.paths]
+        return fingerprint([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return hashlib.blake2b(source.images.tobytes(), digest_size=12).hexdigest()
+
+
+def name_of(given: str) -> str:
+    """A file or folder by its own name, else the name as it is."""
+    return Path(given).resolve().name if Path(given).exists() else given
+
+
+def spread(count: int) -> list[int]:
+    """Numbers of some images, spread evenly."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, LOOKED_AT)})
+
+
+def look(pictures: list[Image.Image]) -> dict[str, Any]:
+    """Size, channels and file format of pictures, in words where they differ."""
+    sizes = {f"{picture.width}x{picture.height}" for picture in pictures}
+    return {
+        "size": sizes.pop() if len(sizes) == 1 else "of different sizes",
+        "channels": max(color_channels(picture) for picture in pictures),
+        "format": " and ".join(sorted({picture.format or "8-bit pixels" for picture in pictures})),
+    }
+
+
+def open_cell(source, i: int) -> Image.Image:
+    """Image i of a source, not yet decoded.
+
+    Raises:
+        RunError: if it cannot be read.
+    """
+    try:
+        return open_picture(source[i])
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"An image cannot be read: {source.name(i)}: {error}. Repair or remove it.") from None
+
+
+def load_cell(source, i: int, preprocessing: Preprocessing) -> torch.Tensor:
+    """Image i of a source as `Preprocessing.load` gives it.
+
+    Raises:
+        RunError: if it cannot be read.
+    """
+    try:
+        return read_image(source[i], preprocessing)
+    except BrokenImageError as error:
+        raise RunError(f"An image cannot be read: {source.name(i)}: {error}. Repair or remove it.") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+@dataclass
+class Results:
+    """All numbers, keyed `name@images`; floors are keyed by name, facts are what else there is to know."""
+
+    measures: dict[str, Measure]
+    floors: dict[str, Measure]
+    facts: dict[str, Any]
+    picture: Image.Image | None = None
+
+
+def evaluate(
+    samples: PipelineSamples | StoredSamples,
+    measured: Features,
+    reference: Reference | None,
+    held_out: Reference | None,
+    extractor: FeatureExtractor,
+    judge: ClassifierFeatures | None,
+    args: EvaluateArguments,
+) -> Results:
+    """Every measure that can be had from the features.
+
+    Raises:
+        ValueError: if they are too few, or the statistics of the reference do not fit them.
+    """
+    found: dict[str, Measure] = {}
+    floors: dict[str, Measure] = {}
+    facts: dict[str, Any] = {}
+    picture = bias = None
+    features = measured["features"]
+    if reference and reference.features:
+        found |= metrics.distances(features, reference.features["features"])
+        floors |= metrics.floor(reference.features["features"], samples.count)
+    elif reference:
+        found["fid"] = Measure(metrics.frechet_distance(Gaussian.of(features), reference.gaussian))
+    if reference and samples.count < report.ENOUGH_FOR_FID:
+        gaussian = reference.gaussian or Gaussian.of(reference.features["features"])
+        bias = found["fid"].protocol["estimated_bias"] = metrics.frechet_bias(features, gaussian)
+    if held_out:
+        found |= metrics.memorisation(features, reference.features["features"], held_out.features["features"])
+    if "logits" in measured and not args.stacked_mnist:
+        name = "inception_score" if extractor.name == INCEPTION else "classifier_score"
+        found[name] = metrics.inception_score(measured["logits"])
+        if reference and reference.features:
+            floors[name] = metrics.inception_score(reference.features["logits"])
+    if args.stacked_mnist:
+        covered = coverage.stacked_mnist_coverage(measured["digits"])
+        found["modes"] = Measure(covered.modes, None, {"of": covered.of, "classifier": judge.name})
+        found["mode_kl"] = Measure(covered.kl, None, {"unit": "nats", "classifier": judge.name})
+    elif judge:
+        asked = torch.tensor(args.class_labels).repeat(-(-samples.count // len(args.class_labels)))[: samples.count]
+        names = judge.network.class_names
+        counts = coverage.confusion(asked, measured["classes"], len(names))
+        accuracy, each = coverage.class_accuracies(counts)
+        found["class_accuracy"] = Measure(accuracy, None, {"classifier": judge.name})
+        facts["class_accuracies"] = dict(zip(names, each, strict=True))
+        facts["confusion"] = counts.tolist()
+        picture = coverage.confusion_picture(counts, names)
+
+    facts |= {
+        "samples": samples.facts,
+        "reference": reference and reference.facts,
+        "held_out": held_out and held_out.facts,
+        "extractor": extractor.protocol,
+        "classifier": judge and judge.protocol,
+        "versions": report.versions(),
+        "warnings": report.warnings(
+            samples.facts,
+            reference and reference.facts,
+            extractor.protocol,
+            extractor.channels,
+            features.shape[1],
+            bias,
+        ),
+    }
+    return Results({f"{name}@{samples.count}": measure for name, measure in found.items()}, floors, facts, picture)
+
+
+def present(results: Results, args: EvaluateArguments) -> None:
+    """Write the results to their file and the model card, and print them."""
+    output = Path(args.output)
+    words = report.protocol(results.facts)
+    numbers = {}
+    for key, measure in results.measures.items():
+        numbers[key] = {"value": measure.value}
+        if measure.spread is not None:
+            numbers[key]["spread"] = measure.spread
+        floor = results.floors.get(key.partition("@")[0])
+        if floor:
+            numbers[key]["floor"] = {"value": floor.value, "spread": floor.spread, **floor.protocol}
+        numbers[key]["protocol"] = {**measure.protocol, **words}
+    everything = {"metrics": numbers, **results.facts, "arguments": asdict(args)}
+    replace_file(output, lambda path: path.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8"))
+
+    print(f"\n{report.table(results.measures, results.floors)}\n")
+    for part, text in words.items():
+        print(f"{part.replace('_', ' ')}: {text}")
+    if results.floors:
+        halves = results.floors["fid"].protocol["halves"]
+        print(f"floor: {halves[0]:,} images of one half of the reference against {halves[1]:,} of the other")
+    for name, accuracy in results.facts.get("class_accuracies", {}).items():
+        print(f"accuracy of {name}: {'no sample' if accuracy is None else f'{accuracy:.2%}'}")
+    for warning in results.facts["warnings"]:
+        print(f"\nwarning: {warning}")
+    print(f"\nall numbers with their protocol: {output}")
+    if results.picture:
+        picture = output.with_name(f"{output.stem}-confusion.png")
+        replace_file(picture, results.picture.save)
+        print(f"classes asked for (rows) and seen (columns): {picture}")
+    card = Path(args.pipeline or "") / CARD_NAME
+    if args.pipeline and args.update_card and card.is_file():
+        reference, judge = results.facts["reference"], results.facts["classifier"]
+        dataset = reference["name"] if reference else judge["extractor"]
+        split = reference and reference.get("split")
+        report.write_to_card(card, report.eval_results(results.measures, dataset, split, words))
+        print(f"model card with these numbers: {card}")
+
+
+if __name__ == "__main__":
+    run_command(main)
