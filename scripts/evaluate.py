@@ -301,7 +301,6 @@ class Reference:
         features: of the images, if more than their mean and covariance is known.
     """
 
-    name: str
     facts: dict[str, Any]
     features: Features | None = None
     gaussian: Gaussian | None = None
@@ -329,12 +328,12 @@ def load_reference(
                 f"The features in {given} are those of {facts.get('extractor', 'an unknown network')}, not of "
                 f"{extractor.name} with the weights {extractor.digest}. Measure the reference images themselves."
             )
-        return Reference(facts["name"], facts, read_features(Path(given)) if accelerator.is_main_process else None)
+        return Reference(facts, read_features(Path(given)) if accelerator.is_main_process else None)
     if given.endswith(".npz") and Path(given).is_file():
         arrays = np.load(given)
         if "arr_0" not in arrays and {"mu", "sigma"} <= {*arrays}:
             facts = {"name": name_of(given), "statistics": "mu and sigma, of unknown protocol"}
-            return Reference(facts["name"], facts, None, Gaussian(*(arrays[k].astype(float) for k in ("mu", "sigma"))))
+            return Reference(facts, None, Gaussian(*(arrays[k].astype(float) for k in ("mu", "sigma"))))
     with accelerator.main_process_first():
         source = open_source(given, split, args)
     count = min(count or len(source), len(source))
@@ -364,11 +363,7 @@ def load_reference(
     protocol = {**facts, **extractor.protocol}
     path = Path(args.cache_dir) / f"{facts['name'].replace('/', '-')}-{split}-{fingerprint(protocol)}.safetensors"
     description = f"measuring {facts['name']}, {split}"
-    return Reference(
-        facts["name"],
-        facts,
-        collect_once(path, protocol, count, args.batch_size, measure, accelerator, description),
-    )
+    return Reference(facts, collect_once(path, protocol, count, args.batch_size, measure, accelerator, description))
 
 
 class ImageStack:
