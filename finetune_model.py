@@ -8,6 +8,7 @@ Where no model, data or --config is named it is the demo: examples/demo.yaml, th
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +20,20 @@ from ddgan.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts, license_of
 from ddgan.sampling.pictures import before_after
 from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, sample, with_scheduler
-from ddgan.training.arguments import DataArguments, RunArguments, option, parse_arguments, require_at_least
+from ddgan.training.arguments import (
+    DataArguments,
+    LearningRateArguments,
+    RunArguments,
+    option,
+    parse_arguments,
+    require_at_least,
+)
 from ddgan.training.checkpoints import replace_file
 from ddgan.training.data import CHANNEL_MODES, Preprocessing, TrainingData
 from ddgan.training.loop import Job, Player, Trainer, open_run
 from ddgan.training.objectives import DenoisingObjective
 from ddgan.training.results import repository_for, settings_for_card, upload
+from ddgan.training.schedules import schedule
 
 EXAMPLES = Path(__file__).parent / "examples"
 EMBEDDED_MODEL = EXAMPLES / "models" / "noto-emoji-32"
@@ -66,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not any(flag.split("=")[0] in NOT_THE_DEMO for flag in argv):
         argv = ["--config", str(EXAMPLES / "demo.yaml"), *argv]
-    run, data_args, args = parse_arguments(RunArguments, DataArguments, FinetuneArguments, argv=argv)
+    arguments = parse_arguments(RunArguments, LearningRateArguments, DataArguments, FinetuneArguments, argv=argv)
+    run, rate, data_args, args = arguments
     accelerator = open_run(run)
     repo_id = repository_for(run) if run.push_to_hub and accelerator.is_main_process else None
 
@@ -93,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if run.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=rate.learning_rate, fused=True)
 
     def draw(pipe: DDPMPipeline, seeds: list[int]) -> list[Image.Image]:
         return sample(with_scheduler(pipe, args.sample_scheduler), seeds, args.sample_steps)
@@ -103,14 +113,15 @@ def main(argv: list[str] | None = None) -> None:
         title=run.model_save_name,
         summary=f"An unconditional diffusion model: {name}, fine-tuned on {data.name}.",
         usage=USAGE.format(model=repo_id or Path(run.output_dir).resolve().name, steps=args.sample_steps),
-        settings=settings_for_card(run, data_args, args),
+        settings=settings_for_card(*arguments),
         base_model=args.start_model,
         license=license_of(args.start_model),
         dataset=data.name,
         tags=["ddpm", "fine-tuned"],
     )
-    player = Player("", unet, DenoisingObjective(pipeline.scheduler, args.min_snr_gamma), optimizer)
-    trainer = Trainer(Job([player], pipeline, unet, draw, card, (run, data_args, args)), data, run, accelerator)
+    objective = DenoisingObjective(pipeline.scheduler, args.min_snr_gamma)
+    player = Player("", unet, objective, optimizer, partial(schedule, args=rate))
+    trainer = Trainer(Job([player], pipeline, unet, draw, card, arguments), data, run, accelerator)
     trainer.run()
     if accelerator.is_main_process:
         before, after = (trainer.sample_path(step) for step in (0, trainer.step))

@@ -49,11 +49,16 @@ def card_text(facts: CardFacts) -> str:
         datasets=[facts.dataset] if is_repo_id(facts.dataset) else None,
         tags=["diffusers", "unconditional-image-generation", *facts.tags],
     )
-    license_line = (
-        f"Licence of the weights: `{facts.license}`, carried over from the model that was started from."
-        if facts.license
-        else "The licence of the model that was started from is not known here: look it up before passing this on."
-    )
+    if facts.license:
+        license_line = f"Licence of the weights: `{facts.license}`, carried over from the model that was started from."
+    elif facts.base_model:
+        license_line = (
+            "The licence of the model that was started from is not known here: look it up before passing this on."
+        )
+    else:
+        license_line = (
+            "Trained from scratch: whoever trained it chooses the licence of the weights, minding the data's."
+        )
     packages = ", ".join(f"{name} {version(name)}" for name in ("diffusers", "torch", "accelerate"))
     parts = [
         f"---\n{data.to_yaml()}\n---",

@@ -5,7 +5,7 @@ import difflib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from transformers import HfArgumentParser
@@ -62,6 +62,7 @@ class RunArguments:
     """How a training run goes: its length, its optimizer, what it shows and what it keeps."""
 
     _argument_group_name = "run"
+    _default_output_dir: ClassVar = "finetuned"
 
     output_dir: str | None = option(None, "the run folder (default: --model_save_name)")
     model_save_name: str | None = option(
@@ -72,11 +73,6 @@ class RunArguments:
     grad_accumulation_steps: int = option(1, "micro-batches of each process that make one optimizer step")
     num_epochs: int = option(10, "passes over the images")
     max_train_steps: int | None = option(None, "optimizer steps, in place of --num_epochs")
-    learning_rate: float = option(1e-4, "peak learning rate of AdamW")
-    lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = option(
-        "cosine", "course of the learning rate over the optimizer steps"
-    )
-    lr_warmup_steps: int = option(0, "optimizer steps over which the learning rate rises from zero")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them")
     ema_decay: float = option(0.9999, "upper bound on the decay of the averaged weights (EMA); 0 turns them off")
     ema_inv_gamma: float = option(1.0, "EMA warm-up: the decay after n steps is 1 - (1 + n / inv_gamma) ** -power")
@@ -101,7 +97,7 @@ class RunArguments:
 
     def __post_init__(self):
         if self.output_dir is None:
-            self.output_dir = self.model_save_name or "finetuned"
+            self.output_dir = self.model_save_name or self._default_output_dir
         if self.model_save_name is None:
             self.model_save_name = Path(self.output_dir).resolve().name
         if self.report_to is None:
@@ -109,11 +105,38 @@ class RunArguments:
         require_at_least(
             1, self, "batch_size", "grad_accumulation_steps", "num_epochs", "num_samples", "max_train_steps"
         )
-        require_at_least(0, self, "lr_warmup_steps", "max_grad_norm", "learning_rate")
+        require_at_least(0, self, "max_grad_norm")
         every = ("log_samples_every", "save_model_every", "checkpointing_steps", "checkpoints_total_limit")
         require_at_least(0, self, *every)
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema_decay is {self.ema_decay}; it must be at least 0 (no EMA) and less than 1.")
+
+
+@dataclass
+class LabelArguments:
+    """Where the class labels of the images are."""
+
+    _argument_group_name = "labels"
+
+    label_column: str | None = option(
+        None, "column with the class labels (default: the first column of class labels, or `label`)"
+    )
+
+
+@dataclass
+class LearningRateArguments:
+    """How fast a run's one network learns, and when."""
+
+    _argument_group_name = "learning rate"
+
+    learning_rate: float = option(1e-4, "peak learning rate")
+    lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = option(
+        "cosine", "course of the learning rate over the optimizer steps"
+    )
+    lr_warmup_steps: int = option(0, "optimizer steps over which the learning rate rises from zero")
+
+    def __post_init__(self):
+        require_at_least(0, self, "learning_rate", "lr_warmup_steps")
 
 
 def require_at_least(least: int, arguments: Any, *names: str) -> None:

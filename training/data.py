@@ -2,7 +2,7 @@
 
 import io
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.datasets.mnist import read_image_file
+from torchvision.datasets.mnist import FashionMNIST, read_sn3_pascalvincent_tensor
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from ..errors import InputError, RunError
-from .arguments import DataArguments
+from .arguments import DataArguments, LabelArguments
 from .randomness import key
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -34,13 +34,28 @@ class BrokenImageError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources: `len(source)`, `source[i]` -> a cell that `read_image` reads, `source.name(i)` for messages
+# Sources: `len(source)`, `source[i]` -> a cell that `read_image` reads, `source.name(i)` for messages, and where they
+# are asked for `source.labels(column)` -> `Labels`
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The class of each image.
+
+    Attributes:
+        classes: names of the classes, in order of their numbers.
+        numbers: class of image i; None for a stream, whose rows carry theirs.
+    """
+
+    classes: list[str]
+    numbers: Sequence[int] | None
 
 
 class ImageFolder:
     """The image files below a folder, in the order of their paths."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not self.paths:
             raise InputError(
@@ -57,13 +72,27 @@ class ImageFolder:
     def name(self, i: int) -> str:
         return str(self.paths[i])
 
+    def labels(self, column: str | None) -> Labels:
+        """A class for each sub-folder, in the order of their names."""
+        names = [path.relative_to(self.folder).parts[0] for path in self.paths]
+        classes = sorted(set(names))
+        if any((self.folder / name).is_file() for name in classes):
+            raise InputError(
+                f"The images in {self.folder} have no class labels: {self.paths[0]} is in no sub-folder. Put the "
+                "images of each class into a sub-folder that bears its name."
+            )
+        numbers = {name: number for number, name in enumerate(classes)}
+        return Labels(classes, [numbers[name] for name in names])
+
 
 class ImageArray:
-    """Grey images from a file in MNIST's idx format, as torchvision lays them out."""
+    """Images (N, H, W) or (N, H, W, C) from a file in MNIST's idx format, as torchvision lays them out."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.images = read_image_file(str(path)).numpy()
+        with open(path, "rb") as file:  # two zeros, the kind of number, the number of dimensions, the dimensions
+            shape = [int.from_bytes(file.read(4), "big") for _ in range(file.read(4)[3])]
+            self.images = np.memmap(path, np.uint8, "r", file.tell(), tuple(shape))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -74,12 +103,22 @@ class ImageArray:
     def name(self, i: int) -> str:
         return f"image {i} of {self.path}"
 
+    def labels(self, column: str | None) -> Labels:
+        """From the file of labels beside the images."""
+        path = self.path.with_name(self.path.name.replace("images-idx3", "labels-idx1"))
+        if not path.is_file():
+            raise InputError(f"The images in {self.path} have no class labels: there is no {path.name} beside them.")
+        numbers = read_sn3_pascalvincent_tensor(str(path)).tolist()
+        names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else range(max(numbers) + 1)
+        return Labels([str(name) for name in names], numbers)
+
 
 class ImageTable:
     """The image column of a dataset of the `datasets` library."""
 
     def __init__(self, dataset, column: str | None):
-        self.dataset, self.column = _undecoded(dataset, column)
+        self.table, self.column = dataset, _image_column(dataset, column)
+        self.dataset = _undecoded(dataset, [self.column])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -90,9 +129,25 @@ class ImageTable:
     def name(self, i: int) -> str:
         return f"row {i} ({_file_name(self[i])})"
 
+    def labels(self, column: str | None) -> Labels:
+        """From the label column: class labels, or integers from 0 on, or names."""
+        column = _label_column(self.table.features, column)
+        values = self.table[column][:]
+        classes = getattr(self.table.features[column], "names", None)
+        if classes is None and all(isinstance(value, str) for value in values):
+            classes = sorted(set(values))
+            numbers = {name: number for number, name in enumerate(classes)}
+            return Labels(classes, [numbers[value] for value in values])
+        if not all(isinstance(value, int) and value >= 0 for value in values):
+            raise InputError(
+                f"The label column {column!r} must hold a class for every image: a name, or an integer from 0 on. It "
+                f"holds {next(value for value in values if not isinstance(value, int) or value < 0)!r}."
+            )
+        return Labels(classes or [str(number) for number in range(max(values) + 1)], values)
+
 
 def open_images(args: DataArguments):
-    """Open what the arguments name: an image source, or with `--streaming` an iterable dataset with its column.
+    """Open what the arguments name: an image source, or with `--streaming` an iterable dataset.
 
     Raises:
         InputError: what is named is not found, holds no image, or has no such split, configuration or column.
@@ -106,7 +161,7 @@ def open_images(args: DataArguments):
         return ImageArray(arrays[0]) if arrays else ImageFolder(folder)
     dataset = _load_dataset(args)
     if args.streaming:
-        return _undecoded(dataset, args.image_column)
+        return dataset
     if len(dataset) == 0:
         raise InputError(f"The dataset {args.dataset_name}, split {args.split}, is empty.")
     return ImageTable(dataset, args.image_column)
@@ -131,8 +186,17 @@ def _load_dataset(args: DataArguments):
         ) from error
 
 
-def _undecoded(dataset, column: str | None):
-    """The dataset with its image column as encoded bytes, and that column's name."""
+def _undecoded(dataset, columns: list[str]):
+    """These columns of the dataset, images as encoded bytes."""
+    from datasets import Image as ImageFeature
+
+    for column in columns:
+        if dataset.features and isinstance(dataset.features[column], ImageFeature):
+            dataset = dataset.cast_column(column, ImageFeature(decode=False))
+    return dataset.select_columns(columns)
+
+
+def _image_column(dataset, column: str | None) -> str:
     from datasets import Image as ImageFeature
 
     features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
@@ -144,9 +208,36 @@ def _undecoded(dataset, column: str | None):
             f"The dataset has no {'image column' if column is None else f'column {column!r}'}. Its columns are: "
             f"{', '.join(features) or 'none (it is empty)'}. Name the one with the images with --image_column."
         )
-    if isinstance(features[column], ImageFeature):
-        dataset = dataset.cast_column(column, ImageFeature(decode=False))
-    return dataset.select_columns([column]), column
+    return column
+
+
+def _label_column(features, column: str | None) -> str:
+    """The column with the class labels.
+
+    Raises:
+        InputError: if there is none.
+    """
+    from datasets import ClassLabel
+
+    found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    found += [name for name in ("label", "labels") if name in features and name not in found]
+    column = column or (found[0] if found else None)
+    if column not in features:
+        raise InputError(
+            f"The dataset has no {'column of class labels' if column is None else f'column {column!r}'}. Its columns "
+            f"are: {', '.join(features)}. Name the one with the labels with --label_column."
+        )
+    return column
+
+
+def _stream_labels(dataset, column: str) -> Labels:
+    names = getattr((dataset.features or {}).get(column), "names", None)
+    if names is None:
+        raise InputError(
+            f"The column {column!r} of the stream does not say which classes there are: a stream needs a column of "
+            "type ClassLabel. Without --streaming, names and integers do as well."
+        )
+    return Labels(names, None)
 
 
 def _file_name(cell: Any) -> str:
@@ -297,6 +388,7 @@ class Batch:
 
     Attributes:
         images: (B, C, H, W) in [-1, 1].
+        labels: their classes, (B,), where the run has them.
         keys: one integer a sample, from which all that is random about it is drawn.
         weight: 1, or 0 where the process only stands in because the window has no sample left for it.
         broken: images that cannot be read; they were left out if the arguments say so, else there are no `images`.
@@ -304,6 +396,7 @@ class Batch:
     """
 
     images: torch.Tensor | None
+    labels: torch.Tensor | None
     keys: list[int]
     weight: float
     broken: list[str]
@@ -313,11 +406,18 @@ class Batch:
         return self if self.images is None else replace(self, images=self.images.pin_memory())
 
 
+def _batch(images: list[torch.Tensor], labels: list[int | None], *rest: Any) -> Batch:
+    return Batch(torch.stack(images), None if labels[0] is None else torch.tensor(labels), *rest)
+
+
 class TrainingImages(torch.utils.data.Dataset):
     """Micro-batches from an image source: item (step, micro-batch) is what this process trains on there."""
 
-    def __init__(self, source, preprocessing: Preprocessing, plan: Plan, rank: int, args: DataArguments):
+    def __init__(
+        self, source, labels: Labels | None, preprocessing: Preprocessing, plan: Plan, rank: int, args: DataArguments
+    ):
         self.source, self.preprocessing, self.plan, self.rank = source, preprocessing, plan, rank
+        self.labels = labels and labels.numbers
         self.skip_broken = args.skip_broken_images
         self.cache = None
         if args.cache_images:
@@ -328,28 +428,29 @@ class TrainingImages(torch.utils.data.Dataset):
         step, micro_batch = item
         share = self.plan.share(step, micro_batch, self.rank)
         positions = share or range(share.start, share.start + 1)
-        images, keys, broken = [], [], []
+        images, labels, keys, broken = [], [], [], []
         for position in positions:
             sample_key = self.plan.sample_key(step, position)
             index = self.plan.image_index(step, min(position, self.plan.window(step)[2] - 1))
-            pixels, names = self.cache[index] if self.cache else self._read(index)
+            pixels, index, names = self.cache[index] if self.cache else self._read(index)
             if pixels is None:
-                return Batch(None, [], 0.0, names)
+                return Batch(None, None, [], 0.0, names)
             images.append(self.preprocessing.finish(pixels, sample_key))
+            labels.append(self.labels and self.labels[index])
             keys.append(sample_key)
             broken += names
-        return Batch(torch.stack(images), keys, float(len(share) > 0), broken)
+        return _batch(images, labels, keys, float(len(share) > 0), broken)
 
-    def _read(self, index: int) -> tuple[torch.Tensor | None, list[str]]:
-        """The image, or where it is broken and may be left out the next one that is not, and the broken ones."""
+    def _read(self, index: int) -> tuple[torch.Tensor | None, int, list[str]]:
+        """The image and its index, or where it is broken and may be left out the next one's; the broken ones."""
         broken = []
         for _ in range(len(self.source) if self.skip_broken else 1):
             try:
-                return read_image(self.source[index], self.preprocessing), broken
+                return read_image(self.source[index], self.preprocessing), index, broken
             except BrokenImageError as error:
                 broken.append(f"{self.source.name(index)}: {error}")
                 index = (index + 1) % len(self.source)
-        return None, broken
+        return None, index, broken
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
@@ -359,12 +460,14 @@ class StreamedImages(torch.utils.data.IterableDataset):
     block and the number of rows of the block that were used, so that a run can be taken up exactly.
     """
 
-    def __init__(self, stream, column, preprocessing: Preprocessing, plan: Plan, rank: int, args: DataArguments):
+    def __init__(
+        self, stream, columns: list[str], preprocessing: Preprocessing, plan: Plan, rank: int, args: DataArguments
+    ):
         from datasets.distributed import split_dataset_by_node
 
         stream = stream.shuffle(seed=plan.seed, buffer_size=1)  # the order of the shards; rows: see `_rows`
         self.stream = split_dataset_by_node(stream, rank, plan.processes)
-        self.column, self.preprocessing, self.plan, self.rank = column, preprocessing, plan, rank
+        self.columns, self.preprocessing, self.plan, self.rank = columns, preprocessing, plan, rank
         self.skip_broken = args.skip_broken_images
         self.start_step, self.position = 0, None
 
@@ -373,33 +476,34 @@ class StreamedImages(torch.utils.data.IterableDataset):
         step = self.start_step
         while True:
             for micro_batch in range(self.plan.accumulation):
-                images, keys, broken = [], [], []
+                images, labels, keys, broken = [], [], [], []
                 for position in self.plan.share(step, micro_batch, self.rank):
                     sample_key = self.plan.sample_key(step, position)
-                    pixels, where = self._next(rows, broken)
+                    pixels, label, where = self._next(rows, broken)
                     if pixels is None:
-                        yield Batch(None, [], 0.0, broken)
+                        yield Batch(None, None, [], 0.0, broken)
                         return
                     images.append(self.preprocessing.finish(pixels, sample_key))
+                    labels.append(label)
                     keys.append(sample_key)
-                yield Batch(torch.stack(images), keys, 1.0, broken, where)
+                yield _batch(images, labels, keys, 1.0, broken, where)
             step += 1
 
-    def _next(self, rows: Iterator, broken: list[str]) -> tuple[torch.Tensor | None, dict]:
+    def _next(self, rows: Iterator, broken: list[str]) -> tuple[torch.Tensor | None, int | None, dict]:
         began = None
-        for cell, where in rows:
+        for (cell, *label), where in rows:
             began = where["pass"] if began is None else began
             if where["pass"] > began + 1:
                 raise RunError(f"A whole pass over the stream had no image that can be read; the last: {broken[-1]}")
             try:
-                return read_image(cell, self.preprocessing), where
+                return read_image(cell, self.preprocessing), label[0] if label else None, where
             except BrokenImageError as error:
                 broken.append(f"a row of the stream ({_file_name(cell)}): {error}")
                 if not self.skip_broken:
-                    return None, where
+                    return None, None, where
 
     def _rows(self, position: dict | None) -> Iterator[tuple[Any, dict]]:
-        """Cells of the image column, each with the position after it."""
+        """Cells of the columns with the image and, where the run has them, its label; and the position after them."""
         here = position or {"pass": 0, "block": 0, "state": None, "used": 0}
         while True:
             self.stream.set_epoch(here["pass"])
@@ -411,7 +515,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 Random(key(self.plan.seed, self.rank, here["pass"], here["block"])).shuffle(order)
                 for i in order[here["used"] :]:
                     here = {**here, "used": here["used"] + 1}
-                    yield block[i][self.column], here
+                    yield [block[i][column] for column in self.columns], here
                 here = {**here, "block": here["block"] + 1, "state": self.stream.state_dict(), "used": 0}
             if here["block"] == 0:
                 raise RunError("The stream has no rows for this process: it is empty, or has too few for so many.")
@@ -425,25 +529,45 @@ class TrainingData:
         args: which images.
         preprocessing: how they become tensors.
         rank: this process.
+        label_args: where the class labels are; None for a run without them.
         plan: batch_size, accumulation, processes and seed of the `Plan`.
     """
 
-    def __init__(self, args: DataArguments, preprocessing: Preprocessing, rank: int, **plan: int):
-        self.args = args
+    def __init__(
+        self,
+        args: DataArguments,
+        preprocessing: Preprocessing,
+        rank: int,
+        label_args: LabelArguments | None = None,
+        **plan: int,
+    ):
+        self.args, self.labels = args, None
         opened = open_images(args)
         self.plan = Plan(None if args.streaming else len(opened), **plan)
         if args.streaming:
-            self.images = StreamedImages(*opened, preprocessing, self.plan, rank, args)
+            columns = [_image_column(opened, args.image_column)]
+            if label_args:
+                columns.append(_label_column(opened.features or {}, label_args.label_column))
+                self.labels = _stream_labels(opened, columns[1])
+            stream = _undecoded(opened, columns)
+            self.images = StreamedImages(stream, columns, preprocessing, self.plan, rank, args)
         else:
+            if label_args:
+                self.labels = opened.labels(label_args.label_column)
             if rank == 0 and not args.skip_broken_images:
                 _check(opened, preprocessing)
-            self.images = TrainingImages(opened, preprocessing, self.plan, rank, args)
+            self.images = TrainingImages(opened, self.labels, preprocessing, self.plan, rank, args)
 
     @property
     def name(self) -> str:
         """How the model card names the data: a dataset by its name on the Hub, a folder by its own name."""
         given = self.args.train_data_dir or self.args.dataset_name or str(EMBEDDED_DATASET)
         return Path(given).resolve().name if Path(given).exists() else given
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes in order of their numbers, where the run has labels."""
+        return self.labels and self.labels.classes
 
     def batches(self, start: int, stop: int, position: dict | None) -> Iterator[Batch]:
         """The micro-batches of this process for optimizer steps start .. stop-1.

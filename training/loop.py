@@ -1,11 +1,12 @@
 """The training loop: steps, accumulation, averaging, logging, saving, resuming. It does not know what it trains."""
 
 import json
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers import DiffusionPipeline
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ..errors import InputError, RunError
@@ -28,6 +29,7 @@ from ..sampling.pictures import image_grid
 from .arguments import RunArguments, write_config
 from .checkpoints import Checkpoints, load_state, remove_leftovers, replace_file, replace_tree
 from .data import Batch, TrainingData
+from .objectives import Samples
 from .randomness import Draws, key
 from .results import report, write_card
 from .sharding import local, reshard, whole, whole_pipeline
@@ -44,15 +46,17 @@ class Player:
     Attributes:
         name: what its columns in metrics.csv begin with; empty where a run has one player.
         network: the module.
-        loss: gives one loss a sample, (B,), from the network as it is to be called (wrapped for several processes),
-            images (B, C, H, W) in [-1, 1], and the samples' `Draws`.
+        objective: from the network as it is to be called (wrapped for several processes) and `Samples` gives one
+            `loss` a sample, (B,), and beside it what else is to be logged, one value a sample, NaN where none is.
         optimizer: over the network's parameters.
+        schedule: gives the course of the learning rate from the optimizer and the number of optimizer steps.
     """
 
     name: str
     network: torch.nn.Module
-    loss: Callable[[torch.nn.Module, torch.Tensor, Draws], torch.Tensor]
+    objective: Callable[[torch.nn.Module, Samples], dict[str, torch.Tensor]]
     optimizer: torch.optim.Optimizer
+    schedule: Callable[[torch.optim.Optimizer, int], LambdaLR]
 
 
 @dataclass
@@ -60,12 +64,14 @@ class Job:
     """What a training script hands over to the loop.
 
     Attributes:
-        players: updated one after the other in every step, on the same images with draws of their own.
+        players: updated one after the other in every step, on the same images with draws of their own; meanwhile the
+            others' parameters need no gradients.
         pipeline: holds the networks; it is what is sampled and saved.
         averaged: the network of the pipeline that has averaged weights (EMA).
         sample: pictures from the pipeline for a list of seeds, a picture depending on its seed alone.
         card: what the model card says beside the facts of the run.
         arguments: all of the script's arguments, for config.yaml and the trackers.
+        watch: is shown the rows of metrics.csv as they are logged, and says in words what looks wrong.
     """
 
     players: list[Player]
@@ -74,6 +80,7 @@ class Job:
     sample: Callable[[DiffusionPipeline, list[int]], list[Image.Image]]
     card: CardFacts
     arguments: tuple
+    watch: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
 
 
 def open_run(args: RunArguments) -> Accelerator:
@@ -136,15 +143,7 @@ class Trainer:
             player.network.train().to(memory_format=self.memory_format)
             if args.compile:
                 player.network.compile()
-            try:
-                schedule = get_scheduler(
-                    args.lr_scheduler,
-                    player.optimizer,
-                    num_warmup_steps=args.lr_warmup_steps,
-                    num_training_steps=self.total_steps,
-                )
-            except ValueError as error:
-                raise InputError(f"--lr_scheduler {args.lr_scheduler} cannot be used like this: {error}") from None
+            schedule = player.schedule(player.optimizer, self.total_steps)
             prepared = accelerator.prepare(player.network, player.optimizer, schedule)
             for kept, part in zip((self.models, self.optimizers, self.schedules), prepared, strict=True):
                 kept.append(part)
@@ -172,7 +171,7 @@ class Trainer:
         if accelerator.is_main_process:
             replace_file(self.folder / _CONFIG, lambda path: write_config(path, *job.arguments))
         self.metrics = Metrics(self.folder / "metrics.csv", self.step) if accelerator.is_main_process else None
-        self.pending = []  # (step, learning rate, one row of numbers on the device) of the steps not yet logged
+        self.pending = []  # what `_train_step` leaves of the steps not yet logged
         self.clock = _Clock(mark=(0.0, self.plan.images_seen(self.step)))
 
     def run(self) -> None:
@@ -248,50 +247,53 @@ class Trainer:
         images = [
             batch.images.to(device, non_blocking=True).contiguous(memory_format=self.memory_format) for batch in window
         ]
-        numbers, rates = [], []
+        labels = [None if batch.labels is None else batch.labels.to(device, non_blocking=True) for batch in window]
+        row, sums, norms = {}, {}, {}
         for i, player in enumerate(self.job.players):
-            model, optimizer, total = self.models[i], self.optimizers[i], torch.zeros((), device=device)
-            for j, batch in enumerate(window):
-                with accelerator.no_sync(model) if j + 1 < len(window) else nullcontext():
-                    losses = player.loss(model, images[j], Draws(batch.keys, device, stream=i))
-                    loss = losses.sum() * (batch.weight * scale)
-                    # gradients are averaged over processes, but the window's mean loss is a sum over them
-                    accelerator.backward(loss * accelerator.num_processes)
-                total += loss.detach()
+            model, optimizer, prefix = self.models[i], self.optimizers[i], f"{player.name}_" if player.name else ""
+            with _frozen(other.network for other in self.job.players if other is not player):
+                for j, batch in enumerate(window):
+                    samples = Samples(images[j], labels[j], Draws(batch.keys, device, stream=i), step)
+                    with accelerator.no_sync(model) if j + 1 < len(window) else nullcontext():
+                        values = player.objective(model, samples)
+                        values = {name: value.sum() * (batch.weight * scale) for name, value in values.items()}
+                        # gradients are averaged over processes, but the window's mean loss is a sum over them
+                        accelerator.backward(values["loss"] * accelerator.num_processes)
+                    for name, value in values.items():
+                        sums[prefix + name] = sums.get(prefix + name, 0) + value.detach()
             norm = whole(accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or torch.inf))
+            norms[f"{prefix}grad_norm"] = norm
             optimizer.step()
             optimizer.zero_grad()
-            rates.append(self.schedules[i].get_last_lr()[0])
+            row[f"{prefix}learning_rate"] = self.schedules[i].get_last_lr()[0]
             self.schedules[i].step()
-            numbers += [total, norm]
         if self.ema:
             self.ema.step(local(self.job.averaged.parameters()))
         self.step += 1
-        self.pending.append((self.step, rates[0], torch.stack(numbers)))
+        self.pending.append(_Logged({"step": self.step} | row, sums, norms))
 
     def _log(self, progress: tqdm) -> None:
         """Read back the numbers of the steps since the last call, check them, and log them."""
         if not self.pending:
             return
-        table = torch.stack([numbers for _, _, numbers in self.pending])
-        losses = self.accelerator.reduce(table[:, 0::2].contiguous(), reduction="sum").tolist()
-        norms = table[:, 1::2].tolist()
-        names = [f"{player.name}_" if player.name else "" for player in self.job.players]
+        table = torch.stack([torch.stack(list(logged.sums.values())) for logged in self.pending])
+        sums = self.accelerator.reduce(table, reduction="sum").tolist()
+        norms = torch.stack([torch.stack(list(logged.norms.values())) for logged in self.pending]).tolist()
         rows = []
-        for (step, rate, _), step_losses, step_norms in zip(self.pending, losses, norms, strict=True):
+        for logged, step_sums, step_norms in zip(self.pending, sums, norms, strict=True):
+            step = logged.row["step"]
             row = {"step": step, "epoch": self.plan.epoch(step), "images": self.plan.images_seen(step)}
-            row["learning_rate"] = rate
-            for name, loss, norm in zip(names, step_losses, step_norms, strict=True):
-                row |= {f"{name}loss": loss, f"{name}grad_norm": norm}
-            finite = all(torch.isfinite(torch.tensor(step_losses)))
+            row |= logged.row | dict(zip(logged.sums, step_sums, strict=True))
+            row |= dict(zip(logged.norms, step_norms, strict=True))
+            losses = {name: value for name, value in row.items() if name.endswith("loss")}
+            finite = all(map(math.isfinite, losses.values()))
             # in half precision a gradient that is not finite is met by the scaler: it leaves the step out
-            finite &= self.accelerator.scaler is not None or all(torch.isfinite(torch.tensor(step_norms)))
+            finite &= self.accelerator.scaler is not None or all(map(math.isfinite, step_norms))
             if not finite:
                 raise RunError(
-                    f"The loss of step {step} is not finite (loss {step_losses}, gradient norm {step_norms}) at a "
-                    f"learning rate of {rate:g}. Nothing was overwritten. The last good checkpoint is "
-                    f"{self.checkpoints.last()}. A lower --learning_rate, a longer --lr_warmup_steps or bf16 in "
-                    "place of fp16 usually help; go on with --resume_from_checkpoint latest."
+                    f"The loss of step {step} is not finite ({_in_words(row)}). Nothing was overwritten. The last "
+                    f"good checkpoint is {self.checkpoints.last()}. A lower learning rate, a longer warm-up or bf16 "
+                    "in place of fp16 usually help; go on with --resume_from_checkpoint latest."
                 )
             rows.append(row)
         self.pending.clear()
@@ -299,13 +301,16 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.append(rows)
         shown = {name: value for name, value in rows[-1].items() if name.endswith("loss")}
-        tracked = {name: value for name, value in rows[-1].items() if name != "step"} | {"images_per_second": speed}
-        self.accelerator.log(tracked, step=self.step)
+        rate = next(value for name, value in rows[-1].items() if name.endswith("learning_rate"))
+        tracked = {name: value for name, value in rows[-1].items() if name != "step" and not math.isnan(value)}
+        self.accelerator.log(tracked | {"images_per_second": speed}, step=self.step)
         progress.set_postfix(
             {name: f"{value:.4f}" for name, value in shown.items()}
-            | {"lr": f"{rows[-1]['learning_rate']:.1e}", "images/s": f"{speed:.1f}"}
+            | {"lr": f"{rate:.1e}", "images/s": f"{speed:.1f}"}
             | ({"broken": len(self.broken)} if self.broken else {})
         )
+        if (warning := self.job.watch(rows)) and self.accelerator.is_main_process:
+            progress.write(warning)
 
     @contextmanager
     def averaged_weights(self):
@@ -449,8 +454,36 @@ def _set_peak_rates(schedule: torch.optim.lr_scheduler.LambdaLR, rates: list[flo
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
+@contextmanager
+def _frozen(networks: Iterable[torch.nn.Module]):
+    """Inside, the parameters of these networks need no gradients; gradients still pass through."""
+    trained = [p for network in networks for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _in_words(row: dict[str, float]) -> str:
+    return ", ".join(
+        f"{name} {value:g}" for name, value in row.items() if name.endswith(("loss", "grad_norm", "learning_rate"))
+    )
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+@dataclass
+class _Logged:
+    """A step that is not yet logged: numbers known here, sums over processes and norms, both still on the device."""
+
+    row: dict[str, float]
+    sums: dict[str, torch.Tensor]
+    norms: dict[str, torch.Tensor]
 
 
 @dataclass

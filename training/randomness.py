@@ -40,6 +40,10 @@ class Draws:
         """Standard normal numbers, (B, *shape)."""
         return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
 
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Uniform numbers in [0, 1), (B, *shape)."""
+        return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self.generators])
+
     def integers(self, high: int) -> torch.Tensor:
         """Integers in 0 .. high-1, uniform, (B,)."""
         return torch.stack([torch.randint(high, (), generator=g, device=self.device) for g in self.generators])

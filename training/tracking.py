@@ -2,6 +2,7 @@
 
 import csv
 from importlib.util import find_spec
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def track_picture(accelerator: Accelerator, name: str, picture: Image.Image, ste
 
 
 class Metrics:
-    """metrics.csv: one row an optimizer step, numbers in full precision."""
+    """metrics.csv: one row an optimizer step, numbers in full precision, nothing where there is none."""
 
     def __init__(self, path: Path, resumed_step: int):
         """Open the file of a run; rows past the step at which it is taken up are dropped."""
@@ -91,18 +92,18 @@ def _write(path: Path, rows: list[dict[str, float]], mode: str) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         if mode == "w":
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: "" if isnan(value) else value for name, value in row.items()} for row in rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The complete rows of a metrics.csv."""
     text = path.read_text(encoding="utf-8")
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    return [{k: int(v) if k in ("step", "images") else float(v) for k, v in row.items()} for row in rows]
+    return [{k: int(v) if k in ("step", "images") else float(v or "nan") for k, v in row.items()} for row in rows]
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
-    """Draw every column whose name ends in `loss`, as logged and smoothed, and the learning rate below."""
+    """Draw every column whose name ends in `loss`, as logged and smoothed, and the learning rates below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,7 +124,8 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     above.set_ylabel("loss")
     above.grid(alpha=0.3, which="both")
     above.legend()
-    below.plot(steps, [row["learning_rate"] for row in rows], color="gray")
+    for color, name in enumerate(name for name in rows[0] if name.endswith("learning_rate")):
+        below.plot(steps, [row[name] for row in rows], color=f"C{color}")
     below.set_ylabel("learning rate")
     below.set_xlabel("optimizer step")
     below.grid(alpha=0.3)

@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from tiny import ROOT, make_dataset, write_images
 
 from ddgan.errors import InputError, RunError
-from ddgan.training.arguments import DataArguments
+from ddgan.training.arguments import DataArguments, LabelArguments
 from ddgan.training.data import Plan, Preprocessing, TrainingData, open_images, read_image
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -286,3 +287,90 @@ def test_a_stream_shuffles_its_rows(tmp_path):
     seen = [n for b in islice(stream(folder).batches(0, 8, None), 8) for n in numbers(b)]
     assert sorted(seen) == list(range(32))
     assert seen != list(range(32))
+
+
+# ---- labels
+
+
+def labelled(args: DataArguments, label_column: str | None = None) -> tuple[list[str], dict[int, str]]:
+    """The classes, and the name of the class that each image came with, by the value of its first pixel."""
+    data = TrainingData(args, Preprocessing(1, 8, 8), 0, LabelArguments(label_column), **PLAN)
+    steps = data.plan.steps_per_epoch or 3
+    found = {}
+    for batch in data.batches(0, steps, None):
+        found |= dict(zip(numbers(batch), [data.classes[label] for label in batch.labels], strict=True))
+    return data.classes, found
+
+
+def test_sub_folders_are_classes(tmp_path):
+    for i in range(9):
+        folder = tmp_path / "images" / ("cat", "ant")[i % 2] / "deep"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i).save(folder / f"{i}.png")
+    args = DataArguments(train_data_dir=str(tmp_path / "images"))
+    assert labelled(args) == (["ant", "cat"], {i: ("cat", "ant")[i % 2] for i in range(9)})
+    Image.new("L", (8, 8), 9).save(tmp_path / "images" / "9.png")
+    with pytest.raises(InputError, match=r"no class labels: .*9\.png is in no sub-folder"):
+        labelled(args)
+
+
+def test_a_broken_image_that_is_left_out_takes_its_label_along(tmp_path):
+    for i in range(6):
+        (tmp_path / str(i)).mkdir()
+        Image.new("L", (8, 8), i).save(tmp_path / str(i) / "image.png")
+    (tmp_path / "3" / "image.png").write_bytes(b"not an image")
+    classes, found = labelled(DataArguments(train_data_dir=str(tmp_path), skip_broken_images=True, cache_images=True))
+    assert classes == [str(i) for i in range(6)]
+    assert found == {i: str(i) for i in (0, 1, 2, 4, 5)}
+
+
+@pytest.mark.parametrize(("name", "classes"), [("MNIST", "0 1 2"), ("FashionMNIST", "T-shirt/top Trouser Pullover")])
+def test_torchvision_folders_bring_labels_and_names(tmp_path, name, classes):
+    raw = tmp_path / name / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.repeat(np.arange(5, dtype=np.uint8), 64)
+    header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (5, 8, 8))
+    (raw / "train-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+    args = DataArguments(train_data_dir=str(tmp_path))
+    with pytest.raises(InputError, match="no train-labels-idx1-ubyte beside them"):
+        labelled(args)
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (5).to_bytes(4, "big") + bytes([2, 0, 1, 1, 2]))
+    names, found = labelled(args)
+    assert names[:3] == classes.split()
+    assert [found[i] for i in range(5)] == [names[label] for label in (2, 0, 1, 1, 2)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_class_labels_is_found(tmp_path, streaming):
+    features = datasets.Features(
+        {"kind": datasets.ClassLabel(names=["odd", "even", "none"]), "image": datasets.Image()}
+    )
+    rows = {"kind": [(i + 1) % 2 for i in range(9)], "image": [Image.new("L", (8, 8), i) for i in range(9)]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    args = DataArguments(dataset_name=str(tmp_path), streaming=streaming)
+    classes, found = labelled(args)
+    assert classes == ["odd", "even", "none"]
+    assert found.items() <= {i: ("even", "odd")[i % 2] for i in range(9)}.items()
+    assert len(found) == 9
+    with pytest.raises(InputError, match=r"no column 'label'.*kind, image.*--label_column"):
+        labelled(args, "label")
+
+
+def test_columns_of_names_and_of_integers_are_labels_too(tmp_path):
+    features = datasets.Features(
+        {"label": datasets.Value("int64"), "name": datasets.Value("string"), "image": datasets.Image()}
+    )
+    names = ["b", "a", "c"]
+    rows = {"label": [2, 0, 5], "name": names, "image": [Image.new("L", (8, 8), i) for i in range(3)]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    args = DataArguments(dataset_name=str(tmp_path))
+    assert labelled(args) == (["0", "1", "2", "3", "4", "5"], {0: "2", 1: "0", 2: "5"})
+    assert labelled(args, "name") == (["a", "b", "c"], dict(enumerate(names)))
+    with pytest.raises(InputError, match=r"ClassLabel. Without --streaming"):
+        labelled(DataArguments(dataset_name=str(tmp_path), streaming=True), "name")
+
+
+def test_data_without_labels_says_so(tmp_path):
+    folder = make_dataset(tmp_path / "digits", 10)
+    with pytest.raises(InputError, match=r"no column of class labels.*number, picture"):
+        labelled(DataArguments(dataset_name=str(folder)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddgan.training.objectives import DenoisingObjective
+from ddgan.training.objectives import DenoisingObjective, Samples
 from ddgan.training.randomness import Draws
 
 IMAGES = torch.linspace(-1, 1, 16 * 3 * 8 * 8).view(16, 3, 8, 8)
@@ -20,7 +20,8 @@ def noising(scheduler: DDPMScheduler) -> tuple[torch.Tensor, torch.Tensor, torch
 
 def loss(scheduler: DDPMScheduler, output: torch.Tensor, gamma: float | None = None) -> torch.Tensor:
     network = lambda noisy, timesteps, return_dict: (output,)  # noqa: E731
-    return DenoisingObjective(scheduler, gamma)(network, IMAGES, Draws(range(16), torch.device("cpu")))
+    samples = Samples(IMAGES, None, Draws(range(16), torch.device("cpu")), step=0)
+    return DenoisingObjective(scheduler, gamma)(network, samples)["loss"]
 
 
 def target(kind: str, noise: torch.Tensor, signal: torch.Tensor) -> torch.Tensor:
