@@ -154,6 +154,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> DDGANSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
@@ -168,6 +169,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or a list of them, *optional*):
                 Source of the noise; with a list, noise i comes from generator i alone. A step that all samples make
                 to the picture itself (`timestep` a single number, the last of `self.timesteps`) draws nothing.
+            variance_noise (`torch.Tensor`, *optional*): the noise itself, of the shape of `sample`; none is drawn then.
             return_dict (`bool`, defaults to `True`): a [`DDGANSchedulerOutput`] or the tuple of its two tensors.
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -187,8 +189,9 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
 
         x_s = at_t(self._original_coef) * x_0 + at_t(self._sample_coef) * x_t
         if not _is_single(timestep) or self._std[int(timestep)] > 0:
-            noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=dtype)
-            x_s = x_s + at_t(self._std) * noise
+            if variance_noise is None:
+                variance_noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=dtype)
+            x_s = x_s + at_t(self._std) * variance_noise.to(dtype)
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         if not return_dict:
@@ -215,6 +218,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         original_samples: torch.Tensor,
         timesteps: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Draws a pair of neighbours of the Markov chain, the discriminator's real pair in arXiv 2112.07804, section 3.2.
@@ -226,6 +230,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             original_samples (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): x_0.
             timesteps (`torch.Tensor` of shape `(batch_size,)`): t, integers within 0 .. T-1.
             generator (`torch.Generator` or a list of them, *optional*): with a list, pair i comes from generator i.
+            noise (`tuple` of two `torch.Tensor`, *optional*): the first and the second noise; none is drawn then.
 
         Returns:
             the less noisy and the noisier sample, both of the shape of `original_samples`.
@@ -233,9 +238,9 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         x_0 = original_samples.to(dtype)
         level_below = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-        first, second = (
-            randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=dtype) for _ in range(2)
-        )
+        if noise is None:
+            noise = [randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=dtype) for _ in range(2)]
+        first, second = (n.to(dtype) for n in noise)
         less_noisy = self._at(level_below.sqrt(), timesteps, x_0) * x_0
         less_noisy = less_noisy + self._at((1 - level_below).sqrt(), timesteps, x_0) * first
         noisier = self._at((1 - self.betas).sqrt(), timesteps, x_0) * less_noisy

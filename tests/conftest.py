@@ -1,5 +1,6 @@
-"""Fixtures that the tests share: a pipeline folder, a folder of images, and runs on them."""
+"""Fixtures that the tests share: recorded values, a pipeline folder, a folder of images, and runs on them."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -8,12 +9,36 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from tiny import finetune_flags, tiny_unet, write_images
 
 torch.set_num_threads(1)  # tiny networks only lose by more
+
+GOLDEN = [Path(__file__).parent / "fixtures" / "golden", Path(__file__).parents[2] / "shared" / "golden"]
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Reads recorded values of the published networks: their tensors, their configuration and a state_dict.
+
+    A file that is too large for this repository is looked for beside it; without it the test is skipped.
+    """
+
+    def read(name):
+        file = next((folder / f"{name}.npz" for folder in GOLDEN if (folder / f"{name}.npz").exists()), None)
+        if file is None:
+            pytest.skip(f"{name}.npz is too large for this repository and is not in ../shared/golden")
+        arrays = dict(np.load(file, allow_pickle=False))
+        config = json.loads(str(arrays.pop("config_json")))
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items() if array.dtype.kind != "U"}
+        prefix = "state_dict/"
+        state_dict = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        return tensors, config, state_dict
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,228 @@
+"""Claims about train_ddgan.py: what a run leaves, and that it is the plain computation however it is cut up."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import ROOT, largest_difference, run_script, write_images
+
+from ddgan import DDGANPipeline, train_ddgan
+from ddgan.errors import InputError
+from ddgan.training.adversarial import Adversaries, DiscriminatorObjective, GeneratorObjective
+from ddgan.training.arguments import DataArguments, parse_arguments
+from ddgan.training.data import Preprocessing, TrainingData
+from ddgan.training.objectives import Samples
+from ddgan.training.randomness import Draws
+from ddgan.training.tracking import read_metrics
+
+SCRIPT = ROOT / "train_ddgan.py"
+GENERATOR = "--block_out_channels 8 16 --layers_per_block 1 --attention_resolutions 4 --latent_dim 4"
+MAPPING = "--latent_embed_dim 8 --latent_mapping_layers 1 --discriminator_channels 2"
+RUN = "--image_size 8 --batch_size 4 --max_train_steps 6 --num_samples 4 --report_to none --lazy_reg 2 --r1_gamma 1"
+# Adam makes whole steps of gradients that are rounding noise; at these rates they stay below the bounds
+LOW_RATES = ["--lr_g", "2e-7", "--lr_d", "2e-7", "--lr_min", "1e-7"]
+WINDOWS = ["--grad_accumulation_steps", 2]
+STARTED = [*WINDOWS, "--max_train_steps", 4, "--lr_g", "1e-2", "--lr_d", "1e-2"]
+GO_ON = ["--resume_from_checkpoint", "latest", "--max_train_steps", 8]
+
+
+def flags(images: Path, output: Path, *more) -> list[str]:
+    start = ["--train_data_dir", images, "--output_dir", output, *GENERATOR.split(), *MAPPING.split(), *RUN.split()]
+    return [str(flag) for flag in [*start, *more]]
+
+
+@pytest.fixture
+def train(images, tmp_path):
+    """Run train_ddgan.py's main in this process on 13 images; returns the run folder."""
+
+    def run(name: str, *more, data: Path = images) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_ddgan.main(flags(data, tmp_path / name, *more))
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def started(train) -> Path:
+    """A run of windows of 8 images that has left the start, where the networks give almost nothing."""
+    return train("started", *STARTED)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory) -> Path:
+    """12 grey images in three sub-folders."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(12):
+        (folder / "abc"[i % 3]).mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 20 * i).save(folder / "abc"[i % 3] / f"{i}.png")
+    return folder
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """Everything that training changes, from the newest checkpoint: both networks, the average, both optimizers."""
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    files = ("model.safetensors", "model_1.safetensors", "ema.safetensors")
+    found = {f"{file}/{name}": value for file in files for name, value in load_file(newest / file).items()}
+    for file in ("optimizer.bin", "optimizer_1.bin"):
+        for i, values in torch.load(newest / file, weights_only=True)["state"].items():
+            found |= {f"{file}/{i}/{name}": value for name, value in values.items()}
+    return found
+
+
+def assert_same(a: Path, b: Path) -> None:
+    first, second = state(a), state(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
+
+
+def test_a_run_leaves_a_pipeline_that_draws(train):
+    run = train("run", "--log_samples_every", 3, "--gradient_checkpointing")
+    pipe = DDGANPipeline.from_pretrained(run)
+    assert pipe(batch_size=2, generator=[torch.Generator().manual_seed(i) for i in range(2)]).images[0].size == (8, 8)
+    assert pipe.scheduler.config.num_train_timesteps == 4
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-0000000{i}.png" for i in (0, 3, 6)]
+    rows = read_metrics(run / "metrics.csv")
+    assert [row["d_r1"] == row["d_r1"] for row in rows] == [True, False] * 3  # NaN: not due
+    for name in ("d_loss", "g_loss", "d_real", "d_fake", "d_grad_norm", "g_grad_norm"):
+        assert all(abs(row[name]) < 100 for row in rows)
+    card = (run / "README.md").read_text()
+    assert "trained from scratch" in card.lower()
+    assert "| d_loss |" in card
+    assert (run / "loss.png").exists()
+
+
+def test_learning_rates_go_down_by_half_a_cosine_an_epoch_at_a_time(train):
+    run = train("run", "--max_train_steps", 8, "--lr_g", "4e-4", "--lr_d", "2e-4", "--lr_min", "1e-4")
+    rows = read_metrics(run / "metrics.csv")  # 13 images: four steps an epoch
+    assert [row["g_learning_rate"] for row in rows] == pytest.approx([4e-4] * 4 + [2.5e-4] * 4)
+    assert [row["d_learning_rate"] for row in rows] == pytest.approx([2e-4] * 4 + [1.5e-4] * 4)
+
+
+def test_the_run_is_the_plain_computation_also_when_micro_batches_are_accumulated(train, started, images):
+    """Against a loop that is written out here, over windows of 8 and 5 images in two micro-batches."""
+    more = ["--diffaug", "color", "translation", *LOW_RATES]
+    argv = flags(images, started, *more)
+    _, data_args, _, args = parse_arguments(
+        train_ddgan.DDGANRunArguments,
+        DataArguments,
+        train_ddgan.LabelArguments,
+        train_ddgan.DDGANArguments,
+        argv=argv,
+    )
+    generator, discriminator, scheduler = train_ddgan.build(args, [8, 8], None)
+    ours = Adversaries(generator.train(), discriminator.train(), scheduler, args.diffaug)
+    objectives = DiscriminatorObjective(ours, args.r1_gamma, args.lazy_reg), GeneratorObjective(ours)
+    optimizers = [torch.optim.Adam(n.parameters(), 1e-6, (0.5, 0.9)) for n in (discriminator, generator)]
+    checkpoint = started / "checkpoints" / "step-00000004"
+    for i, (network, optimizer) in enumerate(zip((discriminator, generator), optimizers, strict=True)):
+        suffix = f"_{i}" if i else ""
+        network.load_state_dict(load_file(checkpoint / f"model{suffix}.safetensors"))
+        optimizer.load_state_dict(torch.load(checkpoint / f"optimizer{suffix}.bin", weights_only=True))
+
+    run = train("started", *WINDOWS, *GO_ON, *more)
+    data = TrainingData(data_args, Preprocessing(3, 8, 8), 0, batch_size=4, accumulation=2, processes=1, seed=0)
+    batches = data.batches(4, 8, None)
+    for step, row in enumerate(read_metrics(run / "metrics.csv")[4:], start=4):
+        window = [next(batches) for _ in range(2)]
+        images_in_window = sum(len(batch.images) for batch in window)
+        assert images_in_window == (8, 5)[step % 2]
+        players = zip((discriminator, generator), objectives, optimizers, ("d", "g"), strict=True)
+        for stream, (network, objective, optimizer, name) in enumerate(players):
+            for group in optimizer.param_groups:
+                group["lr"] = row[f"{name}_learning_rate"]
+            losses = [
+                objective(network, Samples(b.images, None, Draws(b.keys, b.images.device, stream), step))["loss"]
+                for b in window
+            ]
+            loss = torch.cat(losses).sum() / images_in_window
+            loss.backward()
+            norm = torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
+            assert row[f"{name}_loss"] == pytest.approx(loss.item(), abs=1e-6)
+            assert row[f"{name}_grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+            optimizer.step()
+            optimizer.zero_grad()
+            discriminator.zero_grad()  # the generator's update leaves something there that the run does not
+    trained = state(run)
+    for file, network in (("model.safetensors", discriminator), ("model_1.safetensors", generator)):
+        there = {name.removeprefix(f"{file}/"): value for name, value in trained.items() if name.startswith(file)}
+        assert largest_difference(there, network.state_dict()) < 1e-6
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_that_accumulates(train, tmp_path):
+    """With windows of 8 that are never short: the discriminator's statistic depends on who is in a micro-batch."""
+    images = write_images(tmp_path / "images", 16)
+    one = train("one", *STARTED, data=images)
+    shutil.copytree(one, tmp_path / "two")
+    train("one", *WINDOWS, *GO_ON, *LOW_RATES, data=images)
+    done = run_script(SCRIPT, *flags(images, tmp_path / "two", *GO_ON, *LOW_RATES), processes=2)
+    assert done.returncode == 0, done.stderr
+    a, b = state(one), state(tmp_path / "two")
+    networks = [name for name in a if name.startswith("model")]
+    assert max((a[name] - b[name]).abs().max() for name in networks) < 1e-6
+    rows = [read_metrics(run / "metrics.csv") for run in (one, tmp_path / "two")]
+    for first, second in zip(*rows, strict=True):
+        assert second == pytest.approx(first, rel=1e-4, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(train, stop):
+    straight = train("straight", "--random_flip")
+    train("resumed", "--random_flip", "--checkpointing_steps", stop)
+    run = straight.parent / "resumed"
+    checkpoint = run / "checkpoints" / f"step-{stop:08d}"
+    train("resumed", "--random_flip", "--resume_from_checkpoint", checkpoint)
+    assert_same(straight, run)
+
+
+def test_mixed_precision_stays_near_and_keeps_r1_in_float32(train):
+    exact, mixed = train("exact", *LOW_RATES), train("mixed", "--mixed_precision", "bf16", *LOW_RATES)
+    first, second = (read_metrics(run / "metrics.csv")[0] for run in (exact, mixed))
+    assert second["d_r1"] == first["d_r1"]
+    assert second["d_real"] == first["d_real"]
+    assert second["d_fake"] != first["d_fake"]
+    assert second["g_loss"] != first["g_loss"]
+    assert second["g_loss"] == pytest.approx(first["g_loss"], abs=1e-2)
+
+
+def test_classes_are_learned_and_drawn(train, kinds):
+    run = train("run", "--class_conditional", "--image_channels", 1, data=kinds)
+    pipe = DDGANPipeline.from_pretrained(run)
+    assert pipe.unet.config.num_class_embeds == 3
+    assert pipe(batch_size=2, class_labels=[0, 2]).images[0].mode == "L"
+    assert "class_labels=[0]" in (run / "README.md").read_text()
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        pipe(batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--diffaug", "colour"], "colour: known are color, translation, cutout"),
+        (["--variance_schedule", "geometric"], "Possible values: 0 <= eps < 1 and 0 < beta_min"),
+        (["--block_out_channels", "8", "8", "8", "8", "8"], "too many to halve a picture of 8x8"),
+        (["--discriminator", "large"], "too often for pictures of 8x8"),
+        (["--class_conditional"], "is in no sub-folder"),
+        (["--lr_g", "0"], "--lr_g is 0.0; it must be greater than 0"),
+        (["--learning_rate", "1"], "There is no flag --learning_rate"),
+    ],
+)
+def test_what_cannot_be_is_said_before_training(train, tmp_path, more, said):
+    with pytest.raises(InputError, match=said):
+        train("run", *more)
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_a_discriminator_that_wins_for_long_is_told_once():
+    watch = train_ddgan.Watch()
+    winning, even = {"d_real": 9.0, "d_fake": -9.0}, {"d_real": 0.5, "d_fake": -0.5}
+    assert watch([winning] * 400) is None
+    assert watch([even] + [winning] * 400) is None
+    assert "--r1_gamma" in watch([winning] * 200)
+    assert watch([winning] * 1000) is None
