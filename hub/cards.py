@@ -1,5 +1,7 @@
 """Model cards written from what is known of a run, never from placeholders."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +23,13 @@ class CardFacts:
         usage: Python that loads the model and makes an image.
         settings: hyper-parameters by their flags' names.
         training: what happened in the run, as rows of a table.
+        origin: heading of that table.
         pictures: captions by file names relative to the card's folder.
-        base_model: id or name of the model that was started from, and its licence where known.
+        base_model: id or name of the model that was started from.
+        license: licence of the weights, in the Hub's short form, where known.
+        license_note: a sentence on it, in place of the usual one.
+        license_link: where its text is, for a licence that the Hub has no short form for (`other`).
+        code: SHA-256 of each file that loading with `trust_remote_code` runs, see `code_files`.
         dataset: id or name of the data.
         tags: the Hub's tags beside `unconditional-image-generation`.
     """
@@ -32,9 +39,13 @@ class CardFacts:
     usage: str
     settings: dict[str, Any]
     training: dict[str, Any] = field(default_factory=dict)
+    origin: str = "Training"
     pictures: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     license: str | None = None
+    license_note: str | None = None
+    license_link: str | None = None
+    code: dict[str, str] = field(default_factory=dict)
     dataset: str | None = None
     tags: list[str] = field(default_factory=list)
 
@@ -43,13 +54,16 @@ def card_text(facts: CardFacts) -> str:
     """The card as Markdown with its metadata."""
     data = ModelCardData(
         license=facts.license,
+        license_link=facts.license_link,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         base_model=facts.base_model if is_repo_id(facts.base_model) else None,
         datasets=[facts.dataset] if is_repo_id(facts.dataset) else None,
         tags=["diffusers", "unconditional-image-generation", *facts.tags],
     )
-    if facts.license:
+    if facts.license_note:
+        license_line = facts.license_note
+    elif facts.license:
         license_line = f"Licence of the weights: `{facts.license}`, carried over from the model that was started from."
     elif facts.base_model:
         license_line = (
@@ -66,12 +80,27 @@ def card_text(facts: CardFacts) -> str:
         facts.summary,
         *(f"![{caption}]({name})\n\n*{caption}*" for name, caption in facts.pictures.items()),
         f"## Use\n\n```python\n{facts.usage.strip()}\n```",
-        f"## Training\n\n{_table(facts.training)}\n\nMade with {packages}.",
+        f"## {facts.origin}\n\n{_table(facts.training)}\n\nMade with {packages}.",
         f"<details><summary>All settings</summary>\n\n{_table(facts.settings)}\n\n</details>",
+        *(
+            [f"## Code\n\n`trust_remote_code=True` runs these files of this repository:\n\n{_table(hashes)}"]
+            if (hashes := {f"`{name}`": f"SHA-256 `{digest}`" for name, digest in facts.code.items()})
+            else []
+        ),
         f"## Limits and licence\n\nIt draws what it was trained on, at the size it was trained at, and may repeat "
         f"images of its training data. {license_line}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def code_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of code that Diffusers runs when it loads a pipeline folder, by its path in there."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    named = [Path(f"{index['_class_name'][0]}.py")] if isinstance(index["_class_name"], list) else []
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    named += [Path(name, f"{module}.py") for name, (module, _) in parts.items()]
+    there = [path for path in named if (folder / path).is_file()]
+    return {path.as_posix(): hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in there}
 
 
 def license_of(model: str) -> str | None:

@@ -1,12 +1,56 @@
-"""Official DDGAN checkpoints as this package's networks: which parameter of the one is which of the other."""
+"""Convert an official checkpoint of Denoising Diffusion GANs into a pipeline folder.
 
+    python scripts/convert_ddgan_checkpoint.py --checkpoint_path netG_1200.pth --recipe cifar10 --output_dir cifar10
+
+Takes the generator alone (netG_*.pth) or a whole training state (content.pth), which also holds the discriminator and
+the arguments it was trained with; the discriminator goes into discriminator/ beside the pipeline.
+"""
+
+import argparse
+import json
+import pickle
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
-from ddgan import DDGANDiscriminator, NCSNpp
+from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
+from ddgan.errors import InputError, run_command
+from ddgan.hub.cards import CARD_NAME, CardFacts, card_text, code_files
+from ddgan.training.arguments import option, parse_arguments
+from ddgan.training.checkpoints import replace_file, replace_tree
+
+# the reference's arguments for the published checkpoints, beside which all three have those of COMMON
+COMMON = {
+    "num_channels": 3,
+    "centered": True,
+    "num_res_blocks": 2,
+    "attn_resolutions": [16],
+    "dropout": 0.0,
+    "resamp_with_conv": True,
+    "conditional": True,
+    "fir": True,
+    "fir_kernel": [1, 3, 3, 1],
+    "skip_rescale": True,
+    "resblock_type": "biggan",
+    "progressive": "none",
+    "progressive_input": "residual",
+    "progressive_combine": "sum",
+    "embedding_type": "positional",
+    "fourier_scale": 16.0,
+    "not_use_tanh": False,
+    "beta_min": 0.1,
+    "beta_max": 20.0,
+    "use_geometric": False,
+}
+RECIPES = {
+    "cifar10": {"image_size": 32, "ch_mult": [1, 2, 2, 2], "num_timesteps": 4},
+    "celebahq_256": {"image_size": 256, "ch_mult": [1, 1, 2, 2, 4, 4], "num_timesteps": 2},
+    "lsun_church_256": {"image_size": 256, "ch_mult": [1, 1, 2, 2, 4, 4], "num_timesteps": 4},
+}
 
 # Names inside one entry of `all_modules`, theirs to ours. NIN layers are handled by `convert_layer`.
 RESNET = {
@@ -22,6 +66,130 @@ ATTENTION = {"GroupNorm_0": "group_norm", "NIN_0": "to_q", "NIN_1": "to_k", "NIN
 RESAMPLER = {"Conv_0": "conv", "Conv2d_0": "conv"}
 COMBINER = {"Conv_0": ""}
 PLAIN = {"": ""}
+
+
+@dataclass
+class ConvertArguments:
+    """Which checkpoint, what it was trained with, and where the pipeline goes."""
+
+    checkpoint_path: str | None = option(None, "netG_*.pth, or content.pth")
+    config_path: str | None = option(None, "JSON file with the arguments it was trained with, by their own names")
+    recipe: Literal[tuple(RECIPES)] | None = option(None, "or the published model that it is")
+    output_dir: str | None = option(None, "folder for the pipeline")
+
+    def __post_init__(self):
+        if not self.checkpoint_path or not self.output_dir:
+            raise InputError("Name the checkpoint with --checkpoint_path and the pipeline's folder with --output_dir.")
+        if self.config_path and self.recipe:
+            raise InputError("--config_path and --recipe both say what the checkpoint was trained with: give one.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = parse_arguments(ConvertArguments, argv=argv)
+    output = Path(args.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output_dir {output} is there already and not empty: name another folder.")
+    generator_state, discriminator_state, saved = read_checkpoint(Path(args.checkpoint_path))
+    if args.config_path:
+        given = read_config(Path(args.config_path))
+    elif args.recipe:
+        given = RECIPES[args.recipe]
+    elif saved:
+        given = saved
+    else:
+        raise InputError(
+            f"{args.checkpoint_path} does not hold the arguments that it was trained with. Give them with "
+            f"--config_path, or name the published model that it is: --recipe {'|'.join(RECIPES)}."
+        )
+    config = {**COMMON, **given}
+    try:
+        generator = convert_generator(generator_state, config)
+        scheduler = DDGANScheduler(
+            config["num_timesteps"],
+            config["beta_min"],
+            config["beta_max"],
+            variance_schedule="geometric" if config["use_geometric"] else "vp",
+        )
+        discriminator = convert_discriminator(discriminator_state, config) if discriminator_state else None
+    except KeyError as error:
+        raise InputError(f"The arguments of the checkpoint lack {error}, which its keys do not tell.") from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+    pipeline = DDGANPipeline(generator, scheduler)
+
+    def write(folder: Path) -> None:
+        if discriminator is not None:
+            discriminator.save_pretrained(folder / "discriminator")
+        pipeline.save_pretrained(folder)
+
+    replace_tree(output, write)
+    size = config["image_size"]
+    card = CardFacts(
+        title=output.resolve().name,
+        summary="A Denoising Diffusion GAN ([arXiv 2112.07804](https://arxiv.org/abs/2112.07804)) of NVIDIA's, "
+        f"converted to Diffusers: it draws a picture of {size}x{size} pixels in {config['num_timesteps']} evaluations "
+        "of its network.",
+        usage=USAGE.format(model=output.resolve().name),
+        origin="Conversion",
+        training={"checkpoint": Path(args.checkpoint_path).name, "discriminator": "yes" if discriminator else "no"},
+        settings={name: config[name] for name in sorted({*COMMON, "image_size", "ch_mult", "num_timesteps"})},
+        license="other",
+        license_link="https://github.com/NVlabs/denoising-diffusion-gan/blob/main/LICENSE",
+        license_note="The weights are NVIDIA's, under the NVIDIA Source Code License of their repository: for "
+        "non-commercial use (research or evaluation) only. The conversion changes nothing about that.",
+        code=code_files(output),
+        tags=["ddgan", "gan"],
+    )
+    replace_file(output / CARD_NAME, lambda path: path.write_text(card_text(card), encoding="utf-8"))
+    print(f"pipeline       {output}")
+    if discriminator is not None:
+        print(f"discriminator  {output / 'discriminator'}")
+    print(f"load it with   pipe = ddgan.DDGANPipeline.from_pretrained({str(output)!r})")
+
+
+def read_checkpoint(path: Path) -> tuple[dict, dict | None, dict | None]:
+    """State of the generator, and of the discriminator and the arguments where they are in there too.
+
+    Raises:
+        InputError: if the file is not there, holds more than tensors and plain values, or no generator.
+    """
+    if not path.is_file():
+        raise InputError(f"--checkpoint_path {path}: there is no such file.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--checkpoint_path {path} cannot be read as tensors and plain values: {reason}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--checkpoint_path {path} holds a {type(content).__name__} and not a state of networks.")
+    parts = [content, *content.values()]
+    states = [part for part in parts if isinstance(part, dict) and any(map(torch.is_tensor, part.values()))]
+
+    def holding(mark: str) -> dict | None:
+        return next((state for state in states if any(mark in key for key in state)), None)
+
+    generator, discriminator = holding("all_modules."), holding("start_conv.")
+    if generator is None:
+        raise InputError(f"--checkpoint_path {path} holds no generator: it has {', '.join(map(str, content))[:300]}.")
+    arguments = next((vars(part) for part in parts if isinstance(part, argparse.Namespace)), None)
+    return generator, discriminator, arguments
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The arguments in a JSON file.
+
+    Raises:
+        InputError: if there is none.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config_path {path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"--config_path {path} must hold the arguments as one JSON object.")
+    return config
 
 
 def generator_modules(config: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
@@ -219,3 +387,15 @@ def load(model: torch.nn.Module, converted: Mapping[str, torch.Tensor], unknown:
             + "\n  ".join(sorted(problems))
         )
     model.load_state_dict(converted)
+
+
+USAGE = """
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{model}", trust_remote_code=True)
+image = pipe().images[0]
+"""
+
+
+if __name__ == "__main__":
+    run_command(main)

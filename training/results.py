@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..hub.cards import CARD_NAME, CardFacts, card_text, is_repo_id
+from ..hub.cards import CARD_NAME, CardFacts, card_text, code_files, is_repo_id
 from ..hub.upload import open_repository, push_folder, who_am_i
 from .arguments import RunArguments
 from .checkpoints import replace_file
@@ -44,7 +44,7 @@ def write_card(folder: Path, card: CardFacts, facts: dict[str, Any]) -> None:
         "loss.png": "Training loss.",
     }
     there = {name: caption for name, caption in pictures.items() if (folder / name).exists()}
-    text = card_text(replace(card, training=training, pictures=there))
+    text = card_text(replace(card, training=training, pictures=there, code=code_files(folder)))
     replace_file(folder / CARD_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 

@@ -1,5 +1,6 @@
 """Claims about the conversion of official checkpoints; that converted networks compute the same is in tests/models."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -7,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from ddgan.scripts.convert_ddgan_checkpoint import convert_discriminator, convert_generator
+from ddgan import DDGANDiscriminator, DDGANPipeline, NCSNpp
+from ddgan.errors import InputError
+from ddgan.scripts.convert_ddgan_checkpoint import (
+    COMMON,
+    RECIPES,
+    convert_discriminator,
+    convert_generator,
+    generator_config,
+    main,
+)
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 SHAPES_TELL = {
@@ -63,3 +73,81 @@ def test_wrong_arguments_are_told_from_the_keys():
         convert_generator(state_dict, {**config, "ch_mult": [1, 2, 4]})
     with pytest.raises(ValueError, match="fir_kernel"):
         convert_generator(state_dict, {**config, "fir_kernel": [1, 2, 1]})
+
+
+# ---- the command line
+
+
+def arguments_of(config):
+    return {key: value for key, value in config.items() if key not in ("nc", "cls", "act")}
+
+
+def run(*flags):
+    main([str(flag) for flag in flags])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_checkpoint_becomes_a_pipeline_folder(tmp_path, golden, whole):
+    generator, config = checkpoint("generator_a")
+    discriminator, d_config = checkpoint("discriminator_small")
+    path, output = tmp_path / "state.pth", tmp_path / "ddgan-small"
+    if whole:
+        arguments = argparse.Namespace(**arguments_of({**d_config, **config}), exp="a run", lr_g=1.6e-4)
+        states = {"epoch": 3, "args": arguments, "netG_dict": generator, "netD_dict": discriminator}
+        torch.save({**states, "optimizerG": torch.optim.Adam([torch.zeros(1)]).state_dict()}, path)
+        run("--checkpoint_path", path, "--output_dir", output)
+    else:
+        torch.save(generator, path)
+        (tmp_path / "args.json").write_text(json.dumps(config))
+        run("--checkpoint_path", path, "--config_path", tmp_path / "args.json", "--output_dir", output)
+
+    pipe = DDGANPipeline.from_pretrained(output)
+    recorded, _, _ = golden("generator_a")
+    with torch.no_grad():
+        x_0 = pipe.unet(recorded["input/x"], recorded["input/t"], recorded["input/z"]).sample
+    torch.testing.assert_close(x_0, recorded["output"], rtol=0, atol=2e-5)
+    assert pipe.scheduler.config.num_train_timesteps == config["num_timesteps"]
+    assert (output / "discriminator").exists() == whole
+    if whole:
+        judged, _, _ = golden("discriminator_small")
+        logits = DDGANDiscriminator.from_pretrained(output / "discriminator")(
+            judged["input/x"], judged["input/t"], judged["input/x_t"]
+        )
+        torch.testing.assert_close(logits, judged["output"][:, 0], rtol=0, atol=2e-5)
+    card = (output / "README.md").read_text()
+    assert "license: other" in card
+    assert "non-commercial" in card
+    for file in ("pipeline_ddgan", "unet_ncsnpp", "scheduling_ddgan"):
+        assert file in card.split("## Code")[1]
+
+
+def test_recipes_are_the_published_models():
+    for name, width, z_layers, timesteps in (("cifar10", 128, 4, 4), ("celebahq_256", 64, 3, 2)):
+        config = {**COMMON, **RECIPES[name], "num_channels_dae": width, "n_mlp": z_layers, "nz": 100, "z_emb_dim": 256}
+        with torch.device("meta"):
+            network = NCSNpp(**generator_config(config))
+        assert len(network.config.block_out_channels) == len(RECIPES[name]["ch_mult"])
+        assert config["num_timesteps"] == timesteps
+    assert sum(p.numel() for p in network.parameters()) > 30e6
+
+
+def test_command_line_says_what_is_wrong(tmp_path):
+    generator, _ = checkpoint("generator_a")
+    discriminator, _ = checkpoint("discriminator_small")
+    path = tmp_path / "netG.pth"
+
+    def refused(match, state, *more):
+        torch.save(state, path)
+        with pytest.raises(InputError, match=match):
+            run("--checkpoint_path", path, "--output_dir", tmp_path / "out", *more)
+        assert not (tmp_path / "out").exists()
+
+    refused("does not hold the arguments.*--recipe cifar10", generator)
+    refused("does not fit the configuration", generator, "--recipe", "cifar10")
+    refused("holds no generator", discriminator, "--recipe", "cifar10")
+    refused("cannot be read as tensors and plain values", {"all_modules.0": Path("/")}, "--recipe", "cifar10")
+    refused("cannot be read: ", generator, "--config_path", tmp_path / "missing.json")
+    with pytest.raises(InputError, match="there is no such file"):
+        run("--checkpoint_path", tmp_path / "missing.pth", "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError, match="not empty"):
+        run("--checkpoint_path", path, "--output_dir", tmp_path)
