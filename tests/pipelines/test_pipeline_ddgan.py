@@ -1,8 +1,5 @@
 """Claims about sampling from a Denoising Diffusion GAN: what is drawn, in which order, and Diffusers' conventions."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +11,6 @@ from ddgan.pipelines import pipeline_ddgan
 from ddgan.schedulers import scheduling_ddgan
 from ddgan.scripts.convert_ddgan_checkpoint import convert_generator
 
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 # networks sum in another order in batches of another size, or at another place in them
 ROUNDING = {"rtol": 0, "atol": 1e-5}
 
@@ -50,19 +46,15 @@ def latents(pipe, **arguments):
     return pipe(**arguments, output_type="latent").images
 
 
-def test_a_recorded_run_is_repeated_and_its_noise_is_drawn_in_this_order(monkeypatch):
-    run = np.load(GOLDEN / "sample_trajectory.npz", allow_pickle=False)
-    weights = dict(np.load(GOLDEN / "generator_a.npz", allow_pickle=False))
-    config = json.loads(str(weights.pop("config_json")))
-    prefix = "state_dict/"
-    state_dict = {k.removeprefix(prefix): torch.from_numpy(v) for k, v in weights.items() if k.startswith(prefix)}
-
+def test_a_recorded_run_is_repeated_and_its_noise_is_drawn_in_this_order(golden, monkeypatch):
+    run, _, _ = golden("sample_trajectory")
+    _, config, state_dict = golden("generator_a")
     draws = [run["input/x_init"]]
     for step in range(4):
         draws += [run[f"step{step}/z"]] + ([run[f"step{step}/noise"]] if step < 3 else [])
 
     def next_draw(shape, **_):
-        draw = torch.from_numpy(draws.pop(0))
+        draw = draws.pop(0)
         assert draw.shape == shape
         return draw
 
@@ -71,7 +63,7 @@ def test_a_recorded_run_is_repeated_and_its_noise_is_drawn_in_this_order(monkeyp
     pipe = DDGANPipeline(convert_generator(state_dict, config).eval(), DDGANScheduler())
     drawn = latents(pipe, batch_size=3)
     assert draws == []
-    torch.testing.assert_close(drawn, torch.from_numpy(run["output"]), rtol=0, atol=2e-5)
+    torch.testing.assert_close(drawn, run["output"], rtol=0, atol=2e-5)
 
 
 def test_a_generator_gives_x_T_then_z_and_noise_of_each_step_and_no_noise_at_the_last():
