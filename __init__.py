@@ -13,6 +13,7 @@ _EXPORTS = {
     "ContextUnet": ".models.unet_context",
     "DDGANPipeline": ".pipelines.pipeline_ddgan",
     "ClassConditionalPipeline": ".pipelines.pipeline_class_conditional",
+    "GuidedPipeline": ".pipelines.pipeline_guided",
     "GuidanceLoss": ".guidance.losses",
     "ColorLoss": ".guidance.losses",
     "SaturationLoss": ".guidance.losses",

@@ -4,6 +4,7 @@ from ..hub.folders import complete_in_itself
 from ..hub.installed import with_installed_classes
 from .pipeline_class_conditional import ClassConditionalPipeline
 from .pipeline_ddgan import DDGANPipeline
+from .pipeline_guided import GuidedPipeline
 
-for pipeline_class in (ClassConditionalPipeline, DDGANPipeline):
+for pipeline_class in (ClassConditionalPipeline, DDGANPipeline, GuidedPipeline):
     complete_in_itself(with_installed_classes(pipeline_class))

@@ -6,8 +6,10 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import tiny_unet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import (
@@ -21,7 +23,7 @@ from transformers import (
     SiglipModel,
 )
 
-from ddgan import CLIPLoss
+from ddgan import CLIPLoss, GuidedPipeline
 from ddgan.errors import InputError
 from ddgan.guidance import clip
 from ddgan.guidance.clip import load_encoder, random_cut, squared_great_circle
@@ -307,3 +309,21 @@ def test_a_reference_picture_is_its_own_nearest(model):
     loss = CLIPLoss(picture(), model)
     pixels = pil_to_tensor(picture())[None] / 127.5 - 1
     assert squared_great_circle(loss.encoder.embed_images(pixels), loss.targets).item() < 1e-5
+
+
+@pytest.mark.parametrize("gradient", ["sample", "model"])
+def test_a_guided_sampler_comes_nearer_to_the_prompt(model, gradient):
+    pipe = GuidedPipeline(tiny_unet(sample_size=16).eval(), DDIMScheduler(prediction_type="v_prediction"))
+    pipe.set_progress_bar_config(disable=True)
+    loss = CLIPLoss(picture(1, (32, 32)), model)
+
+    def draw(guidance_scale):
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        options = {"num_inference_steps": 8, "gradient": gradient, "output_type": "latent", "max_grad_norm": 1e-3}
+        return pipe(loss, guidance_scale, 2, generator=generators, **options).images
+
+    def of_others(images):
+        return sum(loss(images, step) for step in range(100, 110)) / 10
+
+    free, pulled = draw(0.0), draw(2000.0)  # the gradients of some random networks are tiny
+    assert (of_others(pulled) < 0.9 * of_others(free)).all()
