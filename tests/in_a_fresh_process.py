@@ -15,9 +15,12 @@ from diffusers.utils.logging import disable_progress_bar
 
 def draw(pipe):
     pipe.set_progress_bar_config(disable=True)
-    more = {"class_labels": [0, 1]} if type(pipe).__name__ == "ClassConditionalPipeline" else {}
-    generator = torch.Generator().manual_seed(0)
-    return pipe(batch_size=2, num_inference_steps=2, generator=generator, output_type="pt", **more).images
+    needed = {
+        "ClassConditionalPipeline": {"class_labels": [0, 1]},
+        "GuidedPipeline": {"loss": lambda images: images.square().mean((1, 2, 3))},
+    }
+    arguments = {**needed.get(type(pipe).__name__, {}), "generator": torch.Generator().manual_seed(0)}
+    return pipe(batch_size=2, num_inference_steps=2, output_type="pt", **arguments).images
 
 
 def refusal(load, *args, **kwargs):

@@ -27,6 +27,7 @@ from ddgan import (
     ContextUnet,
     DDGANPipeline,
     DDGANScheduler,
+    GuidedPipeline,
     NCSNpp,
 )
 from ddgan.hub import folders as mechanism
@@ -37,25 +38,6 @@ from ddgan.training.checkpoints import replace_tree
 SCRIPT = ROOT / "tests/in_a_fresh_process.py"
 COMMIT = "1234567890" * 4
 TRAVELLING = sorted(file for part in ("models", "pipelines", "schedulers") for file in (ROOT / part).glob("[!_]*.py"))
-DDPM_LIKE = '''
-import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-
-class PlainPipeline(DiffusionPipeline):
-    """One step of Diffusers' own parts."""
-
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
-        super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-
-    @torch.no_grad()
-    def __call__(self, batch_size=1, num_inference_steps=1, generator=None, output_type="pt"):
-        noise = torch.randn(batch_size, 3, 8, 8, generator=generator)
-        return ImagePipelineOutput(images=self.unet(noise, 0).sample)
-'''
 
 
 def imported(file: Path, name: str):
@@ -124,10 +106,9 @@ def saved(tmp_path_factory) -> Path:
     by_context.save_pretrained(home / "by_context")
     expect(home / "by_context", ClassConditionalPipeline.from_pretrained(home / "by_context"))
 
-    (code / "pipeline_plain.py").write_text(DDPM_LIKE)
-    plain = complete_in_itself(imported(code / "pipeline_plain.py", "pipeline_plain").PlainPipeline)
-    plain(tiny_unet().eval(), DDIMScheduler()).save_pretrained(home / "plain")
-    expect(home / "plain", plain.from_pretrained(home / "plain", trust_remote_code=True))
+    guided = GuidedPipeline(tiny_unet().eval(), DDIMScheduler())
+    guided.save_pretrained(home / "guided")
+    expect(home / "guided", GuidedPipeline.from_pretrained(home / "guided"))
     return home
 
 
@@ -219,8 +200,8 @@ def test_names_of_code_files_differ_with_their_contents_and_by_nothing_else(save
 
 
 def test_diffusers_own_parts_carry_no_code(saved, tmp_path):
-    assert [Path(name).suffix for name in files(saved / "plain")].count(".py") == 1
-    assert json.loads((saved / "plain/model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
+    assert [Path(name).suffix for name in files(saved / "guided")].count(".py") == 1
+    assert json.loads((saved / "guided/model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
     DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path)
     assert not [name for name in files(tmp_path) if name.endswith(".py")]
 
