@@ -543,7 +543,7 @@ def evaluate(
             samples.facts,
             reference and reference.facts,
             extractor.protocol,
-            extractor.channels,
+            3 if args.stacked_mnist else extractor.channels,  # digits are seen channel by channel
             features.shape[1],
             bias,
         ),

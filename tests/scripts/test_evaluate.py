@@ -288,6 +288,7 @@ def test_stacked_digits_are_seen_channel_by_channel(run, folders):
     expected = coverage.stacked_mnist_coverage(digits)
     assert values(results) == {"modes@40": expected.modes, "mode_kl@40": pytest.approx(expected.kl)}
     assert 1 < expected.modes < 40
+    assert not results["warnings"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

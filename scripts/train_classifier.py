@@ -1,0 +1,315 @@
+"""Train a small classifier: its classes judge conditional samples, its penultimate layer measures distances.
+
+    python scripts/train_classifier.py --train_data_dir path/to/MNIST --output_dir mnist-classifier
+    python scripts/train_classifier.py --dataset_name uoft-cs/cifar10 --widths 32 64 128 --random_flip --num_epochs 20
+
+Labels come from the data: torchvision's MNIST-style folders, folders of images with one sub-folder for each class
+(below train/ and test/, where it has these), and datasets with a column of labels. Where there is no test split, a
+tenth of the images is held out. The result is an `ImageClassifier` folder with a model card.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from huggingface_hub import EvalResult, ModelCardData
+from tqdm import tqdm
+
+from ddgan.errors import InputError, run_command
+from ddgan.evaluation.classifier import NORM_GROUPS, ImageClassifier
+from ddgan.evaluation.images import color_channels, open_picture, to_bytes
+from ddgan.hub.cards import CARD_NAME, is_repo_id
+from ddgan.training.arguments import DataArguments, option, parse_arguments, require_at_least
+from ddgan.training.checkpoints import replace_tree
+from ddgan.training.data import BrokenImageError, ImageArray, Preprocessing, open_images, read_image
+
+HELD_OUT = 0.1  # of the images, where there is no test split
+WARMUP = 0.05  # of the optimizer steps
+ROTATION, SCALING, SHIFT = 10.0, 0.1, 0.08  # degrees, natural logarithm, and part of the side, each at most
+NOISE = 0.1  # standard deviation at most, where black is -1 and white 1
+
+
+@dataclass
+class ClassifierArguments:
+    """What the classifier learns from, its size, and how long it learns."""
+
+    dataset_name: str | None = option(None, "dataset on the Hub, or a local folder that `load_dataset` reads")
+    dataset_config: str | None = option(None, "configuration of that dataset, where it has several")
+    split: str = option("train", "split of the dataset to learn from")
+    test_split: str | None = option(
+        None, "split to measure the accuracy on (default: `test`, or a tenth of the images, held out)"
+    )
+    image_column: str | None = option(None, "column with the images (default: the first image column)")
+    label_column: str | None = option(None, "column with the labels (default: the first class-label column)")
+    train_data_dir: str | None = option(
+        None, "folder of images with one sub-folder for each class, or torchvision's MNIST-style folder"
+    )
+    image_size: int | None = option(None, "height and width of the network's input (default: the first image's)")
+    augmentation: float = option(1.0, "how far images are moved, turned, scaled and made noisy; 0: not at all")
+    random_flip: bool = option(False, "mirror half of the images, drawn anew each time")
+    output_dir: str = option("classifier", "folder for the classifier")
+    widths: list[int] | None = option(None, "channels of each block of the network (default: 16 32 64 96)")
+    batch_size: int = option(128, "images in a batch")
+    num_epochs: int = option(6, "passes over the images")
+    learning_rate: float = option(4e-3, "peak learning rate of AdamW")
+    seed: int = option(0, "with the same seed and settings a run repeats itself")
+
+    def __post_init__(self):
+        if bool(self.dataset_name) == bool(self.train_data_dir):
+            raise InputError("Name the labelled images with either --dataset_name or --train_data_dir.")
+        require_at_least(1, self, "image_size", "batch_size", "num_epochs")
+        require_at_least(0, self, "augmentation")
+        self.widths = self.widths or [16, 32, 64, 96]
+        if any(width < 1 or width % NORM_GROUPS for width in self.widths):
+            raise InputError(f"--widths {' '.join(map(str, self.widths))}: they must be multiples of {NORM_GROUPS}.")
+
+
+@dataclass
+class LabelledImages:
+    """Images (N, C, H, W), uint8, and their classes (N,)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = parse_arguments(ClassifierArguments, argv=argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    train, test, names, test_name = load_data(args)
+    model = ImageClassifier(
+        train.images.shape[-1], train.images.shape[1], len(names), tuple(args.widths), dict(enumerate(names))
+    ).to(device)
+    started = time.perf_counter()
+    fit(model, train, args)
+    minutes = (time.perf_counter() - started) / 60
+    correct = predictions(model, test.images, args.batch_size) == test.labels
+    accuracies = {name: correct[test.labels == label].double().mean().item() for label, name in enumerate(names)}
+
+    output = Path(args.output_dir)
+    card = card_text(args, model, train, test, test_name, correct.double().mean().item(), accuracies, minutes)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+
+    replace_tree(output, write)
+    print(f"test accuracy: {correct.double().mean().item():.2%} of {len(test.labels):,} images ({test_name})")
+    print(f"classifier folder: {output}")
+
+
+def fit(model: ImageClassifier, data: LabelledImages, args: ClassifierArguments) -> None:
+    """Cross-entropy, AdamW and a cosine schedule on images that are moved, turned, scaled and made noisy."""
+    generator = torch.Generator().manual_seed(args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.05)
+    steps = args.num_epochs * -(-len(data.labels) // args.batch_size)
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
+    model.train()
+    with tqdm(total=steps, unit="step") as progress:
+        for epoch in range(args.num_epochs):
+            for indices in torch.randperm(len(data.labels), generator=generator).split(args.batch_size):
+                images = augmented(to_float(data.images[indices]), args.augmentation, args.random_flip, generator)
+                logits = model(images.to(model.device))
+                loss = F.cross_entropy(logits, data.labels[indices].to(model.device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.update()
+            progress.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.4f}")
+    model.eval()
+
+
+def augmented(images: torch.Tensor, strength: float, flip: bool, generator: torch.Generator) -> torch.Tensor:
+    """Each image (N, C, H, W) in [-1, 1] moved, turned, scaled, perhaps mirrored, and made noisy by its own draw."""
+    count = len(images)
+
+    def uniform(most: float, *shape: int) -> torch.Tensor:
+        return (torch.rand(count, *shape, generator=generator) * 2 - 1) * most * strength
+
+    angle, scale = uniform(ROTATION).deg2rad(), uniform(SCALING).exp()
+    mirror = (torch.rand(count, generator=generator) < 0.5) * -2.0 + 1.0 if flip else torch.ones(count)
+    turn = torch.stack([angle.cos() * mirror, -angle.sin(), angle.sin() * mirror, angle.cos()], 1).view(-1, 2, 2)
+    affine = torch.cat([turn * scale.view(-1, 1, 1), 2 * uniform(SHIFT, 2, 1)], 2)  # a side is 2 units long
+    grid = F.affine_grid(affine, images.shape, align_corners=False)
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    noise = torch.randn(images.shape, generator=generator) * uniform(NOISE, 1, 1, 1)
+    return (moved + noise).clamp(-1, 1)
+
+
+@torch.no_grad()
+def predictions(model: ImageClassifier, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The most likely class of each image (N, C, H, W), uint8."""
+    return torch.cat([model(to_float(part).to(model.device)).argmax(1).cpu() for part in images.split(batch_size)])
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labelled images
+
+
+def load_data(args: ClassifierArguments) -> tuple[LabelledImages, LabelledImages, list[str], str]:
+    """Images to learn from, images to test on, the names of the classes, and what the test images are in words.
+
+    Raises:
+        InputError: what is named is not found, has no labels or fewer than two classes, or has a broken image.
+    """
+    source, test_source = open_splits(args)
+    labels = source.labels(args.label_column)
+    names = labels.classes
+    if len(names) < 2:
+        raise InputError(f"A classifier needs at least two classes; the data has {', '.join(names) or 'none'}.")
+    first = open_picture(source[0])
+    size = args.image_size or min(first.size)
+    preprocessing = Preprocessing(color_channels(first), size, size, center_crop=True)
+    data = LabelledImages(read_all(source, preprocessing), torch.tensor(labels.numbers))
+    if test_source:
+        labels = test_source.labels(args.label_column)
+        unknown = set(labels.classes) - set(names)
+        if unknown:
+            raise InputError(f"The test images have classes that the others have not: {', '.join(sorted(unknown))}.")
+        numbers = torch.tensor([names.index(name) for name in labels.classes])[labels.numbers]
+        return data, LabelledImages(read_all(test_source, preprocessing), numbers), names, "the test split"
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(args.seed))
+    held_out = max(1, round(HELD_OUT * len(source)))
+    test, train = (LabelledImages(data.images[part], data.labels[part]) for part in order.tensor_split([held_out]))
+    return train, test, names, "held out"
+
+
+def open_splits(args: ClassifierArguments) -> tuple:
+    """The images to learn from and those of the test split, which is None where there is no such split."""
+
+    def opened(split: str, folder: Path | None = None):
+        return open_images(
+            DataArguments(
+                dataset_name=args.dataset_name,
+                dataset_config=args.dataset_config,
+                split=split,
+                image_column=args.image_column,
+                train_data_dir=folder and str(folder),
+            )
+        )
+
+    if args.train_data_dir:
+        folder = Path(args.train_data_dir)
+        test_split = args.test_split or "test"
+        if (folder / args.split).is_dir() and (folder / test_split).is_dir():
+            return opened(args.split, folder / args.split), opened(test_split, folder / test_split)
+        source = opened("train", folder)
+        return source, opened("test", folder) if isinstance(source, ImageArray) else None
+    source = opened(args.split)
+    if args.test_split is None:
+        from datasets import get_dataset_split_names
+
+        if "test" not in get_dataset_split_names(args.dataset_name, args.dataset_config):
+            return source, None
+    return source, opened(args.test_split or "test")
+
+
+def read_all(source, preprocessing: Preprocessing) -> torch.Tensor:
+    """All images of a source, (N, C, H, W), uint8."""
+    images = torch.empty(
+        len(source), preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8
+    )
+    for i in tqdm(range(len(source)), "reading images", leave=False):
+        try:
+            pixels = preprocessing.finish(read_image(source[i], preprocessing), sample_key=i)
+        except BrokenImageError as error:
+            raise InputError(f"An image cannot be read: {source.name(i)}: {error}. Repair or remove it.") from None
+        images[i] = to_bytes(pixels)
+    return images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+def card_text(
+    args: ClassifierArguments,
+    model: ImageClassifier,
+    train: LabelledImages,
+    test: LabelledImages,
+    test_name: str,
+    accuracy: float,
+    accuracies: dict[str, float],
+    minutes: float,
+) -> str:
+    """The card as Markdown: accuracy, data, settings, use."""
+    given = args.dataset_name or args.train_data_dir
+    dataset = Path(given).resolve().name if Path(given).exists() else given
+    title = Path(args.output_dir).resolve().name
+    size, channels = model.config.sample_size, model.config.in_channels
+    result = EvalResult(
+        task_type="image-classification",
+        dataset_type=dataset,
+        dataset_name=dataset,
+        metric_type="accuracy",
+        metric_value=round(accuracy, 4),
+    )
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="image-classification",
+        datasets=[dataset] if is_repo_id(dataset) else None,
+        model_name=title,
+        eval_results=[result],
+    )
+    facts = {
+        "accuracy": f"{accuracy:.2%} of {len(test.labels):,} images ({test_name})",
+        "data": f"{dataset}, {len(train.labels):,} images in {len(accuracies)} classes",
+        "input": f"{size}x{size}, {'grey' if channels == 1 else 'RGB'}, in [-1, 1]",
+        "parameters": f"{model.num_parameters():,}, {model.config.widths[-1]} features",
+        "augmentation": f"turned by up to {args.augmentation * ROTATION:g} degrees, scaled by "
+        f"{args.augmentation * SCALING:.0%}, moved by {args.augmentation * SHIFT:.0%}"
+        + (", mirrored" if args.random_flip else "")
+        + f", noise of standard deviation up to {args.augmentation * NOISE:g} where white is 1 and black -1",
+        "time": f"{minutes:.1f} minutes, {device_name(model)}, torch {version('torch')}",
+    }
+    source = "--dataset_name" if args.dataset_name else "--train_data_dir"
+    places = {"output_dir", "dataset_name", "train_data_dir"}
+    settings = {name: value for name, value in asdict(args).items() if value is not None and name not in places}
+    flags = [source, dataset, "--output_dir", title, *flags_of(settings)]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title}",
+        "A small classifier for judging generated images: its classes tell whether conditional samples are what was "
+        "asked for, its penultimate layer is the space in which distances between distributions are measured.",
+        "## Use\n\n```python\nfrom ddgan.evaluation.classifier import ImageClassifier\n\n"
+        f'classifier = ImageClassifier.from_pretrained("{title}")\n'
+        f"logits = classifier(images)  # images: (N, {channels}, {size}, {size}) in [-1, 1]\n"
+        "features = classifier.features(images)\n```",
+        f"## Training\n\n{table(facts)}",
+        "## Accuracy of each class\n\n" + table({name: f"{value:.2%}" for name, value in accuracies.items()}),
+        f"## Made by\n\n```bash\npython scripts/train_classifier.py {' '.join(flags)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def flags_of(settings: dict[str, object]) -> list[str]:
+    """The command line that gives these settings."""
+    flags = []
+    for name, value in settings.items():
+        if value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+def table(rows: dict[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def device_name(model: ImageClassifier) -> str:
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU thread{'s' if torch.get_num_threads() > 1 else ''}"
+
+
+if __name__ == "__main__":
+    run_command(main)
