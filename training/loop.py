@@ -71,6 +71,7 @@ class Job:
         sample: pictures from the pipeline for a list of seeds, a picture depending on its seed alone.
         card: what the model card says beside the facts of the run.
         arguments: all of the script's arguments, for config.yaml and the trackers.
+        grid: lays the pictures of the run's seeds out, in their order.
         watch: is shown the rows of metrics.csv as they are logged, and says in words what looks wrong.
     """
 
@@ -80,6 +81,7 @@ class Job:
     sample: Callable[[DiffusionPipeline, list[int]], list[Image.Image]]
     card: CardFacts
     arguments: tuple
+    grid: Callable[[list[Image.Image]], Image.Image] = image_grid
     watch: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
 
 
@@ -339,7 +341,7 @@ class Trainer:
                 torch.distributed.all_gather_object(gathered, drawn)
                 drawn = {seed: picture for part in gathered for seed, picture in part.items()}
         if self.accelerator.is_main_process:
-            grid = image_grid([drawn[seed] for seed in seeds])
+            grid = self.job.grid([drawn[seed] for seed in seeds])
             replace_file(self.sample_path(self.step), grid.save)
             track_picture(self.accelerator, "samples", grid, self.step)
 
@@ -469,7 +471,9 @@ def _frozen(networks: Iterable[torch.nn.Module]):
 
 def _in_words(row: dict[str, float]) -> str:
     return ", ".join(
-        f"{name} {value:g}" for name, value in row.items() if name.endswith(("loss", "grad_norm", "learning_rate"))
+        f"{name.replace('_', ' ')} {value:g}"
+        for name, value in row.items()
+        if name.endswith(("loss", "grad_norm", "learning_rate"))
     )
 
 
