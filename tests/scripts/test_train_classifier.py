@@ -120,8 +120,8 @@ def test_the_card_tells_the_accuracy_and_the_command(tmp_path):
     card = ModelCard.load(tmp_path / "my-classifier" / "README.md")
     (result,) = card.data.eval_results
     assert (result.metric_type, result.dataset_name) == ("accuracy", "sides") and 0 <= result.metric_value <= 1
-    made_by = "train_classifier.py --train_data_dir sides --output_dir my-classifier --split train --augmentation 1.0 --widths 8 16"
-    assert made_by in card.text
+    made_by = "train_classifier.py --train_data_dir sides --output_dir my-classifier --split train"
+    assert made_by in card.text and "--widths 8 16" in card.text
     assert str(tmp_path) not in card.content
 
 
