@@ -14,7 +14,7 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 EXTRAS["dev"] = [requirement for extra in ("train", "clip", "eval", "wandb") for requirement in EXTRAS[extra]]
-EXTRAS["dev"] += ["pytest>=8.2", "ruff>=0.11", "torchmetrics>=1.4"]
+EXTRAS["dev"] += ["pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.11", "torchmetrics>=1.4"]
 
 setup(
     name="diffusers-ddgan",
