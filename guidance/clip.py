@@ -154,6 +154,9 @@ class Encoder(ABC):
 
     def __init__(self, model: torch.nn.Module, size, mean: Sequence[float], std: Sequence[float], device):
         self.model = model.eval().requires_grad_(False)
+        # on a CPU the weights still lie in the file, at odd addresses, for which kernels sum in another order
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.mean, self.std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (mean, std))
         self.device = device

@@ -104,7 +104,8 @@ class GuidedPipeline(DiffusionPipeline):
         Makes a guided pipeline of any unconditional or class-conditional one; they share network and scheduler.
 
         Raises:
-            `ValueError`: for a pipeline without `unet` and `scheduler`, or with other networks beside them.
+            `ValueError`: for a pipeline without `unet` and `scheduler`, or with other networks beside them, and for a
+                scheduler that does not know its x_0.
         """
         components = pipeline.components
         networks = [name for name, part in components.items() if isinstance(part, torch.nn.Module)]
@@ -113,7 +114,9 @@ class GuidedPipeline(DiffusionPipeline):
                 f"A {type(pipeline).__name__} of {', '.join(sorted(components))} cannot be guided: it takes a "
                 "`scheduler` and one network, a `unet`, whose samples are the pictures themselves."
             )
-        return cls(components["unet"], components["scheduler"])
+        guided = cls(components["unet"], components["scheduler"])
+        guided._check_scheduler()
+        return guided
 
     @property
     def interrupt(self) -> bool:

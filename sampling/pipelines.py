@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,6 +124,7 @@ def sample(
     seeds: Sequence[int],
     num_inference_steps: int | None = None,
     class_labels: Sequence[int] | None = None,
+    **options: Any,
 ) -> list[Image.Image]:
     """Draw one picture for each seed: grey, RGB or RGBA, by the channels of the network.
 
@@ -134,9 +136,11 @@ def sample(
     Args:
         num_inference_steps: None leaves a pipeline of its own kind to its default; else all of a DDPM's, 50 of others.
         class_labels: a class for each seed, where the network is conditioned on one.
+        options: further arguments of the call of a pipeline of its own kind, such as the loss of a guided one.
 
     Raises:
-        InputError: for more steps than were trained, and for class labels that are missing, too many or unknown.
+        InputError: for more steps than were trained, for class labels that are missing, too many or unknown, and for
+            what else a pipeline of its own kind does not take.
     """
     trained = pipe.scheduler.config.num_train_timesteps
     if num_inference_steps is not None and num_inference_steps > trained:
@@ -144,19 +148,22 @@ def sample(
             f"{num_inference_steps} inference steps are more than the {trained} of this pipeline's training."
         )
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    if type(pipe) in (DDPMPipeline, DDIMPipeline):
+    if type(pipe) in (DDPMPipeline, DDIMPipeline) and not options:
         if num_inference_steps is None:
             num_inference_steps = trained if isinstance(pipe.scheduler, DDPMScheduler) else min(50, trained)
         return _pictures(_denoise(pipe, generators, num_inference_steps, class_labels))
     accepted = inspect.signature(pipe.__call__).parameters
-    arguments = {"num_inference_steps": num_inference_steps, "class_labels": class_labels}
+    arguments = {"num_inference_steps": num_inference_steps, "class_labels": class_labels, **options}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     for name in arguments:
         if name not in accepted:
             raise InputError(f"A {type(pipe).__name__} takes no {name}.")
     if "batch_size" in accepted:
         arguments["batch_size"] = len(seeds)
-    images = pipe(**arguments, generator=generators, output_type="np").images
+    try:
+        images = pipe(**arguments, generator=generators, output_type="np").images
+    except ValueError as error:
+        raise InputError(str(error)) from error
     return [to_pil(image) for image in (images * 255).round().astype(np.uint8)]
 
 
@@ -166,8 +173,12 @@ def intermediates(
     count: int,
     num_inference_steps: int | None = None,
     class_label: int | None = None,
+    **options: Any,
 ) -> tuple[list[int], list[Image.Image], list[Image.Image]]:
     """The way to one picture, at `count` evenly spaced of its steps (all of them, where there are fewer).
+
+    Args:
+        num_inference_steps, class_label, options: as of `sample`.
 
     Returns:
         Their timesteps, the noisy samples that the network saw, and the clean images that it predicted from them. The
@@ -194,7 +205,7 @@ def intermediates(
 
     scheduler.step = recording_step
     try:
-        sample(pipe, [seed], num_inference_steps, None if class_label is None else [class_label])
+        sample(pipe, [seed], num_inference_steps, None if class_label is None else [class_label], **options)
     finally:
         del scheduler.step
     return timesteps, noisy, clean

@@ -2,11 +2,13 @@
 
     python scripts/generate.py --pipeline google/ddpm-cifar10-32 --num_images 64 --scheduler ddim --grid
     accelerate launch scripts/generate.py --pipeline google/ddpm-cifar10-32 --num_images 50000 --output_dir cifar
+    python scripts/generate.py --pipeline examples/models/noto-emoji-32 --color "#BB2266" --guidance_scale 100 --grid
 
 Picture i is drawn from the seed `--seed` + i alone: the same files come out of any number of processes, and the same
 command goes on where an interrupted one stopped. On a CPU each process draws picture by picture on one thread, because
 the size of a batch and the number of threads change the order in which floating point numbers are summed: start as
-many processes as there are cores. On an accelerator whole batches are drawn, the last one filled up.
+many processes as there are cores. On an accelerator whole batches are drawn, the last one filled up; guided pictures
+repeat themselves there up to the rounding of gradients, whose sums some kernels make in no fixed order.
 """
 
 import json
@@ -19,7 +21,9 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from ddgan import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
 from ddgan.errors import InputError, run_command
+from ddgan.guidance.clip import DEFAULT_MODEL
 from ddgan.sampling.pictures import image_grid, steps_strip
 from ddgan.sampling.pipelines import SCHEDULERS, digest, intermediates, load_pipeline, sample, with_scheduler
 from ddgan.training.arguments import option, parse_arguments, require_at_least
@@ -50,11 +54,40 @@ class GenerateArguments:
     intermediates: int | None = option(
         None, "show this many steps on the way to the first picture in intermediates.png"
     )
+    color: str | None = option(None, "pull the pictures towards a colour: '#BB2266', teal")
+    clip_prompt: list[str] | None = option(None, "pull the pictures towards one sentence or several, by a CLIP model")
+    clip_model: list[str] | None = option(
+        None,
+        "that model: Hub id or folder of one of Transformers, or of open_clip hf-hub:<id>, or the name of an "
+        f"architecture and its pretrained tag (default: {DEFAULT_MODEL})",
+    )
+    guidance_scale: float | None = option(
+        None, "how strongly --color and --clip_prompt pull; larger pictures need more (default: 40)"
+    )
+    guidance_gradient: Literal["sample", "model"] | None = option(
+        None, "model: differentiate through the network too, for the time and memory that takes (default: sample)"
+    )
 
     def __post_init__(self):
         if not self.pipeline:
             raise InputError("Name what to sample: --pipeline takes a pipeline folder or a repository on the Hub.")
         require_at_least(1, self, "num_images", "batch_size", "num_inference_steps", "intermediates")
+        if self.clip_model and (not self.clip_prompt or len(self.clip_model) > 2):
+            raise InputError(
+                f"--clip_model {' '.join(self.clip_model)}: it goes with a --clip_prompt, and takes one name, or an "
+                "architecture of open_clip and its pretrained tag."
+            )
+        if self.is_guided:
+            self.guidance_scale = 40.0 if self.guidance_scale is None else self.guidance_scale
+            self.guidance_gradient = self.guidance_gradient or "sample"
+            if self.clip_prompt:
+                self.clip_model = self.clip_model or [DEFAULT_MODEL]
+        elif self.guidance_scale is not None or self.guidance_gradient:
+            raise InputError("Guidance towards what? --color or --clip_prompt says it.")
+
+    @property
+    def is_guided(self) -> bool:
+        return bool(self.color or self.clip_prompt)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,6 +98,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(1)
     at_once = 1 if on_cpu else args.batch_size
 
+    guidance = {}
+    if args.is_guided:
+        loss = guidance_loss(args, accelerator.device)
+        guidance = {"loss": loss, "guidance_scale": args.guidance_scale, "gradient": args.guidance_gradient}
     pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
     output = Path(args.output_dir)
     settings = {
@@ -77,9 +114,22 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": args.dtype,
         "device": accelerator.device.type,
         "images_at_once": at_once,
+        "color": args.color,
+        "clip_prompt": args.clip_prompt,
+        "clip_model": args.clip_model,
+        "guidance_scale": args.guidance_scale,
+        "guidance_gradient": args.guidance_gradient,
     }
     check_settings(output, settings)
     pipe = with_scheduler(pipe, args.scheduler)
+    if args.is_guided:
+        try:
+            pipe = GuidedPipeline.from_pipe(pipe)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        pipe.set_progress_bar_config(disable=True)
+    elif isinstance(pipe, GuidedPipeline):
+        raise InputError("This pipeline is a guided one: --color or --clip_prompt says towards what.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
@@ -96,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         batch = missing[start : start + at_once]
         filled = batch + batch[-1:] * (at_once - len(batch))  # the arithmetic depends on the size of the batch
         labels = [label(i) for i in filled] if args.class_labels else None
-        pictures = sample(pipe, [args.seed + i for i in filled], args.num_inference_steps, labels)
+        pictures = sample(pipe, [args.seed + i for i in filled], args.num_inference_steps, labels, **guidance)
         for i, picture in zip(batch, pictures, strict=False):
             replace_file(image_path(output, i), picture.save)
         progress.update(len(batch))
@@ -110,10 +160,18 @@ def main(argv: list[str] | None = None) -> None:
             replace_file(output / "grid.png", image_grid(first).save)
             print(f"grid: {output / 'grid.png'}")
         if args.intermediates:
-            way = intermediates(pipe, args.seed, args.intermediates, args.num_inference_steps, label(0))
+            steps = (args.intermediates, args.num_inference_steps)
+            way = intermediates(pipe, args.seed, *steps, label(0), **guidance)
             replace_file(output / "intermediates.png", steps_strip(*way).save)
             print(f"the way to the first picture: {output / 'intermediates.png'}")
     accelerator.end_training()
+
+
+def guidance_loss(args: GenerateArguments, device: torch.device) -> GuidanceLoss:
+    losses = [ColorLoss(args.color)] if args.color else []
+    if args.clip_prompt:
+        losses.append(CLIPLoss(args.clip_prompt, *args.clip_model, device=device))
+    return sum(losses[1:], start=losses[0])
 
 
 def image_path(output: Path, i: int) -> Path:

@@ -10,13 +10,12 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import tiny_unet
+from tiny_clip import MEAN, PICTURE, STD, TOWER, save_clip
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import (
-    CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
-    CLIPTokenizer,
     PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipImageProcessor,
@@ -31,29 +30,6 @@ from ddgan.guidance.clip import load_encoder, random_cut, squared_great_circle
 needs_open_clip = pytest.mark.skipif(
     find_spec("open_clip") is None, reason="open_clip is not installed: pip install 'diffusers-ddgan[clip]'"
 )
-MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
-TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.2,
-}
-PICTURE = {**TOWER, "image_size": 16, "patch_size": 4}
-
-
-def save_clip(folder) -> None:
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
-    special = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1}
-    text = {**TOWER, "vocab_size": len(tokens), "max_position_embeddings": 16, **special}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=PICTURE, projection_dim=16)).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 16}, "crop_size": 16}
-    CLIPImageProcessor(**size, image_mean=MEAN, image_std=STD).save_pretrained(folder)
 
 
 def save_siglip(folder) -> None:

@@ -171,6 +171,11 @@ def test_a_learned_variance_may_ride_along(name):
     assert sample(with_scheduler(pipe, name), [0], 3)[0].mode == "RGB"
 
 
+def test_what_only_other_pipelines_take_is_refused():
+    with pytest.raises(InputError, match="DDPMPipeline takes no loss"):
+        sample(pipeline(), [0], loss=torch.mean)
+
+
 def test_more_steps_than_trained_are_refused():
     with pytest.raises(InputError, match=r"11 inference steps .* 10 "):
         sample(pipeline(DDPMScheduler(num_train_timesteps=10)), [0], 11)

@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from diffusers import DDPMPipeline, DDPMScheduler
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, HeunDiscreteScheduler
 from PIL import Image
 from tiny import ROOT, run_script, tiny_unet
+from tiny_clip import save_clip
 
+from ddgan import GuidedPipeline
 from ddgan.errors import InputError
 from ddgan.scripts import generate
 
@@ -88,6 +92,7 @@ def test_more_pictures_are_added_to_those_there(tiny_model, whole):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (["--color", "teal"], "color was None, is teal; guidance_scale was None, is 40.0"),
         (["--seed", 1], "seed was 0, is 1"),
         (["--scheduler", "euler"], "scheduler was ddim, is euler"),
         (["--num_inference_steps", 4], "num_inference_steps was 3, is 4"),
@@ -130,6 +135,82 @@ def test_classes_are_used_in_turn(tmp_path):
     assert turn == [(zero, two)[i % 2][i] for i in range(7)]
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    save_clip(folder)
+    return folder
+
+
+def guidance(clip: Path) -> list:
+    towards = ["--color", "#BB2266", "--clip_prompt", "a rose", "a red one", "--clip_model", clip]
+    return [*towards, "--guidance_scale", 20, "--guidance_gradient", "model"]
+
+
+def distance(output: Path, color: tuple[int, int, int]) -> float:
+    """Of all pixels to the colour, on average."""
+    return np.mean([np.abs(np.asarray(Image.open(path)) - color).mean() for path in (output / "images").iterdir()])
+
+
+def test_guided_pictures_come_nearer_to_the_colour(tiny_model, tmp_path):
+    color = ["--color", "#BB2266"]
+    for name, more in (("free", []), ("pulled", color), ("harder", [*color, "--guidance_scale", 80])):
+        generate.main(flags(tiny_model, tmp_path / name, *more))
+    free, pulled, harder = (distance(tmp_path / name, (187, 34, 102)) for name in ("free", "pulled", "harder"))
+    assert harder < pulled - 5 and pulled < free - 5
+
+
+def test_an_interrupted_guided_run_goes_on_with_the_same_pictures(wide_model, clip, tmp_path):
+    generate.main(flags(wide_model, tmp_path / "whole", *guidance(clip), "--num_images", 4))
+    generate.main(flags(wide_model, tmp_path / "parts", *guidance(clip), "--num_images", 1))
+    generate.main(flags(wide_model, tmp_path / "parts", *guidance(clip), "--num_images", 4, "--batch_size", 3))
+    assert images(tmp_path / "parts") == images(tmp_path / "whole")
+    settings = json.loads((tmp_path / "whole" / "generate.json").read_text())
+    assert settings["clip_prompt"] == ["a rose", "a red one"] and settings["guidance_scale"] == 20
+    with pytest.raises(InputError, match=r"guidance_scale was 20\.0, is 40\.0"):
+        generate.main(flags(wide_model, tmp_path / "whole", *guidance(clip), "--guidance_scale", 40))
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_guided_files_of_one(wide_model, clip, tmp_path):
+    generate.main(flags(wide_model, tmp_path / "one", *guidance(clip), "--num_images", 3))
+    done = run_script(SCRIPT, *flags(wide_model, tmp_path / "two", *guidance(clip), "--num_images", 3), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert images(tmp_path / "two") == images(tmp_path / "one")
+
+
+def test_the_way_to_a_guided_picture_ends_in_it(tiny_model, tmp_path):
+    generate.main(flags(tiny_model, tmp_path, "--color", "teal", "--num_images", 1, "--intermediates", 3))
+    strip, first = Image.open(tmp_path / "intermediates.png"), Image.open(tmp_path / "images" / "000000.png")
+    last = strip.crop((strip.width - 100, strip.height - 100, strip.width - 4, strip.height - 4))
+    assert last.tobytes() == first.resize((96, 96), Image.Resampling.NEAREST).tobytes()
+
+
+def test_a_guided_network_of_classes_is_told_them(tmp_path):
+    unet = tiny_unet(num_class_embeds=3)
+    unet.class_embedding.weight.data *= 20
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    for name, labels in (("turn", [0, 2]), ("zero", [0])):
+        generate.main(flags(tmp_path / "model", tmp_path / name, "--class_labels", *labels, "--color", "teal"))
+    turn, zero = (list(images(tmp_path / name).values()) for name in ("turn", "zero"))
+    assert [a == b for a, b in zip(turn, zero, strict=True)] == [i % 2 == 0 for i in range(7)]
+
+
+def test_a_scheduler_that_cannot_guide_is_said(tmp_path):
+    DDPMPipeline(tiny_unet(), HeunDiscreteScheduler()).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="HeunDiscreteScheduler cannot guide"):
+        generate.main(flags(tmp_path / "model", tmp_path / "out", "--scheduler", "as-saved", "--color", "teal"))
+
+
+def test_a_guided_pipeline_wants_to_know_towards_what(tmp_path):
+    GuidedPipeline(tiny_unet(), DDIMScheduler()).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="--color"):
+        generate.main(flags(tmp_path / "model", tmp_path / "out"))
+    generate.main(flags(tmp_path / "model", tmp_path / "out", "--color", "teal"))
+    assert len(images(tmp_path / "out")) == 7
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision(tiny_model, tmp_path, dtype):
     generate.main(flags(tiny_model, tmp_path / "half", "--dtype", dtype, "--num_images", 2))
@@ -168,6 +249,13 @@ def test_settings_are_kept_to_be_read(whole):
         (["--class_labels", 1], "not conditioned"),
         (["--pipeline", "nowhere"], "No pipeline nowhere"),
         (["--pipeline", ""], "--pipeline"),
+        (["--color", "teel"], "'teel' is no colour"),
+        (["--guidance_scale", 3], "--color"),
+        (["--guidance_gradient", "model"], "--color"),
+        (["--clip_model", "ViT-B-32"], "--clip_prompt"),
+        (["--clip_prompt", "a rose", "--clip_model", "a", "b", "c"], "one name"),
+        (["--clip_prompt", "a rose", "--clip_model", "./nowhere"], "nowhere cannot be loaded"),
+        (["--color", "teal", "--class_labels", 1], "class"),
     ],
 )
 def test_what_cannot_be_used_is_said(tiny_model, tmp_path, wrong, said):

@@ -1,0 +1,117 @@
+"""Pull a pipeline's pictures towards a sum of losses, and see what that did: a grid, the losses, the scale schedules.
+
+    python examples/guided_sampling.py
+    python examples/guided_sampling.py --towards color:teal 0.5*symmetry --guidance_scale 150 --gradient model
+    python examples/guided_sampling.py --pipeline google/ddpm-celebahq-256 --towards "clip:a smiling old man" \
+      --guidance_scale 300 --scale_schedule sqrt_alpha_bar
+
+Each of `--towards` is a loss, perhaps with a weight before it and what it takes after it: color:#BB2266,
+clip:<sentence>, saturation:<0 to 1>, total_variation, symmetry, reference:<picture>.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from ddgan import (
+    CLIPLoss,
+    ColorLoss,
+    GuidanceLoss,
+    GuidedPipeline,
+    ReferenceLoss,
+    SaturationLoss,
+    SymmetryLoss,
+    TotalVariationLoss,
+)
+from ddgan.errors import InputError, run_command
+from ddgan.pipelines.pipeline_guided import SCALE_SCHEDULES
+from ddgan.sampling.pictures import image_grid
+from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.training.arguments import option, parse_arguments
+
+EMBEDDED = Path(__file__).parent / "models" / "noto-emoji-32"
+LOSSES = {
+    "color": ColorLoss,
+    "clip": CLIPLoss,
+    "saturation": lambda target: SaturationLoss(float(target)),
+    "total_variation": TotalVariationLoss,
+    "symmetry": SymmetryLoss,
+    "reference": lambda path: ReferenceLoss(Image.open(path)),
+}
+
+
+@dataclass
+class Arguments:
+    """What is sampled, and what it is pulled towards."""
+
+    pipeline: str = option(str(EMBEDDED), "pipeline folder or Hub repository")
+    towards: list[str] = option(None, "losses, each weight*name:what (default: color:#BB2266)")
+    guidance_scale: float = option(40.0, "how strongly they pull; larger pictures need more")
+    gradient: Literal["sample", "model"] = option("sample", "through the prediction of x_0, or the network too")
+    scale_schedule: Literal[tuple(SCALE_SCHEDULES)] = option("constant", "how the scale goes with the noise level")
+    guidance_start: float = option(0.0, "share of the steps before which none is guided")
+    guidance_end: float = option(1.0, "share of the steps after which none is guided")
+    max_grad_norm: float | None = option(None, "each image's gradient is scaled down to this norm")
+    scheduler: Literal["as-saved", *SCHEDULERS] = option("ddim", "scheduler to sample with")
+    num_inference_steps: int | None = option(None, "network evaluations for a picture (default: 40)")
+    class_label: int | None = option(None, "class to draw, where the network knows classes")
+    num_images: int = option(8, "pictures, of the seeds from 0 on")
+    output_dir: str = option("guided", "folder for grid.png, losses.png and schedules.png")
+
+
+def parse_loss(text: str) -> GuidanceLoss:
+    weight, star, loss = text.partition("*")
+    name, colon, what = (loss if star else text).partition(":")
+    if name not in LOSSES:
+        raise InputError(f"--towards {text}: there is no loss {name}. There are {', '.join(LOSSES)}.")
+    try:
+        loss = LOSSES[name](what) if colon else LOSSES[name]()
+        return float(weight) * loss if star else loss
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"--towards {text}: {error}") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = parse_arguments(Arguments, argv=argv)
+    losses = [parse_loss(text) for text in args.towards or ["color:#BB2266"]]
+    loss = sum(losses[1:], start=losses[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = GuidedPipeline.from_pipe(with_scheduler(load_pipeline(args.pipeline, device=device), args.scheduler))
+
+    rows = []
+    for scale in (0.0, args.guidance_scale):
+        output = pipe(
+            loss,
+            scale,
+            batch_size=args.num_images,
+            num_inference_steps=args.num_inference_steps,
+            gradient=args.gradient,
+            scale_schedule=args.scale_schedule,
+            guidance_start=args.guidance_start,
+            guidance_end=args.guidance_end,
+            max_grad_norm=args.max_grad_norm,
+            class_labels=args.class_label,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(args.num_images)],
+        )
+        rows += output.images
+        print(f"scale {scale:g}: mean loss at the last guided step {last_loss(output.guidance_losses):.4f}")
+
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    image_grid(rows, args.num_images, row_labels=("free", "guided")).save(folder / "grid.png")
+    output.plot_losses().savefig(folder / "losses.png")
+    pipe.plot_scale_schedules(args.num_inference_steps).savefig(folder / "schedules.png")
+    print(f"pictures: {folder / 'grid.png'}, {folder / 'losses.png'}, {folder / 'schedules.png'}")
+
+
+def last_loss(losses: torch.Tensor) -> float:
+    """Of the steps, those that were not guided have no loss."""
+    of_steps = losses.mean(1)
+    return of_steps[~of_steps.isnan()][-1].item()
+
+
+if __name__ == "__main__":
+    run_command(main)
