@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     pipeline = DDGANPipeline(generator, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    job = Job(players, pipeline, generator, draw, card, arguments, Watch())
+    job = Job(players, pipeline, generator, draw, card, arguments, watch=Watch())
     trainer = Trainer(job, data, run, accelerator)
     trainer.run()
     if accelerator.is_main_process:
