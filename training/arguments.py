@@ -151,10 +151,16 @@ def require_at_least(least: int, arguments: Any, *names: str) -> None:
             raise InputError(f"--{name} is {value}; it must be at least {least}.")
 
 
-def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tuple:
+def parse_arguments(
+    *dataclass_types: type, argv: list[str] | None = None, recipes: dict[str, Path] | None = None
+) -> tuple:
     """Read the command line into one instance of each dataclass.
 
     `--config file.yaml` gives values that flags override; the file is flat, its keys are the flags' names.
+
+    Args:
+        recipes: such files that come with a script, by the names with which `--recipe` asks for them; `--config`
+            overrides their values.
 
     Raises:
         InputError: for an unknown flag or key (the nearest one is named) or a value of the wrong kind.
@@ -162,6 +168,8 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tu
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with values for any of these flags; flags override it")
+    if recipes:
+        parser.add_argument("--recipe", choices=recipes, help="values that belong together; the others override them")
 
     def fail(message):
         raise InputError(f"{message[0].upper()}{message[1:]}. --help lists the flags.")
@@ -170,6 +178,8 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tu
     known = {option for action in parser._actions for option in action.option_strings}
     config, _ = parser.parse_known_args([token for token in argv if token not in ("-h", "--help")])
     defaults = _read_config(config.config, known) if config.config else []
+    if recipes and config.recipe:
+        defaults = _read_config(str(recipes[config.recipe]), known) + defaults
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         defaults + argv, return_remaining_strings=True, look_for_args_file=False
     )

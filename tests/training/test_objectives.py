@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddgan.training.objectives import DenoisingObjective, Samples
+from ddgan.training.objectives import ClassConditionalObjective, DenoisingObjective, Samples
 from ddgan.training.randomness import Draws
 
 IMAGES = torch.linspace(-1, 1, 16 * 3 * 8 * 8).view(16, 3, 8, 8)
@@ -57,6 +57,48 @@ def test_a_learned_variance_that_rides_along_is_left_alone():
     scheduler = DDPMScheduler(variance_type="learned_range")
     _, noise, _ = noising(scheduler)
     assert loss(scheduler, torch.cat([noise, torch.ones_like(noise)], dim=1)).max() < 1e-10
+
+
+def test_logit_normal_timesteps_have_a_standard_normal_logit():
+    seen = []
+
+    def network(noisy, timesteps, return_dict):
+        seen.append(timesteps)
+        return (noisy,)
+
+    count = 4000
+    samples = Samples(torch.zeros(count, 1, 1, 1), None, Draws(range(count), torch.device("cpu")), step=0)
+    DenoisingObjective(DDPMScheduler(100), timestep_sampling="logit_normal")(network, samples)
+    assert seen[0].min() >= 0 and seen[0].max() <= 99
+    logits = ((seen[0] + 0.5) / 100).logit()
+    found = torch.tensor([(logits < bound).float().mean() for bound in (-1, 0, 1)])
+    # the normal distribution function, and three standard deviations of a frequency
+    assert torch.allclose(found, torch.tensor([0.1587, 0.5, 0.8413]), rtol=0, atol=3 * (0.25 / count) ** 0.5)
+
+
+def labels_seen(keys, labels, class_dropout: float) -> list[int]:
+    """What a network is told of samples with these keys and labels of 0..9."""
+    seen = []
+
+    def network(noisy, timesteps, class_labels, return_dict):
+        seen.extend(class_labels.tolist())
+        return (noisy,)
+
+    draws = Draws(keys, torch.device("cpu"))
+    samples = Samples(torch.zeros(len(keys), 1, 1, 1), torch.tensor(labels), draws, step=0)
+    ClassConditionalObjective(DDPMScheduler(), 10, class_dropout)(network, samples)
+    return seen
+
+
+def test_the_null_class_stands_in_for_a_class_as_often_as_asked_for_and_depends_on_the_key_alone():
+    count, probability = 4000, 0.2
+    labels = [i % 10 for i in range(count)]
+    assert labels_seen(range(count), labels, 0.0) == labels
+    seen = labels_seen(range(count), labels, probability)
+    assert all(found in (label, 10) for found, label in zip(seen, labels, strict=True))
+    deviation = (probability * (1 - probability) / count) ** 0.5
+    assert abs(seen.count(10) / count - probability) < 3 * deviation
+    assert labels_seen(range(7, count), labels[7:], probability) == seen[7:]
 
 
 def test_draws_depend_on_the_key_alone_and_streams_are_independent():

@@ -1,0 +1,281 @@
+"""Claims about train_class_conditional.py: what a run leaves, that it repeats itself, and what it refuses."""
+
+import gzip
+import hashlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image, ImageChops
+from safetensors.torch import load_file
+from tiny import largest_difference, make_dataset, weights
+from torchvision.datasets import MNIST
+
+from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, train_class_conditional
+from ddgan.errors import InputError
+from ddgan.sampling.pictures import image_grid
+from ddgan.sampling.pipelines import sample, with_scheduler
+from ddgan.train_class_conditional import RECIPES, ClassConditionalArguments, build
+from ddgan.training.arguments import DataArguments, parse_arguments
+from ddgan.training.tracking import read_metrics
+
+CLASS_CONDITIONED = "--block_out_channels 8 16 --layers_per_block 1 --attention_resolutions 4 --norm_num_groups 4"
+CONTEXT = "--unet context --block_out_channels 8"
+RUN = "--batch_size 4 --max_train_steps 6 --num_samples 4 --sample_steps 2 --report_to none --cache_images false"
+GUIDED = [
+    "--class_dropout",
+    "0.5",
+    "--guidance_scale",
+    "2",
+    "--timestep_sampling",
+    "logit_normal",
+    "--min_snr_gamma",
+    "5",
+]
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory) -> Path:
+    """13 grey images in three sub-folders, so that windows of 4 leave a short one at the end of each epoch."""
+    folder = tmp_path_factory.mktemp("data") / "kinds"
+    for i in range(13):
+        (folder / "abc"[i % 3]).mkdir(exist_ok=True, parents=True)
+        Image.new("L", (8, 8), 20 * i).save(folder / "abc"[i % 3] / f"{i}.png")
+    return folder
+
+
+def write_idx(raw: Path, prefix: str = "train") -> Path:
+    """Six images of 8x8 and their labels, as torchvision lays them out."""
+    raw.mkdir(parents=True)
+    header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (6, 8, 8))
+    pixels = np.repeat(np.arange(6, dtype=np.uint8), 64)
+    (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+    labels = b"\0\0\x08\x01" + (6).to_bytes(4, "big") + bytes([0, 1, 2, 2, 1, 0])
+    (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+    return raw
+
+
+@pytest.fixture
+def train(kinds, tmp_path):
+    """Run train_class_conditional.py's main in this process; returns the run folder."""
+
+    def run(name: str, *more, network: str = CLASS_CONDITIONED, data=("--train_data_dir", kinds), size=8) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        start = [*data, "--output_dir", tmp_path / name, "--image_size", size, *network.split(), *RUN.split()]
+        train_class_conditional.main([str(flag) for flag in [*start, *more]])
+        return tmp_path / name
+
+    return run
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """Everything that training changes, from the newest checkpoint: the network, its average, the optimizer."""
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    files = [file for file in ("model.safetensors", "ema.safetensors") if (newest / file).exists()]
+    found = {f"{file}/{name}": value for file in files for name, value in load_file(newest / file).items()}
+    for i, values in torch.load(newest / "optimizer.bin", weights_only=True)["state"].items():
+        found |= {f"optimizer/{i}/{name}": value for name, value in values.items()}
+    return found
+
+
+def arguments(*argv) -> tuple:
+    types = (
+        train_class_conditional.ClassConditionalRunArguments,
+        train_class_conditional.ClassConditionalLearningRateArguments,
+        DataArguments,
+        ClassConditionalArguments,
+    )
+    return parse_arguments(*types, argv=list(argv), recipes=RECIPES)
+
+
+def test_a_run_leaves_a_pipeline_that_draws_each_class_and_a_grid_with_a_row_for_each(train):
+    run = train("run", *GUIDED, "--log_samples_every", 3, "--gradient_checkpointing", "--ema_decay", 0.9)
+    pipe = ClassConditionalPipeline.from_pretrained(run)
+    config = pipe.unet.config
+    assert (config.num_classes, config.class_dropout, config.in_channels) == (3, 0.5, 1)
+    assert pipe.labels == {"a": 0, "b": 1, "c": 2}
+    assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    pictures = pipe(["c", "a"], guidance_scale=2, num_inference_steps=2).images
+    assert [(picture.size, picture.mode) for picture in pictures] == [((8, 8), "L")] * 2
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-0000000{i}.png" for i in (0, 3, 6)]
+
+    # four samples asked for are two rows of two and one more of two; seeds count on from --seed
+    drawn = sample(with_scheduler(pipe, "ddim"), range(6), 2, [0, 0, 1, 1, 2, 2], guidance_scale=2.0)
+    expected = image_grid(drawn, columns=2, row_labels=("a", "b", "c"))
+    assert ImageChops.difference(Image.open(run / "samples" / "step-00000006.png"), expected).getbbox() is None
+
+    card = (run / "README.md").read_text()
+    assert "Its 3 classes are a, b, c" in card
+    assert 'pipe(class_labels="a", guidance_scale=2.0, num_inference_steps=2)' in card
+    assert "samples/step-00000006.png" in card and (run / "loss.png").exists()
+    assert list(run.glob("pipeline_class_conditional_*.py")) and list(run.glob("unet/unet_class_conditioned_*.py"))
+
+
+def test_config_yaml_repeats_the_run(train, tmp_path):
+    run = train("run", *GUIDED, "--recipe", "fast")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_class_conditional.main(["--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "again")])
+    assert largest_difference(state(run), state(tmp_path / "again")) == 0
+
+
+@pytest.mark.parametrize("network", [CLASS_CONDITIONED, CONTEXT])
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(train, network):
+    straight = train("straight", *GUIDED, "--random_flip", network=network)
+    train("resumed", *GUIDED, "--random_flip", "--max_train_steps", 3, network=network)
+    resumed = train("resumed", *GUIDED, "--random_flip", "--resume_from_checkpoint", "latest", network=network)
+    assert largest_difference(state(straight), state(resumed)) == 0
+    assert (straight / "metrics.csv").read_text() == (resumed / "metrics.csv").read_text()
+
+
+def test_the_null_class_falls_on_the_same_images_however_a_batch_is_cut_up(train):
+    slow = ["--learning_rate", "1e-7", "--batch_size"]  # Adam makes whole steps of gradients that are rounding noise
+    whole, parts = train("whole", *GUIDED, *slow, 4), train("parts", *GUIDED, *slow, 1, "--grad_accumulation_steps", 4)
+    rows = [read_metrics(run / "metrics.csv") for run in (whole, parts)]
+    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], abs=1e-6)
+    assert [row["grad_norm"] for row in rows[0]] == pytest.approx([row["grad_norm"] for row in rows[1]], rel=1e-4)
+
+
+@pytest.mark.parametrize(("dropout", "trained"), [(0.5, [True] * 4), (0, [True] * 3)])
+def test_every_class_is_trained_and_the_null_class_where_there_is_one(train, dropout, trained):
+    run = train("run", "--class_dropout", dropout)
+    *_, args = arguments(*CLASS_CONDITIONED.split(), "--class_dropout", str(dropout))
+    torch.manual_seed(0)
+    before = build(args, [8, 8], ["a", "b", "c"]).class_embedding.weight
+    after = weights(run)["class_embedding.weight"]
+    assert (before != after).any(dim=1).tolist() == trained
+
+
+def test_the_context_network_learns_classes_as_contexts(train):
+    run = train("run", *GUIDED, network=CONTEXT)
+    pipe = ClassConditionalPipeline.from_pretrained(run)
+    assert isinstance(pipe.unet, ContextUnet)
+    assert (pipe.unet.config.n_cfeat, pipe.unet.config.n_feat, pipe.unet.config.height) == (3, 8, 8)
+    assert pipe.unet.config.num_train_timesteps == pipe.scheduler.config.num_train_timesteps == 1000
+    mixed = torch.tensor([[0.5, 0.5, 0.0]])
+    assert pipe(mixed, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+
+
+# ---- recipes
+
+
+def test_the_tutorial_recipe_is_the_tutorials_network_and_settings():
+    run, rate, _, args = arguments("--recipe", "tutorial")
+    unet = build(args, [28, 28], [str(digit) for digit in range(10)])
+    expected = ClassConditionedUnet()
+    shapes = [{name: tensor.shape for name, tensor in network.state_dict().items()} for network in (unet, expected)]
+    assert shapes[0] == shapes[1]
+    for name in ("sample_size", "class_dropout", "norm_num_groups", "attention_head_dim"):
+        assert unet.config[name] == expected.config[name]
+    assert (run.batch_size, run.num_epochs, run.ema_decay, run.max_grad_norm) == (128, 10, 0, 0)
+    assert (rate.learning_rate, rate.lr_scheduler, rate.lr_warmup_steps) == (1e-3, "constant", 0)
+    assert (args.prediction_type, args.min_snr_gamma, args.class_dropout) == ("epsilon", None, 0)
+
+
+def test_config_overrides_a_recipe_and_flags_both(tmp_path):
+    (tmp_path / "mine.yaml").write_text("batch_size: 7\nnum_epochs: 9\n")
+    run, _, _, args = arguments(
+        "--num_epochs", "11", "--recipe", "fast", "--config", str(tmp_path / "mine.yaml"), "--class_emb_size", "0"
+    )
+    assert (run.batch_size, run.num_epochs) == (7, 11)
+    assert args.prediction_type == yaml.safe_load(RECIPES["fast"].read_text())["prediction_type"] == "v_prediction"
+    assert build(args, [28, 28], ["one", "two"]).class_embedding is None
+    with pytest.raises(InputError, match="choose from"):
+        arguments("--recipe", "slow")
+
+
+# ---- data
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder", "names"),
+    [("mnist", "MNIST", ["0", "1", "2"]), ("fashion_mnist", "FashionMNIST", ["T-shirt/top", "Trouser", "Pullover"])],
+)
+def test_torchvision_folders_are_named_as_datasets(train, tmp_path, dataset, folder, names):
+    write_idx(tmp_path / "data" / folder / "raw")
+    run = train("run", data=("--dataset", dataset, "--data_dir", tmp_path / "data"))
+    assert list(ClassConditionalPipeline.from_pretrained(run).labels)[:3] == names
+    assert f"trained on {folder}" in (run / "README.md").read_text()
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch) -> Path:
+    """A folder that torchvision takes for the place to download MNIST from."""
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder))
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_is_not_there_is_downloaded(train, tmp_path, mirror, monkeypatch):
+    resources = []
+    for prefix in ("train", "t10k"):
+        for file in write_idx(tmp_path / prefix, prefix).iterdir():
+            packed = mirror / f"{file.name}.gz"
+            packed.write_bytes(gzip.compress(file.read_bytes()))
+            resources.append((packed.name, hashlib.md5(packed.read_bytes()).hexdigest()))
+    monkeypatch.setattr(MNIST, "resources", resources)
+    run = train("run", data=("--data_dir", tmp_path / "data"))  # where nothing is named it is MNIST
+    assert (tmp_path / "data" / "MNIST" / "raw" / "train-labels-idx1-ubyte").is_file()
+    assert ClassConditionalPipeline.from_pretrained(run).num_classes == 3
+
+
+def test_what_cannot_be_downloaded_is_said(train, tmp_path, mirror):
+    said = r"MNIST are not in .*data.MNIST .*downloading them failed.*not found.*--data_dir"
+    with pytest.raises(InputError, match=said):
+        train("run", data=("--dataset", "mnist", "--data_dir", tmp_path / "data"))
+
+
+def test_a_column_of_labels_is_named(train, tmp_path):
+    data = ("--dataset_name", make_dataset(tmp_path / "digits", 6))
+    with pytest.raises(InputError, match=r"no column of class labels.*--label_column"):
+        train("run", data=data)
+    run = train("run", "--label_column", "number", "--image_channels", 3, data=data)
+    pipe = ClassConditionalPipeline.from_pretrained(run)
+    assert (pipe.num_classes, pipe.unet.config.in_channels) == (6, 3)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--guidance_scale", 2], "needs a null class"),
+        (["--class_dropout", 1], "within \\[0, 1\\)"),
+        (["--class_dropout", -0.1], "must be at least 0"),
+        (["--dataset", "mnist"], "--dataset mnist and .*kinds both name"),
+        (["--block_out_channels", 8, 16, 16, 16, 16], "multiples of 16; 8 x 8 is not"),
+        (["--attention_resolutions", 7], "heights of this network's levels are 8, 4"),
+        (["--norm_num_groups", 5], "divisible"),
+        (["--unet", "context", "--resolution", 8, 12], "--resolution takes a height and a width"),
+        (["--unet", "context", "--image_size", 10], "multiple of 4"),
+        (["--learning_rates", 1], "Did you mean --learning_rate"),
+    ],
+)
+def test_what_cannot_be_is_said_before_training(train, tmp_path, more, said):
+    with pytest.raises(InputError, match=said):
+        train("run", *more)
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_images_without_classes_are_refused(train, images, tmp_path):
+    with pytest.raises(InputError, match="is in no sub-folder"):
+        train("run", data=("--train_data_dir", images))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_split_says_which_files_are_needed(tmp_path):
+    write_idx(tmp_path / "MNIST" / "raw", "t10k")
+    *_, data_args, args = arguments("--data_dir", str(tmp_path), "--split", "test")
+    train_class_conditional.choose_data(args, data_args)
+    assert data_args.train_data_dir == str(tmp_path / "MNIST")
