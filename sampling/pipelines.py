@@ -123,7 +123,7 @@ def sample(
     pipe: DiffusionPipeline,
     seeds: Sequence[int],
     num_inference_steps: int | None = None,
-    class_labels: Sequence[int] | None = None,
+    class_labels: Sequence[int | str] | None = None,
     **options: Any,
 ) -> list[Image.Image]:
     """Draw one picture for each seed: grey, RGB or RGBA, by the channels of the network.
@@ -135,7 +135,7 @@ def sample(
 
     Args:
         num_inference_steps: None leaves a pipeline of its own kind to its default; else all of a DDPM's, 50 of others.
-        class_labels: a class for each seed, where the network is conditioned on one.
+        class_labels: a class for each seed, where the network is conditioned on one; a name, where it knows names.
         options: further arguments of the call of a pipeline of its own kind, such as the loss of a guided one.
 
     Raises:
@@ -153,7 +153,13 @@ def sample(
             num_inference_steps = trained if isinstance(pipe.scheduler, DDPMScheduler) else min(50, trained)
         return _pictures(_denoise(pipe, generators, num_inference_steps, class_labels))
     accepted = inspect.signature(pipe.__call__).parameters
-    arguments = {"num_inference_steps": num_inference_steps, "class_labels": class_labels, **options}
+    if class_labels is None and getattr(accepted.get("class_labels"), "default", None) is inspect.Parameter.empty:
+        known = ", ".join(getattr(pipe, "labels", []))
+        raise InputError(
+            f"A {type(pipe).__name__} draws the class that it is told, so each picture needs a class label"
+            + (f": one of {known}." if known else ".")
+        )
+    arguments = {**options, "num_inference_steps": num_inference_steps, "class_labels": class_labels}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     for name in arguments:
         if name not in accepted:
@@ -172,7 +178,7 @@ def intermediates(
     seed: int,
     count: int,
     num_inference_steps: int | None = None,
-    class_label: int | None = None,
+    class_label: int | str | None = None,
     **options: Any,
 ) -> tuple[list[int], list[Image.Image], list[Image.Image]]:
     """The way to one picture, at `count` evenly spaced of its steps (all of them, where there are fewer).
@@ -242,10 +248,10 @@ def _class_condition(unet, class_labels) -> dict[str, torch.Tensor]:
         if class_labels is not None:
             raise InputError("This network is not conditioned on a class: leave the class labels out.")
         return {}
-    if class_labels is None or not all(0 <= label < classes for label in class_labels):
+    if class_labels is None or not all(label in range(classes) for label in class_labels):
         raise InputError(
             f"This network draws one of {classes} classes, so each picture needs a class label from 0 to "
-            f"{classes - 1}; given were {'none' if class_labels is None else sorted(set(class_labels))}."
+            f"{classes - 1}; given were {'none' if class_labels is None else list(dict.fromkeys(class_labels))}."
         )
     return {"class_labels": torch.tensor(class_labels, device=unet.device)}
 

@@ -48,7 +48,9 @@ class GenerateArguments:
         None, "network evaluations for a picture (default: all of a DDPM's, 50 of others', or the pipeline's own)"
     )
     dtype: Literal[tuple(DTYPES)] = option("fp32", "number format of the network")
-    class_labels: list[int] | None = option(None, "class of each picture, used in turn: --class_labels 0 1 2")
+    class_labels: list[str] | None = option(
+        None, "class of each picture, used in turn, by number or by name: --class_labels 0 1 Sandal"
+    )
     trust_remote_code: bool = option(False, "run Python code that the pipeline brings along")
     grid: bool = option(False, f"lay the first {GRID_IMAGES} pictures out in grid.png")
     intermediates: int | None = option(
@@ -62,7 +64,9 @@ class GenerateArguments:
         f"architecture and its pretrained tag (default: {DEFAULT_MODEL})",
     )
     guidance_scale: float | None = option(
-        None, "how strongly --color and --clip_prompt pull; larger pictures need more (default: 40)"
+        None,
+        "how strongly --color and --clip_prompt pull; larger pictures need more (default: 40); without these, "
+        "classifier-free guidance towards --class_labels",
     )
     guidance_gradient: Literal["sample", "model"] | None = option(
         None, "model: differentiate through the network too, for the time and memory that takes (default: sample)"
@@ -72,6 +76,8 @@ class GenerateArguments:
         if not self.pipeline:
             raise InputError("Name what to sample: --pipeline takes a pipeline folder or a repository on the Hub.")
         require_at_least(1, self, "num_images", "batch_size", "num_inference_steps", "intermediates")
+        if self.class_labels:
+            self.class_labels = [int(label) if label.isdecimal() else label for label in self.class_labels]
         if self.clip_model and (not self.clip_prompt or len(self.clip_model) > 2):
             raise InputError(
                 f"--clip_model {' '.join(self.clip_model)}: it goes with a --clip_prompt, and takes one name, or an "
@@ -82,8 +88,8 @@ class GenerateArguments:
             self.guidance_gradient = self.guidance_gradient or "sample"
             if self.clip_prompt:
                 self.clip_model = self.clip_model or [DEFAULT_MODEL]
-        elif self.guidance_scale is not None or self.guidance_gradient:
-            raise InputError("Guidance towards what? --color or --clip_prompt says it.")
+        elif (self.guidance_scale is not None and not self.class_labels) or self.guidance_gradient:
+            raise InputError("Guidance towards what? --color, --clip_prompt or --class_labels say it.")
 
     @property
     def is_guided(self) -> bool:
@@ -98,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(1)
     at_once = 1 if on_cpu else args.batch_size
 
-    guidance = {}
+    guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     if args.is_guided:
         loss = guidance_loss(args, accelerator.device)
         guidance = {"loss": loss, "guidance_scale": args.guidance_scale, "gradient": args.guidance_gradient}
@@ -134,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
 
-    def label(i: int) -> int | None:
+    def label(i: int) -> int | str | None:
         return args.class_labels[i % len(args.class_labels)] if args.class_labels else None
 
     mine = range(accelerator.process_index, args.num_images, accelerator.num_processes)

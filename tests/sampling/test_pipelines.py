@@ -9,7 +9,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from PIL import Image
 from tiny import tiny_unet
 
-from ddgan import DDGANScheduler
+from ddgan import ClassConditionalPipeline, ClassConditionedUnet, DDGANScheduler
 from ddgan.errors import InputError
 from ddgan.sampling.pipelines import SCHEDULERS, intermediates, load_pipeline, sample, with_scheduler
 
@@ -228,6 +228,43 @@ def test_custom_code_runs_only_when_it_is_trusted(custom_folder):
     assert difference(bright, sample(pipe, [1], class_labels=[8])[0]) == 0
     with pytest.raises(InputError, match="num_inference_steps"):
         sample(pipe, [0], num_inference_steps=5)
+
+
+def test_a_pipeline_of_classes_is_told_them_by_number_or_name():
+    unet = ClassConditionedUnet(
+        sample_size=8,
+        num_classes=3,
+        class_dropout=0.1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        id2label=["ant", "bee", "cat"],
+    ).eval()
+    unet.class_embedding.weight.data *= 20
+    pipe = with_scheduler(ClassConditionalPipeline(unet, DDPMScheduler()), "ddim")
+    pipe.set_progress_bar_config(disable=True)
+    by_number, by_name, other, guided = (
+        sample(pipe, [5, 6], 3, labels, **options)
+        for labels, options in (
+            ([0, 2], {}),
+            (["ant", 2], {}),
+            (["ant", "bee"], {}),
+            (["ant", "cat"], {"guidance_scale": 3.0}),
+        )
+    )
+    assert [difference(a, b) for a, b in zip(by_number, by_name, strict=True)] == [0, 0]
+    assert difference(by_number[0], other[0]) <= ONE_LEVEL < difference(by_number[1], other[1])
+    assert difference(by_number[0], guided[0]) > ONE_LEVEL
+    _, _, clean = intermediates(pipe, 5, 3, 3, "cat", guidance_scale=3.0)
+    assert difference(clean[-1], sample(pipe, [5], 3, ["cat"], guidance_scale=3.0)[0]) == 0
+    with pytest.raises(InputError, match="needs a class label: one of ant, bee, cat"):
+        sample(pipe, [5], 3)
+    with pytest.raises(InputError, match="nearest names are 'cat'"):
+        sample(pipe, [5], 3, ["car"])
+    with pytest.raises(InputError, match="labels are 0 to 2, and 3 for the null class"):
+        sample(pipe, [5], 3, [4])
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import ROOT, run_script, tiny_unet
 from tiny_clip import save_clip
 
-from ddgan import GuidedPipeline
+from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
 from ddgan.errors import InputError
 from ddgan.scripts import generate
 
@@ -135,6 +135,31 @@ def test_classes_are_used_in_turn(tmp_path):
     assert turn == [(zero, two)[i % 2][i] for i in range(7)]
 
 
+def test_classes_are_given_by_number_or_name_and_guided(tmp_path):
+    unet = ClassConditionedUnet(
+        sample_size=8,
+        num_classes=3,
+        class_dropout=0.1,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        id2label=["ant", "bee", "cat"],
+    )
+    unet.class_embedding.weight.data *= 20
+    ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    for name, labels in (("numbers", [0, 2]), ("names", ["ant", "cat"])):
+        generate.main(
+            flags(tmp_path / "model", tmp_path / name, "--class_labels", *labels, "--guidance_scale", 2, "--grid")
+        )
+    generate.main(flags(tmp_path / "model", tmp_path / "plain", "--class_labels", 0, 2))
+    assert images(tmp_path / "names") == images(tmp_path / "numbers")
+    assert images(tmp_path / "plain") != images(tmp_path / "numbers")
+    with pytest.raises(InputError, match="one of ant, bee, cat"):
+        generate.main(flags(tmp_path / "model", tmp_path / "without"))
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
     torch.manual_seed(0)
@@ -250,7 +275,9 @@ def test_settings_are_kept_to_be_read(whole):
         (["--pipeline", "nowhere"], "No pipeline nowhere"),
         (["--pipeline", ""], "--pipeline"),
         (["--color", "teel"], "'teel' is no colour"),
-        (["--guidance_scale", 3], "--color"),
+        (["--guidance_scale", 3], "--color, --clip_prompt or --class_labels"),
+        (["--guidance_scale", 3, "--class_labels", 1], "takes no guidance_scale"),
+        (["--class_labels", "one"], "not conditioned"),
         (["--guidance_gradient", "model"], "--color"),
         (["--clip_model", "ViT-B-32"], "--clip_prompt"),
         (["--clip_prompt", "a rose", "--clip_model", "a", "b", "c"], "one name"),
