@@ -109,6 +109,8 @@ class ImageArray:
         if not path.is_file():
             raise InputError(f"The images in {self.path} have no class labels: there is no {path.name} beside them.")
         numbers = read_sn3_pascalvincent_tensor(str(path)).tolist()
+        if len(numbers) != len(self):
+            raise InputError(f"{self.path} has {len(self)} images, but {path.name} beside it {len(numbers)} labels.")
         names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else range(max(numbers) + 1)
         return Labels([str(name) for name in names], numbers)
 
@@ -143,7 +145,13 @@ class ImageTable:
                 f"The label column {column!r} must hold a class for every image: a name, or an integer from 0 on. It "
                 f"holds {next(value for value in values if not isinstance(value, int) or value < 0)!r}."
             )
-        return Labels(classes or [str(number) for number in range(max(values) + 1)], values)
+        classes = classes or [str(number) for number in range(max(values) + 1)]
+        if max(values) >= len(classes):
+            raise InputError(
+                f"The label column {column!r} holds the label {max(values)}, but names {len(classes)} classes, whose "
+                f"labels are 0 to {len(classes) - 1}."
+            )
+        return Labels(classes, values)
 
 
 def open_images(args: DataArguments):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from tiny import ROOT, make_dataset, write_images
 
 from ddgan.errors import InputError, RunError
@@ -297,7 +298,7 @@ def labelled(args: DataArguments, label_column: str | None = None) -> tuple[list
     data = TrainingData(args, Preprocessing(1, 8, 8), 0, LabelArguments(label_column), **PLAN)
     steps = data.plan.steps_per_epoch or 3
     found = {}
-    for batch in data.batches(0, steps, None):
+    for batch in islice(data.batches(0, steps, None), steps):
         found |= dict(zip(numbers(batch), [data.classes[label] for label in batch.labels], strict=True))
     return data.classes, found
 
@@ -334,6 +335,9 @@ def test_torchvision_folders_bring_labels_and_names(tmp_path, name, classes):
     args = DataArguments(train_data_dir=str(tmp_path))
     with pytest.raises(InputError, match="no train-labels-idx1-ubyte beside them"):
         labelled(args)
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (4).to_bytes(4, "big") + bytes([2, 0, 1, 1]))
+    with pytest.raises(InputError, match="5 images, but train-labels-idx1-ubyte beside it 4 labels"):
+        labelled(args)
     (raw / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (5).to_bytes(4, "big") + bytes([2, 0, 1, 1, 2]))
     names, found = labelled(args)
     assert names[:3] == classes.split()
@@ -368,6 +372,20 @@ def test_columns_of_names_and_of_integers_are_labels_too(tmp_path):
     assert labelled(args, "name") == (["a", "b", "c"], dict(enumerate(names)))
     with pytest.raises(InputError, match=r"ClassLabel. Without --streaming"):
         labelled(DataArguments(dataset_name=str(tmp_path), streaming=True), "name")
+
+
+def test_labels_beyond_the_classes_are_refused(tmp_path):
+    """As in a file whose metadata name fewer classes than it holds."""
+    features = datasets.Features({"kind": datasets.Value("int64"), "image": datasets.Image()})
+    rows = {"kind": [0, 1, 5], "image": [Image.new("L", (8, 8), i) for i in range(3)]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    table = parquet.read_table(tmp_path / "train.parquet")
+    metadata = json.loads(table.schema.metadata[b"huggingface"])
+    metadata["info"]["features"]["kind"] = {"names": ["a", "b"], "_type": "ClassLabel"}
+    table = table.replace_schema_metadata({b"huggingface": json.dumps(metadata)})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"the label 5, but names 2 classes, whose labels are 0 to 1"):
+        labelled(DataArguments(dataset_name=str(tmp_path)))
 
 
 def test_data_without_labels_says_so(tmp_path):
