@@ -84,6 +84,8 @@ class ClassConditionalArguments:
     def __post_init__(self):
         require_at_least(1, self, "layers_per_block", "norm_num_groups", "sample_steps")
         require_at_least(0, self, "class_emb_size", "class_dropout")
+        if not self.block_out_channels:
+            raise InputError("--block_out_channels needs at least one width.")
         if self.guidance_scale > 1 and not self.class_dropout:
             raise InputError(
                 f"--guidance_scale {self.guidance_scale} needs a null class to guide away from: train one with "

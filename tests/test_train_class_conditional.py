@@ -118,7 +118,9 @@ def test_a_run_leaves_a_pipeline_that_draws_each_class_and_a_grid_with_a_row_for
 
 
 def test_config_yaml_repeats_the_run(train, tmp_path):
-    run = train("run", *GUIDED, "--recipe", "fast")
+    run = train("run", *GUIDED, "--recipe", "fast", "--attention_resolutions")  # an empty list
+    blocks = ClassConditionalPipeline.from_pretrained(run).unet.config.down_block_types
+    assert list(blocks) == ["DownBlock2D"] * 2
     AcceleratorState._reset_state(reset_partial_state=True)
     train_class_conditional.main(["--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "again")])
     assert largest_difference(state(run), state(tmp_path / "again")) == 0
@@ -254,6 +256,7 @@ def test_a_column_of_labels_is_named(train, tmp_path):
         (["--class_dropout", 1], "within \\[0, 1\\)"),
         (["--class_dropout", -0.1], "must be at least 0"),
         (["--dataset", "mnist"], "--dataset mnist and .*kinds both name"),
+        (["--block_out_channels"], "at least one width"),
         (["--block_out_channels", 8, 16, 16, 16, 16], "multiples of 16; 8 x 8 is not"),
         (["--attention_resolutions", 7], "heights of this network's levels are 8, 4"),
         (["--norm_num_groups", 5], "divisible"),

@@ -167,6 +167,9 @@ def parse_arguments(
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    for action in parser._actions:
+        if action.nargs == "+":
+            action.nargs = "*"  # a list may be empty, on the command line and in a file
     parser.add_argument("--config", help="YAML file with values for any of these flags; flags override it")
     if recipes:
         parser.add_argument("--recipe", choices=recipes, help="values that belong together; the others override them")
