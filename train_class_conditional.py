@@ -68,8 +68,8 @@ class ClassConditionalArguments:
     )
     class_emb_size: int = option(4, "class_conditioned: length of the embedding of a class; 0: one-hot vectors")
     layers_per_block: int = option(2, "class_conditioned: residual blocks a level")
-    attention_resolutions: list[int] = field(
-        default_factory=lambda: [14, 7], metadata={"help": "class_conditioned: heights at which it has attention"}
+    attention_levels: list[int] = field(
+        default_factory=lambda: [1, 2], metadata={"help": "class_conditioned: which levels have attention, 0 the finest"}
     )
     norm_num_groups: int = option(32, "class_conditioned: groups of the group norms; must divide every width")
 
@@ -250,13 +250,12 @@ def build(args: ClassConditionalArguments, size: list[int], classes: list[str]) 
                 f"--block_out_channels {' '.join(map(str, widths))} halves the picture {len(widths) - 1} times, so "
                 f"height and width must be multiples of {factor}; {size[0]} x {size[1]} is not."
             )
-        heights = [size[0] // 2**level for level in range(len(widths))]
-        if unknown := set(args.attention_resolutions) - set(heights):
+        if unknown := set(args.attention_levels) - set(range(len(widths))):
             raise InputError(
-                f"--attention_resolutions {' '.join(map(str, sorted(unknown)))}: the heights of this network's levels "
-                f"are {', '.join(map(str, heights))}."
+                f"--attention_levels {' '.join(map(str, sorted(unknown)))}: the levels of this network are 0 to "
+                f"{len(widths) - 1}, one for each of --block_out_channels."
             )
-        attention = ["Attn" if height in args.attention_resolutions else "" for height in heights]
+        attention = ["Attn" if level in args.attention_levels else "" for level in range(len(widths))]
         return ClassConditionedUnet(
             sample_size=size[0] if size[0] == size[1] else tuple(size),
             num_classes=len(classes),

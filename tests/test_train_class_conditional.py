@@ -25,7 +25,7 @@ from ddgan.train_class_conditional import RECIPES, ClassConditionalArguments, bu
 from ddgan.training.arguments import DataArguments, parse_arguments
 from ddgan.training.tracking import read_metrics
 
-CLASS_CONDITIONED = "--block_out_channels 8 16 --layers_per_block 1 --attention_resolutions 4 --norm_num_groups 4"
+CLASS_CONDITIONED = "--block_out_channels 8 16 --layers_per_block 1 --attention_levels 1 --norm_num_groups 4"
 CONTEXT = "--unet context --block_out_channels 8"
 RUN = "--batch_size 4 --max_train_steps 6 --num_samples 4 --sample_steps 2 --report_to none --cache_images false"
 GUIDED = [
@@ -118,7 +118,7 @@ def test_a_run_leaves_a_pipeline_that_draws_each_class_and_a_grid_with_a_row_for
 
 
 def test_config_yaml_repeats_the_run(train, tmp_path):
-    run = train("run", *GUIDED, "--recipe", "fast", "--attention_resolutions")  # an empty list
+    run = train("run", *GUIDED, "--recipe", "fast", "--attention_levels")  # an empty list
     blocks = ClassConditionalPipeline.from_pretrained(run).unet.config.down_block_types
     assert list(blocks) == ["DownBlock2D"] * 2
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -258,7 +258,7 @@ def test_a_column_of_labels_is_named(train, tmp_path):
         (["--dataset", "mnist"], "--dataset mnist and .*kinds both name"),
         (["--block_out_channels"], "at least one width"),
         (["--block_out_channels", 8, 16, 16, 16, 16], "multiples of 16; 8 x 8 is not"),
-        (["--attention_resolutions", 7], "heights of this network's levels are 8, 4"),
+        (["--attention_levels", 2], "levels of this network are 0 to 1"),
         (["--norm_num_groups", 5], "divisible"),
         (["--unet", "context", "--resolution", 8, 12], "--resolution takes a height and a width"),
         (["--unet", "context", "--image_size", 10], "multiple of 4"),
