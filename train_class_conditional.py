@@ -69,7 +69,7 @@ class ClassConditionalArguments:
     class_emb_size: int = option(4, "class_conditioned: length of the embedding of a class; 0: one-hot vectors")
     layers_per_block: int = option(2, "class_conditioned: residual blocks a level")
     attention_levels: list[int] = field(
-        default_factory=lambda: [1, 2], metadata={"help": "class_conditioned: which levels have attention, 0 the finest"}
+        default_factory=lambda: [1, 2], metadata={"help": "class_conditioned: levels with attention, 0 the finest"}
     )
     norm_num_groups: int = option(32, "class_conditioned: groups of the group norms; must divide every width")
 
