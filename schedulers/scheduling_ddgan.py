@@ -169,7 +169,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or a list of them, *optional*):
                 Source of the noise; with a list, noise i comes from generator i alone. A step that all samples make
                 to the picture itself (`timestep` a single number, the last of `self.timesteps`) draws nothing.
-            variance_noise (`torch.Tensor`, *optional*): the noise itself, of the shape of `sample`; none is drawn then.
+            variance_noise (`torch.Tensor`, *optional*): the noise itself, like `sample`; none is drawn then.
             return_dict (`bool`, defaults to `True`): a [`DDGANSchedulerOutput`] or the tuple of its two tensors.
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
