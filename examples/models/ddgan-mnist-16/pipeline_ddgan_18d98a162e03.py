@@ -1,0 +1,270 @@
+"""Sampling from a Denoising Diffusion GAN (Xiao, Kreis, Vahdat, ICLR 2022): a few steps of a generator and a draw."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+
+class DDGANPipeline(DiffusionPipeline):
+    """
+    Draws pictures with a [Denoising Diffusion GAN](https://arxiv.org/abs/2112.07804).
+
+    At each of a few timesteps the generator makes a clean picture of the noisy one and a fresh latent z, and the less
+    noisy one is drawn from the posterior q(x_{t-1} | x_t, x_0) (section 3.2 of the paper).
+
+    Args:
+        unet (`NCSNpp`): the generator G(x_t, t, z), which predicts x_0.
+        scheduler (`DDGANScheduler`): the noise process that it was trained with.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def check_inputs(
+        self, batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
+    ):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, but must have one for each of the {batch_size} images "
+                "that `batch_size` asks for."
+            )
+        shape = self._latents_shape(batch_size)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` has the shape {tuple(latents.shape)}, but must have {shape}.")
+        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs}, but a callback can be "
+                f"given only {self._callback_tensor_inputs}."
+            )
+
+        classes = self.unet.config.num_class_embeds
+        if classes is None:
+            if class_labels is not None:
+                raise ValueError("This network is not conditioned on a class: leave `class_labels` out.")
+            return
+        if (
+            class_labels is None
+            or torch.as_tensor(class_labels).shape != (batch_size,)
+            or not all(0 <= label < classes for label in class_labels)
+        ):
+            raise ValueError(
+                f"`class_labels` is {class_labels}, but must have one integer from 0 to {classes - 1} for each of the "
+                f"{batch_size} images that `batch_size` asks for."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        class_labels: list[int] | torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: list[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+    ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | torch.Tensor]:
+        """
+        Draws `batch_size` pictures.
+
+        Noise is drawn in float32 in this order: x_T, then for each step z and, except at the last, the posterior's.
+        The sample is kept in float32; the network alone runs in its own dtype.
+
+        Args:
+            batch_size (`int`, defaults to 1): number of pictures.
+            class_labels (`list[int]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                A class for each picture; needed exactly if the network is conditioned on a class.
+            num_inference_steps (`int`, *optional*, defaults to all that were trained): number of steps.
+            timesteps (`list[int]`, *optional*): instead of a number, the timesteps themselves, descending.
+            generator (`torch.Generator` or a list of `batch_size` of them, *optional*):
+                Source of all noise; with a list, picture i depends on generator i alone.
+            latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*):
+                x_T, standard normal, in place of that drawn first.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`: PIL images; `"np"`: an array `(batch_size, height, width, channels)` in [0, 1]; `"pt"`: a
+                tensor `(batch_size, channels, height, width)` in [0, 1]; `"latent"`: that tensor as the network
+                makes it, in [-1, 1].
+            return_dict (`bool`, defaults to `True`): an [`ImagePipelineOutput`] or a tuple of its images.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step as `callback(pipe, step, timestep, callback_kwargs)`; what the dictionary that
+                it returns has under `"latents"` takes the place of the sample.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): what `callback_kwargs` holds.
+
+        Raises:
+            `ValueError`: if an argument does not fit the network, the scheduler or `batch_size`.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(
+            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
+        )
+        self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps)
+
+        device, dtype = self._execution_device, self.unet.dtype
+        if class_labels is not None:
+            class_labels = torch.as_tensor(class_labels, dtype=torch.int64, device=device)
+        if latents is None:
+            shape = self._latents_shape(batch_size)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents = latents.to(device, torch.float32)
+        z_shape = (batch_size, self.unet.config.latent_dim)
+
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            z = randn_tensor(z_shape, generator=generator, device=device, dtype=torch.float32)
+            x_0 = self.unet(latents.to(dtype), t.to(device), z.to(dtype), class_labels=class_labels).sample
+            latents = self.scheduler.step(x_0, t, latents, generator=generator).prev_sample
+
+            if callback_on_step_end is not None:
+                available = {"latents": latents}
+                chosen = {name: available[name] for name in callback_on_step_end_tensor_inputs}
+                latents = callback_on_step_end(self, i, t, chosen).get("latents", latents)
+
+        self.maybe_free_model_hooks()
+
+        images = latents
+        if output_type != "latent":
+            images = (images / 2 + 0.5).clamp(0, 1)
+        if output_type in ("np", "pil"):
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
+
+    def _latents_shape(self, batch_size: int) -> tuple[int, int, int, int]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (batch_size, self.unet.config.in_channels, height, width)
+
+
+"""Pipeline folders that are complete in themselves: code beside the weights, in the form that plain Diffusers reads.
+
+The text of this file is added to that of each pipeline that is saved, so that a pipeline which was loaded with nothing
+but Diffusers can be saved the same way, any number of times. It needs the standard library alone.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+
+def complete_in_itself(pipeline_class: type) -> type:
+    """
+    Class decorator: `save_pretrained` and `push_to_hub` of this pipeline give folders that load anywhere.
+
+    Beside the weights lie the files that define the pipeline and those of its components that are not Diffusers' or
+    Transformers' own:
+
+        model_index.json  pipeline_x_0123456789ab.py  unet/{config.json, unet_x_0123456789ab.py, ...}  scheduler/...
+
+    Their names change with their contents, because Diffusers keeps the files of all pipelines in one folder, under
+    these names. `AutoModel` loads a model alone, by its folder or, if the pipeline has only this one, by `subfolder`.
+    No file tells from where something was loaded. Other versions of the files that are in the folder stay, and nothing
+    refers to them: the folder can be loaded at any time while it is written.
+
+    Diffusers executes such a file again at each load, in the same module: what a method finds under the name of a
+    class of its file may be a newer class than that of its own object.
+
+    Raises:
+        ValueError: on saving, for a class whose file cannot travel: there is none, or it has relative imports.
+    """
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Writes model_index.json, which Diffusers does when all else is saved and before it uploads anything."""
+        folder = Path(json_file_path).parent
+        index = json.loads(self.to_json_string())
+        index.pop("_name_or_path", None)
+
+        auto_map, models = {}, 0
+        for name in self.components:
+            library, class_name = index.get(name) or (None, None)
+            module, in_config = sys.modules.get(library), {}
+            if module is not None and library.partition(".")[0] not in ("diffusers", "transformers"):
+                index[name] = [_add_code(folder / name, module, class_name), class_name]
+                in_config = _auto_map(*index[name])
+            for file in (folder / name).glob("*.json"):
+                _edit_json(file, in_config if file.name == "config.json" else {})
+            if (folder / name / "config.json").is_file():
+                auto_map, models = auto_map or in_config, models + 1
+        if models == 1:  # what AutoModel reads here it takes for every subfolder
+            index |= auto_map
+
+        module, class_name = sys.modules[type(self).__module__], type(self).__name__
+        this_file = ""
+        if module.__name__ != complete_in_itself.__module__:
+            this_file = f"\n\n{Path(__file__).read_text(encoding='utf-8')}\n\ncomplete_in_itself({class_name})\n"
+        index["_class_name"] = [_add_code(folder, module, class_name, this_file), class_name]
+        _write(Path(json_file_path), _json_text(index))
+
+    pipeline_class.to_json_file = to_json_file
+    return pipeline_class
+
+
+def _add_code(folder: Path, module: ModuleType, class_name: str, more_code: str = "") -> str:
+    """Puts a module's file with `more_code` at its end into a folder; returns its name there, without the suffix."""
+    source = getattr(module, "__file__", None)
+    if source is None or module.__name__ == "__main__":
+        raise ValueError(
+            f"The class {class_name} cannot be saved with its code, because it was not imported from a file of its "
+            "own. Define it in a file that imports installed packages only, and import it from there."
+        )
+    code = Path(source).read_text(encoding="utf-8") + more_code
+    if re.search(r"^\s*(from|import)\s+\.", code, re.MULTILINE):
+        raise ValueError(
+            f"The class {class_name} cannot be saved with its code, because {Path(source).name} has relative imports, "
+            "and it travels alone. Have it import installed packages only."
+        )
+    digest = hashlib.sha256(code.encode("utf-8")).hexdigest()[:12]
+    stem = re.sub("_[0-9a-f]{12}$", "", Path(source).stem) + f"_{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{stem}.py", code)
+    return stem
+
+
+def _auto_map(stem: str, class_name: str) -> dict:
+    """What names a model's class to `AutoModel`, and keeps Diffusers from warning of it as an unknown setting."""
+    return {"auto_map": {"AutoModel": f"{stem}.{class_name}"}, "_use_default_values": {"auto_map": True}}
+
+
+def _edit_json(file: Path, more: dict) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(config, dict) and (more or "_name_or_path" in config):
+        config.pop("_name_or_path", None)
+        _write(file, _json_text({**config, **more}))
+
+
+def _json_text(config: dict) -> str:
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it, so that it is always whole."""
+    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, file)
+
+
+complete_in_itself(DDGANPipeline)

@@ -1,0 +1,263 @@
+"""The noise process of Denoising Diffusion GANs (Xiao, Kreis, Vahdat, ICLR 2022) and its Gaussian posterior."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+@dataclass
+class DDGANSchedulerOutput(BaseOutput):
+    """
+    What one denoising step gives.
+
+    Args:
+        prev_sample (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            The less noisy sample: the network's input at the next timestep, or the picture after the last one.
+        pred_original_sample (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            The picture that the network predicts at this timestep.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+class DDGANScheduler(SchedulerMixin, ConfigMixin):
+    """
+    A diffusion of few large steps whose reverse is drawn from q(x_{t-1} | x_t, x_0), with x_0 from a generator.
+
+    With u_k = eps + (1 - eps) k / T for k = 0 .. T, the forward process has the variance
+
+    - `"vp"`: 1 - exp(-u^2 (beta_max - beta_min) / 2 - u beta_min), the variance preserving SDE of
+      [Song et al. 2021](https://arxiv.org/abs/2011.13456), as discretised in the appendix of
+      [Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804);
+    - `"geometric"`: beta_min (beta_max / beta_min)^u;
+
+    and `betas[t] = 1 - (1 - variance(u_{t+1})) / (1 - variance(u_t))` for timesteps t = 0 .. T-1; `alphas_cumprod` is
+    the running product of 1 - betas. At t the network sees the sample with noise level `alphas_cumprod[t]`, and below
+    t = 0 lies the picture itself. The schedule is computed and kept in float64.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 4): T, the number of denoising steps.
+        beta_min (`float`, defaults to 0.1): see above.
+        beta_max (`float`, defaults to 20.0): see above.
+        variance_schedule (`"vp"` or `"geometric"`, defaults to `"vp"`): see above.
+        eps (`float`, defaults to 1e-3): the diffusion time at which the process begins, in [0, 1).
+        prediction_type (`"sample"`, `"epsilon"` or `"v_prediction"`, defaults to `"sample"`):
+            Whether the network gives x_0, the noise, or sqrt(alphas_cumprod) noise - sqrt(1 - alphas_cumprod) x_0.
+        clip_sample (`bool`, defaults to `False`): whether the predicted x_0 is clipped to [-1, 1].
+
+    Raises:
+        `ValueError`: for a schedule whose variance leaves (0, 1) or does not grow, and for unknown names.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 4,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        variance_schedule: Literal["vp", "geometric"] = "vp",
+        eps: float = 1e-3,
+        prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample",
+        clip_sample: bool = False,
+    ):
+        if num_train_timesteps < 1:
+            raise ValueError(f"`num_train_timesteps` is {num_train_timesteps}, but must be at least 1.")
+        if prediction_type not in ("sample", "epsilon", "v_prediction"):
+            raise ValueError(
+                f"`prediction_type` is {prediction_type!r}, but must be 'sample', 'epsilon' or 'v_prediction'."
+            )
+        if variance_schedule not in ("vp", "geometric"):
+            raise ValueError(f"`variance_schedule` is {variance_schedule!r}, but must be 'vp' or 'geometric'.")
+        possible = {
+            "vp": "0 < eps < 1, beta_min >= 0, beta_max >= 0 and 0 < beta_min + beta_max < 60",
+            "geometric": "0 <= eps < 1 and 0 < beta_min < beta_max < 1",
+        }[variance_schedule]
+        refusal = (
+            f"The {variance_schedule!r} schedule with beta_min={beta_min}, beta_max={beta_max} and eps={eps} is "
+            f"impossible: its variance must grow within (0, 1). Possible values: {possible}."
+        )
+        if not 0 <= eps < 1 or (variance_schedule == "geometric" and not (beta_min > 0 and beta_max > 0)):
+            raise ValueError(refusal)
+
+        u = eps + (1 - eps) * torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+        if variance_schedule == "vp":
+            variance = 1 - torch.exp(-0.5 * u**2 * (beta_max - beta_min) - u * beta_min)
+        else:
+            variance = beta_min * (beta_max / beta_min) ** u
+        if not ((variance > 0) & (variance < 1)).all() or not (variance.diff() > 0).all():
+            raise ValueError(refusal)
+
+        self.betas = 1 - (1 - variance[1:]) / (1 - variance[:-1])
+        self.alphas_cumprod = (1 - self.betas).cumprod(0)
+        self.init_noise_sigma = 1.0
+        self.set_timesteps()
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ):
+        """
+        Chooses the timesteps to sample with; `step` then uses the exact posterior between neighbouring levels.
+
+        Args:
+            num_inference_steps (`int`, *optional*, defaults to all T):
+                How many steps, spread evenly and beginning at T-1, where the sample is noise.
+            device (`str` or `torch.device`, *optional*): where `self.timesteps` shall be.
+            timesteps (`list[int]`, *optional*): instead of a number, the timesteps themselves, descending.
+
+        Raises:
+            `ValueError`: for both at once, a number outside 1 .. T, or timesteps that do not descend within T-1 .. 0.
+        """
+        T = self.config.num_train_timesteps
+        if num_inference_steps is not None and timesteps is not None:
+            raise ValueError("Only one of `num_inference_steps` and `timesteps` can be passed.")
+        if timesteps is None:
+            n = T if num_inference_steps is None else num_inference_steps
+            if not 1 <= n <= T:
+                raise ValueError(f"`num_inference_steps` is {n}, but the process was trained with {T}: use 1 to {T}.")
+            timesteps = [round(T * (n - i) / n) - 1 for i in range(n)]
+        timesteps = [int(t) for t in timesteps]
+        if not timesteps or timesteps != sorted(set(timesteps) & set(range(T)), reverse=True):
+            raise ValueError(f"`timesteps` is {timesteps}, but must descend within {T - 1} .. 0.")
+
+        self.num_inference_steps = len(timesteps)
+        self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
+
+        # A step goes to the level of the next lower chosen timestep, and from the lowest one to the picture itself.
+        level = self.alphas_cumprod
+        target = torch.ones_like(level)
+        for s in reversed(timesteps):
+            target[s + 1 :] = level[s]
+        alpha = level / target
+        # q(x_s | x_t, x_0) = N(original_coef x_0 + sample_coef x_t, std^2), s < t: equation (7) of arXiv 2006.11239
+        self._original_coef = target.sqrt() * (1 - alpha) / (1 - level)
+        self._sample_coef = alpha.sqrt() * (1 - target) / (1 - level)
+        self._std = ((1 - target) / (1 - level) * (1 - alpha)).sqrt()
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Returns `sample` as it is: the network sees the noisy sample itself, at every timestep."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDGANSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Draws the less noisy sample from q(x_s | x_t, x_0), where s is the next lower of `self.timesteps`.
+
+        That is the denoising distribution of arXiv 2112.07804, section 3.2, with x_0 from the network.
+
+        Args:
+            model_output (`torch.Tensor`): the network's output, of the shape of `sample`.
+            timestep (`int` or `torch.Tensor`): t, one for all, or an integer tensor `(batch_size,)` with one a sample.
+            sample (`torch.Tensor`): x_t. Half precision is computed in float32 and returned in half precision.
+            generator (`torch.Generator` or a list of them, *optional*):
+                Source of the noise; with a list, noise i comes from generator i alone. A step that all samples make
+                to the picture itself (`timestep` a single number, the last of `self.timesteps`) draws nothing.
+            variance_noise (`torch.Tensor`, *optional*): the noise itself, like `sample`; none is drawn then.
+            return_dict (`bool`, defaults to `True`): a [`DDGANSchedulerOutput`] or the tuple of its two tensors.
+        """
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        x_t, output = sample.to(dtype), model_output.to(dtype)
+
+        def at_t(table):
+            return self._at(table, timestep, x_t)
+
+        if self.config.prediction_type == "sample":
+            x_0 = output
+        elif self.config.prediction_type == "epsilon":
+            x_0 = (x_t - at_t((1 - self.alphas_cumprod).sqrt()) * output) / at_t(self.alphas_cumprod.sqrt())
+        else:
+            x_0 = at_t(self.alphas_cumprod.sqrt()) * x_t - at_t((1 - self.alphas_cumprod).sqrt()) * output
+        if self.config.clip_sample:
+            x_0 = x_0.clamp(-1, 1)
+
+        x_s = at_t(self._original_coef) * x_0 + at_t(self._sample_coef) * x_t
+        if not _is_single(timestep) or self._std[int(timestep)] > 0:
+            if variance_noise is None:
+                variance_noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=dtype)
+            x_s = x_s + at_t(self._std) * variance_noise.to(dtype)
+
+        x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
+        if not return_dict:
+            return x_s, x_0
+        return DDGANSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        Gives x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) noise, what the network sees at t.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): x_0.
+            noise (`torch.Tensor`): standard normal, of the shape of `original_samples`.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`): t, integers within 0 .. T-1.
+        """
+        dtype = torch.promote_types(original_samples.dtype, torch.float32)
+        x_0 = original_samples.to(dtype)
+        scale = self._at(self.alphas_cumprod.sqrt(), timesteps, x_0)
+        std = self._at((1 - self.alphas_cumprod).sqrt(), timesteps, x_0)
+        return (scale * x_0 + std * noise.to(dtype)).to(original_samples.dtype)
+
+    def add_noise_pair(
+        self,
+        original_samples: torch.Tensor,
+        timesteps: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Draws a pair of neighbours of the Markov chain, the discriminator's real pair in arXiv 2112.07804, section 3.2.
+
+        The first noise drawn makes the less noisy sample from x_0, the second is added on top of that:
+        x_t = sqrt(1 - betas[t]) x_{t-1} + sqrt(betas[t]) noise. At t = 0 the less noisy sample is x_0 itself.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): x_0.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`): t, integers within 0 .. T-1.
+            generator (`torch.Generator` or a list of them, *optional*): with a list, pair i comes from generator i.
+            noise (`tuple` of two `torch.Tensor`, *optional*): the first and the second noise; none is drawn then.
+
+        Returns:
+            the less noisy and the noisier sample, both of the shape of `original_samples`.
+        """
+        dtype = torch.promote_types(original_samples.dtype, torch.float32)
+        x_0 = original_samples.to(dtype)
+        level_below = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        if noise is None:
+            noise = [randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=dtype) for _ in range(2)]
+        first, second = (n.to(dtype) for n in noise)
+        less_noisy = self._at(level_below.sqrt(), timesteps, x_0) * x_0
+        less_noisy = less_noisy + self._at((1 - level_below).sqrt(), timesteps, x_0) * first
+        noisier = self._at((1 - self.betas).sqrt(), timesteps, x_0) * less_noisy
+        noisier = noisier + self._at(self.betas.sqrt(), timesteps, x_0) * second
+        return less_noisy.to(original_samples.dtype), noisier.to(original_samples.dtype)
+
+    @staticmethod
+    def _at(table: torch.Tensor, timestep: int | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
+        """The float64 table's entry at `timestep`: a number, or a tensor that broadcasts over `like`'s samples."""
+        if _is_single(timestep):
+            return table[int(timestep)].item()
+        entries = table.to(dtype=like.dtype).to(like.device)[timestep.to(like.device)]
+        return entries.view(-1, *[1] * (like.ndim - 1))
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def _is_single(timestep: int | torch.Tensor) -> bool:
+    return not torch.is_tensor(timestep) or timestep.ndim == 0

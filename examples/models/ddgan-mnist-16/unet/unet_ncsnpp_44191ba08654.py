@@ -1,0 +1,630 @@
+"""NCSN++ as the generator of Denoising Diffusion GANs: noisy picture, timestep and latent z give the clean picture."""
+
+import math
+from functools import partial
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
+
+
+def num_groups(channels: int) -> int:
+    """min(channels // 4, 32) groups, or the next smaller number that divides the channels."""
+    groups = max(min(channels // 4, 32), 1)
+    while channels % groups:
+        groups -= 1
+    return groups
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """Group norm whose scale and shift come from the latent embedding (arXiv 2112.07804, appendix)."""
+
+    def __init__(self, channels: int, latent_embed_dim: int):
+        super().__init__()
+        self.num_groups = num_groups(channels)
+        self.style = nn.Linear(latent_embed_dim, 2 * channels)
+
+    def forward(self, hidden_states: torch.Tensor, z_emb: torch.Tensor) -> torch.Tensor:
+        batch_size, channels, height, width = hidden_states.shape
+        gamma, beta = self.style(z_emb).chunk(2, dim=1)
+        # With the samples laid side by side as channels of one, group norm scales and shifts each of them in its one
+        # pass over memory, forward and backward.
+        together = hidden_states.reshape(1, batch_size * channels, height, width)
+        groups = batch_size * self.num_groups
+        return F.group_norm(together, groups, gamma.flatten(), beta.flatten(), eps=1e-6).view_as(hidden_states)
+
+
+class Downsample(nn.Module):
+    """
+    Halves height and width, rounding down, with a 3x3 convolution if `with_conv`.
+
+    With `fir`, the filter is the outer product of (1 3 3 1), normalised to sum 1, else a mean of 2x2.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, fir: bool, with_conv: bool):
+        super().__init__()
+        self.fir = fir
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2) if with_conv else None
+        if fir:
+            kernel = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+            self.register_buffer("kernel", kernel.outer(kernel)[None, None], persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        channels = hidden_states.shape[1]
+        if self.fir:
+            # a depthwise convolution; the strided 3x3 convolution that may follow takes every second pixel itself
+            kernel = self.kernel.to(hidden_states.dtype).expand(channels, -1, -1, -1)
+            if self.conv is None:
+                return F.conv2d(hidden_states, kernel, stride=2, padding=1, groups=channels)
+            return self.conv(F.conv2d(hidden_states, kernel, padding=2, groups=channels))
+        if self.conv is None:
+            return F.avg_pool2d(hidden_states, 2)
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """
+    Doubles height and width, with a 3x3 convolution if `with_conv`.
+
+    With `fir`, it is the transpose of the FIR filter of `Downsample` with gain 4, else nearest neighbour.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, fir: bool, with_conv: bool):
+        super().__init__()
+        self.fir = fir
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=0 if fir else 1) if with_conv else None
+        if fir:
+            kernel = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
+            self.register_buffer("kernel", kernel.outer(kernel)[None, None], persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        channels = hidden_states.shape[1]
+        if self.fir:
+            # a margin of one pixel is left for the 3x3 convolution, which has no padding of its own
+            margin = 1 if self.conv is None else 0
+            kernel = self.kernel.to(hidden_states.dtype).expand(channels, -1, -1, -1)
+            hidden_states = F.conv_transpose2d(hidden_states, kernel, stride=2, padding=margin, groups=channels)
+        else:
+            hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        return hidden_states if self.conv is None else self.conv(hidden_states)
+
+
+def extend_to(hidden_states: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Repeats the last row or column where `size` is odd, since halving had rounded it down."""
+    height, width = size[0] - hidden_states.shape[2], size[1] - hidden_states.shape[3]
+    if height == 0 and width == 0:
+        return hidden_states
+    return F.pad(hidden_states, (0, width, 0, height), mode="replicate")
+
+
+class ResnetBlock(nn.Module):
+    """
+    Residual block of NCSN++ with adaptive group norms.
+
+    `resnet_type` is "biggan" (may change the resolution; a 1x1 shortcut if channels or resolution change),
+    "biggan_oneadagn" (the second norm is a plain group norm) or "ddpm" (a 1x1 shortcut only where channels change).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_embed_dim: int | None,
+        latent_embed_dim: int,
+        resnet_type: str,
+        dropout: float,
+        skip_rescale: bool,
+        resample: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.skip_scale = math.sqrt(0.5) if skip_rescale else 1.0
+        self.norm1 = AdaptiveGroupNorm(in_channels, latent_embed_dim)
+        self.resample = resample
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = None if time_embed_dim is None else nn.Linear(time_embed_dim, out_channels)
+        self.two_adaptive_norms = resnet_type != "biggan_oneadagn"
+        if self.two_adaptive_norms:
+            self.norm2 = AdaptiveGroupNorm(out_channels, latent_embed_dim)
+        else:
+            self.norm2 = nn.GroupNorm(num_groups(out_channels), out_channels, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        changes = in_channels != out_channels or resample is not None
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if changes else None
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor | None, z_emb: torch.Tensor) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = F.silu(self.norm1(hidden_states, z_emb))
+        if self.resample is not None:
+            hidden_states = self.resample(hidden_states)
+            residual = self.resample(residual)
+        hidden_states = self.conv1(hidden_states)
+        if self.time_emb_proj is not None:
+            hidden_states = hidden_states.add_(self.time_emb_proj(temb)[:, :, None, None])
+        if self.two_adaptive_norms:
+            hidden_states = F.silu(self.norm2(hidden_states, z_emb))
+        else:
+            hidden_states = F.silu(self.norm2(hidden_states))
+        hidden_states = self.conv2(self.dropout(hidden_states))
+        if self.conv_shortcut is not None:
+            residual = self.conv_shortcut(residual)
+        return hidden_states.add_(residual).mul_(self.skip_scale)
+
+
+class AttentionProcessor:
+    """Single-head self-attention over all positions, through Diffusers' attention dispatch."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "AttentionBlock", hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = (proj(hidden_states)[:, :, None] for proj in (attn.to_q, attn.to_k, attn.to_v))
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out(hidden_states[:, :, 0])
+
+
+class AttentionBlock(nn.Module, AttentionModuleMixin):
+    """Group norm, single-head self-attention over all pixels, and the residual connection."""
+
+    _default_processor_cls = AttentionProcessor
+    _available_processors = (AttentionProcessor,)
+    _supports_qkv_fusion = False
+
+    def __init__(self, channels: int, skip_rescale: bool):
+        super().__init__()
+        self.skip_scale = math.sqrt(0.5) if skip_rescale else 1.0
+        self.group_norm = nn.GroupNorm(num_groups(channels), channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Linear(channels, channels)
+        self.set_processor(AttentionProcessor())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2)
+        tokens = self.processor(self, tokens)
+        return (hidden_states + tokens.transpose(1, 2).reshape(hidden_states.shape)) * self.skip_scale
+
+
+class NCSNppDownBlock(nn.Module):
+    """One level of the way down: residual blocks, attention, then the step down and the picture fed in again."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        resnet: partial,
+        attention: partial | None,
+        downsampler: nn.Module | None,
+        pyramid_downsampler: Downsample | None,
+        pyramid_conv: nn.Conv2d | None,
+        pyramid_combine: str,
+        skip_scale: float,
+    ):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_layers
+        self.resnets = nn.ModuleList(resnet(a, b) for a, b in pairwise(widths))
+        self.attentions = None
+        if attention is not None:
+            self.attentions = nn.ModuleList(attention(out_channels) for _ in range(num_layers))
+        self.downsampler = downsampler
+        # told now: Diffusers executes remote code anew at each load, which gives the name ResnetBlock to another class
+        self.downsampler_is_resnet = isinstance(downsampler, ResnetBlock)
+        self.pyramid_downsampler = pyramid_downsampler
+        self.pyramid_conv = pyramid_conv
+        self.pyramid_combine = pyramid_combine
+        self.skip_scale = skip_scale
+
+    def forward(self, hidden_states, pyramid, temb, z_emb):
+        """Gives the hidden states, those to keep for the way up, and the input pyramid at this resolution."""
+        kept = []
+        for i, resnet in enumerate(self.resnets):
+            hidden_states = resnet(hidden_states, temb, z_emb)
+            if self.attentions is not None:
+                hidden_states = self.attentions[i](hidden_states)
+            kept.append(hidden_states)
+        if self.downsampler is not None:
+            if self.downsampler_is_resnet:
+                hidden_states = self.downsampler(hidden_states, temb, z_emb)
+            else:
+                hidden_states = self.downsampler(hidden_states)
+            if self.pyramid_downsampler is not None:
+                pyramid = self.pyramid_downsampler(pyramid)
+                if self.pyramid_conv is None:
+                    pyramid = hidden_states = (pyramid + hidden_states) * self.skip_scale
+                elif self.pyramid_combine == "cat":
+                    hidden_states = torch.cat([self.pyramid_conv(pyramid), hidden_states], dim=1)
+                else:
+                    hidden_states = self.pyramid_conv(pyramid) + hidden_states
+            kept.append(hidden_states)
+        return hidden_states, kept, pyramid
+
+
+class NCSNppMidBlock(nn.Module):
+    """Residual block, attention, residual block at the coarsest level."""
+
+    def __init__(self, channels: int, resnet: partial, attention: partial):
+        super().__init__()
+        self.resnets = nn.ModuleList([resnet(channels, channels), resnet(channels, channels)])
+        self.attention = attention(channels)
+
+    def forward(self, hidden_states, temb, z_emb):
+        hidden_states = self.resnets[0](hidden_states, temb, z_emb)
+        hidden_states = self.attention(hidden_states)
+        return self.resnets[1](hidden_states, temb, z_emb)
+
+
+class NCSNppUpBlock(nn.Module):
+    """One level of the way up: residual blocks on what was kept, attention, the output pyramid, the step up."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        kept_channels: list[int],
+        out_channels: int,
+        resnet: partial,
+        attention: partial | None,
+        pyramid_upsampler: Upsample | None,
+        pyramid_channels: int | None,
+        upsampler: nn.Module | None,
+        residual_pyramid: bool,
+        skip_scale: float,
+    ):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (len(kept_channels) - 1)
+        self.resnets = nn.ModuleList(resnet(a + b, out_channels) for a, b in zip(widths, kept_channels, strict=True))
+        self.attention = None if attention is None else attention(out_channels)
+        self.pyramid_upsampler = pyramid_upsampler
+        self.pyramid_norm = self.pyramid_conv = None
+        if pyramid_channels is not None:
+            self.pyramid_norm = nn.GroupNorm(num_groups(out_channels), out_channels, eps=1e-6)
+            self.pyramid_conv = nn.Conv2d(out_channels, pyramid_channels, 3, padding=1)
+        self.upsampler = upsampler
+        self.upsampler_is_resnet = isinstance(upsampler, ResnetBlock)
+        self.residual_pyramid = residual_pyramid
+        self.skip_scale = skip_scale
+
+    def forward(self, hidden_states, kept, pyramid, temb, z_emb, size):
+        """Gives the hidden states, at `size` if there is a finer level, and the output pyramid at this resolution."""
+        for resnet, skip in zip(self.resnets, reversed(kept), strict=True):
+            hidden_states = resnet(torch.cat([hidden_states, skip], dim=1), temb, z_emb)
+        if self.attention is not None:
+            hidden_states = self.attention(hidden_states)
+        if self.pyramid_upsampler is not None:
+            pyramid = extend_to(self.pyramid_upsampler(pyramid), hidden_states.shape[2:])
+            if self.residual_pyramid:
+                pyramid = hidden_states = (pyramid + hidden_states) * self.skip_scale
+        if self.pyramid_conv is not None:
+            picture = self.pyramid_conv(F.silu(self.pyramid_norm(hidden_states)))
+            pyramid = picture if pyramid is None else pyramid + picture
+        if self.upsampler is not None:
+            if self.upsampler_is_resnet:
+                hidden_states = self.upsampler(hidden_states, temb, z_emb)
+            else:
+                hidden_states = self.upsampler(hidden_states)
+            hidden_states = extend_to(hidden_states, size)
+        return hidden_states, pyramid
+
+
+class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
+    """
+    The UNet of [Score-Based Generative Modeling through SDEs](https://arxiv.org/abs/2011.13456), conditioned on a
+    latent z as [Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804) do it: z is mapped by a small network,
+    whose output scales and shifts every group norm.
+
+    Args:
+        sample_size (`int` or `tuple[int, int]`, defaults to 32):
+            Height and width of the picture. Any size works; it decides which levels have attention.
+        in_channels (`int`, defaults to 3): channels of the noisy picture.
+        out_channels (`int`, defaults to 3): channels of the predicted picture.
+        block_out_channels (`tuple[int, ...]`, defaults to `(128, 256, 256, 256)`): width of each level, finest first.
+        base_channels (`int`, *optional*, defaults to `block_out_channels[0]`):
+            Width of the first convolution and number of sinusoids of the time embedding.
+        layers_per_block (`int`, defaults to 2): residual blocks a level on the way down; one more on the way up.
+        attention_resolutions (`tuple[int, ...]`, defaults to `(16,)`):
+            Heights `sample_size // 2**level` at which every residual block is followed by attention.
+        latent_dim (`int`, defaults to 100): length of z.
+        latent_embed_dim (`int`, defaults to 256): width of the network that maps z.
+        latent_mapping_layers (`int`, defaults to 4): its layers after the first one.
+        num_class_embeds (`int`, *optional*): number of classes, whose embeddings are added to that of z.
+        resnet_type (`"biggan"`, `"biggan_oneadagn"` or `"ddpm"`, defaults to `"biggan"`):
+            Residual blocks that resample inside, the same with one adaptive norm a block, or separate resampling.
+        fir (`bool`, defaults to `True`): resample with the (1 3 3 1) filter, else by 2x2 means and nearest neighbour.
+        resample_with_conv (`bool`, defaults to `True`): for `"ddpm"`: whether resampling has a 3x3 convolution.
+        progressive_input (`"none"`, `"input_skip"` or `"residual"`, defaults to `"residual"`):
+            Feed the downsampled picture in at every level: not, by a 1x1 convolution, or as a residual network.
+        progressive_combine (`"sum"` or `"cat"`, defaults to `"sum"`): how `"input_skip"` joins the hidden states.
+        progressive_output (`"none"`, `"output_skip"` or `"residual"`, defaults to `"none"`):
+            Sum the picture over the levels: not, by a convolution at each, or as a residual network.
+        time_conditioning (`bool`, defaults to `True`): whether the network sees the timestep.
+        time_embedding_type (`"positional"` or `"fourier"`, defaults to `"positional"`):
+            Sinusoids of t, or random Fourier features of log t (of log 1/2 at t = 0, where log t is undefined).
+        fourier_scale (`float`, defaults to 16.0): standard deviation of the frequencies of `"fourier"`.
+        skip_rescale (`bool`, defaults to `True`): divide sums of two branches by sqrt 2.
+        center_input_sample (`bool`, defaults to `False`): map an input in [0, 1] to [-1, 1].
+        tanh_output (`bool`, defaults to `True`): end in a tanh, which keeps the picture within [-1, 1].
+        dropout (`float`, defaults to 0.0): dropout probability in the residual blocks.
+
+    Raises:
+        `ValueError`: for an unknown name, and for more levels than halvings of `sample_size`.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["NCSNppDownBlock", "NCSNppMidBlock", "NCSNppUpBlock"]
+    _repeated_blocks: ClassVar = ["NCSNppDownBlock", "NCSNppMidBlock", "NCSNppUpBlock"]
+    _skip_layerwise_casting_patterns: ClassVar = ["norm"]
+    # Fourier frequencies reach 100 and more: rounded to half precision they would be other frequencies.
+    _keep_in_fp32_modules: ClassVar = ["time_proj"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (128, 256, 256, 256),
+        base_channels: int | None = None,
+        layers_per_block: int = 2,
+        attention_resolutions: tuple[int, ...] = (16,),
+        latent_dim: int = 100,
+        latent_embed_dim: int = 256,
+        latent_mapping_layers: int = 4,
+        num_class_embeds: int | None = None,
+        resnet_type: Literal["biggan", "biggan_oneadagn", "ddpm"] = "biggan",
+        fir: bool = True,
+        resample_with_conv: bool = True,
+        progressive_input: Literal["none", "input_skip", "residual"] = "residual",
+        progressive_combine: Literal["sum", "cat"] = "sum",
+        progressive_output: Literal["none", "output_skip", "residual"] = "none",
+        time_conditioning: bool = True,
+        time_embedding_type: Literal["positional", "fourier"] = "positional",
+        fourier_scale: float = 16.0,
+        skip_rescale: bool = True,
+        center_input_sample: bool = False,
+        tanh_output: bool = True,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("resnet_type", resnet_type, ("biggan", "biggan_oneadagn", "ddpm")),
+            ("progressive_input", progressive_input, ("none", "input_skip", "residual")),
+            ("progressive_combine", progressive_combine, ("sum", "cat")),
+            ("progressive_output", progressive_output, ("none", "output_skip", "residual")),
+            ("time_embedding_type", time_embedding_type, ("positional", "fourier")),
+        ):
+            if value not in known:
+                raise ValueError(f"`{name}` is {value!r}, but must be one of {', '.join(map(repr, known))}.")
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        levels = len(block_out_channels)
+        if min(height, width) >> (levels - 1) == 0:
+            raise ValueError(
+                f"`block_out_channels` has {levels} levels, too many to halve a picture of {height}x{width} pixels "
+                f"{levels - 1} times: use fewer levels or larger pictures."
+            )
+
+        self.gradient_checkpointing = False
+
+        # 1. embeddings of the timestep, of z and of the class
+        base_channels = base_channels or block_out_channels[0]
+        time_embed_dim = 4 * base_channels if time_conditioning else None
+        if time_conditioning:
+            if time_embedding_type == "fourier":
+                self.time_proj = GaussianFourierProjection(base_channels, fourier_scale, set_W_to_weight=False)
+                self.time_embedding = TimestepEmbedding(2 * base_channels, time_embed_dim)
+            else:
+                self.time_proj = Timesteps(base_channels, flip_sin_to_cos=False, downscale_freq_shift=1)
+                self.time_embedding = TimestepEmbedding(base_channels, time_embed_dim)
+        widths = [latent_dim] + [latent_embed_dim] * (latent_mapping_layers + 1)
+        self.latent_mapping = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, latent_embed_dim)
+
+        skip_scale = math.sqrt(0.5) if skip_rescale else 1.0
+        resnet = partial(
+            ResnetBlock,
+            time_embed_dim=time_embed_dim,
+            latent_embed_dim=latent_embed_dim,
+            resnet_type=resnet_type,
+            dropout=dropout,
+            skip_rescale=skip_rescale,
+        )
+        attention = partial(AttentionBlock, skip_rescale=skip_rescale)
+        has_attention = [height >> level in attention_resolutions for level in range(levels)]
+
+        # 2. down
+        self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
+        channels, pyramid_channels = base_channels, in_channels
+        kept_channels = [channels]
+        self.down_blocks = nn.ModuleList()
+        for level, out in enumerate(block_out_channels):
+            kept_channels += [out] * layers_per_block
+            downsampler = pyramid_downsampler = pyramid_conv = None
+            width_after = out
+            if level < levels - 1:
+                if resnet_type == "ddpm":
+                    downsampler = Downsample(out, out, fir, with_conv=resample_with_conv)
+                else:
+                    downsampler = resnet(out, out, resample=Downsample(out, out, fir, with_conv=False))
+                if progressive_input == "input_skip":
+                    pyramid_downsampler = Downsample(in_channels, in_channels, fir, with_conv=False)
+                    pyramid_conv = nn.Conv2d(in_channels, out, 1)
+                    width_after = 2 * out if progressive_combine == "cat" else out
+                elif progressive_input == "residual":
+                    pyramid_downsampler = Downsample(pyramid_channels, out, fir, with_conv=True)
+                    pyramid_channels = out
+                kept_channels.append(width_after)
+            self.down_blocks.append(
+                NCSNppDownBlock(
+                    channels,
+                    out,
+                    layers_per_block,
+                    resnet,
+                    attention if has_attention[level] else None,
+                    downsampler,
+                    pyramid_downsampler,
+                    pyramid_conv,
+                    progressive_combine,
+                    skip_scale,
+                )
+            )
+            channels = width_after
+
+        # 3. middle
+        self.mid_block = NCSNppMidBlock(channels, resnet, attention)
+
+        # 4. up
+        pyramid_channels = None
+        self.up_blocks = nn.ModuleList()
+        for level, out in reversed(list(enumerate(block_out_channels))):
+            kept = [kept_channels.pop() for _ in range(layers_per_block + 1)]
+            upsampler = pyramid_upsampler = None
+            if progressive_output == "output_skip":
+                picture_channels = out_channels
+                if level < levels - 1:
+                    pyramid_upsampler = Upsample(out_channels, out_channels, fir, with_conv=False)
+            elif progressive_output == "residual":
+                picture_channels = out if level == levels - 1 else None
+                if level < levels - 1:
+                    pyramid_upsampler = Upsample(pyramid_channels, out, fir, with_conv=True)
+                pyramid_channels = out
+            else:
+                picture_channels = None
+            if level > 0:
+                if resnet_type == "ddpm":
+                    upsampler = Upsample(out, out, fir, with_conv=resample_with_conv)
+                else:
+                    upsampler = resnet(out, out, resample=Upsample(out, out, fir, with_conv=False))
+            self.up_blocks.append(
+                NCSNppUpBlock(
+                    channels,
+                    kept,
+                    out,
+                    resnet,
+                    attention if has_attention[level] else None,
+                    pyramid_upsampler,
+                    picture_channels,
+                    upsampler,
+                    progressive_output == "residual",
+                    skip_scale,
+                )
+            )
+            channels = out
+
+        # 5. out
+        self.conv_norm_out = self.conv_out = None
+        if progressive_output != "output_skip":
+            self.conv_norm_out = nn.GroupNorm(num_groups(channels), channels, eps=1e-6)
+            self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+        self._init_weights()
+
+    def _init_weights(self):
+        """Uniform weights of variance scale / fan_avg, biases 0; near zero where a branch joins the main path."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                init_uniform(module)
+        for module in self.modules():
+            if isinstance(module, AdaptiveGroupNorm):
+                nn.init.ones_(module.style.bias[: module.style.out_features // 2])
+            elif isinstance(module, ResnetBlock):
+                init_uniform(module.conv2, scale=1e-10)
+                if module.conv_shortcut is not None and self.config.resnet_type == "ddpm":
+                    init_uniform(module.conv_shortcut, scale=0.1)
+            elif isinstance(module, AttentionBlock):
+                for projection in (module.to_q, module.to_k, module.to_v):
+                    init_uniform(projection, scale=0.1)
+                init_uniform(module.to_out, scale=1e-10)
+        if self.conv_out is not None:
+            init_uniform(self.conv_out, scale=1e-10)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        z: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """
+        Predicts the clean picture.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): the noisy picture.
+            timestep (`torch.Tensor`, `float` or `int`): t, one for all or of shape `(batch_size,)`.
+            z (`torch.Tensor` of shape `(batch_size, latent_dim)`): the latent, standard normal.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): integers below `num_class_embeds`.
+            return_dict (`bool`, defaults to `True`): an [`~models.unets.unet_2d.UNet2DOutput`] or a tuple of one.
+
+        Raises:
+            `ValueError`: if class labels are given or missing against what the network was built for.
+        """
+        if (class_labels is None) != (self.class_embedding is None):
+            raise ValueError(
+                "`class_labels` must be given exactly if the network was built with `num_class_embeds`, which is "
+                f"{self.config.num_class_embeds}."
+            )
+
+        # 1. embeddings
+        temb = None
+        if self.config.time_conditioning:
+            timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+            if self.config.time_embedding_type == "fourier":
+                timestep = timestep.float().clamp(min=0.5)
+            temb = F.silu(self.time_embedding(self.time_proj(timestep).to(sample.dtype)))
+        z_emb = F.rms_norm(z.float(), z.shape[-1:], eps=1e-8).to(sample.dtype)
+        for layer in self.latent_mapping:
+            z_emb = F.silu(layer(z_emb))
+        if self.class_embedding is not None:
+            z_emb = z_emb + self.class_embedding(class_labels)
+
+        # 2. down
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1
+        hidden_states = self.conv_in(sample)
+        kept, pyramid = [hidden_states], sample
+        for block in self.down_blocks:
+            hidden_states, kept_here, pyramid = self._run(block, hidden_states, pyramid, temb, z_emb)
+            kept += kept_here
+
+        # 3. middle
+        hidden_states = self._run(self.mid_block, hidden_states, temb, z_emb)
+
+        # 4. up
+        pyramid = None
+        for block in self.up_blocks:
+            kept, kept_here = kept[: -len(block.resnets)], kept[-len(block.resnets) :]
+            size = kept[-1].shape[2:] if kept else None
+            hidden_states, pyramid = self._run(block, hidden_states, kept_here, pyramid, temb, z_emb, size)
+
+        # 5. out
+        if self.conv_out is not None:
+            hidden_states = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
+        else:
+            hidden_states = pyramid
+        if self.config.tanh_output:
+            hidden_states = hidden_states.tanh()
+
+        if not return_dict:
+            return (hidden_states,)
+        return UNet2DOutput(sample=hidden_states)
+
+    def _run(self, block, *args):
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+
+def init_uniform(layer: nn.Linear | nn.Conv2d, scale: float = 1.0):
+    """Uniform weights of variance scale / fan_avg and zero biases."""
+    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
+    nn.init.zeros_(layer.bias)
