@@ -32,7 +32,7 @@ from ddgan.training.checkpoints import replace_file
 from ddgan.training.data import CHANNEL_MODES, Preprocessing, TrainingData
 from ddgan.training.loop import Job, Player, Trainer, open_run
 from ddgan.training.objectives import DenoisingObjective
-from ddgan.training.results import repository_for, settings_for_card, upload
+from ddgan.training.results import repository_for, settings_for_card
 from ddgan.training.schedules import schedule
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     objective = DenoisingObjective(pipeline.scheduler, args.min_snr_gamma)
     player = Player("", unet, objective, optimizer, partial(schedule, args=rate))
-    trainer = Trainer(Job([player], pipeline, unet, draw, card, arguments), data, run, accelerator)
+    trainer = Trainer(Job([player], pipeline, unet, draw, card, arguments), data, run, accelerator, repo_id)
     trainer.run()
     if accelerator.is_main_process:
         before, after = (trainer.sample_path(step) for step in (0, trainer.step))
@@ -129,8 +129,6 @@ def main(argv: list[str] | None = None) -> None:
             picture = before_after(Image.open(before), Image.open(after))
             replace_file(Path(run.output_dir) / "before_after.png", picture.save)
         trainer.finish()
-        if repo_id:
-            upload(run, repo_id)
 
 
 def load_start_model(args: FinetuneArguments, data_args: DataArguments) -> DDPMPipeline:

@@ -5,6 +5,7 @@
 Where no --recipe or --config is named it is `--recipe tutorial`, and where no data are named they are MNIST.
 """
 
+import json
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +34,7 @@ from ddgan.training.arguments import (
 from ddgan.training.data import Preprocessing, TrainingData
 from ddgan.training.loop import Job, Player, Trainer, open_run
 from ddgan.training.objectives import ClassConditionalObjective
-from ddgan.training.results import repository_for, settings_for_card, upload
+from ddgan.training.results import repository_for, settings_for_card
 from ddgan.training.schedules import schedule
 
 RECIPES = {
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         f"pixels. Its {len(classes)} classes are {', '.join(classes)}; the grid has a row for each.",
         usage=USAGE.format(
             model=repo_id or Path(run.output_dir).resolve().name,
-            name=classes[0],
+            name=json.dumps(classes[0], ensure_ascii=False),
             guidance=f"guidance_scale={args.guidance_scale}, " if args.class_dropout else "",
             steps=args.sample_steps,
         ),
@@ -184,12 +185,10 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.set_progress_bar_config(disable=True)
     player = Player("", unet, objective, optimizer, partial(schedule, args=rate))
     grid = partial(image_grid, columns=samples_per_class, row_labels=classes)
-    trainer = Trainer(Job([player], pipeline, unet, draw, card, arguments, grid), data, run, accelerator)
+    trainer = Trainer(Job([player], pipeline, unet, draw, card, arguments, grid), data, run, accelerator, repo_id)
     trainer.run()
     if accelerator.is_main_process:
         trainer.finish()
-        if repo_id:
-            upload(run, repo_id)
 
 
 def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> None:
@@ -276,7 +275,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{model}", trust_remote_code=True)
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-image = pipe(class_labels="{name}", {guidance}num_inference_steps={steps}).images[0]
+image = pipe(class_labels={name}, {guidance}num_inference_steps={steps}).images[0]
 """
 
 

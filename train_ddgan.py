@@ -29,7 +29,7 @@ from ddgan.training.arguments import (
 )
 from ddgan.training.data import Preprocessing, TrainingData
 from ddgan.training.loop import Job, Player, Trainer, open_run
-from ddgan.training.results import repository_for, settings_for_card, upload
+from ddgan.training.results import repository_for, settings_for_card
 from ddgan.training.schedules import cosine_by_epoch
 
 RECIPES = Path(__file__).parent / "examples" / "recipes"
@@ -159,12 +159,10 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = DDGANPipeline(generator, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     job = Job(players, pipeline, generator, draw, card, arguments, watch=Watch())
-    trainer = Trainer(job, data, run, accelerator)
+    trainer = Trainer(job, data, run, accelerator, repo_id)
     trainer.run()
     if accelerator.is_main_process:
         trainer.finish()
-        if repo_id:
-            upload(run, repo_id)
 
 
 def build(

@@ -80,8 +80,12 @@ def card_text(facts: CardFacts) -> str:
         facts.summary,
         *(f"![{caption}]({name})\n\n*{caption}*" for name, caption in facts.pictures.items()),
         f"## Use\n\n```python\n{facts.usage.strip()}\n```",
-        f"## {facts.origin}\n\n{_table(facts.training)}\n\nMade with {packages}.",
-        f"<details><summary>All settings</summary>\n\n{_table(facts.settings)}\n\n</details>",
+        *([f"## {facts.origin}\n\n{_table(facts.training)}\n\nMade with {packages}."] if facts.training else []),
+        *(
+            [f"<details><summary>All settings</summary>\n\n{_table(facts.settings)}\n\n</details>"]
+            if facts.settings
+            else []
+        ),
         *(
             [f"## Code\n\n`trust_remote_code=True` runs these files of this repository:\n\n{_table(hashes)}"]
             if (hashes := {f"`{name}`": f"SHA-256 `{digest}`" for name, digest in facts.code.items()})

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from huggingface_hub import close_session, constants
+from local_hub import LocalHub
 from tiny import finetune_flags, tiny_unet, write_images
 
 torch.set_num_threads(1)  # tiny networks only lose by more
@@ -68,3 +70,19 @@ def finetune(tiny_model, images, tmp_path):
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture
+def local_hub(monkeypatch, tmp_path):
+    """A Hub on this machine; the client here, and in processes that are started from here, talks to it as `ann`."""
+    with LocalHub() as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_ann"}
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        # the client has read them when it was imported
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        yield hub
+    close_session()

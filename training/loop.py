@@ -25,13 +25,14 @@ from tqdm import tqdm
 
 from ..errors import InputError, RunError
 from ..hub.cards import CardFacts
+from ..hub.upload import BackgroundUpload
 from ..sampling.pictures import image_grid
 from .arguments import RunArguments, write_config
 from .checkpoints import Checkpoints, load_state, remove_leftovers, replace_file, replace_tree
 from .data import Batch, TrainingData
 from .objectives import Samples
 from .randomness import Draws, key
-from .results import report, write_card
+from .results import finish_upload, report, write_card
 from .sharding import local, reshard, whole, whole_pipeline
 from .tracking import Metrics, plot_losses, read_metrics, start_trackers, track_picture, tracker_names
 
@@ -128,9 +129,12 @@ class Trainer:
         data: on what.
         args: for how long, and what is shown and kept.
         accelerator: where.
+        repo_id: the repository that every save is uploaded to, in the main process.
     """
 
-    def __init__(self, job: Job, data: TrainingData, args: RunArguments, accelerator: Accelerator):
+    def __init__(
+        self, job: Job, data: TrainingData, args: RunArguments, accelerator: Accelerator, repo_id: str | None = None
+    ):
         self.job, self.data, self.args, self.accelerator = job, data, args, accelerator
         self.plan = data.plan
         self.folder = Path(args.output_dir)
@@ -173,6 +177,7 @@ class Trainer:
         if accelerator.is_main_process:
             replace_file(self.folder / _CONFIG, lambda path: write_config(path, *job.arguments))
         self.metrics = Metrics(self.folder / "metrics.csv", self.step) if accelerator.is_main_process else None
+        self.upload = BackgroundUpload(self.folder, repo_id) if repo_id else None
         self.pending = []  # what `_train_step` leaves of the steps not yet logged
         self.clock = _Clock(mark=(0.0, self.plan.images_seen(self.step)))
 
@@ -359,13 +364,17 @@ class Trainer:
             if self.accelerator.is_main_process:
                 plot_losses(self.folder / "metrics.csv", self.folder / "loss.png")
                 write_card(self.folder, self.job.card, self.facts())
+                if self.upload and self.step < self.total_steps:
+                    self.upload.push(f"Step {self.step} of {self.total_steps}")
             self.accelerator.wait_for_everyone()
 
     def finish(self) -> None:
-        """Write the card once more, when all pictures are there, and say where things are."""
+        """Write the card once more, when all pictures are there, say where things are, and upload them."""
         facts = self.facts()
         write_card(self.folder, self.job.card, facts)
         report(self.folder, facts)
+        if self.upload:
+            finish_upload(self.upload, self.args)
 
     def facts(self) -> dict[str, Any]:
         """What is known of the run so far, for the model card."""

@@ -1,11 +1,12 @@
-"""What a run leaves for people: its model card, a report on where things are, and the upload."""
+"""What a run leaves for people: its model card, a report on where things are, and its uploads."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError, RunError
 from ..hub.cards import CARD_NAME, CardFacts, card_text, code_files, is_repo_id
-from ..hub.upload import open_repository, push_folder, who_am_i
+from ..hub.upload import BackgroundUpload, Repository, who_am_i
 from .arguments import RunArguments
 from .checkpoints import replace_file
 
@@ -72,19 +73,26 @@ def repository_for(args: RunArguments) -> str:
     Raises:
         InputError: if nobody is logged in, the Hub does not answer, or the repository cannot be made.
     """
-    user = who_am_i()
-    repo_id = args.hub_model_id or f"{user}/{args.model_save_name}"
-    open_repository(repo_id, args.hub_private)
+    try:
+        user = who_am_i()
+        repo_id = args.hub_model_id or args.model_save_name
+        repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+        Repository(repo_id).open(args.hub_private)
+    except (InputError, RunError) as error:
+        raise InputError(f"--push_to_hub: {error}") from error
     return repo_id
 
 
-def upload(args: RunArguments, repo_id: str) -> None:
+def finish_upload(background: BackgroundUpload, args: RunArguments) -> None:
     """Upload a finished run folder; a failure is told, and leaves the run as it is."""
+    repository = background.repository
+    print(f"uploading to   {repository.url}", flush=True)
     try:
-        print(f"uploaded       {push_folder(Path(args.output_dir), repo_id)}")
-    except Exception as error:  # whatever it is, the run itself is done and saved
+        print(f"uploaded       {background.finish('Upload finished model').url}")
+    except (Exception, KeyboardInterrupt) as error:  # whatever it is, the run itself is done and saved
+        private = " --private" if args.hub_private else ""
+        reason = str(error) or "The upload was stopped."
         print(
-            f"\nThe upload to {repo_id} failed: {error}\nThe model is whole in {args.output_dir}; to upload it:\n"
-            f"    hf upload {repo_id} {args.output_dir} --exclude config.yaml --exclude 'checkpoints/*' "
-            "--exclude 'logs/*'"
+            f"\n{reason}\nThe model is whole in {args.output_dir}; this finishes the upload:\n"
+            f"    python scripts/push_to_hub.py --folder {args.output_dir} --repo_id {repository.repo_id}{private}"
         )

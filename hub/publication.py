@@ -1,0 +1,139 @@
+"""What of a folder is published, as others are to see it."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import SpaceCard
+
+from ..errors import InputError
+from .cards import CARD_NAME, CardFacts, card_text, code_files, is_repo_id
+
+# what `save_pretrained` of models and schedulers writes
+_PART_FILES = ("config.json", "*_config.json", "diffusion_pytorch_model*.safetensors", "*.safetensors.index.json")
+_TEXTS = (CARD_NAME, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+_PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
+_SPACE_FILES = (".py", ".md", ".txt", ".css", *_PICTURES)
+
+
+def pipeline_files(folder: Path) -> list[str]:
+    """
+    What is published of a pipeline folder, by paths in it.
+
+    These are the parts of the pipeline, their code, the card, the pictures that it shows, and a licence. All else
+    stays, whatever it is: checkpoints, optimizer states, logs, settings, tokens, editors' files.
+
+    Raises:
+        InputError: if it is not a pipeline folder.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise InputError(
+            f"{folder} is not a pipeline folder: it has no model_index.json. Name the folder that a training run or "
+            "`save_pretrained` wrote."
+        )
+    parts = _parts(folder)
+    found = [file for part in parts for pattern in _PART_FILES for file in (folder / part).glob(pattern)]
+    found += [folder / name for name in ("model_index.json", *code_files(folder), *_TEXTS)]
+    if (folder / CARD_NAME).is_file():
+        text = (folder / CARD_NAME).read_text(encoding="utf-8")
+        shown = [folder / (found[1] or found[2]) for found in re.finditer(r'!\[[^]]*]\(([^)\s]+)|src="([^"]+)"', text)]
+        found += [file for file in shown if _is_within(file, folder) and file.suffix.lower() in _PICTURES]
+    return sorted({file.relative_to(folder).as_posix() for file in found if file.is_file()})
+
+
+def snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
+    """
+    What is published of a pipeline folder, as it is now, in a folder of its own.
+
+    Its files are hard links, which a later save does not touch, or copies where the filesystem has no links. The card
+    loads the pipeline from `repo_id`, and no file says from where on this machine something was loaded. A pipeline
+    without a card gets one that says what it consists of.
+
+    Raises:
+        InputError: if it is not a pipeline folder.
+    """
+    names = pipeline_files(folder)
+    texts = {name: _for_others(folder / name, repo_id) for name in names}
+    if CARD_NAME not in names:
+        texts[CARD_NAME] = _card_of_parts(folder, repo_id)
+    taken = TemporaryDirectory(prefix=".tmp-upload-", dir=folder if os.access(folder, os.W_OK) else None)
+    for name, text in texts.items():
+        target = Path(taken.name, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            target.write_text(text, encoding="utf-8", newline="\n")
+            continue
+        try:
+            os.link((folder / name).resolve(), target)
+        except OSError:
+            shutil.copyfile(folder / name, target)
+    return taken
+
+
+def space_snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
+    """
+    What is published of a folder that holds a Space, its card naming the model `repo_id`; hidden files stay.
+
+    Raises:
+        InputError: if it is not such a folder.
+    """
+    if not (folder / CARD_NAME).is_file():
+        raise InputError(
+            f"There is no Space to upload: {folder} has no {CARD_NAME}. It comes with a clone of this project."
+        )
+    taken = TemporaryDirectory()
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder)
+        if file.is_file() and file.suffix in _SPACE_FILES and not any(part.startswith(".") for part in name.parts):
+            target = Path(taken.name, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    card = SpaceCard.load(folder / CARD_NAME)
+    card.data.models = [repo_id]
+    card.save(Path(taken.name, CARD_NAME))
+    return taken
+
+
+def _parts(folder: Path) -> dict[str, str]:
+    """The class names of a pipeline's parts, by the names of the parts."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    return {name: class_name for name, (_, class_name) in pairs.items() if class_name}
+
+
+def _is_within(file: Path, folder: Path) -> bool:
+    return file.resolve().is_relative_to(folder.resolve())
+
+
+def _for_others(file: Path, repo_id: str) -> str | None:
+    """The text of a file as it is published, where that differs from the file."""
+    if file.name == CARD_NAME:
+        text = file.read_text(encoding="utf-8")
+        load = re.compile(r'(from_pretrained\(")([^"]*)"')
+        return load.sub(lambda found: found[0] if is_repo_id(found[2]) else f'{found[1]}{repo_id}"', text)
+    if file.suffix == ".json":
+        config = json.loads(file.read_text(encoding="utf-8"))
+        origin = config.pop("_name_or_path", None) or ""
+        if ("/" in origin or "\\" in origin) and not is_repo_id(origin):
+            return json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return None
+
+
+def _card_of_parts(folder: Path, repo_id: str) -> str:
+    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    parts = [f"`{class_name}` ({part})" for part, class_name in _parts(folder).items()]
+    code = code_files(folder)
+    trust = ", trust_remote_code=True" if code else ""
+    usage = f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{repo_id}"{trust})'
+    facts = CardFacts(
+        title=repo_id.partition("/")[2],
+        summary=f"A `{name if isinstance(name, str) else name[1]}` of {' and '.join(parts)}.",
+        usage=usage,
+        settings={},
+        license_note="The licence of the weights is not known here: look it up before passing this on.",
+        code=code,
+    )
+    return card_text(facts)

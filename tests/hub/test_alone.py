@@ -1,0 +1,50 @@
+"""The picture by which a repository is compared with a folder tells their pipelines apart, whatever their kind."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from tiny import tiny_unet
+
+from ddgan import (
+    ClassConditionalPipeline,
+    ClassConditionedUnet,
+    ContextUnet,
+    DDGANPipeline,
+    DDGANScheduler,
+    GuidedPipeline,
+    NCSNpp,
+)
+from ddgan.hub.alone import draw
+
+SIZES = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+BLOCKS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+DDGAN = {"sample_size": 8, "block_out_channels": (8, 12), "layers_per_block": 1, "latent_dim": 5}
+PIPELINES = {
+    "plain": lambda: DDPMPipeline(tiny_unet(), DDPMScheduler()),
+    "grey": lambda: DDPMPipeline(tiny_unet(in_channels=1, out_channels=1), DDPMScheduler()),
+    "ddgan": lambda: DDGANPipeline(NCSNpp(**DDGAN, attention_resolutions=()), DDGANScheduler()),
+    "ddgan by class": lambda: DDGANPipeline(
+        NCSNpp(**DDGAN, attention_resolutions=(), num_class_embeds=3), DDGANScheduler()
+    ),
+    "by class": lambda: ClassConditionalPipeline(ClassConditionedUnet(**SIZES, **BLOCKS), DDPMScheduler()),
+    "by context": lambda: ClassConditionalPipeline(ContextUnet(n_feat=8, height=8), DDIMScheduler()),
+    "guided": lambda: GuidedPipeline(tiny_unet(), DDIMScheduler()),
+    "guided by class": lambda: GuidedPipeline(ClassConditionedUnet(**SIZES, **BLOCKS), DDIMScheduler()),
+}
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_it_depends_on_the_weights_and_on_nothing_else(kind):
+    torch.manual_seed(0)
+    pipe = PIPELINES[kind]()
+    pipe.unet.eval()
+    for parameter in pipe.unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    first = draw(pipe)
+    torch.manual_seed(1)
+    assert first.shape == (8, 8, 1 if kind == "grey" else first.shape[2])
+    assert np.array_equal(draw(pipe), first)
+    with torch.no_grad():
+        list(pipe.unet.parameters())[-1].add_(0.1)
+    assert not np.array_equal(draw(pipe), first)

@@ -1,0 +1,445 @@
+"""Claims about uploads, made by the real client to a Hub on this machine over HTTP."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard, SpaceCard
+
+from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
+from ddgan.errors import InputError, RunError
+from ddgan.hub import upload
+from ddgan.hub.publication import pipeline_files, snapshot
+from ddgan.hub.upload import BackgroundUpload, Repository, upload_space, who_am_i
+
+COMMIT = "POST /api/models/ann/model/commit/"
+STORE = "PUT /storage/"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    """A pipeline folder with code, a card and a picture, and with what else may lie in one."""
+    folder = tmp_path_factory.mktemp("pipeline") / "my-model"
+    torch.manual_seed(0)
+    unet = NCSNpp(
+        sample_size=8,
+        block_out_channels=(8, 12),
+        layers_per_block=1,
+        attention_resolutions=(4,),
+        latent_dim=5,
+        latent_embed_dim=8,
+        latent_mapping_layers=1,
+    )
+    DDGANPipeline(unet.eval(), DDGANScheduler()).save_pretrained(folder)
+    (folder / "README.md").write_text(
+        "---\nlicense: mit\n---\n# model\n\n![grid](samples/step-2.png) ![one](../secret.png) "
+        '![far](https://x.y/z.png) <img src="x.png">\n\n'
+        '```python\npipe = DiffusionPipeline.from_pretrained("my-model", trust_remote_code=True)\n```\n'
+    )
+    (folder.parent / "secret.png").write_bytes(b"secret")
+    stays = (
+        "config.yaml token .env README.md~ .README.md.swp notes.txt metrics.csv nohup.out unet/optimizer.bin "
+        "unet/token.txt unet/#config.json# unet/optimizer.safetensors checkpoints/step-1/model.safetensors "
+        "checkpoints/step-1/optimizer.bin logs/events.out wandb/run.json samples/step-1.png .git/config "
+        "__pycache__/pipeline.pyc old_pipeline.py unet/.tmp-1-config.json .tmp-files/model_index.json"
+    )
+    for name in (*stays.split(), "samples/step-2.png", "x.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"secret {name}")
+    return folder
+
+
+@pytest.fixture
+def folder(pipeline, tmp_path) -> Path:
+    """Something to upload: a small text and two large files."""
+    folder = tmp_path / "to_upload"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# model\n")
+    (folder / "large.bin").write_bytes(os.urandom(400_000))
+    (folder / "weights.safetensors").write_bytes(os.urandom(3_000))
+    return folder
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """How long somebody waited; nobody does."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def opened(**options) -> Repository:
+    repository = Repository("ann/model", **options)
+    repository.open()
+    return repository
+
+
+def there(hub, ref="main") -> dict[str, bytes]:
+    return {name: content for name, content in hub.files("ann/model", ref).items() if name != ".gitattributes"}
+
+
+# ---- what is published
+
+
+def test_only_the_pipeline_its_code_its_card_and_its_pictures_are_published(pipeline):
+    code = [f"{name}.py" for name in ("pipeline_ddgan", "scheduler/scheduling_ddgan", "unet/unet_ncsnpp")]
+    rest = ["README.md", "model_index.json", "samples/step-2.png", "scheduler/scheduler_config.json", "x.png"]
+    rest += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    names = [name if not name.endswith(".py") else f"{name[:-16]}.py" for name in pipeline_files(pipeline)]
+    assert sorted(names) == sorted(code + rest)
+
+
+def test_a_snapshot_is_not_touched_by_the_next_save_and_leaves_the_folder_as_it_was(pipeline):
+    before = contents(pipeline)
+    with snapshot(pipeline, "ann/model") as taken:
+        names, weights = pipeline_files(pipeline), "unet/diffusion_pytorch_model.safetensors"
+        assert sorted(contents(Path(taken))) == names
+        assert os.path.samefile(Path(taken, weights), pipeline / weights), "a copy, where links would do"
+        (pipeline / "new").write_bytes(b"another save")
+        os.replace(pipeline / "new", pipeline / weights)
+        assert Path(taken, weights).read_bytes() == before[weights]
+        (pipeline / weights).write_bytes(before[weights])
+    assert contents(pipeline) == before
+
+
+def test_the_published_card_loads_the_repository_and_no_file_says_where_it_lay(pipeline, tmp_path):
+    DDGANPipeline.from_pretrained(pipeline).unet.save_pretrained(tmp_path / "unet")
+    index = json.loads((pipeline / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_name_or_path": str(pipeline)}))
+    with snapshot(tmp_path, "ann/model") as taken:
+        assert "_name_or_path" not in (Path(taken, "model_index.json").read_text())
+        assert str(pipeline.parent) not in Path(taken, "unet", "config.json").read_text()
+        card = ModelCard.load(Path(taken, "README.md"))
+        assert "A `DDGANPipeline` of `DDGANScheduler` (scheduler) and `NCSNpp` (unet)." in card.text
+        assert 'from_pretrained("ann/model"' in card.text and "| | |" not in card.text
+    with snapshot(pipeline, "ann/model") as taken:
+        assert 'from_pretrained("ann/model", trust' in Path(taken, "README.md").read_text()
+
+
+def test_a_folder_without_a_pipeline_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"not a pipeline folder: it has no model_index\.json"):
+        snapshot(tmp_path, "ann/model")
+
+
+# ---- who may do what
+
+
+def test_what_is_uploaded_is_read_back(local_hub, folder):
+    repository = opened()
+    done = repository.upload(folder, "first")
+    assert there(local_hub) == contents(folder)
+    assert done == (local_hub.repos["model", "ann/model"].refs["main"][-1], f"{repository.url}/commit/{done.commit}")
+    assert set(local_hub.large) == {
+        info.lfs.sha256 for info in HfApi().list_repo_tree("ann/model", recursive=True) if info.lfs
+    }
+    (folder / "large.bin").write_bytes(b"small now")
+    second = repository.upload(folder, "second")
+    assert there(local_hub) == contents(folder) and there(local_hub, done.commit) != contents(folder)
+    assert repository.upload(folder, "again") == second
+    assert local_hub.asked(COMMIT) == 2 and local_hub.asked(STORE) == 2
+
+
+def test_a_private_repository_is_seen_by_its_owner_alone(local_hub, folder, monkeypatch):
+    repository = Repository("ann/model")
+    repository.open(private=True)
+    repository.upload(folder, "first")
+    assert HfApi().model_info("ann/model").private
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    assert not HfApi().repo_exists("ann/model")
+    with pytest.raises(InputError, match="no right to write to ann/model"):
+        opened()
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(local_hub):
+    opened()
+    with pytest.raises(InputError, match=r"ann/model is there already, and everybody can see it"):
+        Repository("ann/model").open(private=True)
+
+
+def test_who_is_not_logged_in_or_may_not_write_is_told_so(local_hub, folder, monkeypatch):
+    repository = opened()
+    assert who_am_i() == "ann"
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    for refused in (lambda: repository.upload(folder, "mine now"), Repository("ann/other").open):
+        with pytest.raises(InputError, match=r"You have no right to write to ann/\w+: You do not have the rights"):
+            refused()
+    monkeypatch.setenv("HF_TOKEN", "hf_ann_reads")
+    with pytest.raises(InputError, match=r"The token of ann may only read: make one .* by `hf auth login`"):
+        who_am_i()
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    for refused in (who_am_i, lambda: repository.upload(folder, "mine now"), repository.open):
+        with pytest.raises(InputError, match=r"does not take this token: log in anew with `hf auth login`"):
+            refused()
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(InputError, match=r"Nobody is logged in .* run `hf auth login`, or set HF_TOKEN"):
+        who_am_i()
+    assert not local_hub.asked(COMMIT)
+
+
+def test_offline_is_said_at_once(local_hub, monkeypatch, waits):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set: unset it"):
+        who_am_i()
+    assert not waits
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("datasets/ann/model", "datasets/ann/model is one of the Hub's datasets, but a pipeline goes to a model"),
+        ("model", "Say whose repository model is: user/model"),
+        ("ann/mod el", "'ann/mod el' cannot be the name of a repository"),
+        ("ann/taken", r"The name ann/taken is taken: ann/taken is a dataset\. Choose another one"),
+        ("ann/kept", r"The name ann/kept is taken: the Hub does not give it away\. Choose another one"),
+    ],
+)
+def test_a_name_that_cannot_be_used_is_refused(local_hub, name, said):
+    local_hub.add("ann/taken", "dataset")
+    local_hub.shares_names = True
+    if name == "ann/kept":
+        local_hub.fail("POST /api/repos/create", instead=409)
+    with pytest.raises(InputError, match=said):
+        Repository(name).open()
+
+
+def test_a_card_that_the_hub_refuses_is_said_before_anything_is_uploaded(local_hub, folder):
+    (folder / "README.md").write_text("---\nlicense: my own\n---\n")
+    with pytest.raises(InputError, match='"license" must be one of the known ones, not my own'):
+        opened().upload(folder, "first")
+    assert not local_hub.large and not local_hub.asked(COMMIT)
+
+
+# ---- what goes wrong on the way
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "GET /api/models/ann/model",
+        "POST /api/repos/create",
+        "POST /api/validate-yaml",
+        ".*/paths-info/",
+        ".*/preupload/",
+        ".*/objects/batch",
+        STORE,
+        COMMIT,
+    ],
+)
+@pytest.mark.parametrize("how", [{"instead": 503}, {"halved": True}, {"lost": True}], ids=str)
+def test_what_fails_at_first_is_tried_again(local_hub, folder, waits, pattern, how):
+    local_hub.fail(pattern, times=2, **how)
+    opened().upload(folder, "first")
+    assert there(local_hub) == contents(folder)
+    assert waits and local_hub.faults[0].times < 2
+    assert len(local_hub.repos["model", "ann/model"].refs["main"]) == 2, "more than one commit"
+
+
+def test_a_commit_whose_answer_was_lost_is_looked_up_and_not_repeated(local_hub, folder, waits):
+    local_hub.fail(COMMIT, lost=True)
+    done = opened().upload(folder, "first")
+    assert done.commit == local_hub.repos["model", "ann/model"].refs["main"][-1]
+    assert local_hub.asked(COMMIT) == 1 and waits == [1]
+
+
+def test_a_commit_of_another_that_came_between_is_kept(local_hub, folder, waits):
+    repository, repo = opened(), local_hub.repos["model", "ann/model"]
+    come_between = local_hub.take_fault
+
+    def take_fault(request):
+        if request.startswith(COMMIT) and len(repo.refs["main"]) == 1:
+            local_hub.commit(repo, "main", {**local_hub.files("ann/model"), "theirs": b"theirs"})
+        return come_between(request)
+
+    local_hub.take_fault = take_fault
+    repository.upload(folder, "first")
+    assert there(local_hub) == {**contents(folder), "theirs": b"theirs"}
+    assert local_hub.asked(COMMIT) == 2
+
+
+@pytest.mark.parametrize("headers", [{"Retry-After": "40"}, {"RateLimit": '"api";r=0;t=40'}], ids=str)
+@pytest.mark.parametrize("pattern", ["GET /api/models/ann/model", STORE, COMMIT])
+def test_the_wait_that_the_hub_asks_for_is_kept(local_hub, folder, waits, pattern, headers):
+    local_hub.fail(pattern, instead=429, headers=headers)
+    opened().upload(folder, "first")
+    assert there(local_hub) == contents(folder)
+    assert len(waits) == 1 and 40 <= waits[0] <= 41
+
+
+def test_waits_grow_and_end(local_hub, folder, waits):
+    repository = opened()
+    local_hub.fail(COMMIT, times=100, instead=503)
+    with pytest.raises(RunError, match=r"The upload to ann/model failed: .*This does not work just now"):
+        repository.upload(folder, "first")
+    assert waits == [1, 2, 4, 8, 16] and not there(local_hub)
+    local_hub.faults.clear()
+    local_hub.fail(COMMIT, instead=429, headers={"Retry-After": "3000"})
+    with pytest.raises(RunError, match="The upload to ann/model failed"):
+        repository.upload(folder, "first")
+    assert len(waits) == 5
+
+
+def test_a_hub_that_dies_in_mid_upload_is_met_again_later(local_hub, folder, waits, monkeypatch):
+    repository = opened()
+    local_hub.fail(STORE, dies=1_000)
+    with pytest.raises(RunError, match="The upload to ann/model failed"):
+        repository.upload(folder, "first")
+    assert not local_hub.up
+
+    slept = len(waits)
+    monkeypatch.setattr(time, "sleep", lambda seconds: waits.append(seconds) or (local_hub.up or local_hub.start()))
+    repository.upload(folder, "first")
+    assert there(local_hub) == contents(folder) and len(waits) > slept
+
+
+def test_a_connection_without_a_word_counts_as_cut(local_hub, folder, waits, monkeypatch):
+    monkeypatch.setattr(upload, "_SILENCE", 0.2)
+    repository = opened()
+    local_hub.fail(COMMIT, late=1)
+    repository.upload(folder, "first")
+    assert there(local_hub) == contents(folder)
+    assert local_hub.asked(COMMIT) == 1 and waits == [1]
+
+
+# ---- branches, pull requests, Spaces
+
+
+def test_a_branch_is_made_and_main_is_left_alone(local_hub, folder):
+    opened(revision="v2").upload(folder, "first")
+    assert there(local_hub, "v2") == contents(folder) and not there(local_hub)
+    opened(revision="v2").upload(folder, "first")
+    assert local_hub.asked("POST .*/branch/") == 1
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_pull_request_is_made_once(local_hub, folder, monkeypatch, waits, lost):
+    opened()
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    if lost:
+        local_hub.fail(COMMIT, lost=True)
+    repository = opened(create_pr=True)
+    done = repository.upload(folder, "better")
+    assert done.url == f"{repository.url}/discussions/1" and not there(local_hub)
+    assert there(local_hub, "refs/pr/1") == there(local_hub, done.commit) == contents(folder)
+    assert repository.upload(folder, "better") == done
+    assert local_hub.asked(COMMIT) == 1
+    (folder / "new").write_text("new")
+    assert repository.upload(folder, "better still").url.endswith("/discussions/2")
+
+
+def test_a_space_shows_the_model(local_hub, tmp_path):
+    with pytest.raises(InputError, match="There is no Space to upload"):
+        upload_space(tmp_path, "ann/model")
+    (tmp_path / "README.md").write_text(
+        "---\ntitle: Draw\nsdk: gradio\nsdk_version: 6.0.0\napp_file: app.py\n---\nDraws.\n"
+    )
+    for name in ("app.py", "requirements.txt", ".env", "app.py~", "__pycache__/app.pyc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    done = upload_space(tmp_path, "ann/model", private=True)
+    space = local_hub.repos["space", "ann/model"]
+    assert done.url == f"{local_hub.url}/spaces/ann/model/commit/{done.commit}"
+    files = local_hub.files("ann/model", kind="space")
+    assert set(files) == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+    assert space.private and space.settings["sdk"] == "gradio"
+    assert space.variables == {"DDGAN_PIPELINE": {"value": "ann/model"}}
+    card = SpaceCard(files["README.md"].decode())
+    assert card.data.models == ["ann/model"] and card.data.app_file == "app.py" and "Draws." in card.text
+    assert "models" not in (tmp_path / "README.md").read_text()
+
+
+# ---- in the background
+
+
+def step(folder: Path, number: int) -> dict[str, bytes]:
+    """A save as a run makes it: new weights in the place of the old ones."""
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    (folder / "new").write_bytes(number.to_bytes(4, "big") + weights.read_bytes()[4:])
+    os.replace(folder / "new", weights)
+
+
+@pytest.fixture
+def run(pipeline, tmp_path) -> Path:
+    return Path(shutil.copytree(pipeline, tmp_path / "run"))
+
+
+def uploaded(hub) -> list[int]:
+    repo = hub.repos["model", "ann/model"]
+    commits = [repo.commits[commit] for commit in repo.refs["main"][1:]]
+    return [int.from_bytes(files["unet/diffusion_pytorch_model.safetensors"][:4], "big") for files in commits]
+
+
+def test_every_save_is_uploaded_as_it_was_and_of_those_that_wait_the_newest(local_hub, run):
+    opened()
+    local_hub.fail(COMMIT, late=1)
+    before, start = contents(run), time.perf_counter()
+    background = BackgroundUpload(run, "ann/model")
+    step(run, 1)
+    background.push("one")
+    while not local_hub.asked(COMMIT):
+        time.sleep(0.01)
+    for number in (2, 3, 4):
+        step(run, number)
+        background.push(str(number))
+    assert time.perf_counter() - start < 1, "it held up who pushed"
+    step(run, 5)
+    done = background.finish("last")
+    assert uploaded(local_hub) in ([1, 5], [1, 4, 5])
+    assert done.commit == local_hub.repos["model", "ann/model"].refs["main"][-1]
+    assert contents(run).keys() == before.keys(), "something was left in the run folder"
+
+
+def test_a_failed_upload_does_not_harm_the_next(local_hub, run, waits, capsys, monkeypatch):
+    opened()
+    background = BackgroundUpload(run, "ann/model")
+    local_hub.fail(COMMIT, instead=403)
+    background.push("one")
+    while background.outcome is None:
+        Event().wait(0.01)
+    assert "upload of this save failed" in capsys.readouterr().err
+    with monkeypatch.context() as full:
+        full.setattr(upload, "snapshot", disk_full)
+        background.push("two")
+        while background.states.qsize() or not isinstance(background.outcome, OSError):
+            Event().wait(0.01)
+    step(run, 3)
+    background.finish("three")
+    assert uploaded(local_hub) == [3]
+
+
+def disk_full(*_):
+    raise OSError("no space left on device")
+
+
+def test_a_last_upload_that_failed_is_raised(local_hub, run, waits):
+    opened()
+    local_hub.fail(COMMIT, instead=403)
+    with pytest.raises(InputError, match="no right to write to ann/model"):
+        BackgroundUpload(run, "ann/model").finish("last")
+
+
+def test_a_process_ends_while_an_answer_is_awaited(local_hub, run):
+    opened()
+    local_hub.fail(COMMIT, late=20)
+    code = (
+        "import sys, time; from pathlib import Path; from ddgan.hub.upload import BackgroundUpload\n"
+        f"BackgroundUpload(Path({str(run)!r}), 'ann/model').push('one'); time.sleep(float(sys.argv[1]))"
+    )
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-c", code, "1000"])
+    while not local_hub.asked(COMMIT):
+        Event().wait(0.05)
+    process.send_signal(signal.SIGINT)
+    process.wait(10)
+    assert time.perf_counter() - start < 15

@@ -1,0 +1,103 @@
+"""Claims about the uploads of a run, against a Hub on this machine, and about the cards that it uploads."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from ddgan import train_class_conditional, train_ddgan
+from ddgan.errors import InputError
+from ddgan.hub.publication import pipeline_files
+from ddgan.scripts import push_to_hub
+
+COMMIT = "POST /api/models/ann/run/commit/"
+SHORT = "--image_size 8 --batch_size 4 --max_train_steps 2 --num_samples 3 --report_to none --push_to_hub"
+NETWORK = "--block_out_channels 8 16 --layers_per_block 1"
+MAPPING = "--latent_dim 4 --latent_embed_dim 8 --latent_mapping_layers 1"
+DDGAN = f"{MAPPING} --attention_resolutions 4 --discriminator_channels 2"
+CLASSES = "--attention_levels 1 --norm_num_groups 4 --sample_steps 2"
+
+
+@pytest.fixture
+def kinds(tmp_path) -> Path:
+    """Six grey images in three sub-folders."""
+    for i in range(6):
+        (tmp_path / "kinds" / "abc"[i % 3]).mkdir(exist_ok=True, parents=True)
+        Image.new("L", (8, 8), 40 * i).save(tmp_path / "kinds" / "abc"[i % 3] / f"{i}.png")
+    return tmp_path / "kinds"
+
+
+def python_of(hub, repo_id: str) -> str:
+    """The code on a repository's card."""
+    return re.search(r"```python\n(.*?)```", hub.files(repo_id)["README.md"].decode(), re.DOTALL)[1]
+
+
+@pytest.mark.slow
+def test_the_code_on_every_card_runs_where_nothing_but_diffusers_is_installed(local_hub, finetune, kinds, tmp_path):
+    finetune("finetuned", "--push_to_hub")
+    for script, name, more in ((train_ddgan, "ddgan", DDGAN), (train_class_conditional, "classes", CLASSES)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        start = ["--train_data_dir", str(kinds), "--output_dir", str(tmp_path / name)]
+        script.main([*start, *SHORT.split(), *NETWORK.split(), *more.split()])
+
+    codes = [python_of(local_hub, f"ann/{name}") for name in ("finetuned", "ddgan", "classes")]
+    programs = [f"{code}\nassert image.size == (8, 8)\n" for code in codes]
+    code = "import sys; sys.modules['ddgan'] = None\n" + "".join(f"exec({program!r}, {{}})\n" for program in programs)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_save_is_uploaded_and_the_last_one_is_whole(local_hub, finetune, capsys):
+    run = finetune("run", "--push_to_hub", "--hub_private", "--save_model_every", 1)
+    repo, said = local_hub.repos["model", "ann/run"], capsys.readouterr().out
+    there = local_hub.files("ann/run")
+    assert repo.private and 2 <= len(repo.refs["main"]) - 1 <= 4
+    assert f"uploaded       {local_hub.url}/ann/run/commit/{repo.refs['main'][-1]}" in said
+    assert there.keys() - {".gitattributes"} >= set(pipeline_files(run)) >= {"before_after.png", "README.md"}
+    assert all(there[name] == (run / name).read_bytes() for name in pipeline_files(run))
+    assert 'from_pretrained("ann/run")' in there["README.md"].decode()
+    assert not [name for name in there if name.startswith(("checkpoints", "config", "metrics", "logs", "."))][1:]
+    assert not list(run.glob(".tmp-*"))
+
+
+def test_the_card_passes_the_hubs_validation(local_hub, finetune):
+    finetune("run", "--push_to_hub")
+    text = local_hub.files("ann/run")["README.md"].decode()
+    card = ModelCard(text)
+    card.validate()
+    assert local_hub.asked("POST /api/validate-yaml") >= 2
+    assert card.data.to_dict() == yaml.safe_load(text.split("---")[1]), "the client dropped some of it"
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    with pytest.raises(ValueError, match=r"license.* must be one of the known ones"):
+        ModelCard(text.replace("library_name: ", "license: my own\nlibrary_name: ")).validate()
+
+
+def test_a_run_ends_well_whatever_the_uploads_do_and_says_how_to_finish_them(local_hub, finetune, capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    local_hub.fail(COMMIT, times=1000, instead=503)
+    run = finetune("run", "--push_to_hub", "--hub_private", "--save_model_every", 1)
+    said = capsys.readouterr().out
+    assert "The upload to ann/run failed: " in said and list(local_hub.files("ann/run")) == [".gitattributes"]
+    command = re.search(r"python scripts/push_to_hub\.py (.*)", said)[1].split()
+    assert command == ["--folder", str(run), "--repo_id", "ann/run", "--private"]
+    local_hub.faults.clear()
+    monkeypatch.setattr(push_to_hub, "draw_alone", lambda *_: b"drawn elsewhere")
+    push_to_hub.main(command)
+    assert set(pipeline_files(run)) < local_hub.files("ann/run").keys()
+
+
+def test_what_is_wrong_is_said_before_training(local_hub, finetune, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"--push_to_hub: You have no right to write to bob/mine"):
+        finetune("run", "--push_to_hub", "--hub_model_id", "bob/mine")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(InputError, match="--push_to_hub: The Hub does not take this token"):
+        finetune("run", "--push_to_hub")
+    assert not (tmp_path / "run").exists()
