@@ -1,0 +1,87 @@
+"""Publish a pipeline folder on the Hugging Face Hub.
+
+    hf auth login
+    python scripts/push_to_hub.py --folder my-model --repo_id user/my-model --private
+
+It uploads the pipeline, its code, its card and the pictures that the card shows, in one commit, and nothing else that
+lies in the folder. Then it loads the repository as others will, in a process that has an empty cache and not this
+package, and compares a picture: only when that is the picture of the folder it says published. A command that failed
+is finished by giving it again; nothing is uploaded twice.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddgan.errors import InputError, RunError, run_command
+from ddgan.hub.publication import snapshot, space_snapshot
+from ddgan.hub.upload import Repository, draw_alone, upload_space, who_am_i
+from ddgan.training.arguments import option, parse_arguments
+
+SPACE_FOLDER = Path(__file__).parents[1] / "examples" / "space"
+
+
+@dataclass
+class PushArguments:
+    """What is published, and where."""
+
+    folder: str | None = option(None, "pipeline folder: what a training run or `save_pretrained` wrote")
+    repo_id: str | None = option(None, "repository on the Hub, user/name; made where it is not there yet")
+    private: bool = option(False, "make it private")
+    revision: str | None = option(None, "branch to upload to, made where it is not there yet (default: main)")
+    create_pr: bool = option(False, "upload as a pull request")
+    space: bool = option(False, "upload the app of examples/space too: a Space of the same name that shows the model")
+
+    def __post_init__(self):
+        if not self.folder or not self.repo_id:
+            raise InputError("Say what to publish, and where: --folder my-model --repo_id user/my-model.")
+        if self.create_pr and self.revision:
+            raise InputError("--create_pr makes a pull request to the main branch: leave --revision out.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = parse_arguments(PushArguments, argv=argv)
+    repository = Repository(args.repo_id, revision=args.revision, create_pr=args.create_pr)
+    if args.space:
+        space_snapshot(SPACE_FOLDER, args.repo_id).cleanup()  # so that it is known early if there is none
+    folder = Path(args.folder)
+    with snapshot(folder, args.repo_id) as taken:
+        show_sizes(folder, Path(taken))
+        user = who_am_i()
+        expected = draw_alone(taken)
+        print(f"uploading to   {repository.url} as {user}")
+        repository.open(args.private)
+        uploaded = repository.upload(Path(taken), "Upload pipeline")
+    print(f"uploaded       {uploaded.url}")
+    if draw_alone(args.repo_id, uploaded.commit) != expected:
+        raise RunError(
+            f"{uploaded.url} holds all files, but the pipeline that is loaded from there draws another picture for "
+            f"seed 0 than the one in {folder}. Do not pass it on before you know why."
+        )
+    print(f"published      {repository.url}: loaded from there it draws the same picture as here")
+    if args.space:
+        print(f"Space          {upload_space(SPACE_FOLDER, args.repo_id, args.private).url}")
+        if args.private:
+            print(f"               In its settings, add a secret HF_TOKEN that may read {args.repo_id}.")
+
+
+def show_sizes(folder: Path, taken: Path) -> None:
+    """Print what is uploaded and what stays."""
+    sizes = {path.relative_to(taken).as_posix(): path.stat().st_size for path in taken.rglob("*") if path.is_file()}
+    for name, count in sorted(sizes.items()):
+        print(f"{size(count):>10}  {name}")
+    print(f"{size(sum(sizes.values())):>10}  in {len(sizes)} files")
+    there = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    staying = sorted({path.parts[0] for path in there if path.as_posix() not in sizes})
+    print(f"stays here: {', '.join(name for name in staying if not name.startswith('.tmp-')) or 'nothing'}\n")
+
+
+def size(count: float) -> str:
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while count >= 1000:
+        count, unit = count / 1000, next(units)
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+if __name__ == "__main__":
+    run_command(main)
