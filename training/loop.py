@@ -115,6 +115,7 @@ def open_run(args: RunArguments) -> Accelerator:
             "With FSDP, training needs its version 2 (fsdp_version: 2, as in examples/accelerate/fsdp.yaml) and goes "
             "without --channels_last: FSDP shards contiguous parameters only."
         )
+    accelerator.wait_for_everyone()  # until all have looked at the folder, in which the first will write
     return accelerator
 
 
