@@ -63,7 +63,7 @@ class GuidedPipeline(DiffusionPipeline):
 
     At each step the network's prediction of the clean picture x_0 goes into the loss, the sample is moved by minus
     the loss's gradient times a scale, and then stepped as ever: guidance by the gradient of a function of x_0
-    ([Universal Guidance](https://arxiv.org/abs/2302.07121), section 3.1), without a classifier trained on noisy
+    ([Universal Guidance](https://arxiv.org/abs/2302.07121)), without a classifier trained on noisy
     pictures. With a scale of zero it samples as the scheduler alone does.
 
     The gradient is taken, and the sample moved, at the scale at which the network sees it, sqrt(alpha_bar) x_0 +
