@@ -83,7 +83,7 @@ def test_the_card_passes_the_hubs_validation(local_hub, finetune):
 def test_a_run_ends_well_whatever_the_uploads_do_and_says_how_to_finish_them(local_hub, finetune, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     local_hub.fail(COMMIT, times=1000, instead=503)
-    run = finetune("run", "--push_to_hub", "--hub_private", "--save_model_every", 1)
+    run = finetune("run", "--push_to_hub", "--hub_private", "--save_model_every", 2)
     said = capsys.readouterr().out
     assert "The upload to ann/run failed: " in said and list(local_hub.files("ann/run")) == [".gitattributes"]
     command = re.search(r"python scripts/push_to_hub\.py (.*)", said)[1].split()
