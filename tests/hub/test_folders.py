@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -325,3 +326,15 @@ def test_files_that_travel_need_nothing_of_ours(file):
             re.findall(r"^(?:def|class)\s+(\w+)|^(\w+)\s*=", Path(mechanism.__file__).read_text(), re.MULTILINE)
         )
         assert not own & added
+
+
+def test_code_that_another_process_is_copying_is_read_when_it_is_whole(saved, tmp_path):
+    """Diffusers copies files of code to one place at each load, and they are empty for a moment."""
+    (file,) = (saved / "ddgan").glob("pipeline_ddgan_*.py")
+    code = file.read_text()
+    copied = tmp_path / file.name
+    copied.write_text("")
+    timer = threading.Timer(0.3, copied.write_text, [code])
+    timer.start()
+    assert mechanism._read_code(copied) == code
+    timer.join()
