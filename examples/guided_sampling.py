@@ -1,9 +1,9 @@
 """Pull a pipeline's pictures towards a sum of losses, and see what that did: a grid, the losses, the scale schedules.
 
     python examples/guided_sampling.py
-    python examples/guided_sampling.py --towards color:teal 0.5*symmetry --guidance_scale 150 --gradient model
+    python examples/guided_sampling.py --towards color:teal "0.5*symmetry" --guidance_scale 10 --gradient model
     python examples/guided_sampling.py --pipeline google/ddpm-celebahq-256 --towards "clip:a smiling old man" \
-      --guidance_scale 300 --scale_schedule sqrt_alpha_bar
+      --guidance_scale 4
 
 Each of `--towards` is a loss, perhaps with a weight before it and what it takes after it: color:#BB2266,
 clip:<sentence>, saturation:<0 to 1>, total_variation, symmetry, reference:<picture>.
