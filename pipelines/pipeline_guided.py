@@ -134,7 +134,7 @@ class GuidedPipeline(DiffusionPipeline):
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
         max_grad_norm: float | None = None,
-        class_labels: int | list | torch.Tensor | None = None,
+        class_labels: int | str | list | torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
@@ -167,9 +167,9 @@ class GuidedPipeline(DiffusionPipeline):
             guidance_start (`float`, defaults to 0.0): the share of the steps before which none is guided.
             guidance_end (`float`, defaults to 1.0): the share of the steps after which none is guided.
             max_grad_norm (`float`, *optional*): each image's gradient is scaled down to this norm.
-            class_labels (`int`, `list` or `torch.Tensor`, *optional*):
-                For a class-conditional network: a class for all or one for each (names are turned into labels by
-                `ClassConditionalPipeline.encode_class_labels`), or contexts: a float vector for all or a matrix.
+            class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*):
+                For a class-conditional network: a class for all or one for each, by label or, where its config has
+                `id2label`, by name; or contexts: a float vector for all or a matrix.
             generator (`torch.Generator` or a list of them, *optional*): with a list, image i depends on generator i.
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
                 Standard normal noise to begin with, in place of drawn noise.
@@ -375,6 +375,10 @@ class GuidedPipeline(DiffusionPipeline):
             return {}
         if parameter is None:
             raise ValueError(f"A {type(self.unet).__name__} takes no `class_labels`: leave them out.")
+        if isinstance(class_labels, str):
+            class_labels = self._label_of(class_labels)
+        elif isinstance(class_labels, list | tuple):
+            class_labels = [self._label_of(label) if isinstance(label, str) else label for label in class_labels]
         labels = torch.as_tensor(class_labels, device=device)
         if labels.ndim == int(labels.is_floating_point()):
             labels = labels.expand(batch_size, *labels.shape)
@@ -388,6 +392,14 @@ class GuidedPipeline(DiffusionPipeline):
             if not ((labels >= 0) & (labels < classes)).all():
                 raise ValueError(f"`class_labels` is {class_labels}, but this network knows 0 to {classes - 1}.")
         return {"class_labels": labels}
+
+    def _label_of(self, name: str) -> int:
+        names = self.unet.config.get("id2label") or {}
+        labels = {each: int(label) for label, each in (names.items() if isinstance(names, dict) else enumerate(names))}
+        if name not in labels:
+            known = f"Its names are {', '.join(map(repr, labels))}." if labels else "Its config has no `id2label`."
+            raise ValueError(f"This {type(self.unet).__name__} knows no class {name!r}. {known}")
+        return labels[name]
 
     def _predict_x_0(self, seen: torch.Tensor, output: torch.Tensor, alpha_bar: float, gradient: str) -> torch.Tensor:
         """x_0 from x = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise, as the scheduler's step takes it to be."""

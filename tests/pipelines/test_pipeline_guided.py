@@ -545,11 +545,21 @@ def test_contexts_are_passed_on_and_mixed():
     assert not torch.equal(half, draw(pipe, seeds=(0, 1), class_labels=0)[0])
 
 
-def test_the_null_class_is_a_class():
+@pytest.mark.parametrize("names", [["ant", "bee", "cat"], {0: "ant", 1: "bee", 2: "cat"}])
+def test_classes_have_names_and_the_null_class_is_one(names, tmp_path):
     torch.manual_seed(0)
     small = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
-    pipe = guided(unet=ClassConditionedUnet(8, 3, 3, num_classes=3, class_dropout=0.1, **small).eval())
-    assert draw(pipe, class_labels=3)[0].isfinite().all()
+    unet = ClassConditionedUnet(8, 3, 3, num_classes=3, class_dropout=0.1, id2label=names, **small).eval()
+    guided(unet=unet).save_pretrained(tmp_path)
+    pipe = GuidedPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    expected, _ = draw(pipe, class_labels=[2, 3, 1])
+    assert torch.equal(draw(pipe, class_labels=["cat", 3, "bee"])[0], expected)
+    assert torch.equal(draw(pipe, class_labels="cat")[0], draw(pipe, class_labels=2)[0])
+    with pytest.raises(ValueError, match=r"no class 'dog'.*'ant', 'bee', 'cat'"):
+        draw(pipe, class_labels="dog")
+    with pytest.raises(ValueError, match=r"no class 'cat'.*id2label"):
+        draw(guided(unet=tiny_unet(num_class_embeds=3)), class_labels="cat")
 
 
 # --- what comes out ---
