@@ -4,10 +4,12 @@ import copy
 import functools
 import hashlib
 import inspect
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -173,6 +175,63 @@ def sample(
     return [to_pil(image) for image in (images * 255).round().astype(np.uint8)]
 
 
+class Step(NamedTuple):
+    """A step of a scheduler, `number` (from 0) of `total`: what the network saw, and the clean images of its output.
+
+    Both are tensors (N, C, H, W) in [-1, 1], or about that.
+    """
+
+    number: int
+    total: int
+    timestep: int
+    noisy: torch.Tensor
+    clean: torch.Tensor
+
+
+@contextmanager
+def watched_steps(pipe: DiffusionPipeline, watch: Callable[[Step], None]) -> Iterator[None]:
+    """Within the block, `watch` is told of each step of the pipeline's scheduler; what it raises ends the sampling."""
+    scheduler, numbers = pipe.scheduler, itertools.count()
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def watched_step(model_output, timestep, sample, *args, **kwargs):
+        noisy = scheduler.scale_model_input(sample, timestep)
+        output = step(model_output, timestep, sample, *args, **kwargs)
+        clean = getattr(output, "pred_original_sample", None)
+        if clean is None:
+            clean = _predicted_clean(scheduler, model_output, int(timestep), sample)
+        watch(Step(next(numbers), len(scheduler.timesteps), int(timestep), noisy, clean))
+        return output
+
+    scheduler.step = watched_step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+class Way:
+    """
+    The way to the first picture of a batch, at `count` evenly spaced of its steps: all, where there are fewer.
+
+    Attributes:
+        timesteps: of these steps.
+        noisy: the noisy samples that the network saw.
+        clean: the clean images that it predicted from them; the last is the picture itself with all of `SCHEDULERS`.
+    """
+
+    def __init__(self, count: int):
+        self.count, self.timesteps, self.noisy, self.clean = count, [], [], []
+
+    def record(self, step: Step) -> None:
+        last = step.total - 1
+        if step.number in np.linspace(last, 0, min(self.count, step.total)).round():
+            self.timesteps.append(step.timestep)
+            self.noisy += _pictures(step.noisy[:1])
+            self.clean += _pictures(step.clean[:1])
+
+
 def intermediates(
     pipe: DiffusionPipeline,
     seed: int,
@@ -181,40 +240,15 @@ def intermediates(
     class_label: int | str | None = None,
     **options: Any,
 ) -> tuple[list[int], list[Image.Image], list[Image.Image]]:
-    """The way to one picture, at `count` evenly spaced of its steps (all of them, where there are fewer).
+    """The timesteps, noisy samples and predicted clean images of the `Way` to one picture.
 
     Args:
         num_inference_steps, class_label, options: as of `sample`.
-
-    Returns:
-        Their timesteps, the noisy samples that the network saw, and the clean images that it predicted from them. The
-        last prediction is the picture itself with all of `SCHEDULERS`.
     """
-    scheduler = pipe.scheduler
-    step, calls, timesteps, noisy, clean = scheduler.step, 0, [], [], []
-
-    @functools.wraps(step)
-    def recording_step(model_output, timestep, sample, *args, **kwargs):
-        nonlocal calls
-        last = len(scheduler.timesteps) - 1
-        seen = scheduler.scale_model_input(sample, timestep)
-        output = step(model_output, timestep, sample, *args, **kwargs)
-        if calls in np.linspace(last, 0, min(count, last + 1)).round():
-            predicted = getattr(output, "pred_original_sample", None)
-            if predicted is None:
-                predicted = _predicted_clean(scheduler, model_output, int(timestep), sample)
-            timesteps.append(int(timestep))
-            noisy.extend(_pictures(seen))
-            clean.extend(_pictures(predicted))
-        calls += 1
-        return output
-
-    scheduler.step = recording_step
-    try:
+    way = Way(count)
+    with watched_steps(pipe, way.record):
         sample(pipe, [seed], num_inference_steps, None if class_label is None else [class_label], **options)
-    finally:
-        del scheduler.step
-    return timesteps, noisy, clean
+    return way.timesteps, way.noisy, way.clean
 
 
 def _pictures(images: torch.Tensor) -> list[Image.Image]:

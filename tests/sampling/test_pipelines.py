@@ -11,7 +11,7 @@ from tiny import tiny_unet
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, DDGANScheduler
 from ddgan.errors import InputError
-from ddgan.sampling.pipelines import SCHEDULERS, intermediates, load_pipeline, sample, with_scheduler
+from ddgan.sampling.pipelines import SCHEDULERS, intermediates, load_pipeline, sample, watched_steps, with_scheduler
 
 # networks sum in another order in batches of another size; that may tip the rounding to 256 levels
 ONE_LEVEL = 1
@@ -206,9 +206,18 @@ def test_intermediates_start_in_the_noise_that_the_network_sees():
         assert np.abs(np.asarray(noisy[0]) - expected).max() <= ONE_LEVEL
 
 
-def test_intermediates_leave_the_scheduler_as_it_was():
-    pipe = pipeline()
-    intermediates(pipe, 5, 2, 3)
+def test_sampling_can_be_watched_and_ended_from_there():
+    pipe, seen = pipeline(), []
+
+    def watch(step):
+        seen.append(step)
+        if step.number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watched_steps(pipe, watch):
+        sample(pipe, [5, 6], 9)
+    assert [(step.number, step.total) for step in seen] == [(0, 9), (1, 9), (2, 9)]
+    assert all(step.noisy.shape == step.clean.shape == (2, 3, 8, 8) for step in seen)
     assert "step" not in vars(pipe.scheduler)
 
 
