@@ -190,10 +190,14 @@ def _nearest(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 # All of them
 
 
-def distances(samples: torch.Tensor, reference: torch.Tensor) -> dict[str, Measure]:
-    """`fid`, `kid`, `precision`, `recall`, `density` and `coverage` of samples against a reference."""
+def distances(samples: torch.Tensor, reference: torch.Tensor, gaussian: Gaussian | None = None) -> dict[str, Measure]:
+    """`fid`, `kid`, `precision`, `recall`, `density` and `coverage` of samples against a reference.
+
+    Args:
+        gaussian: the reference's, where it is known already.
+    """
     return {
-        "fid": Measure(frechet_distance(Gaussian.of(samples), Gaussian.of(reference))),
+        "fid": Measure(frechet_distance(Gaussian.of(samples), gaussian or Gaussian.of(reference))),
         "kid": kernel_distance(samples, reference),
         **manifold_measures(samples, reference),
     }

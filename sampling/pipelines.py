@@ -232,6 +232,20 @@ class Way:
             self.clean += _pictures(step.clean[:1])
 
 
+def in_equal_batches(
+    draw: Callable[[list[int]], list[Image.Image]], numbers: Sequence[int], size: int
+) -> list[Image.Image]:
+    """The picture of each number, drawn so many at once: the last batch is filled up, and what is too much left out.
+
+    An accelerator's arithmetic depends on the size of the batch, so a picture is exactly the same only in such ones.
+    """
+    pictures = []
+    for start in range(0, len(numbers), size):
+        batch = list(numbers[start : start + size])
+        pictures += draw(batch + batch[-1:] * (size - len(batch)))[: len(batch)]
+    return pictures
+
+
 def intermediates(
     pipe: DiffusionPipeline,
     seed: int,

@@ -14,32 +14,33 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 from ddgan.errors import InputError, RunError, run_command
-from ddgan.evaluation import coverage, metrics, report
+from ddgan.evaluation import report
 from ddgan.evaluation.extractors import INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
-from ddgan.evaluation.features import Features, collect, collect_once, fingerprint, read_features, read_protocol
-from ddgan.evaluation.images import RESIZE, color_channels, open_picture, to_bytes
-from ddgan.evaluation.metrics import Gaussian, Measure
+from ddgan.evaluation.features import Features, collect, fingerprint, read_features, read_protocol
+from ddgan.evaluation.images import color_channels
+from ddgan.evaluation.metrics import Gaussian
+from ddgan.evaluation.references import CACHE_DIR, Reference, look, measure_reference, spread
+from ddgan.evaluation.results import Results, evaluate
 from ddgan.hub.cards import CARD_NAME
-from ddgan.sampling.pipelines import SCHEDULERS, digest, load_pipeline, sample, with_scheduler
+from ddgan.sampling.pipelines import SCHEDULERS, digest, in_equal_batches, load_pipeline, sample, with_scheduler
 from ddgan.training.arguments import DataArguments, option, parse_arguments, require_at_least
 from ddgan.training.checkpoints import replace_file
-from ddgan.training.data import BrokenImageError, ImageFolder, ImageTable, Preprocessing, open_images, read_image
+from ddgan.training.data import ComparedImages, ImageTable, Preprocessing, open_images
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DRAWN = 10_000  # pictures of a pipeline, if nothing else is said; below that the bias of FID is large
-LOOKED_AT = 100  # images whose size, channels and file format stand for all
 TABLES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}
 
 
@@ -82,7 +83,7 @@ class EvaluateArguments:
     trust_remote_code: bool = option(False, "run Python code that the pipeline brings along")
     output: str = option("evaluation.json", "file for all numbers and their protocol")
     save_images: str | None = option(None, "keep the pictures that are drawn, in this folder")
-    cache_dir: str = option(str(Path(HF_HOME) / "ddgan-evaluation"), "folder for features of references")
+    cache_dir: str = option(str(CACHE_DIR), "folder for features of references")
     update_card: bool = option(True, "write the numbers into the model card of a pipeline folder")
 
     def __post_init__(self):
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         torch.set_num_threads(threads)
         with in_plain_words(InputError):
-            results = evaluate(samples, measured, reference, held_out, extractor, judge, args)
+            results = evaluate(samples.facts, measured, extractor, reference, held_out, judge, args.class_labels)
         results.facts["seconds"] = round(time.perf_counter() - started, 1)
         present(results, args)
         shutil.rmtree(parts)
@@ -191,7 +192,7 @@ class PipelineSamples:
         pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
         contents = digest(pipe)
         self.pipe = with_scheduler(pipe, args.scheduler)
-        first = self._draw(range(1))[0]
+        (first,) = in_equal_batches(self._draw, [0], self.at_once)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
         self.facts = {
             "pipeline": name_of(args.pipeline),
@@ -208,22 +209,16 @@ class PipelineSamples:
         }
 
     def batch(self, indices: range) -> torch.Tensor:
-        pictures = self._draw(indices)
+        pictures = in_equal_batches(self._draw, indices, self.at_once)
         if self.args.save_images:
             for i, picture in zip(indices, pictures, strict=True):
                 replace_file(Path(self.args.save_images) / f"{i:06d}.png", picture.save)
         return torch.stack([self.preprocessing.load(picture) for picture in pictures])
 
-    def _draw(self, indices: range) -> list[Image.Image]:
-        pictures = []
-        for start in range(indices.start, indices.stop, self.at_once):
-            batch = list(range(start, min(start + self.at_once, indices.stop)))
-            filled = batch + batch[-1:] * (self.at_once - len(batch))
-            classes = self.args.class_labels
-            labels = [classes[i % len(classes)] for i in filled] if classes else None
-            drawn = sample(self.pipe, [self.args.seed + i for i in filled], self.args.num_inference_steps, labels)
-            pictures += drawn[: len(batch)]
-        return pictures
+    def _draw(self, indices: Sequence[int]) -> list[Image.Image]:
+        classes = self.args.class_labels
+        labels = [classes[i % len(classes)] for i in indices] if classes else None
+        return sample(self.pipe, [self.args.seed + i for i in indices], self.args.num_inference_steps, labels)
 
 
 class StoredSamples:
@@ -231,30 +226,30 @@ class StoredSamples:
 
     def __init__(self, args: EvaluateArguments):
         self.source = open_source(args.images, "train", args)
+        self.images = ComparedImages(self.source)
         self.count = args.num_images or len(self.source)
         if self.count > len(self.source):
             raise InputError(f"--num_images is {self.count}, but {args.images} has {len(self.source)} images.")
         self.facts = {
             "source": name_of(args.images),
-            "contents": identity(self.source),
+            "contents": self.source.fingerprint(),
             "images": self.count,
             "class_labels": args.class_labels,
-            **look([open_cell(self.source, i) for i in spread(self.count)]),
+            **look([self.images.picture(i) for i in spread(self.count)]),
         }
-        first = open_cell(self.source, 0)
+        first = self.images.picture(0)
         self.preprocessing = Preprocessing(self.facts["channels"], first.height, first.width)
 
     def batch(self, indices: range) -> torch.Tensor:
-        pictures = []
+        channels, height, width = self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width
         for i in indices:
-            size, expected = open_cell(self.source, i).size, (self.preprocessing.width, self.preprocessing.height)
-            if size != expected:
+            size = self.images.picture(i).size
+            if size != (width, height):
                 raise RunError(
-                    f"The pictures are not of one size: {self.source.name(0)} is {expected[0]}x{expected[1]}, "
+                    f"The pictures are not of one size: {self.source.name(0)} is {width}x{height}, "
                     f"{self.source.name(i)} is {size[0]}x{size[1]}. Measure those of one size at a time."
                 )
-            pictures.append(load_cell(self.source, i, self.preprocessing))
-        return torch.stack(pictures)
+        return torch.stack([self.images.pixels(i, channels, height, width) for i in indices])
 
 
 def measure_samples(
@@ -292,20 +287,6 @@ def measure_samples(
 # Reference images and statistics
 
 
-@dataclass
-class Reference:
-    """What samples are measured against; features and statistics are in the main process.
-
-    Attributes:
-        facts: where the images are from, how many they are and how they were prepared.
-        features: of the images, if more than their mean and covariance is known.
-    """
-
-    facts: dict[str, Any]
-    features: Features | None = None
-    gaussian: Gaussian | None = None
-
-
 def load_reference(
     given: str,
     split: str,
@@ -335,35 +316,10 @@ def load_reference(
             facts = {"name": name_of(given), "statistics": "mu and sigma, of unknown protocol"}
             return Reference(facts, None, Gaussian(*(arrays[k].astype(float) for k in ("mu", "sigma"))))
     with accelerator.main_process_first():
-        source = open_source(given, split, args)
-    count = min(count or len(source), len(source))
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
-    chosen = order[:count].sort().values.tolist()
-    seen = look([open_cell(source, chosen[i]) for i in spread(count)])
-    height, width = samples.preprocessing.height, samples.preprocessing.width
-    preprocessing = Preprocessing(seen["channels"], height, width, center_crop=True)
-    as_they_are = seen["size"] == f"{width}x{height}"
-    facts = {
-        "name": name_of(given),
-        "split": split,
-        "contents": identity(source),
-        "images": count,
-        "of": len(source),
-        **seen,
-        "measured_at": f"{width}x{height}",
-        "preparation": "as they are" if as_they_are else f"cropped at the centre, to {width}x{height}, {RESIZE}",
-    }
-
-    def measure(indices: range) -> Features:
-        images = [
-            to_bytes(preprocessing.finish(load_cell(source, chosen[i], preprocessing), sample_key=0)) for i in indices
-        ]
-        return extractor(torch.stack(images))
-
-    protocol = {**facts, **extractor.protocol}
-    path = Path(args.cache_dir) / f"{facts['name'].replace('/', '-')}-{split}-{fingerprint(protocol)}.safetensors"
-    description = f"measuring {facts['name']}, {split}"
-    return Reference(facts, collect_once(path, protocol, count, args.batch_size, measure, accelerator, description))
+        images = ComparedImages(open_source(given, split, args))
+    size = samples.preprocessing.height, samples.preprocessing.width
+    kept = Path(args.cache_dir)
+    return measure_reference(images, name_of(given), split, size, extractor, args.batch_size, accelerator, kept, count)
 
 
 class ImageStack:
@@ -386,6 +342,9 @@ class ImageStack:
 
     def name(self, i: int) -> str:
         return f"image {i} of {self.path}"
+
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(self.images.tobytes(), digest_size=12).hexdigest()
 
 
 def open_source(given: str, split: str, args: EvaluateArguments):
@@ -416,139 +375,13 @@ def open_source(given: str, split: str, args: EvaluateArguments):
     )
 
 
-def identity(source) -> str:
-    """A fingerprint of the images of a source: of a folder by names, sizes and times, of others by their contents."""
-    if isinstance(source, ImageTable):
-        return source.dataset._fingerprint
-    if isinstance(source, ImageFolder):
-        stats = [(path.name, path.stat()) for path in source.paths]
-        return fingerprint([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-    return hashlib.blake2b(source.images.tobytes(), digest_size=12).hexdigest()
-
-
 def name_of(given: str) -> str:
     """A file or folder by its own name, else the name as it is."""
     return Path(given).resolve().name if Path(given).exists() else given
 
 
-def spread(count: int) -> list[int]:
-    """Numbers of some images, spread evenly."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, LOOKED_AT)})
-
-
-def look(pictures: list[Image.Image]) -> dict[str, Any]:
-    """Size, channels and file format of pictures, in words where they differ."""
-    sizes = {f"{picture.width}x{picture.height}" for picture in pictures}
-    return {
-        "size": sizes.pop() if len(sizes) == 1 else "of different sizes",
-        "channels": max(color_channels(picture) for picture in pictures),
-        "format": " and ".join(sorted({picture.format or "8-bit pixels" for picture in pictures})),
-    }
-
-
-def open_cell(source, i: int) -> Image.Image:
-    """Image i of a source, not yet decoded.
-
-    Raises:
-        RunError: if it cannot be read.
-    """
-    try:
-        return open_picture(source[i])
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"An image cannot be read: {source.name(i)}: {error}. Repair or remove it.") from None
-
-
-def load_cell(source, i: int, preprocessing: Preprocessing) -> torch.Tensor:
-    """Image i of a source as `Preprocessing.load` gives it.
-
-    Raises:
-        RunError: if it cannot be read.
-    """
-    try:
-        return read_image(source[i], preprocessing)
-    except BrokenImageError as error:
-        raise RunError(f"An image cannot be read: {source.name(i)}: {error}. Repair or remove it.") from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
-
-
-@dataclass
-class Results:
-    """All numbers, keyed `name@images`; floors are keyed by name, facts are what else there is to know."""
-
-    measures: dict[str, Measure]
-    floors: dict[str, Measure]
-    facts: dict[str, Any]
-    picture: Image.Image | None = None
-
-
-def evaluate(
-    samples: PipelineSamples | StoredSamples,
-    measured: Features,
-    reference: Reference | None,
-    held_out: Reference | None,
-    extractor: FeatureExtractor,
-    judge: ClassifierFeatures | None,
-    args: EvaluateArguments,
-) -> Results:
-    """Every measure that can be had from the features.
-
-    Raises:
-        ValueError: if they are too few, or the statistics of the reference do not fit them.
-    """
-    found: dict[str, Measure] = {}
-    floors: dict[str, Measure] = {}
-    facts: dict[str, Any] = {}
-    picture = bias = None
-    features = measured["features"]
-    if reference and reference.features:
-        found |= metrics.distances(features, reference.features["features"])
-        floors |= metrics.floor(reference.features["features"], samples.count)
-    elif reference:
-        found["fid"] = Measure(metrics.frechet_distance(Gaussian.of(features), reference.gaussian))
-    if reference and samples.count < report.ENOUGH_FOR_FID:
-        gaussian = reference.gaussian or Gaussian.of(reference.features["features"])
-        bias = found["fid"].protocol["estimated_bias"] = metrics.frechet_bias(features, gaussian)
-    if held_out:
-        found |= metrics.memorisation(features, reference.features["features"], held_out.features["features"])
-    if "logits" in measured and not args.stacked_mnist:
-        name = "inception_score" if extractor.name == INCEPTION else "classifier_score"
-        found[name] = metrics.inception_score(measured["logits"])
-        if reference and reference.features:
-            floors[name] = metrics.inception_score(reference.features["logits"])
-    if args.stacked_mnist:
-        covered = coverage.stacked_mnist_coverage(measured["digits"])
-        found["modes"] = Measure(covered.modes, None, {"of": covered.of, "classifier": judge.name})
-        found["mode_kl"] = Measure(covered.kl, None, {"unit": "nats", "classifier": judge.name})
-    elif judge:
-        asked = torch.tensor(args.class_labels).repeat(-(-samples.count // len(args.class_labels)))[: samples.count]
-        names = judge.network.class_names
-        counts = coverage.confusion(asked, measured["classes"], len(names))
-        accuracy, each = coverage.class_accuracies(counts)
-        found["class_accuracy"] = Measure(accuracy, None, {"classifier": judge.name})
-        facts["class_accuracies"] = dict(zip(names, each, strict=True))
-        facts["confusion"] = counts.tolist()
-        picture = coverage.confusion_picture(counts, names)
-
-    facts |= {
-        "samples": samples.facts,
-        "reference": reference and reference.facts,
-        "held_out": held_out and held_out.facts,
-        "extractor": extractor.protocol,
-        "classifier": judge and judge.protocol,
-        "versions": report.versions(),
-        "warnings": report.warnings(
-            samples.facts,
-            reference and reference.facts,
-            extractor.protocol,
-            3 if args.stacked_mnist else extractor.channels,  # digits are seen channel by channel
-            features.shape[1],
-            bias,
-        ),
-    }
-    return Results({f"{name}@{samples.count}": measure for name, measure in found.items()}, floors, facts, picture)
 
 
 def present(results: Results, args: EvaluateArguments) -> None:

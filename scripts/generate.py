@@ -25,7 +25,15 @@ from ddgan import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
 from ddgan.errors import InputError, run_command
 from ddgan.guidance.clip import DEFAULT_MODEL
 from ddgan.sampling.pictures import image_grid, steps_strip
-from ddgan.sampling.pipelines import SCHEDULERS, digest, intermediates, load_pipeline, sample, with_scheduler
+from ddgan.sampling.pipelines import (
+    SCHEDULERS,
+    digest,
+    in_equal_batches,
+    intermediates,
+    load_pipeline,
+    sample,
+    with_scheduler,
+)
 from ddgan.training.arguments import option, parse_arguments, require_at_least
 from ddgan.training.checkpoints import replace_file
 
@@ -143,6 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     def label(i: int) -> int | str | None:
         return args.class_labels[i % len(args.class_labels)] if args.class_labels else None
 
+    def draw(numbers: list[int]) -> list[Image.Image]:
+        labels = [label(i) for i in numbers] if args.class_labels else None
+        return sample(pipe, [args.seed + i for i in numbers], args.num_inference_steps, labels, **guidance)
+
     mine = range(accelerator.process_index, args.num_images, accelerator.num_processes)
     missing = [i for i in mine if not image_path(output, i).exists()]
     progress = tqdm(
@@ -150,10 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for start in range(0, len(missing), at_once):
         batch = missing[start : start + at_once]
-        filled = batch + batch[-1:] * (at_once - len(batch))  # the arithmetic depends on the size of the batch
-        labels = [label(i) for i in filled] if args.class_labels else None
-        pictures = sample(pipe, [args.seed + i for i in filled], args.num_inference_steps, labels, **guidance)
-        for i, picture in zip(batch, pictures, strict=False):
+        for i, picture in zip(batch, in_equal_batches(draw, batch, at_once), strict=True):
             replace_file(image_path(output, i), picture.save)
         progress.update(len(batch))
     progress.close()

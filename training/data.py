@@ -1,8 +1,9 @@
 """Images for training: where they come from, how they become tensors, and which process trains on which when."""
 
+import hashlib
 import io
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -19,6 +20,8 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from ..errors import InputError, RunError
+from ..evaluation.features import fingerprint
+from ..evaluation.images import open_picture, to_bytes
 from .arguments import DataArguments, LabelArguments
 from .randomness import key
 
@@ -34,8 +37,8 @@ class BrokenImageError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources: `len(source)`, `source[i]` -> a cell that `read_image` reads, `source.name(i)` for messages, and where they
-# are asked for `source.labels(column)` -> `Labels`
+# Sources: `len(source)`, `source[i]` -> a cell that `read_image` reads, `source.name(i)` for messages,
+# `source.fingerprint()`, and where they are asked for `source.labels(column)` -> `Labels`
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class ImageFolder:
     def name(self, i: int) -> str:
         return str(self.paths[i])
 
+    def fingerprint(self) -> str:
+        """Tells these images from others, by names, sizes and times."""
+        stats = [(path.name, path.stat()) for path in self.paths]
+        return fingerprint([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+
     def labels(self, column: str | None) -> Labels:
         """A class for each sub-folder, in the order of their names."""
         names = [path.relative_to(self.folder).parts[0] for path in self.paths]
@@ -103,6 +111,10 @@ class ImageArray:
     def name(self, i: int) -> str:
         return f"image {i} of {self.path}"
 
+    def fingerprint(self) -> str:
+        """Tells these images from others, by their contents."""
+        return hashlib.blake2b(self.images.tobytes(), digest_size=12).hexdigest()
+
     def labels(self, column: str | None) -> Labels:
         """From the file of labels beside the images."""
         path = self.path.with_name(self.path.name.replace("images-idx3", "labels-idx1"))
@@ -130,6 +142,10 @@ class ImageTable:
 
     def name(self, i: int) -> str:
         return f"row {i} ({_file_name(self[i])})"
+
+    def fingerprint(self) -> str:
+        """Tells these images from others, as the `datasets` library does."""
+        return self.dataset._fingerprint
 
     def labels(self, column: str | None) -> Labels:
         """From the label column: class labels, or integers from 0 on, or names."""
@@ -312,6 +328,44 @@ def read_image(cell: Any, preprocessing: Preprocessing) -> torch.Tensor:
         return preprocessing.load(Image.open(cell) if isinstance(cell, (str, Path, io.BytesIO)) else np.asarray(cell))
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise BrokenImageError(str(error)) from error
+
+
+class ComparedImages:
+    """The images of a source as samples are compared with them, the `ReferenceImages` of `evaluation/`.
+
+    Args:
+        skip_broken: where an image cannot be read, take the next one in its place, as training does.
+
+    Raises:
+        RunError: from its methods, at an image that cannot be read.
+    """
+
+    def __init__(self, source, skip_broken: bool = False):
+        self.source, self.skip_broken = source, skip_broken
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def picture(self, i: int) -> Image.Image:
+        """Image i, not yet decoded."""
+        return self._readable(i, open_picture)
+
+    def pixels(self, i: int, channels: int, height: int, width: int) -> torch.Tensor:
+        """Image i at this size, cropped at its centre: uint8, (channels, height, width)."""
+        preprocessing = Preprocessing(channels, height, width, center_crop=True)
+        loaded = self._readable(i, lambda cell: read_image(cell, preprocessing))
+        return to_bytes(preprocessing.finish(loaded, sample_key=0))
+
+    def _readable(self, i: int, read: Callable[[Any], Any]) -> Any:
+        for number in range(i, i + (len(self) if self.skip_broken else 1)):
+            try:
+                return read(self.source[number % len(self)])
+            except (OSError, ValueError, TypeError, BrokenImageError) as error:
+                said = f"An image cannot be read: {self.source.name(number % len(self))}: {error}."
+        raise RunError(f"{said} Repair or remove it.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""What samples are measured against: features of images, computed once and kept, or their mean and covariance."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from huggingface_hub.constants import HF_HOME
+from PIL import Image
+
+from . import metrics
+from .extractors import FeatureExtractor
+from .features import Features, collect_once, fingerprint
+from .images import RESIZE, color_channels
+from .metrics import Gaussian, Measure
+
+CACHE_DIR = Path(HF_HOME) / "ddgan-evaluation"
+LOOKED_AT = 100  # images whose size, channels and file format stand for all
+
+
+class ReferenceImages(Protocol):
+    """Images to measure against, numbered from 0."""
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """Tells these images from others."""
+
+    def picture(self, i: int) -> Image.Image:
+        """Image i, not yet decoded."""
+
+    def pixels(self, i: int, channels: int, height: int, width: int) -> torch.Tensor:
+        """Image i at this size and with 1 or 3 channels, cropped at its centre: uint8, (channels, height, width)."""
+
+
+class Reference:
+    """What samples are measured against; features are in the main process.
+
+    Args:
+        facts: where the images are from, how many they are and how they were prepared.
+        features: of the images, if more than their mean and covariance is known.
+        gaussian: their mean and covariance, where there are no features.
+    """
+
+    def __init__(self, facts: dict[str, Any], features: Features | None = None, gaussian: Gaussian | None = None):
+        self.facts, self.features = facts, features
+        self._gaussian, self._floors = gaussian, {}
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance of the features."""
+        if self._gaussian is None:
+            self._gaussian = Gaussian.of(self.features["features"])
+        return self._gaussian
+
+    def floor(self, count: int) -> dict[str, Measure]:
+        """`metrics.floor` for so many samples."""
+        if count not in self._floors:
+            self._floors[count] = metrics.floor(self.features["features"], count)
+        return self._floors[count]
+
+
+def measure_reference(
+    images: ReferenceImages,
+    name: str,
+    split: str,
+    size: tuple[int, int],
+    extractor: FeatureExtractor,
+    batch_size: int,
+    accelerator: Accelerator,
+    cache_dir: Path = CACHE_DIR,
+    count: int | None = None,
+    channels: int | None = None,
+) -> Reference:
+    """Features of images at the size of the samples, kept under a hash of all that they depend on.
+
+    Called by every process.
+
+    Args:
+        size: height and width.
+        count: so many of the images, drawn at random; None takes all.
+        channels: 1 or 3; None leaves grey images grey and others in colour.
+    """
+    count = min(count or len(images), len(images))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    chosen = order[:count].sort().values.tolist()
+    seen = look([images.picture(chosen[i]) for i in spread(count)])
+    seen["channels"] = channels or seen["channels"]
+    height, width = size
+    as_they_are = seen["size"] == f"{width}x{height}"
+    facts = {
+        "name": name,
+        "split": split,
+        "contents": images.fingerprint(),
+        "images": count,
+        "of": len(images),
+        **seen,
+        "measured_at": f"{width}x{height}",
+        "preparation": "as they are" if as_they_are else f"cropped at the centre, to {width}x{height}, {RESIZE}",
+    }
+
+    def measure(indices: range) -> Features:
+        return extractor(torch.stack([images.pixels(chosen[i], seen["channels"], height, width) for i in indices]))
+
+    protocol = {**facts, **extractor.protocol}
+    path = cache_dir / f"{name.replace('/', '-')}-{split}-{fingerprint(protocol)}.safetensors"
+    description = f"measuring {name}, {split}"
+    return Reference(facts, collect_once(path, protocol, count, batch_size, measure, accelerator, description))
+
+
+def spread(count: int) -> list[int]:
+    """Numbers of some images, spread evenly."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, LOOKED_AT)})
+
+
+def look(pictures: list[Image.Image]) -> dict[str, Any]:
+    """Size, channels and file format of pictures, in words where they differ."""
+    sizes = {f"{picture.width}x{picture.height}" for picture in pictures}
+    return {
+        "size": sizes.pop() if len(sizes) == 1 else "of different sizes",
+        "channels": max(color_channels(picture) for picture in pictures),
+        "format": " and ".join(sorted({picture.format or "8-bit pixels" for picture in pictures})),
+    }
