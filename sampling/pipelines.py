@@ -24,6 +24,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 
 from ..errors import InputError
@@ -66,6 +67,11 @@ def load_pipeline(
             raise InputError(
                 f"The pipeline {path_or_repo} brings Python code of its own. Read that code, and if you trust it, "
                 "allow it to run with --trust_remote_code (in Python: trust_remote_code=True)."
+            ) from error
+        if isinstance(error.__context__, GatedRepoError):  # Diffusers says that there is no such repository
+            raise InputError(
+                f"The Hub repository {path_or_repo} is gated. Accept its terms on its page, and log in as the one who "
+                "did with `hf auth login` (or set HF_TOKEN)."
             ) from error
         reason = str(error).strip().splitlines()[0]
         if folder.is_dir():

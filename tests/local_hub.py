@@ -59,6 +59,7 @@ class Repo:
     commits: dict = field(default_factory=dict)  # by commit: files by path
     refs: dict = field(default_factory=dict)  # by branch or pull request: its commits, oldest first
     requests: list = field(default_factory=list)  # pull requests
+    gated: bool = False
     settings: dict = field(default_factory=dict)
     variables: dict = field(default_factory=dict)
 
@@ -256,6 +257,8 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get((kind, repo_id))
         if repo is None or (repo.private and name != repo.owner):
             raise Refused(404 if name else 401, "Repository not found", "RepoNotFound")
+        if repo.gated and name != repo.owner:
+            raise Refused(403 if name else 401, f"Access to {kind} {repo_id} is restricted.", "GatedRepo")
         if to_write and (name != repo.owner or role == "read"):
             raise Refused(403, "You do not have the rights to write to this repository")
         return repo

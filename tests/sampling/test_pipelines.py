@@ -298,3 +298,10 @@ def test_a_broken_pipeline_folder_is_not_looked_for_on_the_hub(tmp_path):
 def test_ddim_pipelines_load_and_draw(tmp_path):
     DDIMPipeline(tiny_unet().eval(), DDIMScheduler()).save_pretrained(tmp_path)
     assert sample(load_pipeline(str(tmp_path)), [0], 4)[0].size == (8, 8)
+
+
+def test_of_a_gated_repository_it_is_said_how_to_get_in(local_hub):
+    local_hub.add("bob/faces", **{"model_index.json": b'{"_class_name": "DDPMPipeline"}'})
+    local_hub.repos["model", "bob/faces"].gated = True
+    with pytest.raises(InputError, match="bob/faces is gated. Accept its terms"):
+        load_pipeline("bob/faces")
