@@ -303,5 +303,5 @@ def test_ddim_pipelines_load_and_draw(tmp_path):
 def test_of_a_gated_repository_it_is_said_how_to_get_in(local_hub):
     local_hub.add("bob/faces", **{"model_index.json": b'{"_class_name": "DDPMPipeline"}'})
     local_hub.repos["model", "bob/faces"].gated = True
-    with pytest.raises(InputError, match="bob/faces is gated. Accept its terms"):
+    with pytest.raises(InputError, match=r"bob/faces is gated\. Accept its terms"):
         load_pipeline("bob/faces")
