@@ -80,6 +80,9 @@ class EvaluateArguments:
     )
     dtype: Literal[tuple(DTYPES)] = option("fp32", "number format of the pipeline's network")
     class_labels: list[int] | None = option(None, "class of each picture, used in turn: --class_labels 0 1 2")
+    guidance_scale: float | None = option(
+        None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
+    )
     trust_remote_code: bool = option(False, "run Python code that the pipeline brings along")
     output: str = option("evaluation.json", "file for all numbers and their protocol")
     save_images: str | None = option(None, "keep the pictures that are drawn, in this folder")
@@ -202,6 +205,7 @@ class PipelineSamples:
             "scheduler": type(self.pipe.scheduler).__name__,
             "num_inference_steps": len(self.pipe.scheduler.timesteps),
             "class_labels": args.class_labels,
+            "guidance_scale": args.guidance_scale,
             "dtype": args.dtype,
             "device": accelerator.device.type,
             "drawn_at_once": self.at_once,
@@ -218,7 +222,10 @@ class PipelineSamples:
     def _draw(self, indices: Sequence[int]) -> list[Image.Image]:
         classes = self.args.class_labels
         labels = [classes[i % len(classes)] for i in indices] if classes else None
-        return sample(self.pipe, [self.args.seed + i for i in indices], self.args.num_inference_steps, labels)
+        scale = self.args.guidance_scale
+        guidance = {} if scale is None else {"guidance_scale": scale}
+        seeds = [self.args.seed + i for i in indices]
+        return sample(self.pipe, seeds, self.args.num_inference_steps, labels, **guidance)
 
 
 class StoredSamples:

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import ROOT, run_script, tiny_unet, write_images
 
+from ddgan import ClassConditionalPipeline, ClassConditionedUnet
 from ddgan.errors import InputError, RunError
 from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
@@ -277,6 +278,22 @@ def test_a_conditional_pipeline_draws_the_classes_in_turn(run, tmp_path):
     generate.main([str(flag) for flag in (*generated, "--class_labels", 1, 2)])
     assert (stack(tmp_path / "kept") == stack(tmp_path / "generated" / "images")).all()
     assert [sum(row) for row in results["confusion"]] == [0, 6, 6]
+
+
+def test_a_guided_pipeline_is_measured_as_it_is_generated(run, tmp_path):
+    torch.manual_seed(0)
+    levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = ClassConditionedUnet(8, 3, 3, 3, 2, 0.1, layers_per_block=1, norm_num_groups=4, **levels)
+    unet.class_embedding.weight.data *= 20
+    ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    shared = ["--pipeline", tmp_path / "model", *SHORT, "--class_labels", 1, 2, "--num_images", 12]
+    guided = [*shared, "--guidance_scale", 3]
+    results = run(*guided, "--save_images", tmp_path / "kept", reference=None)
+    run(*shared, "--save_images", tmp_path / "unguided", reference=None)
+    generate.main([str(flag) for flag in (*guided, "--output_dir", tmp_path / "generated")])
+    assert (stack(tmp_path / "kept") == stack(tmp_path / "generated" / "images")).all()
+    assert (stack(tmp_path / "kept") != stack(tmp_path / "unguided")).any()
+    assert "guidance scale 3.0" in results["metrics"]["class_accuracy@12"]["protocol"]["samples"]
 
 
 def test_stacked_digits_are_seen_channel_by_channel(run, folders):
