@@ -266,7 +266,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
             null = 0 if class_labels.is_floating_point() else self.num_classes
             class_labels = torch.cat([torch.full_like(class_labels, null), class_labels])
         accepted = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+        # guidance leaves the range of pictures: where DDIM clips its prediction, the noise must be that of the clipped
+        # one, or the two lead away from anything that the network knows
+        clipped = self.do_classifier_free_guidance
+        step_kwargs = {"eta": eta, "generator": generator, "use_clipped_model_output": clipped}
+        step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self.interrupt:

@@ -99,7 +99,7 @@ class OnePictureAClass(ModelMixin, ConfigMixin):
     """The perfect network where each class has a single picture: a smooth ramp, brighter from class to class."""
 
     @register_to_config
-    def __init__(self, num_classes=3, in_channels=1, sample_size=8):
+    def __init__(self, num_classes=3, in_channels=1, sample_size=8, class_dropout=0.0):
         super().__init__()
         self.pictures = nn.Parameter(torch.linspace(-0.9, 0.8, 3 * 64).view(3, 1, 8, 8))
         self.alphas_cumprod = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
@@ -120,6 +120,25 @@ def test_a_perfect_network_draws_the_picture_of_the_class_with_every_scheduler(n
     # PNDM and DEIS extrapolate to their end, which PNDM has at the least noisy timestep
     tolerance = 0.03 if name in ("pndm", "deis") else 1e-3
     torch.testing.assert_close(drawn, unet.pictures[[2, 0]].detach(), rtol=0, atol=tolerance)
+
+
+def test_guided_ddim_keeps_to_the_noise_of_what_it_clips():
+    unet = OnePictureAClass(num_classes=2, class_dropout=0.1)  # the third picture is that of the null class
+    pipe = pipeline(unet, "ddim", beta_schedule="squaredcos_cap_v2")
+    null, guided_to = unet.pictures[2], unet.pictures[0]
+    clipped = (null + 3 * (guided_to - null)).clamp(-1, 1).detach()
+    assert (clipped == -1).any()
+    noises = []
+
+    def noise_of(pipe, i, t, tensors):
+        if i + 1 < len(pipe.scheduler.timesteps):
+            alpha = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps[i + 1]]
+            noises.append((tensors["latents"] - alpha**0.5 * clipped) / (1 - alpha) ** 0.5)
+        return {}
+
+    latents(pipe, [0], guidance_scale=3.0, num_inference_steps=10, callback_on_step_end=noise_of)
+    for noise in noises[1:]:
+        torch.testing.assert_close(noise, noises[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -207,7 +226,7 @@ def test_all_forms_of_labels_mean_the_same(tmp_path, id2label):
 
 
 def test_contexts_may_be_one_hot_mixed_or_left_out():
-    pipe = pipeline(context())
+    pipe = pipeline(context(), clip_sample=False)  # what guidance would be clipped from is not what is asked here
     labels = latents(pipe, [2, 0], guidance_scale=2.0, generator=seeded(0))
     one_hot = torch.eye(3)[[2, 0]]
     for matrix in (one_hot, one_hot.double(), one_hot.tolist(), one_hot.long().tolist(), one_hot.numpy()):
