@@ -19,9 +19,10 @@ from PIL import Image
 from ddgan.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts, license_of
 from ddgan.sampling.pictures import before_after
-from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, sample, with_scheduler
+from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline
 from ddgan.training.arguments import (
     DataArguments,
+    EvaluationArguments,
     LearningRateArguments,
     RunArguments,
     option,
@@ -30,7 +31,8 @@ from ddgan.training.arguments import (
 )
 from ddgan.training.checkpoints import replace_file
 from ddgan.training.data import CHANNEL_MODES, Preprocessing, TrainingData
-from ddgan.training.loop import Job, Player, Trainer, open_run
+from ddgan.training.evaluation import open_evaluator
+from ddgan.training.loop import Job, Player, Sampler, Trainer, open_run
 from ddgan.training.objectives import DenoisingObjective
 from ddgan.training.results import repository_for, settings_for_card
 from ddgan.training.schedules import schedule
@@ -75,8 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not any(flag.split("=")[0] in NOT_THE_DEMO for flag in argv):
         argv = ["--config", str(EXAMPLES / "demo.yaml"), *argv]
-    arguments = parse_arguments(RunArguments, LearningRateArguments, DataArguments, FinetuneArguments, argv=argv)
-    run, rate, data_args, args = arguments
+    kinds = (RunArguments, LearningRateArguments, DataArguments, EvaluationArguments, FinetuneArguments)
+    arguments = parse_arguments(*kinds, argv=argv)
+    run, rate, data_args, eval_args, args = arguments
     accelerator = open_run(run)
     repo_id = repository_for(run) if run.push_to_hub and accelerator.is_main_process else None
 
@@ -105,9 +108,6 @@ def main(argv: list[str] | None = None) -> None:
         unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(trained, lr=rate.learning_rate, fused=True)
 
-    def draw(pipe: DDPMPipeline, seeds: list[int]) -> list[Image.Image]:
-        return sample(with_scheduler(pipe, args.sample_scheduler), seeds, args.sample_steps)
-
     name = model_name(args.start_model)
     card = CardFacts(
         title=run.model_save_name,
@@ -121,7 +121,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     objective = DenoisingObjective(pipeline.scheduler, args.min_snr_gamma)
     player = Player("", unet, objective, optimizer, partial(schedule, args=rate))
-    trainer = Trainer(Job([player], pipeline, unet, draw, card, arguments), data, run, accelerator, repo_id)
+    sampler = Sampler(args.sample_scheduler, args.sample_steps)
+    evaluator = open_evaluator(eval_args, run, data, accelerator)
+    job = Job([player], pipeline, unet, sampler, card, arguments)
+    trainer = Trainer(job, data, run, accelerator, repo_id, evaluator)
     trainer.run()
     if accelerator.is_main_process:
         before, after = (trainer.sample_path(step) for step in (0, trainer.step))

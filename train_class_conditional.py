@@ -14,16 +14,15 @@ from typing import ClassVar, Literal
 
 import torch
 from diffusers import DDPMScheduler
-from PIL import Image
 from torchvision.datasets import MNIST, FashionMNIST
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
 from ddgan.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts
 from ddgan.sampling.pictures import image_grid
-from ddgan.sampling.pipelines import sample, with_scheduler
 from ddgan.training.arguments import (
     DataArguments,
+    EvaluationArguments,
     LabelArguments,
     LearningRateArguments,
     RunArguments,
@@ -32,7 +31,8 @@ from ddgan.training.arguments import (
     require_at_least,
 )
 from ddgan.training.data import Preprocessing, TrainingData
-from ddgan.training.loop import Job, Player, Trainer, open_run
+from ddgan.training.evaluation import open_evaluator
+from ddgan.training.loop import Job, Player, Sampler, Trainer, open_run
 from ddgan.training.objectives import ClassConditionalObjective
 from ddgan.training.results import repository_for, settings_for_card
 from ddgan.training.schedules import schedule
@@ -119,11 +119,12 @@ def main(argv: list[str] | None = None) -> None:
         ClassConditionalLearningRateArguments,
         DataArguments,
         LabelArguments,
+        EvaluationArguments,
         ClassConditionalArguments,
         argv=argv,
         recipes=RECIPES,
     )
-    run, rate, data_args, label_args, args = arguments
+    run, rate, data_args, label_args, eval_args, args = arguments
     accelerator = open_run(run)
     if accelerator.is_fsdp2:
         raise InputError("A class-conditional network trains on several processes with --multi_gpu; it needs no FSDP.")
@@ -162,11 +163,6 @@ def main(argv: list[str] | None = None) -> None:
         timestep_sampling=args.timestep_sampling,
     )
 
-    def draw(pipe: ClassConditionalPipeline, seeds: list[int]) -> list[Image.Image]:
-        labels = [(seed - run.seed) // samples_per_class for seed in seeds]
-        pipe = with_scheduler(pipe, "ddim")
-        return sample(pipe, seeds, args.sample_steps, labels, guidance_scale=args.guidance_scale)
-
     card = CardFacts(
         title=run.model_save_name,
         summary=f"A diffusion model that draws by class, trained on {data.name}, for pictures of {size[0]}x{size[1]} "
@@ -185,7 +181,11 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.set_progress_bar_config(disable=True)
     player = Player("", unet, objective, optimizer, partial(schedule, args=rate))
     grid = partial(image_grid, columns=samples_per_class, row_labels=classes)
-    trainer = Trainer(Job([player], pipeline, unet, draw, card, arguments, grid), data, run, accelerator, repo_id)
+    labels = [i // samples_per_class for i in range(run.num_samples)]
+    sampler = Sampler("ddim", args.sample_steps, {"guidance_scale": args.guidance_scale})
+    evaluator = open_evaluator(eval_args, run, data, accelerator)
+    job = Job([player], pipeline, unet, sampler, card, arguments, labels, grid)
+    trainer = Trainer(job, data, run, accelerator, repo_id, evaluator)
     trainer.run()
     if accelerator.is_main_process:
         trainer.finish()

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from PIL import Image
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts
-from ddgan.sampling.pipelines import sample
 from ddgan.training.adversarial import Adversaries, DiscriminatorObjective, GeneratorObjective
 from ddgan.training.arguments import (
     DataArguments,
+    EvaluationArguments,
     LabelArguments,
     RunArguments,
     option,
@@ -28,7 +27,8 @@ from ddgan.training.arguments import (
     require_at_least,
 )
 from ddgan.training.data import Preprocessing, TrainingData
-from ddgan.training.loop import Job, Player, Trainer, open_run
+from ddgan.training.evaluation import open_evaluator
+from ddgan.training.loop import Job, Player, Sampler, Trainer, open_run
 from ddgan.training.results import repository_for, settings_for_card
 from ddgan.training.schedules import cosine_by_epoch
 
@@ -105,8 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not any(flag.split("=")[0] in ("--config", "--dataset_name", "--train_data_dir") for flag in argv):
         argv = ["--config", str(RECIPES / "ddgan_emoji_32.yaml"), *argv]
-    arguments = parse_arguments(DDGANRunArguments, DataArguments, LabelArguments, DDGANArguments, argv=argv)
-    run, data_args, label_args, args = arguments
+    kinds = (DDGANRunArguments, DataArguments, LabelArguments, EvaluationArguments, DDGANArguments)
+    arguments = parse_arguments(*kinds, argv=argv)
+    run, data_args, label_args, eval_args, args = arguments
     accelerator = open_run(run)
     if accelerator.is_fsdp2:
         raise InputError("A DDGAN trains on several processes with --multi_gpu; its networks need no FSDP.")
@@ -140,10 +141,6 @@ def main(argv: list[str] | None = None) -> None:
         )
     ]
 
-    def draw(pipe: DDGANPipeline, seeds: list[int]) -> list[Image.Image]:
-        labels = [(seed - run.seed) % len(data.classes) for seed in seeds] if data.classes else None
-        return sample(pipe, seeds, class_labels=labels)
-
     card = CardFacts(
         title=run.model_save_name,
         summary=f"A Denoising Diffusion GAN ([arXiv 2112.07804](https://arxiv.org/abs/2112.07804)) trained on "
@@ -158,8 +155,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     pipeline = DDGANPipeline(generator, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    job = Job(players, pipeline, generator, draw, card, arguments, watch=Watch())
-    trainer = Trainer(job, data, run, accelerator, repo_id)
+    sampler = Sampler("as-saved", args.num_train_timesteps)
+    labels = [i % len(data.classes) for i in range(run.num_samples)] if data.classes else None
+    evaluator = open_evaluator(eval_args, run, data, accelerator)
+    job = Job(players, pipeline, generator, sampler, card, arguments, labels, watch=Watch())
+    trainer = Trainer(job, data, run, accelerator, repo_id, evaluator)
     trainer.run()
     if accelerator.is_main_process:
         trainer.finish()

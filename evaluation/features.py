@@ -51,7 +51,9 @@ def collect(
     missing = [batch for batch in batches if batch.start not in done[0]]
     processes, rank = accelerator.num_processes, accelerator.process_index
     at_once = processes * max(1, PART_IMAGES // (batch_size * processes))
-    with tqdm(total=count, initial=len(done[0]), unit="image", desc=description, disable=not main) as progress:
+    with tqdm(
+        total=count, initial=len(done[0]), unit="image", desc=description, leave=None, disable=not main
+    ) as progress:
         for start in range(0, len(missing), at_once):
             mine = []
             for batch in missing[start + rank : start + at_once : processes]:

@@ -131,14 +131,21 @@ def table(measures: dict[str, Measure], floors: dict[str, Measure]) -> str:
     """A line for each measure, keyed `name@images`, with what the reference itself gives where that is known."""
     rows = [("", "value", "floor"), ("", "", "")]
     for key, measure in measures.items():
-        name, _, images = key.partition("@")
-        rows.append((f"{NAMES[name]}@{images}", _number(measure), _number(floors[name]) if name in floors else ""))
+        name = key.partition("@")[0]
+        rows.append((title(key), number(measure), number(floors[name]) if name in floors else ""))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     rows[1] = tuple("-" * width for width in widths)
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def _number(measure: Measure) -> str:
+def title(key: str) -> str:
+    """What people call a measure with the key `name@images`."""
+    name, _, images = key.partition("@")
+    return f"{NAMES[name]}@{images}"
+
+
+def number(measure: Measure) -> str:
+    """A measure as people read it."""
     return f"{measure.value:.4g}" + (f" ± {measure.spread:.2g}" if measure.spread is not None else "")
 
 
@@ -153,7 +160,7 @@ def eval_results(
             dataset_name=dataset,
             dataset_split=split,
             metric_type=key.partition("@")[0],
-            metric_name=f"{NAMES[key.partition('@')[0]]}@{key.partition('@')[2]}",
+            metric_name=title(key),
             metric_value=float(f"{measure.value:.6g}"),
             metric_args={**words, **measure.protocol}
             | ({} if measure.spread is None else {"spread": float(f"{measure.spread:.6g}")}),

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 CARD_NAME = "README.md"
@@ -29,6 +29,9 @@ class CardFacts:
         license: licence of the weights, in the Hub's short form, where known.
         license_note: a sentence on it, in place of the usual one.
         license_link: where its text is, for a licence that the Hub has no short form for (`other`).
+        evaluation: what was measured of the model, as rows of a table.
+        protocol: what these numbers depend on, in words.
+        results: the same for the metadata, its model-index.
         code: SHA-256 of each file that loading with `trust_remote_code` runs, see `code_files`.
         dataset: id or name of the data.
         tags: the Hub's tags beside `unconditional-image-generation`.
@@ -45,6 +48,9 @@ class CardFacts:
     license: str | None = None
     license_note: str | None = None
     license_link: str | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    protocol: str = ""
+    results: list[EvalResult] = field(default_factory=list)
     code: dict[str, str] = field(default_factory=dict)
     dataset: str | None = None
     tags: list[str] = field(default_factory=list)
@@ -60,6 +66,8 @@ def card_text(facts: CardFacts) -> str:
         base_model=facts.base_model if is_repo_id(facts.base_model) else None,
         datasets=[facts.dataset] if is_repo_id(facts.dataset) else None,
         tags=["diffusers", "unconditional-image-generation", *facts.tags],
+        model_name=facts.title if facts.results else None,
+        eval_results=facts.results or None,
     )
     if facts.license_note:
         license_line = facts.license_note
@@ -81,6 +89,7 @@ def card_text(facts: CardFacts) -> str:
         *(f"![{caption}]({name})\n\n*{caption}*" for name, caption in facts.pictures.items()),
         f"## Use\n\n```python\n{facts.usage.strip()}\n```",
         *([f"## {facts.origin}\n\n{_table(facts.training)}\n\nMade with {packages}."] if facts.training else []),
+        *([f"## Evaluation\n\n{_table(facts.evaluation)}\n\n{facts.protocol}"] if facts.evaluation else []),
         *(
             [f"<details><summary>All settings</summary>\n\n{_table(facts.settings)}\n\n</details>"]
             if facts.settings

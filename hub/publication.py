@@ -17,6 +17,7 @@ _PART_FILES = ("config.json", "*_config.json", "diffusion_pytorch_model*.safeten
 _TEXTS = (CARD_NAME, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 _SPACE_FILES = (".py", ".md", ".txt", ".css", *_PICTURES)
+_PACKAGE = Path(__file__).parents[1]
 
 
 def pipeline_files(folder: Path) -> list[str]:
@@ -66,16 +67,24 @@ def snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
         if text is not None:
             target.write_text(text, encoding="utf-8", newline="\n")
             continue
-        try:
-            os.link((folder / name).resolve(), target)
-        except OSError:
-            shutil.copyfile(folder / name, target)
+        link_or_copy(folder / name, target)
     return taken
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """A hard link, which a file that is renamed over `file` does not touch, or a copy where there are no links."""
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def space_snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
     """
-    What is published of a folder that holds a Space, its card naming the model `repo_id`; hidden files stay.
+    What is published of a folder that holds a Space; hidden files stay.
+
+    Its card names the model `repo_id`. This package lies beside the app in a folder of its name: a Space installs what
+    the package indexes have, and runs the app with its folder as the first place to import from.
 
     Raises:
         InputError: if it is not such a folder.
@@ -84,17 +93,25 @@ def space_snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
         raise InputError(
             f"There is no Space to upload: {folder} has no {CARD_NAME}. It comes with a clone of this project."
         )
+    files = {file.relative_to(folder): file for file in folder.rglob("*") if file.suffix in _SPACE_FILES}
+    files = {name: file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
     taken = TemporaryDirectory()
-    for file in folder.rglob("*"):
-        name = file.relative_to(folder)
-        if file.is_file() and file.suffix in _SPACE_FILES and not any(part.startswith(".") for part in name.parts):
-            target = Path(taken.name, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+    for name, file in {**files, **_package_files()}.items():
+        target = Path(taken.name, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
     card = SpaceCard.load(folder / CARD_NAME)
     card.data.models = [repo_id]
+    card.data.title = repo_id.rpartition("/")[2]
     card.save(Path(taken.name, CARD_NAME))
     return taken
+
+
+def _package_files() -> dict[Path, Path]:
+    """The files of this package that are imported, and its licence, by where they lie beside a Space's app."""
+    parts = [file for part in _PACKAGE.glob("*/__init__.py") for file in part.parent.glob("*.py")]
+    files = [_PACKAGE / "__init__.py", _PACKAGE / "errors.py", _PACKAGE / "LICENSE", *parts]
+    return {Path("ddgan", file.relative_to(_PACKAGE)): file for file in files if file.is_file()}
 
 
 def _parts(folder: Path) -> dict[str, str]:

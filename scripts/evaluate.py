@@ -35,7 +35,7 @@ from ddgan.evaluation.references import CACHE_DIR, Reference, look, measure_refe
 from ddgan.evaluation.results import Results, evaluate
 from ddgan.hub.cards import CARD_NAME
 from ddgan.sampling.pipelines import SCHEDULERS, digest, in_equal_batches, load_pipeline, sample, with_scheduler
-from ddgan.training.arguments import DataArguments, option, parse_arguments, require_at_least
+from ddgan.training.arguments import MIN_IMAGES, DataArguments, option, parse_arguments, require_at_least
 from ddgan.training.checkpoints import replace_file
 from ddgan.training.data import ComparedImages, ImageTable, Preprocessing, open_images
 
@@ -101,7 +101,7 @@ class EvaluateArguments:
         if self.feature_extractor is None:
             raise InputError("Name images to measure against with --reference, or a --classifier to judge with.")
         require_at_least(1, self, "batch_size", "num_inference_steps")
-        require_at_least(12, self, "num_images", "num_reference")  # six in each half
+        require_at_least(MIN_IMAGES, self, "num_images", "num_reference")
 
 
 def main(argv: list[str] | None = None) -> None:

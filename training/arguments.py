@@ -12,6 +12,8 @@ from transformers import HfArgumentParser
 
 from ..errors import InputError
 
+MIN_IMAGES = 12  # that are measured or measured against: six in each half
+
 
 def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -110,6 +112,24 @@ class RunArguments:
         require_at_least(0, self, *every)
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema_decay is {self.ema_decay}; it must be at least 0 (no EMA) and less than 1.")
+
+
+@dataclass
+class EvaluationArguments:
+    """How what a run draws is measured while it goes, against its own training images."""
+
+    _argument_group_name = "evaluation"
+
+    eval_every: int = option(0, "optimizer steps between evaluations, the last of which is at the end; 0: none")
+    eval_images: int = option(1000, "pictures that are drawn for an evaluation")
+    feature_extractor: str | None = option(
+        None, "inception-v3-compat (default), dinov2, or a classifier folder from scripts/train_classifier.py"
+    )
+    extractor_weights: str | None = option(None, "file (inception-v3-compat) or folder (dinov2) with its weights")
+
+    def __post_init__(self):
+        require_at_least(0, self, "eval_every")
+        require_at_least(MIN_IMAGES, self, "eval_images")
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..errors import InputError, RunError
+from ..hub.publication import link_or_copy
 
 _NAME = re.compile(r"step-(\d{8})")
 _STATE = "state.json"
@@ -42,6 +43,26 @@ def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
     shutil.rmtree(temporary)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder under a temporary name, sync it and rename it into the place of `folder`, which leaves whole."""
+    temporary, leaving = (folder.with_name(f".tmp-{kind}{folder.name}") for kind in ("", "old-"))
+    for path in (temporary, leaving):
+        shutil.rmtree(path, ignore_errors=True)
+    write(temporary)
+    for path in temporary.rglob("*"):
+        _sync(path)
+    if folder.exists():
+        os.replace(folder, leaving)
+    os.replace(temporary, folder)
+    _sync(folder.parent)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def copy_folder(folder: Path, target: Path) -> None:
+    """A folder once more: hard links, or copies where the filesystem has none."""
+    shutil.copytree(folder, target, copy_function=lambda file, copy: link_or_copy(Path(file), Path(copy)))
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -603,8 +603,8 @@ class TrainingData:
         label_args: LabelArguments | None = None,
         **plan: int,
     ):
-        self.args, self.labels = args, None
-        opened = open_images(args)
+        self.args, self.preprocessing, self.labels = args, preprocessing, None
+        self.source = opened = open_images(args)
         self.plan = Plan(None if args.streaming else len(opened), **plan)
         if args.streaming:
             columns = [_image_column(opened, args.image_column)]

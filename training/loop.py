@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,35 @@ from ..errors import InputError, RunError
 from ..hub.cards import CardFacts
 from ..hub.upload import BackgroundUpload
 from ..sampling.pictures import image_grid
+from ..sampling.pipelines import sample, with_scheduler
 from .arguments import RunArguments, write_config
-from .checkpoints import Checkpoints, load_state, remove_leftovers, replace_file, replace_tree
+from .checkpoints import (
+    Checkpoints,
+    copy_folder,
+    load_state,
+    remove_leftovers,
+    replace_file,
+    replace_folder,
+    replace_tree,
+)
 from .data import Batch, TrainingData
+from .evaluation import Evaluations, Evaluator
 from .objectives import Samples
 from .randomness import Draws, key
-from .results import finish_upload, report, write_card
+from .results import finish_upload, report, write_best, write_card
 from .sharding import local, reshard, whole, whole_pipeline
-from .tracking import Metrics, plot_losses, read_metrics, start_trackers, track_picture, tracker_names
+from .tracking import (
+    Metrics,
+    plot_evaluations,
+    plot_losses,
+    read_metrics,
+    start_trackers,
+    track_picture,
+    tracker_names,
+)
 
 _CONFIG = "config.yaml"
+_BEST = "best"
 _LOG_EVERY = 10  # optimizer steps whose losses are read back from the device at once
 
 
@@ -60,6 +80,30 @@ class Player:
     schedule: Callable[[torch.optim.Optimizer, int], LambdaLR]
 
 
+@dataclass(frozen=True)
+class Sampler:
+    """How a run draws from its pipeline.
+
+    Attributes:
+        scheduler: `as-saved`, or the name of one of `SCHEDULERS`.
+        num_inference_steps, options: as of `sample`.
+    """
+
+    scheduler: str
+    num_inference_steps: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, pipeline: DiffusionPipeline, seeds: list[int], labels: list[int] | None) -> list[Image.Image]:
+        """A picture for each seed and, where there are classes, its class."""
+        pipeline = with_scheduler(pipeline, self.scheduler)
+        return sample(pipeline, seeds, self.num_inference_steps, labels, **self.options)
+
+    def protocol(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """What a picture depends on beside the weights, its seed and its class."""
+        scheduler = type(with_scheduler(pipeline, self.scheduler).scheduler).__name__
+        return {"scheduler": scheduler, "num_inference_steps": self.num_inference_steps, **self.options}
+
+
 @dataclass
 class Job:
     """What a training script hands over to the loop.
@@ -69,19 +113,21 @@ class Job:
             others' parameters need no gradients.
         pipeline: holds the networks; it is what is sampled and saved.
         averaged: the network of the pipeline that has averaged weights (EMA).
-        sample: pictures from the pipeline for a list of seeds, a picture depending on its seed alone.
+        sampler: draws from the pipeline; a picture depends on its seed and its class alone.
         card: what the model card says beside the facts of the run.
         arguments: all of the script's arguments, for config.yaml and the trackers.
-        grid: lays the pictures of the run's seeds out, in their order.
+        labels: the class of each of the pictures that are shown, where there are classes.
+        grid: lays these pictures out, in their order.
         watch: is shown the rows of metrics.csv as they are logged, and says in words what looks wrong.
     """
 
     players: list[Player]
     pipeline: DiffusionPipeline
     averaged: torch.nn.Module
-    sample: Callable[[DiffusionPipeline, list[int]], list[Image.Image]]
+    sampler: Sampler
     card: CardFacts
     arguments: tuple
+    labels: list[int] | None = None
     grid: Callable[[list[Image.Image]], Image.Image] = image_grid
     watch: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
 
@@ -131,12 +177,19 @@ class Trainer:
         args: for how long, and what is shown and kept.
         accelerator: where.
         repo_id: the repository that every save is uploaded to, in the main process.
+        evaluator: measures what is drawn along the way.
     """
 
     def __init__(
-        self, job: Job, data: TrainingData, args: RunArguments, accelerator: Accelerator, repo_id: str | None = None
+        self,
+        job: Job,
+        data: TrainingData,
+        args: RunArguments,
+        accelerator: Accelerator,
+        repo_id: str | None = None,
+        evaluator: Evaluator | None = None,
     ):
-        self.job, self.data, self.args, self.accelerator = job, data, args, accelerator
+        self.job, self.data, self.args, self.accelerator, self.evaluator = job, data, args, accelerator, evaluator
         self.plan = data.plan
         self.folder = Path(args.output_dir)
         self.total_steps = args.max_train_steps or args.num_epochs * (self.plan.steps_per_epoch or 0)
@@ -168,11 +221,15 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(self.folder / "checkpoints", args.checkpoints_total_limit, accelerator)
         self.step, self.seconds, self.position, self.broken = 0, 0.0, None, set()
-        if args.resume_from_checkpoint and (checkpoint := self.checkpoints.find(args.resume_from_checkpoint)):
+        self.evaluations = Evaluations()
+        checkpoint = args.resume_from_checkpoint and self.checkpoints.find(args.resume_from_checkpoint)
+        if checkpoint:
             self._resume(checkpoint)
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
+            if checkpoint and (checkpoint / _BEST).is_dir():
+                replace_folder(self.folder / _BEST, partial(copy_folder, checkpoint / _BEST))
             self.checkpoints.remove_after(self.step)
         start_trackers(accelerator, args, {k: v for part in job.arguments for k, v in vars(part).items()})
         if accelerator.is_main_process:
@@ -214,6 +271,8 @@ class Trainer:
                 disable=not self.accelerator.is_main_process,
             ) as progress,
         ):
+            if self._evaluation_due():  # the run was stopped at this step
+                self._evaluate(progress)
             while self.step < self.total_steps:
                 try:
                     self._train_step(batches)
@@ -227,8 +286,11 @@ class Trainer:
                 checkpoint_due = stopping or last or _due(self.step, self.args.checkpointing_steps)
                 samples_due = not last and not stopping and _due(self.step, self.args.log_samples_every)
                 model_due = not last and not stopping and _due(self.step, self.args.save_model_every)
-                if checkpoint_due or samples_due or model_due or _due(self.step, _LOG_EVERY):
+                evaluation_due = not stopping and self._evaluation_due()
+                if checkpoint_due or samples_due or model_due or evaluation_due or _due(self.step, _LOG_EVERY):
                     self._log(progress)
+                if evaluation_due:
+                    self._evaluate(progress)
                 if checkpoint_due:
                     self._save_checkpoint()
                 if stopping:
@@ -336,18 +398,51 @@ class Trainer:
             if self.ema:
                 self.ema.restore(local(network.parameters()))
 
+    def _evaluation_due(self) -> bool:
+        return self.evaluator is not None and self.evaluator.due(self.step, self.total_steps, self.evaluations)
+
+    def _evaluate(self, progress: tqdm) -> None:
+        """Measure pictures of the averaged weights, log the numbers, and keep the pipeline if it is the best yet."""
+        started = time.perf_counter()
+        with self.clock.paused():
+            with self.averaged_weights() as averaged:
+                drawn = {
+                    "weights": "averaged (EMA)" if self.ema else "as trained",
+                    **self.job.sampler.protocol(averaged),
+                    "precision": self.accelerator.mixed_precision,
+                }
+                found = self.evaluator.measure(partial(self.job.sampler, averaged), self.step, drawn)
+                seconds = time.perf_counter() - started
+                is_best = self.evaluations.add(found, seconds)
+                if is_best:
+                    pipeline = whole_pipeline(averaged, self.accelerator)
+                    if self.accelerator.is_main_process:
+                        write_best(self.folder / _BEST, pipeline, self.job.card, self.facts())
+            if self.accelerator.is_main_process:
+                self.metrics.amend(found.values())
+            self.accelerator.log(found.values() | {"evaluation_seconds": seconds}, step=self.step)
+            self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            best = ", the best so far" if is_best else f" (best: step {self.evaluations.best.step})"
+            progress.write(f"step {self.step}: {found.in_words()}{best}; it took {seconds:.0f} s")
+            if self.evaluations.count == 1:
+                for warning in found.warnings:
+                    progress.write(f"warning: {warning}")
+
     def _show_samples(self) -> None:
         """Sample the run's fixed seeds, a part in each process, and save and track the grid."""
-        seeds = [self.args.seed + i for i in range(self.args.num_samples)]
+        numbers = list(range(self.args.num_samples))
         with self.clock.paused(), self.averaged_weights() as pipeline, torch.no_grad():
-            with self.accelerator.split_between_processes(seeds, apply_padding=True) as mine:
-                drawn = dict(zip(mine, self.job.sample(pipeline, mine), strict=True))
+            with self.accelerator.split_between_processes(numbers, apply_padding=True) as mine:
+                labels = self.job.labels and [self.job.labels[i] for i in mine]
+                pictures = self.job.sampler(pipeline, [self.args.seed + i for i in mine], labels)
+                drawn = dict(zip(mine, pictures, strict=True))
             if self.accelerator.num_processes > 1:
                 gathered = [None] * self.accelerator.num_processes
                 torch.distributed.all_gather_object(gathered, drawn)
-                drawn = {seed: picture for part in gathered for seed, picture in part.items()}
+                drawn = {number: picture for part in gathered for number, picture in part.items()}
         if self.accelerator.is_main_process:
-            grid = self.job.grid([drawn[seed] for seed in seeds])
+            grid = self.job.grid([drawn[number] for number in numbers])
             replace_file(self.sample_path(self.step), grid.save)
             track_picture(self.accelerator, "samples", grid, self.step)
 
@@ -363,7 +458,10 @@ class Trainer:
                 if self.accelerator.is_main_process:
                     replace_tree(self.folder, pipeline.save_pretrained)
             if self.accelerator.is_main_process:
-                plot_losses(self.folder / "metrics.csv", self.folder / "loss.png")
+                metrics = self.folder / "metrics.csv"
+                plot_losses(metrics, self.folder / "loss.png")
+                if self.evaluations.last:
+                    plot_evaluations(metrics, self.folder / "eval.png", self.evaluations.last, self.evaluations.best)
                 write_card(self.folder, self.job.card, self.facts())
                 if self.upload and self.step < self.total_steps:
                     self.upload.push(f"Step {self.step} of {self.total_steps}")
@@ -398,6 +496,7 @@ class Trainer:
             "seconds": self.seconds + self.clock.seconds(),
             "waited": self.clock.share_waited(),
             "broken": len(self.broken),
+            "evaluations": self.evaluations,
         }
 
     def _save_checkpoint(self) -> None:
@@ -409,6 +508,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds + self.clock.seconds(),
             "broken": sorted(self.broken),
+            "evaluations": self.evaluations.to_json(),
             **self._identity(),
         }
         with self.clock.paused():
@@ -427,6 +527,8 @@ class Trainer:
         if self.ema and (self.shards > 1 or self.accelerator.is_main_process):
             tensors = {str(i): tensor.contiguous() for i, tensor in enumerate(self.ema.shadow_params)}
             save_file(tensors, folder / self._ema_file())
+        if self.accelerator.is_main_process and self.evaluations.best and (self.folder / _BEST).is_dir():
+            copy_folder(self.folder / _BEST, folder / _BEST)
         if self.plan.num_images is None:
             (folder / self._stream_file()).write_text(json.dumps(self.position), encoding="utf-8")
 
@@ -455,6 +557,7 @@ class Trainer:
         if self.plan.num_images is None:
             self.position = json.loads((checkpoint / self._stream_file()).read_text(encoding="utf-8"))
         self.step, self.seconds, self.broken = state["step"], state["seconds"], set(state["broken"])
+        self.evaluations = Evaluations.from_json(state.get("evaluations", {}))  # earlier versions saved none
         self.accelerator.print(f"Going on from {checkpoint}, step {self.step} of {self.total_steps}.")
 
 

@@ -1,14 +1,19 @@
 """What a run leaves for people: its model card, a report on where things are, and its uploads."""
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
+
 from ..errors import InputError, RunError
+from ..evaluation.report import eval_results, number, title
 from ..hub.cards import CARD_NAME, CardFacts, card_text, code_files, is_repo_id
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
 from .arguments import RunArguments
-from .checkpoints import replace_file
+from .checkpoints import replace_file, replace_folder
+from .evaluation import Evaluations
 
 # what is the user's own affair: places on the machine, and where the model goes
 _PRIVATE = {"output_dir", "train_data_dir", "resume_from_checkpoint", "hub_model_id", "hub_private", "push_to_hub"}
@@ -39,29 +44,66 @@ def write_card(folder: Path, card: CardFacts, facts: dict[str, Any]) -> None:
     }
     if facts["broken"]:
         training["images left out as broken"] = facts["broken"]
+    known: Evaluations = facts["evaluations"]
+    if known.last:
+        training["evaluations"] = f"{known.count}, which took {known.seconds / 60:.1f} minutes together"
+        card = replace(card, **_evaluation_for_card(known, facts["steps"]))
     pictures = {
         "before_after.png": "The same seeds before and after.",
         f"samples/step-{facts['steps']:08d}.png": f"Samples after {facts['steps']:,} steps.",
         "loss.png": "Training loss.",
+        "eval.png": "Measured along the run.",
     }
     there = {name: caption for name, caption in pictures.items() if (folder / name).exists()}
     text = card_text(replace(card, training=training, pictures=there, code=code_files(folder)))
     replace_file(folder / CARD_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def _evaluation_for_card(known: Evaluations, step: int) -> dict[str, Any]:
+    """What a card tells of the newest evaluation; its numbers are the model's own if they are of its step."""
+    last, best = known.last, known.best
+    table = {
+        title(key): number(measure)
+        + (f" (halves of the training images: {number(last.floors[name])})" if name in last.floors else "")
+        for key, measure in last.measures.items()
+        for name in [key.partition("@")[0]]
+    }
+    if best.step != step:
+        table["best in the run"] = f"{best.in_words()}, after {best.step:,} steps: `best/` in the run folder"
+    words = [f"{part.replace('_', ' ').capitalize()}: {text}." for part, text in last.protocol.items()]
+    when = [] if last.step == step else [f"These are numbers of step {last.step:,}, not of the weights here."]
+    results = eval_results(last.measures, last.dataset, last.split, last.protocol) if last.step == step else []
+    return {"evaluation": table, "protocol": " ".join(when + words), "results": results}
+
+
+def write_best(folder: Path, pipeline: DiffusionPipeline, card: CardFacts, facts: dict[str, Any]) -> None:
+    """Write the pipeline with the best numbers so far, and its card, in the place of the one before."""
+    usage = re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{folder.name}"', card.usage)
+    card = replace(card, title=f"{card.title}, best checkpoint", usage=usage)
+
+    def write(temporary: Path) -> None:
+        pipeline.save_pretrained(temporary)
+        write_card(temporary, card, facts)
+
+    replace_folder(folder, write)
+
+
 def report(folder: Path, facts: dict[str, Any]) -> None:
     """Print where things are."""
+    known: Evaluations = facts["evaluations"]
     lines = [
         f"\nStep {facts['steps']} of {facts['total_steps']} reached after {facts['seconds'] / 60:.1f} minutes.",
         f"{facts['waited']:.1%} of the training time went into waiting for data.",
         f"{facts['broken']} broken images were left out." if facts["broken"] else "",
+        f"{known.count} evaluations took {known.seconds / 60:.1f} minutes of it." if known.last else "",
         "",
         f"model folder   {folder}",
         *(
             f"{name:<14} {folder / file}"
-            for name, file in (("before, after", "before_after.png"), ("loss", "loss.png"))
+            for name, file in (("before, after", "before_after.png"), ("loss", "loss.png"), ("measured", "eval.png"))
             if (folder / file).exists()
         ),
+        f"best model     {folder / 'best'}: step {known.best.step}, {known.best.in_words()}" if known.best else "",
         f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(folder)!r})",
     ]
     print("\n".join(lines))

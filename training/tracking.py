@@ -2,7 +2,7 @@
 
 import csv
 from importlib.util import find_spec
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,12 @@ from accelerate import Accelerator
 from PIL import Image
 
 from ..errors import InputError
+from ..evaluation import report
 from .arguments import RunArguments
 from .checkpoints import replace_file
+from .evaluation import Evaluation
 
+SHARES = ("precision", "recall", "coverage", "class_accuracy")  # measures that are parts of a whole
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -77,19 +80,34 @@ class Metrics:
         """Open the file of a run; rows past the step at which it is taken up are dropped."""
         self.path = path
         rows = read_metrics(path) if path.exists() else []
-        kept = [row for row in rows if row["step"] <= resumed_step]
-        if kept:
-            replace_file(path, lambda temporary: _write(temporary, kept, "w"))
-        else:
-            path.unlink(missing_ok=True)
+        self._replace([row for row in rows if row["step"] <= resumed_step])
 
     def append(self, rows: list[dict[str, float]]) -> None:
-        _write(self.path, rows, "a" if self.path.exists() else "w")
+        """Add rows; what they do not have of the columns there stays empty."""
+        if self.columns and not any(row.keys() - set(self.columns) for row in rows):
+            _write(self.path, self.columns, rows, "a")
+        else:
+            self._replace([*self._rows(), *rows])
+
+    def amend(self, values: dict[str, float]) -> None:
+        """Add values to the newest row."""
+        *rows, newest = self._rows()
+        self._replace([*rows, newest | values])
+
+    def _rows(self) -> list[dict[str, float]]:
+        return read_metrics(self.path) if self.columns else []
+
+    def _replace(self, rows: list[dict[str, float]]) -> None:
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        if rows:
+            replace_file(self.path, lambda temporary: _write(temporary, self.columns, rows, "w"))
+        else:
+            self.path.unlink(missing_ok=True)
 
 
-def _write(path: Path, rows: list[dict[str, float]], mode: str) -> None:
+def _write(path: Path, columns: list[str], rows: list[dict[str, float]], mode: str) -> None:
     with open(path, mode, newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, columns)
         if mode == "w":
             writer.writeheader()
         writer.writerows({name: "" if isnan(value) else value for name, value in row.items()} for row in rows)
@@ -129,5 +147,34 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     below.set_ylabel("learning rate")
     below.set_xlabel("optimizer step")
     below.grid(alpha=0.3)
+    replace_file(picture, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)
+
+
+def plot_evaluations(metrics: Path, picture: Path, newest: Evaluation, best: Evaluation) -> None:
+    """Draw what was measured like the newest evaluation, the best step marked, and dashed the floors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    images = next(iter(newest.measures)).partition("@")[2]
+    rows = [row for row in read_metrics(metrics) if not isnan(row.get(f"fid@{images}", nan))]
+    steps = [row["step"] for row in rows]
+    shares = [name for name in SHARES if f"{name}@{images}" in newest.measures]
+    figure, panels = plt.subplots(3, 1, figsize=(8, 7.5), sharex=True, height_ratios=(3, 2, 3), layout="constrained")
+    for panel, names in zip(panels, (["fid"], ["kid"], shares), strict=True):
+        for color, name in enumerate(names):
+            values = [row[f"{name}@{images}"] for row in rows]
+            panel.plot(steps, values, "o-", color=f"C{color}", markersize=4, label=report.title(f"{name}@{images}"))
+            if name in newest.floors:
+                panel.axhline(newest.floors[name].value, color=f"C{color}", linestyle="--", linewidth=0.9, alpha=0.7)
+        panel.axvline(best.step, color="0.6", linewidth=0.9)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    panels[0].set_yscale("log")
+    panels[0].set_title(f"dashed: halves of the training images; line: best FID, step {best.step}", fontsize=9)
+    panels[-1].set_ylim(-0.05, 1.05)
+    panels[-1].set_xlabel("optimizer step")
     replace_file(picture, lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)

@@ -1,0 +1,310 @@
+"""Claims about evaluation in the course of a run: it disturbs nothing, is exact, and keeps the best."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDPMPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import ROOT, finetune_flags, make_dataset, run_script, write_images
+
+from ddgan import train_class_conditional, train_ddgan
+from ddgan.errors import InputError, RunError
+from ddgan.evaluation.classifier import ImageClassifier
+from ddgan.evaluation.extractors import ClassifierFeatures
+from ddgan.scripts import evaluate
+from ddgan.training.checkpoints import load_state
+from ddgan.training.tracking import read_metrics
+
+NAMES = ("fid", "kid", "precision", "recall", "density", "coverage", "classifier_score")
+COLUMNS = {f"{name}@13" for name in NAMES}
+SHORT = "--image_size 8 --batch_size 4 --max_train_steps 6 --num_samples 3 --report_to none"
+NETWORK = "--block_out_channels 8 16 --layers_per_block 1"
+MAPPING = "--latent_dim 4 --latent_embed_dim 8 --latent_mapping_layers 1"
+DDGAN = f"{SHORT} {NETWORK} {MAPPING} --attention_resolutions 4 --discriminator_channels 2 --lazy_reg 2 --dropout 0.1"
+CLASSES = (
+    f"{SHORT} {NETWORK} --attention_levels 1 --norm_num_groups 4 --sample_steps 2 --cache_images false --ema_decay 0.9"
+)
+
+
+def write_classifier(folder: Path, channels: int, names: str) -> Path:
+    torch.manual_seed(channels)
+    network = ImageClassifier(8, channels, len(names), (8, 16), dict(enumerate(names)))
+    network.head.weight.data *= 100  # so that it sees all classes
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    """Sees colour pictures."""
+    return write_classifier(tmp_path_factory.mktemp("classifiers") / "colour", 3, "xyz")
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory) -> tuple[Path, Path]:
+    """13 grey images in three sub-folders, and a classifier of them."""
+    root = tmp_path_factory.mktemp("kinds")
+    for i, path in enumerate(sorted(write_images(root / "all", 13).iterdir())):
+        (root / "images" / "abc"[i % 3]).mkdir(exist_ok=True, parents=True)
+        Image.open(path).convert("L").save(root / "images" / "abc"[i % 3] / path.name)
+    return root / "images", write_classifier(root / "classifier", 1, "abc")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """Where features of references are kept."""
+    monkeypatch.setattr("ddgan.training.evaluation.CACHE_DIR", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def every(steps: int, classifier: Path, *more) -> list:
+    return ["--eval_every", steps, "--eval_images", 13, "--feature_extractor", classifier, *more]
+
+
+def evaluated(run: Path) -> dict[int, dict[str, float]]:
+    """What was measured at which step."""
+    rows = read_metrics(run / "metrics.csv")
+    return {row["step"]: {k: v for k, v in row.items() if "@" in k} for row in rows if row["fid@13"] == row["fid@13"]}
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """Everything that training changes, from the newest checkpoint."""
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    found = {}
+    for path in newest.glob("*.safetensors"):
+        found |= {f"{path.name}/{name}": value for name, value in load_file(path).items()}
+    for path in newest.glob("optimizer*.bin"):
+        for i, values in torch.load(path, weights_only=True)["state"].items():
+            found |= {f"{path.name}/{i}/{name}": value for name, value in values.items()}
+    assert any(name.startswith("ema") for name in found) and any(name.startswith("optimizer") for name in found)
+    return found
+
+
+def assert_same_training(a: Path, b: Path) -> None:
+    first, second = state(a), state(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    rows = [
+        [{k: v for k, v in row.items() if "@" not in k} for row in read_metrics(r / "metrics.csv")] for r in (a, b)
+    ]
+    assert str(rows[0]) == str(rows[1])  # NaN, where there is none, is the same too
+
+
+def assert_same_folder(a: Path, b: Path) -> None:
+    names = [sorted(path.relative_to(folder) for path in folder.rglob("*.*")) for folder in (a, b)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.suffix in (".safetensors", ".json"):
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def train(script, flags: str, images: Path, output: Path, *more) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    script.main([str(flag) for flag in ["--train_data_dir", images, "--output_dir", output, *flags.split(), *more]])
+    return output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing is disturbed, and all is exact
+
+
+def test_fine_tuning_with_and_without_evaluation_end_bit_identical(finetune, classifier):
+    plain = finetune("plain")
+    run = finetune("run", *every(3, classifier))
+    assert_same_training(plain, run)
+    assert list(evaluated(run)) == [3, 4]  # the last step always
+    assert all(values.keys() == COLUMNS for values in evaluated(run).values())
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert (plain / unet).read_bytes() == (run / unet).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [(train_ddgan, f"{DDGAN} --class_conditional --image_channels 1"), (train_class_conditional, CLASSES)],
+)
+def test_training_by_class_with_and_without_evaluation_ends_bit_identical(kinds, tmp_path, script, flags):
+    images, judge = kinds
+    plain = train(script, flags, images, tmp_path / "plain")
+    run = train(script, flags, images, tmp_path / "run", *every(3, judge))
+    assert_same_training(plain, run)
+    assert list(evaluated(run)) == [3, 6]
+    for values in evaluated(run).values():
+        assert values.keys() == COLUMNS | {"class_accuracy@13"}
+        assert 13 * values["class_accuracy@13"] == pytest.approx(round(13 * values["class_accuracy@13"]))
+    assert "accuracy of classes@13" in (run / "README.md").read_text()
+    assert (run / "best" / "model_index.json").exists()
+
+
+def test_a_resumed_run_measures_the_same_and_keeps_its_best(finetune, classifier):
+    flags = ("--num_epochs", 4, "--checkpointing_steps", 2, "--checkpoints_total_limit", 0, *every(3, classifier))
+    straight = finetune("straight", *flags)
+    run = finetune("run", *flags)
+    for step in (6, 4, 2):  # from where the best was known, and from where none was
+        going_on = run / "checkpoints" / f"step-{step:08d}"
+        finetune("run", *flags, "--resume_from_checkpoint", going_on)
+        assert_same_training(straight, run)
+        assert (straight / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+        assert_same_folder(straight / "best", run / "best")
+        known = [load_state(sorted((r / "checkpoints").iterdir())[-1])["evaluations"] for r in (straight, run)]
+        for evaluations in known:
+            evaluations.pop("seconds")
+            for name in ("last", "best"):
+                evaluations[name]["protocol"].pop("samples"), evaluations[name].pop("alike")  # have the runs' names
+        assert known[0] == known[1]
+
+
+def test_a_run_that_was_stopped_before_an_evaluation_makes_up_for_it(finetune, classifier):
+    """Stopped at the step itself, or begun without evaluation."""
+    flags = ("--lr_scheduler", "constant", "--max_train_steps")
+    straight = finetune("straight", *flags, 6, *every(3, classifier))
+    run = finetune("run", *flags, 3)
+    assert "fid@13" not in (run / "metrics.csv").read_text()
+    finetune("run", *flags, 6, *every(3, classifier), "--resume_from_checkpoint", "latest")
+    assert list(evaluated(run)) == [3, 6]
+    assert (straight / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(finetune, classifier, tiny_model, images, tmp_path, monkeypatch):
+    still = ("--learning_rate", 0, "--batch_size", 4, "--max_train_steps", 2, *every(1, classifier))
+    one, two = finetune("one", *still), tmp_path / "two"
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    done = run_script(ROOT / "finetune_model.py", *finetune_flags(tiny_model, images, two, *still), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert evaluated(two) == evaluated(one)
+    assert DDPMPipeline.from_pretrained(two / "best")
+    assert done.stderr.count("step 2: FID@13") + done.stdout.count("step 2: FID@13") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured, told and kept
+
+
+@pytest.fixture
+def run(finetune, classifier) -> Path:
+    """Measured after each of six steps that are too large to get better."""
+    return finetune("run", "--num_epochs", 3, "--learning_rate", 0.1, "--ema_decay", 0.5, *every(1, classifier))
+
+
+def test_the_best_pipeline_is_kept_and_scripts_evaluate_finds_its_numbers(run, images, classifier, cache, capsys):
+    fids = {step: values["fid@13"] for step, values in evaluated(run).items()}
+    best = min(fids, key=fids.get)
+    assert list(fids) == [1, 2, 3, 4, 5, 6] and best != 6
+    given = ["--pipeline", run / "best", "--scheduler", "ddim", "--num_inference_steps", 2, "--num_images", 13]
+    given += ["--reference", images, "--feature_extractor", classifier, "--cache_dir", cache, "--no_update_card"]
+    evaluate.main([str(flag) for flag in [*given, "--output", run / "found.json"]])
+    found = {name: entry["value"] for name, entry in json.loads((run / "found.json").read_text())["metrics"].items()}
+    assert found == pytest.approx(evaluated(run)[best], rel=1e-2, abs=1e-3)  # pictures that are drawn one by one
+    assert found["fid@13"] != pytest.approx(fids[6], rel=0.05)
+    assert len(list(cache.glob("thirteen-*.safetensors"))) == 1, "the reference was measured twice"
+
+
+def test_the_numbers_and_their_protocol_are_on_the_cards(run):
+    measured = evaluated(run)
+    best = min(measured, key=lambda step: measured[step]["fid@13"])
+    for folder, step in ((run, 6), (run / "best", best)):
+        card = ModelCard.load(folder / "README.md")
+        written = {result.metric_name: result for result in card.data.eval_results}
+        assert written["FID@13"].metric_value == pytest.approx(measured[step]["fid@13"], rel=1e-5)
+        assert len(written) == len(NAMES)
+        samples = written["FID@13"].metric_args["samples"]
+        for said in (f"step {step},", "weights averaged (EMA)", "seeds 0 to 12", "DDIMScheduler", "drawn at once 8"):
+            assert said in samples
+        assert "images 13" in written["FID@13"].metric_args["reference"]
+        assert f"Step {step}, pipeline run" in card.content or f"step {step}, pipeline run" in card.content
+        assert str(run.parent) not in card.content
+    card = ModelCard.load(run / "README.md").content
+    assert f"after {best} steps: `best/`" in card and "![Measured along the run.](eval.png)" in card
+    assert "| evaluations | 6, which took" in card
+    best_card = (run / "best" / "README.md").read_text()
+    assert "# run, best checkpoint" in best_card and 'from_pretrained("best")' in best_card
+    assert f"{best} of 6 optimizer steps" in best_card
+    assert Image.open(run / "eval.png").width > 500
+
+
+def test_what_was_measured_is_shown_as_it_comes(finetune, classifier, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = finetune("run", "--report_to", "tensorboard", *every(2, classifier))
+    said = "".join(capsys.readouterr())
+    assert "step 2: FID@13 " in said and "the best so far; it took" in said
+    assert said.count("warning: Too few samples: 13.") == 1
+    assert "2 evaluations took" in said and f"best model     {run / 'best'}: step " in said
+    events = next(path for path in (run / "logs").rglob("events*") if path.parent.name == "run")
+    tracked = EventAccumulator(str(events)).Reload()
+    fids = {event.step: event.value for event in tracked.Scalars("fid@13")}
+    assert fids == pytest.approx({step: values["fid@13"] for step, values in evaluated(run).items()})
+    assert len(tracked.Scalars("evaluation_seconds")) == 2
+
+
+def test_the_reference_is_measured_once(finetune, classifier, monkeypatch):
+    calls, measure = [], ClassifierFeatures.measure
+    monkeypatch.setattr(
+        ClassifierFeatures, "measure", lambda self, images: calls.append(len(images)) or measure(self, images)
+    )
+    finetune("first", "--max_train_steps", 1, *every(1, classifier))
+    assert sum(calls) == 13 + 13
+    calls.clear()
+    finetune("second", "--max_train_steps", 1, *every(1, classifier))
+    assert sum(calls) == 13
+
+
+def test_numbers_that_do_not_compare_do_not_compete(finetune, classifier, tmp_path):
+    flags = ("--lr_scheduler", "constant", "--max_train_steps")
+    run = finetune("run", *flags, 2, *every(2, classifier))
+    other = write_classifier(tmp_path / "other", 3, "wxyz")
+    finetune("run", *flags, 3, *every(3, other), "--resume_from_checkpoint", "latest")
+    assert load_state(run / "checkpoints" / "step-00000003")["evaluations"]["best"]["step"] == 3
+    assert "3 of 3 optimizer steps" in (run / "best" / "README.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be measured is said before training
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--eval_every", -1], "eval_every is -1; it must be at least 0"),
+        (["--eval_every", 1, "--eval_images", 11], "at least 12"),
+        (["--eval_every", 1, "--feature_extractor", "nowhere"], "--eval_every: nowhere is neither inception"),
+        (
+            ["--eval_every", 1, "--extractor_weights", "nowhere.pth"],
+            "--eval_every: The file nowhere.pth does not hold",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_training(finetune, tmp_path, flags, said):
+    with pytest.raises(InputError, match=said):
+        finetune("run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_training_images_are_said_before_training(finetune, classifier, tmp_path):
+    few = write_images(tmp_path / "few", 9)
+    with pytest.raises(InputError, match="of which there must be at least 12; few has 9"):
+        finetune("run", "--train_data_dir", few, *every(1, classifier))
+
+
+def test_a_stream_is_not_measured_against(finetune, classifier, tmp_path):
+    flags = ("--train_data_dir", "", "--dataset_name", make_dataset(tmp_path / "data", 20), "--streaming")
+    with pytest.raises(InputError, match=r"which a stream does not hold.*scripts/evaluate\.py"):
+        finetune("run", *flags, "--max_train_steps", 2, *every(1, classifier))
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_training_images_are_left_out_of_the_reference_as_they_are_of_training(
+    finetune, classifier, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("ddgan.training.data._CHECKED_IMAGES", 1)
+    folder = write_images(tmp_path / "images", 14)
+    (folder / "013.png").write_bytes(b"not an image")
+    with pytest.raises(RunError, match=r"cannot be read: .*013\.png"):
+        finetune("run", "--train_data_dir", folder, *every(1, classifier))
+    flags = ("--train_data_dir", folder, "--skip_broken_images", "--max_train_steps", 1)
+    assert evaluated(finetune("run", *flags, *every(1, classifier)))
