@@ -2,8 +2,9 @@
 
     python benchmarks/bench_finetune.py
 
-Every variant runs in a process of its own, one after the other, and all of them again in each round; ratios are taken
-within a round, so that what else the machine does weighs on both sides of them.
+Every variant runs in a fresh process, and all take turns in each round. In that process a step of the plain loop
+follows each step of the variant: what else the machine does weighs on both alike, so that the ratio of their times
+holds while the speeds come and go. For its peak memory each runs alone.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import runpy
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -48,31 +50,36 @@ if DEVICE == "cuda":  # on a CPU without bfloat16 arithmetic, either takes longe
 
 
 class Stopwatch:
-    """Times the steps that follow the warm-up."""
+    """Adds up the times between `start` and `stop`, but those of the warm-up."""
 
-    def __init__(self, steps: int):
-        self.marks = {WARM_UP: None, WARM_UP + steps: None}
+    def __init__(self):
+        self.steps, self.seconds = 0, 0.0
 
-    def after_step(self, step: int, images: int, waited: float = 0.0) -> None:
-        """To be told after each step how many images were trained on and how long data were waited for until now."""
-        if step in self.marks:
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            self.marks[step] = (time.perf_counter(), images, waited)
-            self.peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else _peak_resident()
+    def start(self) -> None:
+        self.started = _now()
 
-    def result(self) -> dict[str, float]:
-        (start, first, before), (end, last, after) = self.marks.values()
-        seconds = end - start
-        return {"speed": (last - first) / seconds, "peak": self.peak, "waited": (after - before) / seconds}
+    def stop(self) -> None:
+        self.steps += 1
+        if self.steps > WARM_UP:
+            self.seconds += _now() - self.started
+
+
+def _now() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else _peak_resident()
 
 
 def _peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def plain_loop(model: Path, steps: int) -> dict[str, float]:
-    """What one would write down first: a DataLoader, AdamW and the mean squared error."""
+def plain_loop(model: Path) -> Iterator[None]:
+    """What one would write down first: a DataLoader, AdamW and the mean squared error. Each `next` is a step."""
     pipeline = load_pipeline(str(model), device=DEVICE)
     unet, scheduler = pipeline.unet.train(), pipeline.scheduler
 
@@ -83,8 +90,7 @@ def plain_loop(model: Path, steps: int) -> dict[str, float]:
     dataset = load_dataset(str(EMBEDDED_DATASET), split="train").with_transform(pixels)
     loader = torch.utils.data.DataLoader(dataset, BATCH_SIZE, shuffle=True, pin_memory=DEVICE == "cuda")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
-    stopwatch, step, images = Stopwatch(steps), 0, 0
-    while step < WARM_UP + steps:
+    while True:
         for batch in loader:
             clean = batch["image"].to(DEVICE)
             noise = torch.randn_like(clean)
@@ -94,66 +100,73 @@ def plain_loop(model: Path, steps: int) -> dict[str, float]:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            step, images = step + 1, images + len(clean)
-            stopwatch.after_step(step, images)
-    return stopwatch.result()
+            yield
 
 
-def this_loop(model: Path, steps: int, flags: str) -> dict[str, float]:
-    """finetune_model.py with those flags; its samples and saves lie before and after the timed steps."""
-    stopwatch = Stopwatch(steps)
+def this_loop(model: Path, steps: int, flags: str, beside: Iterator[None] | None) -> dict[str, float]:
+    """finetune_model.py with those flags; its samples and saves lie before and after the steps that are timed.
+
+    Args:
+        beside: a loop that takes a step after each step of this one, timed by itself.
+    """
+    ours, plain, waited = Stopwatch(), Stopwatch(), {}
 
     class TimedTrainer(Trainer):
         def _train_step(self, batches):
+            if self.step:
+                ours.stop()  # with what the loop does between two steps: progress, logging
+                waited[self.step] = self.clock.waited
+            if beside:
+                plain.start()
+                next(beside)
+                plain.stop()
+            ours.start()
             super()._train_step(batches)
-            stopwatch.after_step(self.step, self.plan.images_seen(self.step), self.clock.waited)
 
     finetune_model.Trainer = TimedTrainer
     never = "--log_samples_every 0 --save_model_every 0 --checkpointing_steps 0 --report_to none"
-    small = f"--num_samples 1 --sample_steps 1 --batch_size {BATCH_SIZE} --max_train_steps {WARM_UP + steps}"
+    small = f"--num_samples 1 --sample_steps 1 --batch_size {BATCH_SIZE} --max_train_steps {WARM_UP + steps + 1}"
     with TemporaryDirectory() as folder:
         start = ["--start_model", str(model), "--output_dir", f"{folder}/run"]
         finetune_model.main([*start, *never.split(), *small.split(), *flags.split()])
-    return stopwatch.result()
+    share = (waited[WARM_UP + steps] - waited[WARM_UP]) / ours.seconds
+    return {"ours": ours.seconds / steps, "plain": plain.seconds / (steps + 1), "waited": share, "peak": _peak()}
 
 
-def measure(variant: str, model: Path, steps: int) -> dict[str, float]:
+def measure(variant: str, model: Path, steps: int, beside: bool) -> dict[str, float]:
     """The result of a variant, from a fresh process."""
     command = [sys.executable, __file__, "--steps", str(steps), f"--variant={variant}", "--model", str(model)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command + ["--beside"] * beside, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{variant} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(steps: int, rounds: int) -> None:
-    results = {variant: [] for variant in (PLAIN, *FLAGS)}
+    results = {variant: [] for variant in FLAGS}
     with TemporaryDirectory() as folder:
         model = Path(folder) / "untrained"
         sys.argv = [str(UNTRAINED), str(model)]
         runpy.run_path(str(UNTRAINED))
         for _ in range(rounds):
             for variant, measured in results.items():
-                measured.append(measure(variant, model, steps))
+                measured.append(measure(variant, model, steps, beside=True))
+        peaks = {variant: measure(variant, model, 1, beside=False)["peak"] for variant in (PLAIN, *FLAGS)}
 
-    def middle(variant: str, name: str) -> float:
-        return median(result[name] for result in results[variant])
-
-    def ratio(variant: str) -> float:
-        return median(a["speed"] / b["speed"] for a, b in zip(results[variant], results[PLAIN], strict=True))
+    def times(variant: str) -> list[float]:
+        return [result["ours"] / result["plain"] for result in results[variant]]
 
     hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {os.cpu_count()} cores"
-    print(f"{hardware}, torch {torch.__version__}; medians of {rounds} rounds of {steps} steps, batch {BATCH_SIZE}\n")
+    print(f"{hardware}, torch {torch.__version__}; {rounds} rounds of {steps} steps, batch {BATCH_SIZE}\n")
     memory = "GPU memory" if DEVICE == "cuda" else "memory"
-    print(f"| | images/s | beside the plain loop | peak {memory}, MiB | waiting for data |\n|---|--:|--:|--:|--:|")
+    print(f"| | time of a step beside the plain loop | waiting for data | peak {memory}, MiB |\n|---|--:|--:|--:|")
+    print(f"| {PLAIN} | | | {peaks[PLAIN] / 2**20:.0f} |")
     for variant in results:
-        waited = "" if variant == PLAIN else f"{middle(variant, 'waited'):.1%}"
-        numbers = f"{middle(variant, 'speed'):.1f} | {ratio(variant):.3f} | {middle(variant, 'peak') / 2**20:.0f}"
-        print(f"| {variant} | {numbers} | {waited} |")
-    print(
-        f"\nThe loop takes {1 / ratio(LOOP) - 1:.1%} longer than the plain one, {1 / ratio(NO_EMA) - 1:.1%} without "
-        f"EMA (wanted: under 3 %), and waits for data {middle(LOOP, 'waited'):.1%} of the time (wanted: under 2 %)."
-    )
+        ratios = ", ".join(f"{ratio:.3f}" for ratio in times(variant))
+        waited = median(result["waited"] for result in results[variant])
+        print(f"| {variant} | {ratios} | {waited:.1%} | {peaks[variant] / 2**20:.0f} |")
+    overhead, without = median(times(LOOP)) - 1, median(times(NO_EMA)) - 1
+    print(f"\nThe loop takes {overhead:.1%} longer than the plain one, {without:.1%} without EMA (wanted: under 3 %).")
 
 
 if __name__ == "__main__":
@@ -162,10 +175,15 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--variant", choices=[PLAIN, *FLAGS], help="measure this one alone, in this process")
     parser.add_argument("--model", type=Path, help="the pipeline folder for --variant")
+    parser.add_argument("--beside", action="store_true", help="with a step of the plain loop after each of its steps")
     args = parser.parse_args()
     if not args.variant:
         compare(args.steps, args.rounds)
     elif args.variant == PLAIN:
-        print(json.dumps(plain_loop(args.model, args.steps)))
+        loop = plain_loop(args.model)
+        for _ in range(WARM_UP + args.steps):
+            next(loop)
+        print(json.dumps({"peak": _peak()}))
     else:
-        print(json.dumps(this_loop(args.model, args.steps, FLAGS[args.variant])))
+        beside = plain_loop(args.model) if args.beside else None
+        print(json.dumps(this_loop(args.model, args.steps, FLAGS[args.variant], beside)))
