@@ -19,7 +19,6 @@ from torchvision.datasets import MNIST, FashionMNIST
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
 from ddgan.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts
-from ddgan.sampling.pictures import image_grid
 from ddgan.training.arguments import (
     DataArguments,
     EvaluationArguments,
@@ -32,7 +31,7 @@ from ddgan.training.arguments import (
 )
 from ddgan.training.data import Preprocessing, TrainingData
 from ddgan.training.evaluation import open_evaluator
-from ddgan.training.loop import Job, Player, Sampler, Trainer, open_run
+from ddgan.training.loop import Job, Player, Sampler, Trainer, open_run, rows_by_class
 from ddgan.training.objectives import ClassConditionalObjective
 from ddgan.training.results import repository_for, settings_for_card
 from ddgan.training.schedules import schedule
@@ -145,8 +144,8 @@ def main(argv: list[str] | None = None) -> None:
         seed=run.seed,
     )
     classes = data.classes
-    samples_per_class = -(-run.num_samples // len(classes))
-    run.num_samples = samples_per_class * len(classes)
+    labels, grid = rows_by_class(run.num_samples, classes)
+    run.num_samples = len(labels)
     torch.manual_seed(run.seed)  # the network begins the same in every process and every run of this seed
     unet = build(args, size, classes)
     scheduler = DDPMScheduler(
@@ -180,8 +179,6 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = ClassConditionalPipeline(unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     player = Player("", unet, objective, optimizer, partial(schedule, args=rate))
-    grid = partial(image_grid, columns=samples_per_class, row_labels=classes)
-    labels = [i // samples_per_class for i in range(run.num_samples)]
     sampler = Sampler("ddim", args.sample_steps, {"guidance_scale": args.guidance_scale})
     evaluator = open_evaluator(eval_args, run, data, accelerator)
     job = Job([player], pipeline, unet, sampler, card, arguments, labels, grid)

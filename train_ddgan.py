@@ -16,6 +16,7 @@ import torch
 from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts
+from ddgan.sampling.pictures import image_grid
 from ddgan.training.adversarial import Adversaries, DiscriminatorObjective, GeneratorObjective
 from ddgan.training.arguments import (
     DataArguments,
@@ -28,7 +29,7 @@ from ddgan.training.arguments import (
 )
 from ddgan.training.data import Preprocessing, TrainingData
 from ddgan.training.evaluation import open_evaluator
-from ddgan.training.loop import Job, Player, Sampler, Trainer, open_run
+from ddgan.training.loop import Job, Player, Sampler, Trainer, open_run, rows_by_class
 from ddgan.training.results import repository_for, settings_for_card
 from ddgan.training.schedules import cosine_by_epoch
 
@@ -125,6 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         processes=accelerator.num_processes,
         seed=run.seed,
     )
+    labels, grid = rows_by_class(run.num_samples, data.classes) if data.classes else (None, image_grid)
+    run.num_samples = len(labels) if labels else run.num_samples
     torch.manual_seed(run.seed)  # the networks begin the same in every process and every run of this seed
     generator, discriminator, scheduler = build(args, size, data.classes)
     if run.gradient_checkpointing:
@@ -156,9 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = DDGANPipeline(generator, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     sampler = Sampler("as-saved", args.num_train_timesteps)
-    labels = [i % len(data.classes) for i in range(run.num_samples)] if data.classes else None
     evaluator = open_evaluator(eval_args, run, data, accelerator)
-    job = Job(players, pipeline, generator, sampler, card, arguments, labels, watch=Watch())
+    job = Job(players, pipeline, generator, sampler, card, arguments, labels, grid, Watch())
     trainer = Trainer(job, data, run, accelerator, repo_id, evaluator)
     trainer.run()
     if accelerator.is_main_process:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -194,7 +195,10 @@ def test_mixed_precision_stays_near_and_keeps_r1_in_float32(train, started):
 
 
 def test_classes_are_learned_and_drawn(train, kinds):
-    run = train("run", "--class_conditional", "--image_channels", 1, data=kinds)
+    run = train("run", "--class_conditional", "--image_channels", 1, "--num_samples", 4, data=kinds)
+    assert yaml.safe_load((run / "config.yaml").read_text())["num_samples"] == 6  # two in the row of each class
+    grid = Image.open(next((run / "samples").glob("*.png")))
+    assert grid.height > grid.width  # three rows of two, and the names
     pipe = DDGANPipeline.from_pretrained(run)
     assert pipe.unet.config.num_class_embeds == 3
     assert pipe(batch_size=2, class_labels=[0, 2]).images[0].mode == "L"

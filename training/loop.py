@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -130,6 +130,19 @@ class Job:
     labels: list[int] | None = None
     grid: Callable[[list[Image.Image]], Image.Image] = image_grid
     watch: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
+
+
+def rows_by_class(
+    num_samples: int, classes: Sequence[str]
+) -> tuple[list[int], Callable[[list[Image.Image]], Image.Image]]:
+    """What a job shows of its classes: a row for each, in order, with its name; at least so many pictures in all.
+
+    Returns:
+        `labels` and `grid` of a `Job`.
+    """
+    columns = -(-num_samples // len(classes))
+    labels = [label for label in range(len(classes)) for _ in range(columns)]
+    return labels, partial(image_grid, columns=columns, row_labels=classes)
 
 
 def open_run(args: RunArguments) -> Accelerator:
