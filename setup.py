@@ -9,12 +9,12 @@ EXTRAS = {
     "train": ["accelerate>=1.10", "datasets>=4.0", "matplotlib>=3.8", "tensorboard>=2.16", "tqdm>=4.66"],
     "clip": ["open-clip-torch>=2.24"],
     "wandb": ["wandb>=0.18"],
-    "gradio": ["gradio>=6.0"],
+    "gradio": ["gradio>=6.20"],
     "eval": ["torch-fidelity>=0.4", "scipy>=1.11"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-EXTRAS["dev"] = [requirement for extra in ("train", "clip", "eval", "wandb") for requirement in EXTRAS[extra]]
-EXTRAS["dev"] += ["pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.11", "torchmetrics>=1.4"]
+EXTRAS["dev"] = [requirement for extra in ("train", "clip", "eval", "wandb", "gradio") for requirement in EXTRAS[extra]]
+EXTRAS["dev"] += ["playwright>=1.49", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.11", "torchmetrics>=1.4"]
 
 setup(
     name="diffusers-ddgan",

@@ -351,11 +351,18 @@ def test_a_space_shows_the_model(local_hub, tmp_path):
     space = local_hub.repos["space", "ann/model"]
     assert done.url == f"{local_hub.url}/spaces/ann/model/commit/{done.commit}"
     files = local_hub.files("ann/model", kind="space")
-    assert set(files) == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+    of_app = {name for name in files if not name.startswith("ddgan/")}
+    assert of_app == {".gitattributes", "README.md", "app.py", "requirements.txt"}
+    assert {"ddgan/__init__.py", "ddgan/sampling/pipelines.py", "ddgan/LICENSE"} <= set(files) - of_app
+    assert not [name for name in files if "test" in name or "train_" in name or name.endswith("setup.py")]
     assert space.private and space.settings["sdk"] == "gradio"
     assert space.variables == {"DDGAN_PIPELINE": {"value": "ann/model"}}
     card = SpaceCard(files["README.md"].decode())
-    assert card.data.models == ["ann/model"] and card.data.app_file == "app.py" and "Draws." in card.text
+    assert (
+        (card.data.title, card.data.models) == ("model", ["ann/model"])
+        and card.data.app_file == "app.py"
+        and "Draws." in card.text
+    )
     assert "models" not in (tmp_path / "README.md").read_text()
 
 
