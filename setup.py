@@ -13,8 +13,14 @@ EXTRAS = {
     "eval": ["torch-fidelity>=0.4", "scipy>=1.11"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-EXTRAS["dev"] = [requirement for extra in ("train", "clip", "eval", "wandb", "gradio") for requirement in EXTRAS[extra]]
-EXTRAS["dev"] += ["playwright>=1.49", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.11", "torchmetrics>=1.4"]
+EXTRAS["dev"] = [
+    *EXTRAS["all"],
+    "playwright>=1.49",
+    "pytest>=8.2",
+    "pytest-xdist>=3.6",
+    "ruff>=0.11",
+    "torchmetrics>=1.4",
+]
 
 setup(
     name="diffusers-ddgan",
