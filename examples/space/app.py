@@ -10,7 +10,6 @@ on the Hub, with commas between them. DDGAN_CLIP names the CLIP model that sente
 import functools
 import os
 import random
-import traceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read by the next i
 
 import gradio as gr
 from drawing import (
+    CLASS_GUIDANCE,
     IN_TURN,
     MAX_PICTURES,
     MAX_SEED,
@@ -30,6 +30,7 @@ from drawing import (
     draw,
     draw_pulled,
     find_clip,
+    in_words,
     legible,
     load_models,
     mean_loss,
@@ -39,7 +40,7 @@ from drawing import (
 )
 
 from ddgan import ColorLoss
-from ddgan.errors import InputError, RunError, run_command
+from ddgan.errors import run_command
 
 TITLE = """
 # Diffusion, steered
@@ -82,17 +83,14 @@ DOWNLOADS = TemporaryDirectory()
 
 
 def said_in_the_page(handler):
-    """What goes wrong is shown in the page in our own words; all else stays in the log."""
+    """A handler of an event, of which the page shows what goes wrong."""
 
     @functools.wraps(handler)
     def wrapped(*args):
         try:
             return handler(*args)
-        except (InputError, RunError) as error:
-            message = str(error)
-        except Exception:
-            traceback.print_exc()
-            message = "Something went wrong here that is not your doing. The log of this app says what."
+        except Exception as error:
+            message = in_words(error)
         raise gr.Error(message, duration=30, print_exception=False)
 
     return wrapped
@@ -176,7 +174,7 @@ def drawing_tab(models: dict[str, Model], clip: str | None, why_no_clip: str) ->
             choice.label: class_choice(model),
             by_color.in_color: gr.Column(visible=model.is_in_color),
             by_color.in_grey: gr.Column(visible=not model.is_in_color),
-            freely.class_guidance: gr.Slider(visible=model.takes_class_guidance, value=1),
+            freely.class_guidance: gr.Slider(visible=model.takes_class_guidance, value=CLASS_GUIDANCE),
             settings.steps: gr.Slider(maximum=model.max_steps, value=model.steps),
             settings.scheduler: gr.Dropdown(model.schedulers, value=model.schedulers[0]),
             pulls: gr.Tabs(selected="colour" if model.is_in_color else "freely"),
@@ -217,7 +215,7 @@ def sentence_parts() -> SimpleNamespace:
 
 def free_parts(first: Model) -> SimpleNamespace:
     class_guidance = gr.Slider(
-        *(1, 10, 1),
+        *(1, 10, CLASS_GUIDANCE),
         step=0.5,
         label="Guidance towards the class",
         info="1 draws as trained",
@@ -322,7 +320,7 @@ def comparison_tab(ddgans: list[Model], others: list[Model]) -> None:
         sides = ((of_few, few, of_left), (of_many, many, of_right))
         answer = {}
         for side, model, wanted in sides:
-            drawn = draw(model, wanted, watch)
+            drawn = draw(model, wanted, watch, CLASS_GUIDANCE)
             answer[side.pictures] = [legible(picture) for picture in drawn.pictures]
             answer[side.time] = f"## {drawn.seconds:.2g} s\n{wanted.steps} steps of {model.name}"
         return answer

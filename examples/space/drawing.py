@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ MAX_SEED = 2**31 - 1
 MAX_SENTENCE = 200  # letters
 MAX_SECONDS = 120  # of drawing, for one visitor
 STEPS = 40
+CLASS_GUIDANCE = 1.5  # towards the class, where it was trained for
 STRIP_STEPS = 8
 LEGIBLE_SIDE = 256
 
@@ -285,6 +287,14 @@ def mean_loss(pictures: list[Image.Image], loss: GuidanceLoss) -> float:
     images = torch.stack([pil_to_tensor(picture) for picture in pictures]) / 127.5 - 1
     with torch.no_grad():
         return loss(images).mean().item()
+
+
+def in_words(error: Exception) -> str:
+    """What went wrong, as the page says it; what is not in our own words stays in the log."""
+    if isinstance(error, (InputError, RunError)):
+        return str(error)
+    traceback.print_exception(error)
+    return "Something went wrong here that is not your doing. The log of this app says what."
 
 
 def legible(picture: Image.Image) -> Image.Image:
