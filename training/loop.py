@@ -416,13 +416,13 @@ class Trainer:
 
     def _evaluate(self, progress: tqdm) -> None:
         """Measure pictures of the averaged weights, log the numbers, and keep the pipeline if it is the best yet."""
-        started = time.perf_counter()
+        started, precision = time.perf_counter(), self.accelerator.mixed_precision
         with self.clock.paused():
             with self.averaged_weights() as averaged:
                 drawn = {
                     "weights": "averaged (EMA)" if self.ema else "as trained",
                     **self.job.sampler.protocol(averaged),
-                    "precision": self.accelerator.mixed_precision,
+                    "dtype": "fp32" if precision == "no" else f"{precision}, mixed",
                 }
                 found = self.evaluator.measure(partial(self.job.sampler, averaged), self.step, drawn)
                 seconds = time.perf_counter() - started

@@ -64,16 +64,18 @@ def _evaluation_for_card(known: Evaluations, step: int) -> dict[str, Any]:
     last, best = known.last, known.best
     table = {
         title(key): number(measure)
-        + (f" (halves of the training images: {number(last.floors[name])})" if name in last.floors else "")
+        + (f" (training images: {number(last.floors[name])})" if name in last.floors else "")
         for key, measure in last.measures.items()
         for name in [key.partition("@")[0]]
     }
     if best.step != step:
         table["best in the run"] = f"{best.in_words()}, after {best.step:,} steps: `best/` in the run folder"
     words = [f"{part.replace('_', ' ').capitalize()}: {text}." for part, text in last.protocol.items()]
-    when = [] if last.step == step else [f"These are numbers of step {last.step:,}, not of the weights here."]
+    about = ["In brackets is what one half of the training images gives against the other."]
+    if last.step != step:
+        about.append(f"These are numbers of step {last.step:,}, not of the weights here.")
     results = eval_results(last.measures, last.dataset, last.split, last.protocol) if last.step == step else []
-    return {"evaluation": table, "protocol": " ".join(when + words), "results": results}
+    return {"evaluation": table, "protocol": " ".join(about + words), "results": results}
 
 
 def write_best(folder: Path, pipeline: DiffusionPipeline, card: CardFacts, facts: dict[str, Any]) -> None:
