@@ -242,6 +242,9 @@ def test_errors_are_shown_without_a_path(browser, address, models):
         page.get_by_label("Seed of the first picture").first.fill("")
         press(page, "Draw in this colour")
         page.get_by_text("The seed is empty: give a whole number.").wait_for()
+        page.get_by_label("Seed of the first picture").first.fill("99999999999")
+        press(page, "Draw in this colour")
+        page.get_by_text("Value 99999999999 is greater than maximum value 2147483647").wait_for()
         config = page.request.get(f"{address}/config").text() + page.content()
         assert "in-color" in config
         assert not [path for path in (models, ROOT, Path.home()) if f"{path}/" in config]

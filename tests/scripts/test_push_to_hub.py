@@ -108,12 +108,11 @@ def test_branches_pull_requests_and_spaces(local_hub, folder, drawn, capsys, tmp
     with pytest.raises(InputError, match="There is no Space to upload"):
         push_to_hub.main(flags(folder, "--space"))
     assert "kB" not in capsys.readouterr().out
-    monkeypatch.setattr(push_to_hub, "SPACE_FOLDER", tmp_path / "space")
-    (tmp_path / "space").mkdir()
-    (tmp_path / "space" / "README.md").write_text("---\nsdk: gradio\n---\n")
+    monkeypatch.setattr(push_to_hub, "SPACE_FOLDER", ROOT / "examples" / "space")
     push_to_hub.main(flags(folder, "--space"))
     said = capsys.readouterr().out
     assert f"Space          {local_hub.url}/spaces/ann/model/commit/" in said and "HF_TOKEN" not in said
+    assert {"app.py", "drawing.py", "ddgan/__init__.py"} <= set(local_hub.files("ann/model", kind="space"))
 
 
 @pytest.mark.parametrize(
