@@ -33,7 +33,7 @@ def share_read_as_asked(pipe, **arguments) -> float:
 
 def test_digits_in_four_steps_are_read_as_what_was_asked_for():
     pipe = load_pipeline(str(MODELS / "ddgan-mnist-16"))
-    assert share_read_as_asked(pipe) > 0.6  # its card says 75 %
+    assert share_read_as_asked(pipe) > 0.85  # its card says 95 %
     assert pipe.scheduler.num_inference_steps == 4
 
 

@@ -167,6 +167,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -231,17 +232,34 @@ def _add_code(folder: Path, module: ModuleType, class_name: str, more_code: str 
             f"The class {class_name} cannot be saved with its code, because it was not imported from a file of its "
             "own. Define it in a file that imports installed packages only, and import it from there."
         )
-    code = Path(source).read_text(encoding="utf-8") + more_code
+    code = _read_code(Path(source)) + more_code
     if re.search(r"^\s*(from|import)\s+\.", code, re.MULTILINE):
         raise ValueError(
             f"The class {class_name} cannot be saved with its code, because {Path(source).name} has relative imports, "
             "and it travels alone. Have it import installed packages only."
         )
-    digest = hashlib.sha256(code.encode("utf-8")).hexdigest()[:12]
-    stem = re.sub("_[0-9a-f]{12}$", "", Path(source).stem) + f"_{digest}"
+    stem = re.sub("_[0-9a-f]{12}$", "", Path(source).stem) + f"_{_digest(code)}"
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / f"{stem}.py", code)
     return stem
+
+
+def _read_code(file: Path) -> str:
+    """
+    The text of a file. One that is named by its contents may not be whole for a moment, while Diffusers in another
+    process copies it anew to where all its files of code lie: it is read again until it is, or for some seconds.
+    """
+    named = re.search("_([0-9a-f]{12})$", file.stem)
+    for _ in range(100):
+        code = file.read_text(encoding="utf-8")
+        if named is None or _digest(code) == named[1]:
+            break
+        time.sleep(0.05)
+    return code
+
+
+def _digest(code: str) -> str:
+    return hashlib.sha256(code.encode("utf-8")).hexdigest()[:12]
 
 
 def _auto_map(stem: str, class_name: str) -> dict:
