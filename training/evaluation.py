@@ -33,7 +33,7 @@ class Evaluation:
         measures: keyed `name@images`.
         floors: what halves of the training images give, keyed by name.
         protocol: what the numbers depend on, in words.
-        alike: fingerprint of it all but the step: numbers with the same one compare.
+        alike: fingerprint of it all but the name and the step: numbers with the same one compare.
         dataset: name of the training images.
         split: of the dataset.
         warnings: what to mind when comparing the numbers.
@@ -188,7 +188,6 @@ class Evaluator:
         found = [None]
         if self.accelerator.is_main_process:
             samples = {
-                "pipeline": self.run.model_save_name,
                 **drawn,
                 "images": count,
                 "seeds": f"{self.run.seed} to {self.run.seed + count - 1}",
@@ -199,6 +198,7 @@ class Evaluator:
                 "channels": self.channels,
                 "format": "8-bit pixels",
             }
+            of = {"pipeline": self.run.model_save_name, "step": step}
             features = {name: tensor[:count] for name, tensor in features.items()}
             results = self._results(samples, features)
             facts = results.facts
@@ -206,7 +206,7 @@ class Evaluator:
                 step=step,
                 measures=results.measures,
                 floors=results.floors,
-                protocol=report.protocol(facts | {"samples": {"step": step, **samples}}),
+                protocol=report.protocol(facts | {"samples": {**of, **samples}}),
                 alike=fingerprint([samples, facts["reference"], facts["extractor"]]),
                 dataset=facts["reference"]["name"],
                 split=facts["reference"]["split"],
