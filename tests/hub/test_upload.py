@@ -438,15 +438,13 @@ def test_a_last_upload_that_failed_is_raised(local_hub, run, waits):
 
 def test_a_process_ends_while_an_answer_is_awaited(local_hub, run):
     opened()
-    local_hub.fail(COMMIT, late=20)
+    local_hub.fail(COMMIT, late=200)
     code = (
         "import sys, time; from pathlib import Path; from ddgan.hub.upload import BackgroundUpload\n"
         f"BackgroundUpload(Path({str(run)!r}), 'ann/model').push('one'); time.sleep(float(sys.argv[1]))"
     )
-    start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", code, "1000"])
     while not local_hub.asked(COMMIT):
         Event().wait(0.05)
     process.send_signal(signal.SIGINT)
-    process.wait(10)
-    assert time.perf_counter() - start < 15
+    process.wait(60)  # long before the answer

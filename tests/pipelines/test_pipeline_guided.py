@@ -452,7 +452,8 @@ def test_beside_a_network_in_half_precision_the_sample_stays_whole(dtype, gradie
     with recorded_steps(pipe.scheduler) as calls:
         found, _ = draw(pipe, gradient=gradient)
     assert all(sample.dtype == torch.float32 for _, _, sample in calls)
-    assert (found - expected).abs().mean() < 0.05
+    # bfloat16 is not the same arithmetic on every CPU; unrelated samples are 0.5 apart
+    assert (found - expected).abs().mean() < 0.15
 
 
 @pytest.mark.slow
