@@ -83,10 +83,13 @@ def compare(model: str, data_dir: str, count: int, folder: Path | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="folder with torchvision's MNIST/raw")
+    parser.add_argument("--data_dir", default="data", help="folder with torchvision's MNIST/raw")
     parser.add_argument("--model", default=str(MODEL), help="class-conditional pipeline of digits")
     parser.add_argument("--num_images", type=int, default=500, help="pictures of each row")
     parser.add_argument("--pictures", type=Path, help="folder for grids of the pictures")
     args = parser.parse_args()
     disable_progress_bar()
+    if not (Path(args.data_dir) / "MNIST" / "raw").is_dir():
+        print(f"There is no MNIST in {args.data_dir}: nothing to measure. Name its folder with --data_dir.")
+        raise SystemExit
     compare(args.model, args.data_dir, args.num_images, args.pictures)

@@ -322,7 +322,8 @@ def comparison_tab(ddgans: list[Model], others: list[Model]) -> None:
         for side, model, wanted in sides:
             drawn = draw(model, wanted, watch, CLASS_GUIDANCE)
             answer[side.pictures] = [legible(picture) for picture in drawn.pictures]
-            answer[side.time] = f"## {drawn.seconds:.2g} s\n{wanted.steps} steps of {model.name}"
+            guided = f", guided towards the class at {CLASS_GUIDANCE}" if model.takes_class_guidance else ""
+            answer[side.time] = f"## {drawn.seconds:.2g} s\n{wanted.steps} steps of {model.name}{guided}"
         return answer
 
     def choose(name: str) -> tuple:
