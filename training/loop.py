@@ -244,7 +244,7 @@ class Trainer:
             remove_leftovers(self.folder)
             if checkpoint and (checkpoint / _BEST).is_dir():
                 replace_folder(self.folder / _BEST, partial(copy_folder, checkpoint / _BEST))
-            else:  # that of steps which are made anew
+            elif checkpoint:  # what is there is of steps which are made anew
                 shutil.rmtree(self.folder / _BEST, ignore_errors=True)
             self.checkpoints.remove_after(self.step)
         start_trackers(accelerator, args, {k: v for part in job.arguments for k, v in vars(part).items()})
