@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
 from torchvision.datasets import MNIST
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ddgan import ClassConditionalPipeline
 from ddgan.evaluation.extractors import load_extractor
-from ddgan.evaluation.images import to_bytes
 from ddgan.evaluation.metrics import Gaussian, floor, frechet_distance
 from ddgan.sampling.pictures import image_grid, steps_strip
-from ddgan.sampling.pipelines import intermediates, load_pipeline, with_scheduler
+from ddgan.sampling.pipelines import in_equal_batches, intermediates, load_pipeline, sample, with_scheduler
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "models" / "mnist-28"
@@ -41,15 +42,13 @@ class DDPMWithoutNoise(DDPMScheduler):
 SAMPLERS = {"DDPM": DDPMScheduler, "DDIM": DDIMScheduler, "DDPM, variance zero": DDPMWithoutNoise}
 
 
-def draw(pipe: ClassConditionalPipeline, count: int, steps: int) -> tuple[torch.Tensor, float]:
-    """Pictures (N, 1, H, W), uint8, of the classes in turn, picture i from seed i; and seconds for one of them."""
-    batches, started = [], time.perf_counter()
-    for seeds in torch.arange(count).split(BATCH):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-        labels = (seeds % pipe.num_classes).tolist()
-        images = pipe(labels, num_inference_steps=steps, generator=generators, output_type="pt").images
-        batches.append(to_bytes(images * 2 - 1).cpu())
-    return torch.cat(batches), (time.perf_counter() - started) / count
+def draw(pipe: ClassConditionalPipeline, count: int, steps: int) -> tuple[list[Image.Image], float]:
+    """Pictures of the classes in turn, picture i from seed i; and seconds for one of them."""
+    started = time.perf_counter()
+    pictures = in_equal_batches(
+        lambda seeds: sample(pipe, seeds, steps, [seed % pipe.num_classes for seed in seeds]), range(count), BATCH
+    )
+    return pictures, (time.perf_counter() - started) / count
 
 
 def compare(model: str, data_dir: str, count: int, folder: Path | None) -> None:
@@ -68,12 +67,12 @@ def compare(model: str, data_dir: str, count: int, folder: Path | None) -> None:
     for name, scheduler in SAMPLERS.items():
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
         for steps in STEPS if scheduler is not DDPMWithoutNoise else STEPS[-2:]:
-            images, seconds = draw(pipe, count, steps)
-            found = extractor(images)
+            pictures, seconds = draw(pipe, count, steps)
+            found = extractor(torch.stack([pil_to_tensor(picture) for picture in pictures]))
             distance = frechet_distance(Gaussian.of(found["features"]), gaussian)
             right = (found["logits"].argmax(1) == torch.arange(count) % pipe.num_classes).double().mean()
             print(f"| {name} | {steps} | {seconds:.3f} | {distance:.2f} | {right:.1%} |", flush=True)
-            shown += pipe.numpy_to_pil(images[: pipe.num_classes].permute(0, 2, 3, 1).float().numpy() / 255)
+            shown += pictures[: pipe.num_classes]
             labels.append(f"{name}, {steps}")
     if folder:
         image_grid(shown, pipe.num_classes, row_labels=labels).save(folder / "samplers.png", optimize=True)

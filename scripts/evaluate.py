@@ -10,7 +10,6 @@ The same numbers come out of any number of processes, the same command goes on w
 the features of a reference are kept for the next time.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -37,7 +36,7 @@ from ddgan.hub.cards import CARD_NAME
 from ddgan.sampling.pipelines import SCHEDULERS, digest, in_equal_batches, load_pipeline, sample, with_scheduler
 from ddgan.training.arguments import MIN_IMAGES, DataArguments, option, parse_arguments, require_at_least
 from ddgan.training.checkpoints import replace_file
-from ddgan.training.data import ComparedImages, ImageTable, Preprocessing, open_images
+from ddgan.training.data import ComparedImages, ImageArray, ImageTable, Preprocessing, open_images
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DRAWN = 10_000  # pictures of a pipeline, if nothing else is said; below that the bias of FID is large
@@ -329,7 +328,7 @@ def load_reference(
     return measure_reference(images, name_of(given), split, size, extractor, args.batch_size, accelerator, kept, count)
 
 
-class ImageStack:
+class ImageStack(ImageArray):
     """Images (N, H, W) or (N, H, W, C), uint8, in the array `arr_0` of an .npz file."""
 
     def __init__(self, path: Path):
@@ -340,18 +339,6 @@ class ImageStack:
         self.images = arrays["arr_0"]
         if self.images.shape[-1] == 1 and self.images.ndim == 4:
             self.images = self.images[..., 0]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.images[i]
-
-    def name(self, i: int) -> str:
-        return f"image {i} of {self.path}"
-
-    def fingerprint(self) -> str:
-        return hashlib.blake2b(self.images.tobytes(), digest_size=12).hexdigest()
 
 
 def open_source(given: str, split: str, args: EvaluateArguments):
