@@ -27,6 +27,7 @@ def collect(
     accelerator: Accelerator,
     folder: Path | None = None,
     description: str = "",
+    between: Callable[[], None] = lambda: None,
 ) -> Features | None:
     """Measure images 0 .. count-1 in batches that are dealt out to all processes; called by every process.
 
@@ -36,6 +37,7 @@ def collect(
     Args:
         measure: given the numbers of some images, gives tensors with one row for each.
         folder: where what is measured is kept, to go on with after an interruption; for the caller to remove.
+        between: called by all processes together before each of their batches; what it raises ends the measuring.
 
     Returns:
         the tensors with a row for each image, in the main process; None in the others.
@@ -55,10 +57,12 @@ def collect(
         total=count, initial=len(done[0]), unit="image", desc=description, leave=None, disable=not main
     ) as progress:
         for start in range(0, len(missing), at_once):
-            mine = []
-            for batch in missing[start + rank : start + at_once : processes]:
-                mine.append(_measured(batch, measure))
-                progress.update(min(len(batch) * processes, progress.total - progress.n))
+            mine, together = [], missing[start : start + at_once]
+            for first in range(0, len(together), processes):
+                between()
+                for batch in together[first + rank : first + rank + 1]:  # the last ones may have none
+                    mine.append(_measured(batch, measure))
+                    progress.update(min(len(batch) * processes, progress.total - progress.n))
             found = gather_object(mine)
             if main:
                 part = _joined(found)

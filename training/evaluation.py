@@ -74,19 +74,24 @@ class Evaluations:
     Attributes:
         last: the newest.
         best: the one with the lowest FID of those that compare with the newest.
+        since: the step of the first of those that compare with the newest.
         count: how many there were.
         seconds: how long they took together.
     """
 
     last: Evaluation | None = None
     best: Evaluation | None = None
+    since: int = 0
     count: int = 0
     seconds: float = 0.0
 
     def add(self, found: Evaluation, seconds: float) -> bool:
         """Whether it is the best so far."""
         self.last, self.count, self.seconds = found, self.count + 1, self.seconds + seconds
-        is_best = self.best is None or self.best.alike != found.alike or found.fid < self.best.fid
+        compares = self.best is not None and self.best.alike == found.alike
+        is_best = not compares or found.fid < self.best.fid
+        if not compares:
+            self.since = found.step
         if is_best:
             self.best = found
         return is_best
@@ -156,13 +161,18 @@ class Evaluator:
         return wanted and (known.last is None or known.last.step != step)
 
     def measure(
-        self, draw: Callable[[list[int], list[int] | None], list[Image.Image]], step: int, drawn: dict[str, Any]
+        self,
+        draw: Callable[[list[int], list[int] | None], list[Image.Image]],
+        step: int,
+        drawn: dict[str, Any],
+        between: Callable[[], None],
     ) -> Evaluation:
         """Draw pictures, a part in each process, and measure them.
 
         Args:
             draw: a picture for each seed and, where there are classes, its class; all processes draw at once.
             drawn: how, for the protocol.
+            between: as of `collect`.
 
         Returns:
             the same in every process.
@@ -182,8 +192,9 @@ class Evaluator:
             return {**found, "classes": found["logits"].argmax(1)} if self.judge else found
 
         with self._extractor_on_the_device():
+            rounded_up = -(-count // whole) * whole
             features = collect(
-                -(-count // whole) * whole, self.at_once, measured, self.accelerator, description="evaluating"
+                *(rounded_up, self.at_once, measured, self.accelerator), description="evaluating", between=between
             )
         found = [None]
         if self.accelerator.is_main_process:

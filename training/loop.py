@@ -287,8 +287,9 @@ class Trainer:
                 disable=not self.accelerator.is_main_process,
             ) as progress,
         ):
-            if self._evaluation_due():  # the run was stopped at this step
-                self._evaluate(progress)
+            if self._evaluation_due() and self._evaluate(progress, stop):  # the run had been stopped at this step
+                progress.close()
+                stop.leave(self.step, self.checkpoints.last())
             while self.step < self.total_steps:
                 try:
                     self._train_step(batches)
@@ -299,14 +300,14 @@ class Trainer:
                     raise
                 progress.update()
                 stopping, last = stop.requested(), self.step == self.total_steps
+                if not stopping and self._evaluation_due():
+                    self._log(progress)
+                    stopping = self._evaluate(progress, stop)
                 checkpoint_due = stopping or last or _due(self.step, self.args.checkpointing_steps)
                 samples_due = not last and not stopping and _due(self.step, self.args.log_samples_every)
                 model_due = not last and not stopping and _due(self.step, self.args.save_model_every)
-                evaluation_due = not stopping and self._evaluation_due()
-                if checkpoint_due or samples_due or model_due or evaluation_due or _due(self.step, _LOG_EVERY):
+                if checkpoint_due or samples_due or model_due or _due(self.step, _LOG_EVERY):
                     self._log(progress)
-                if evaluation_due:
-                    self._evaluate(progress)
                 if checkpoint_due:
                     self._save_checkpoint()
                 if stopping:
@@ -417,8 +418,12 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         return self.evaluator is not None and self.evaluator.due(self.step, self.total_steps, self.evaluations)
 
-    def _evaluate(self, progress: tqdm) -> None:
-        """Measure pictures of the averaged weights, log the numbers, and keep the pipeline if it is the best yet."""
+    def _evaluate(self, progress: tqdm, stop: "_StopRequest") -> bool:
+        """Measure pictures of the averaged weights, log the numbers, and keep the pipeline if it is the best yet.
+
+        Returns:
+            whether it was given up because the run is to stop.
+        """
         started, precision = time.perf_counter(), self.accelerator.mixed_precision
         with self.clock.paused():
             with self.averaged_weights() as averaged:
@@ -427,7 +432,12 @@ class Trainer:
                     **self.job.sampler.protocol(averaged),
                     "dtype": "fp32" if precision == "no" else f"{precision}, mixed",
                 }
-                found = self.evaluator.measure(partial(self.job.sampler, averaged), self.step, drawn)
+                try:
+                    found = self.evaluator.measure(
+                        partial(self.job.sampler, averaged), self.step, drawn, stop.raise_if_requested
+                    )
+                except _Stopped:
+                    return True
                 seconds = time.perf_counter() - started
                 is_best = self.evaluations.add(found, seconds)
                 if is_best:
@@ -444,6 +454,7 @@ class Trainer:
             if self.evaluations.count == 1:
                 for warning in found.warnings:
                     progress.write(f"warning: {warning}")
+        return False
 
     def _show_samples(self) -> None:
         """Sample the run's fixed seeds, a part in each process, and save and track the grid."""
@@ -477,7 +488,7 @@ class Trainer:
                 metrics = self.folder / "metrics.csv"
                 plot_losses(metrics, self.folder / "loss.png")
                 if self.evaluations.last:
-                    plot_evaluations(metrics, self.folder / "eval.png", self.evaluations.last, self.evaluations.best)
+                    plot_evaluations(metrics, self.folder / "eval.png", self.evaluations)
                 write_card(self.folder, self.job.card, self.facts())
                 if self.upload and self.step < self.total_steps:
                     self.upload.push(f"Step {self.step} of {self.total_steps}")
@@ -654,6 +665,10 @@ class _Clock:
         return (images - before) / max(now - then, 1e-9)
 
 
+class _Stopped(Exception):
+    """The run is to stop."""
+
+
 class _StopRequest:
     """SIGTERM and Ctrl-C as a wish to stop after the step, which all processes learn of together."""
 
@@ -680,6 +695,10 @@ class _StopRequest:
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self.group)
             self.signal = int(number)
         return self.signal > 0
+
+    def raise_if_requested(self) -> None:
+        if self.requested():
+            raise _Stopped
 
     def leave(self, step: int, checkpoint: str) -> None:
         name = signal.Signals(self.signal).name

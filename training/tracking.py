@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..evaluation import report
 from .arguments import RunArguments
 from .checkpoints import replace_file
-from .evaluation import Evaluation
+from .evaluation import Evaluations
 
 SHARES = ("precision", "recall", "coverage", "class_accuracy")  # measures that are parts of a whole
 _TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -151,15 +151,17 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     plt.close(figure)
 
 
-def plot_evaluations(metrics: Path, picture: Path, newest: Evaluation, best: Evaluation) -> None:
+def plot_evaluations(metrics: Path, picture: Path, evaluations: Evaluations) -> None:
     """Draw what was measured like the newest evaluation, the best step marked, and dashed the floors."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    newest, best = evaluations.last, evaluations.best
     images = next(iter(newest.measures)).partition("@")[2]
-    rows = [row for row in read_metrics(metrics) if not isnan(row.get(f"fid@{images}", nan))]
+    rows = [row for row in read_metrics(metrics) if row["step"] >= evaluations.since]
+    rows = [row for row in rows if not isnan(row.get(f"fid@{images}", nan))]
     steps = [row["step"] for row in rows]
     shares = [name for name in SHARES if f"{name}@{images}" in newest.measures]
     figure, panels = plt.subplots(3, 1, figsize=(8, 7.5), sharex=True, height_ratios=(3, 2, 3), layout="constrained")

@@ -1,6 +1,7 @@
 """Claims about evaluation in the course of a run: it disturbs nothing, is exact, and keeps the best."""
 
 import json
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -170,6 +171,29 @@ def test_a_run_that_was_stopped_before_an_evaluation_makes_up_for_it(finetune, c
     assert (straight / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
 
 
+def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(finetune, classifier, monkeypatch):
+    """At the first of the run, and again where the resumed run makes up for it."""
+    flags = ("--max_train_steps", 3, *every(2, classifier))
+    straight = finetune("straight", *flags)
+    measure = ClassifierFeatures.measure
+    sampled = []
+
+    def stopped_at_the_first_sample(self, images):
+        sampled.append(len(images))
+        signal.raise_signal(signal.SIGTERM)
+        return measure(self, images)
+
+    for more in ((), ("--resume_from_checkpoint", "latest")):
+        with monkeypatch.context() as patches, pytest.raises(SystemExit, match="143"):
+            patches.setattr(ClassifierFeatures, "measure", stopped_at_the_first_sample)
+            finetune("run", *flags, *more)
+    assert sampled == [8, 8], "pictures were drawn after the signal"
+    run = finetune("run", *flags, "--resume_from_checkpoint", "latest")
+    assert_same_training(straight, run)
+    assert evaluated(run) == evaluated(straight)
+    assert_same_folder(straight / "best", run / "best")
+
+
 @pytest.mark.slow
 def test_two_processes_measure_what_one_measures(finetune, classifier, tiny_model, images, tmp_path, monkeypatch):
     still = ("--learning_rate", 0, "--batch_size", 4, "--max_train_steps", 2, *every(1, classifier))
@@ -274,10 +298,11 @@ def test_the_reference_is_measured_once(finetune, classifier, monkeypatch):
 
 def test_numbers_that_do_not_compare_do_not_compete(finetune, classifier, tmp_path):
     flags = ("--lr_scheduler", "constant", "--max_train_steps")
-    run = finetune("run", *flags, 2, *every(2, classifier))
+    run = finetune("run", *flags, 2, *every(1, classifier))
     other = write_classifier(tmp_path / "other", 3, "wxyz")
     finetune("run", *flags, 3, *every(3, other), "--resume_from_checkpoint", "latest")
-    assert load_state(run / "checkpoints" / "step-00000003")["evaluations"]["best"]["step"] == 3
+    known = load_state(run / "checkpoints" / "step-00000003")["evaluations"]
+    assert (known["best"]["step"], known["since"]) == (3, 3)
     assert "3 of 3 optimizer steps" in (run / "best" / "README.md").read_text()
 
 
