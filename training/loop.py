@@ -424,13 +424,13 @@ class Trainer:
         Returns:
             whether it was given up because the run is to stop.
         """
-        started, precision = time.perf_counter(), self.accelerator.mixed_precision
+        started = time.perf_counter()
         with self.clock.paused():
             with self.averaged_weights() as averaged:
                 drawn = {
                     "weights": "averaged (EMA)" if self.ema else "as trained",
                     **self.job.sampler.protocol(averaged),
-                    "dtype": "fp32" if precision == "no" else f"{precision}, mixed",
+                    "dtype": self._precision(),
                 }
                 try:
                     found = self.evaluator.measure(
@@ -514,7 +514,7 @@ class Trainer:
             "images_seen": self.plan.images_seen(self.step),
             "images_per_step": self.plan.images_per_step,
             "processes": self.accelerator.num_processes,
-            "precision": self.accelerator.mixed_precision,
+            "precision": self._precision(),
             "hardware": torch.cuda.get_device_name(device)
             if device.type == "cuda"
             else f"CPU, {os.cpu_count()} cores",
@@ -525,6 +525,10 @@ class Trainer:
             "broken": len(self.broken),
             "evaluations": self.evaluations,
         }
+
+    def _precision(self) -> str:
+        mixed = self.accelerator.mixed_precision
+        return "fp32" if mixed == "no" else f"{mixed}, mixed"
 
     def _save_checkpoint(self) -> None:
         if self.accelerator.num_processes > 1:

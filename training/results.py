@@ -39,7 +39,7 @@ def write_card(folder: Path, card: CardFacts, facts: dict[str, Any]) -> None:
         + (f", {facts['epochs']:.1f} passes over the data" if facts["images"] else ""),
         "images a step": f"{facts['images_per_step']}, {processes}",
         **{k: f"{v:.4f}, mean of the last {facts['loss_steps']} steps" for k, v in facts["losses"].items()},
-        "hardware": f"{facts['hardware']}, precision {facts['precision']}",
+        "hardware": f"{facts['hardware']}, {facts['precision']}",
         "time": f"{facts['seconds'] / 60:.1f} minutes",
     }
     if facts["broken"]:
@@ -96,8 +96,8 @@ def report(folder: Path, facts: dict[str, Any]) -> None:
     lines = [
         f"\nStep {facts['steps']} of {facts['total_steps']} reached after {facts['seconds'] / 60:.1f} minutes.",
         f"{facts['waited']:.1%} of the training time went into waiting for data.",
-        f"{facts['broken']} broken images were left out." if facts["broken"] else "",
-        f"{known.count} evaluations took {known.seconds / 60:.1f} minutes of it." if known.last else "",
+        f"{facts['broken']} broken images were left out." if facts["broken"] else None,
+        f"{known.count} evaluations took {known.seconds / 60:.1f} minutes of it." if known.last else None,
         "",
         f"model folder   {folder}",
         *(
@@ -105,10 +105,10 @@ def report(folder: Path, facts: dict[str, Any]) -> None:
             for name, file in (("before, after", "before_after.png"), ("loss", "loss.png"), ("measured", "eval.png"))
             if (folder / file).exists()
         ),
-        f"best model     {folder / 'best'}: step {known.best.step}, {known.best.in_words()}" if known.best else "",
+        f"best model     {folder / 'best'}: step {known.best.step}, {known.best.in_words()}" if known.best else None,
         f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(folder)!r})",
     ]
-    print("\n".join(lines))
+    print("\n".join(line for line in lines if line is not None))
 
 
 def repository_for(args: RunArguments) -> str:

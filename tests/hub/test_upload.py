@@ -440,7 +440,8 @@ def test_a_process_ends_while_an_answer_is_awaited(local_hub, run):
     opened()
     local_hub.fail(COMMIT, late=200)
     code = (
-        "import sys, time; from pathlib import Path; from ddgan.hub.upload import BackgroundUpload\n"
+        "import signal, sys, time; from pathlib import Path; from ddgan.hub.upload import BackgroundUpload\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in the background begin without
         f"BackgroundUpload(Path({str(run)!r}), 'ann/model').push('one'); time.sleep(float(sys.argv[1]))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, "1000"])
