@@ -1,7 +1,5 @@
 """Model cards written from what is known of a run, never from placeholders."""
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +30,7 @@ class CardFacts:
         evaluation: what was measured of the model, as rows of a table.
         protocol: what these numbers depend on, in words.
         results: the same for the metadata, its model-index.
-        code: SHA-256 of each file that loading with `trust_remote_code` runs, see `code_files`.
+        code: SHA-256 of each file that loading with `trust_remote_code` runs, see hub/folders.py.
         dataset: id or name of the data.
         tags: the Hub's tags beside `unconditional-image-generation`.
     """
@@ -104,16 +102,6 @@ def card_text(facts: CardFacts) -> str:
         f"images of its training data. {license_line}",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def code_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of code that Diffusers runs when it loads a pipeline folder, by its path in there."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    named = [Path(f"{index['_class_name'][0]}.py")] if isinstance(index["_class_name"], list) else []
-    parts = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
-    named += [Path(name, f"{module}.py") for name, (module, _) in parts.items()]
-    there = [path for path in named if (folder / path).is_file()]
-    return {path.as_posix(): hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in there}
 
 
 def license_of(model: str) -> str | None:

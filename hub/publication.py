@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import SpaceCard
 
 from ..errors import InputError
-from .cards import CARD_NAME, CardFacts, card_text, code_files, is_repo_id
+from .cards import CARD_NAME, is_repo_id
+from .folders import card_of_parts, code_files, is_unwritten, pipeline_parts
 
 # what `save_pretrained` of models and schedulers writes
 _PART_FILES = ("config.json", "*_config.json", "diffusion_pytorch_model*.safetensors", "*.safetensors.index.json")
@@ -35,8 +36,9 @@ def pipeline_files(folder: Path) -> list[str]:
             f"{folder} is not a pipeline folder: it has no model_index.json. Name the folder that a training run or "
             "`save_pretrained` wrote."
         )
-    parts = _parts(folder)
-    found = [file for part in parts for pattern in _PART_FILES for file in (folder / part).glob(pattern)]
+    found = [
+        file for part in pipeline_parts(folder) for pattern in _PART_FILES for file in (folder / part).glob(pattern)
+    ]
     found += [folder / name for name in ("model_index.json", *code_files(folder), *_TEXTS)]
     if (folder / CARD_NAME).is_file():
         text = (folder / CARD_NAME).read_text(encoding="utf-8")
@@ -51,15 +53,15 @@ def snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
 
     Its files are hard links, which a later save does not touch, or copies where the filesystem has no links. The card
     loads the pipeline from `repo_id`, and no file says from where on this machine something was loaded. A pipeline
-    without a card gets one that says what it consists of.
+    without a card, or with one that nobody wrote, gets one that says what it consists of.
 
     Raises:
         InputError: if it is not a pipeline folder.
     """
     names = pipeline_files(folder)
     texts = {name: _for_others(folder / name, repo_id) for name in names}
-    if CARD_NAME not in names:
-        texts[CARD_NAME] = _card_of_parts(folder, repo_id)
+    if CARD_NAME not in names or is_unwritten((folder / CARD_NAME).read_text(encoding="utf-8")):
+        texts[CARD_NAME] = card_of_parts(folder, repo_id)
     taken = TemporaryDirectory(prefix=".tmp-upload-", dir=folder if os.access(folder, os.W_OK) else None)
     for name, text in texts.items():
         target = Path(taken.name, name)
@@ -114,13 +116,6 @@ def _package_files() -> dict[Path, Path]:
     return {Path("ddgan", file.relative_to(_PACKAGE)): file for file in files if file.is_file()}
 
 
-def _parts(folder: Path) -> dict[str, str]:
-    """The class names of a pipeline's parts, by the names of the parts."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    pairs = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
-    return {name: class_name for name, (_, class_name) in pairs.items() if class_name}
-
-
 def _is_within(file: Path, folder: Path) -> bool:
     return file.resolve().is_relative_to(folder.resolve())
 
@@ -137,20 +132,3 @@ def _for_others(file: Path, repo_id: str) -> str | None:
         if ("/" in origin or "\\" in origin) and not is_repo_id(origin):
             return json.dumps(config, indent=2, sort_keys=True) + "\n"
     return None
-
-
-def _card_of_parts(folder: Path, repo_id: str) -> str:
-    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    parts = [f"`{class_name}` ({part})" for part, class_name in _parts(folder).items()]
-    code = code_files(folder)
-    trust = ", trust_remote_code=True" if code else ""
-    usage = f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{repo_id}"{trust})'
-    facts = CardFacts(
-        title=repo_id.partition("/")[2],
-        summary=f"A `{name if isinstance(name, str) else name[1]}` of {' and '.join(parts)}.",
-        usage=usage,
-        settings={},
-        license_note="The licence of the weights is not known here: look it up before passing this on.",
-        code=code,
-    )
-    return card_text(facts)

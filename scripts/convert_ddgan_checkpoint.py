@@ -19,7 +19,8 @@ import torch
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.errors import InputError, run_command
-from ddgan.hub.cards import CARD_NAME, CardFacts, card_text, code_files
+from ddgan.hub.cards import CARD_NAME, CardFacts, card_text
+from ddgan.hub.folders import code_files
 from ddgan.training.arguments import option, parse_arguments
 from ddgan.training.checkpoints import replace_file, replace_tree
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import close_session, constants
+from huggingface_hub.hf_api import api
 from local_hub import LocalHub
 from tiny import finetune_flags, tiny_unet, write_images
 
@@ -81,6 +82,7 @@ def local_hub(monkeypatch, tmp_path):
             monkeypatch.setenv(name, value)
         # the client has read them when it was imported
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(api, "endpoint", hub.url)  # of functions such as create_repo, which Diffusers calls
         files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

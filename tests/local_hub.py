@@ -25,8 +25,8 @@ NOW = "2026-01-01T00:00:00.000Z"
 class Refused(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str = "", code: str = ""):
-        self.status, self.message, self.code = status, message, code
+    def __init__(self, status: int, message: str = "", code: str = "", **more: str):
+        self.status, self.message, self.code, self.more = status, message, code, more
 
 
 class Cut(Exception):
@@ -207,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
                 with self.hub.lock:
                     status, content, headers = 200, *self.handle_it()
             except Refused as no:
-                status, content = no.status, json.dumps({"error": no.message}).encode()
+                status, content = no.status, json.dumps({"error": no.message, **no.more}).encode()
                 headers = {"X-Error-Code": no.code, "X-Error-Message": no.message}
             if fault and fault.lost:
                 raise Cut
@@ -303,12 +303,15 @@ class Handler(BaseHTTPRequestHandler):
         taken = [there for there, other in self.hub.repos if other == repo_id]
         taken = [there for there in taken if there == kind or self.hub.shares_names]
         if taken:
-            raise Refused(409, f"You already created this {taken[0]} repo")
+            raise Refused(409, f"You already created this {taken[0]} repo", url=self.address(taken[0], repo_id))
         if kind == "space" and not asked.get("sdk"):
             raise Refused(400, "a Space needs an sdk")
         self.hub.add(repo_id, kind, private=asked.get("visibility") == "private" or bool(asked.get("private")))
         self.hub.repos[kind, repo_id].settings = asked
-        return {"url": f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"}
+        return {"url": self.address(kind, repo_id)}
+
+    def address(self, kind, repo_id):
+        return f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
 
     def info(self, kind, repo_id, revision=None):
         repo = self.repo(kind, repo_id)
@@ -381,7 +384,7 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.large[value["oid"]]
             else:
                 raise Refused(400, f"no {operation['key']} here")
-        url, answer = f"{self.hub.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}", {}
+        url, answer = self.address(kind, repo_id), {}
         if as_request:
             number = len(repo.requests) + 1
             revision = f"refs/pr/{number}"

@@ -9,7 +9,8 @@ from diffusers import DiffusionPipeline
 
 from ..errors import InputError, RunError
 from ..evaluation.report import eval_results, number, title
-from ..hub.cards import CARD_NAME, CardFacts, card_text, code_files, is_repo_id
+from ..hub.cards import CARD_NAME, CardFacts, card_text, is_repo_id
+from ..hub.folders import code_files
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
 from .arguments import RunArguments
 from .checkpoints import replace_file, replace_folder

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from tiny import ROOT
 
 from ddgan.evaluation.extractors import load_extractor
-from ddgan.hub.cards import code_files
+from ddgan.hub.folders import code_files
 from ddgan.sampling.pipelines import load_pipeline, with_scheduler
 
 MODELS = ROOT / "examples" / "models"

@@ -1,5 +1,6 @@
 """Claims about pipeline folders: they load anywhere, can be saved again, and the package needs none of their code."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -10,13 +11,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
-from diffusers.pipelines import pipeline_utils
-from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard
 from in_a_fresh_process import draw, refusal
 from tiny import ROOT, tiny_unet
@@ -33,6 +31,7 @@ from ddgan import (
 )
 from ddgan.hub import folders as mechanism
 from ddgan.hub.folders import complete_in_itself
+from ddgan.hub.publication import snapshot
 from ddgan.sampling.pipelines import load_pipeline
 from ddgan.training.checkpoints import replace_tree
 
@@ -269,26 +268,80 @@ def test_a_run_folder_can_be_loaded_at_every_instant_of_a_save_with_other_code(s
     assert torch.equal(draw(DDGANPipeline.from_pretrained(tmp_path)), torch.load(saved / "ddgan.pt"))
 
 
-@pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
-def test_what_is_pushed_is_the_complete_folder(saved, tmp_path, monkeypatch, how):
-    uploaded = {}
-    without_a_hub = {
-        "create_repo": lambda repo_id, **_: SimpleNamespace(repo_id=repo_id),
-        "load_or_create_model_card": lambda *_, **__: ModelCard("card"),
-        "upload_folder": lambda folder_path, **_: uploaded.update(files(Path(folder_path))),
-    }
-    for name, replacement in without_a_hub.items():
-        for module in (hub_utils, pipeline_utils):
-            monkeypatch.setattr(module, name, replacement, raising=False)
-    pipe = DDGANPipeline.from_pretrained(saved / "ddgan")
+def push(pipe, how, folder) -> None:
     if how == "push_to_hub":
-        pipe.push_to_hub("user/ddgan")
+        pipe.push_to_hub("ann/model")
     else:
-        pipe.save_pretrained(str(tmp_path / "ddgan"), push_to_hub=True, repo_id="user/ddgan")
-    del uploaded["README.md"]
-    expected = files(saved / "ddgan")
-    del expected["unet/diffusion_pytorch_model.ema.safetensors"]
+        pipe.save_pretrained(str(folder), push_to_hub=True, repo_id="ann/model")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "how"),
+    [
+        ("ddgan", DDGANPipeline, "push_to_hub"),
+        ("ddgan", DDGANPipeline, "save_pretrained"),
+        ("by_class", ClassConditionalPipeline, "push_to_hub"),
+        ("guided", GuidedPipeline, "push_to_hub"),
+    ],
+)
+def test_what_is_pushed_is_the_complete_folder_with_a_true_card(saved, tmp_path, local_hub, name, kind, how):
+    push(kind.from_pretrained(saved / name), how, tmp_path / "saved")
+    uploaded = local_hub.files("ann/model")
+    text = uploaded.pop("README.md").decode()
+    del uploaded[".gitattributes"]
+    expected = files(saved / name)
+    expected.pop("unet/diffusion_pytorch_model.ema.safetensors", None)
     assert uploaded == expected
+
+    card = ModelCard(text)
+    card.validate()
+    assert card.data.to_dict() == {
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["diffusers", "unconditional-image-generation"],
+    }
+    assert card.text.startswith(f"\n# model\n\nA `{kind.__name__}` of ") and "[More" not in card.text
+    assert 'DiffusionPipeline.from_pretrained("ann/model", trust_remote_code=True)' in card.text
+    listed = dict(re.findall(r"^\| `(.+)` \| SHA-256 `(.+)` \|$", card.text, re.MULTILINE))
+    code = {path: hashlib.sha256(content).hexdigest() for path, content in uploaded.items() if path.endswith(".py")}
+    assert listed == code and code
+
+
+@pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
+def test_a_card_is_renewed_until_somebody_writes_one(saved, tmp_path, local_hub, how):
+    def card() -> str:
+        return local_hub.files("ann/model")["README.md"].decode()
+
+    push(DDGANPipeline.from_pretrained(saved / "ddgan"), how, tmp_path)
+    first = card()
+    push(GuidedPipeline.from_pretrained(saved / "guided"), how, tmp_path)
+    assert "`DDGANPipeline` of" in first and "`GuidedPipeline` of" in card() and "pipeline_ddgan" not in card()
+
+    written = card().replace("look them up", "ask Ann")
+    head = local_hub.repos["model", "ann/model"]
+    local_hub.commit(head, "main", {**local_hub.files("ann/model"), "README.md": written.encode()})
+    if how == "save_pretrained":
+        (tmp_path / "README.md").write_text(written)
+    push(DDGANPipeline.from_pretrained(saved / "ddgan"), how, tmp_path)
+    assert card() == written
+
+
+def test_a_folders_own_card_is_pushed_with_it_and_a_template_is_not(saved, tmp_path, local_hub):
+    pipe = DDGANPipeline.from_pretrained(saved / "ddgan")
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# Ann's model\n")
+    push(pipe, "save_pretrained", tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# Ann's model\n"
+    assert local_hub.files("ann/model")["README.md"] == b"# Ann's model\n"
+
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(
+        str(tmp_path / "ddpm"), push_to_hub=True, repo_id="ann/ddpm"
+    )
+    assert "[More Information Needed]" in (tmp_path / "ddpm/README.md").read_text()
+    with snapshot(tmp_path / "ddpm", "ann/ddpm") as taken:
+        card = Path(taken, "README.md").read_text()
+    assert "A `DDPMPipeline` of `DDPMScheduler` (scheduler) and `UNet2DModel` (unet)." in card
+    assert 'from_pretrained("ann/ddpm")' in card and "[More" not in card
 
 
 def test_code_that_cannot_travel_is_refused(tmp_path):
