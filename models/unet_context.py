@@ -13,8 +13,8 @@ from torch import nn
 NORM_NUM_GROUPS = 8
 
 
-class ResidualConvBlock(nn.Module):
-    """Two 3x3 convolutions, each with group norm and GELU, and the way past them; their sum divided by sqrt 2."""
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions, each with group norm and GELU."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -22,22 +22,31 @@ class ResidualConvBlock(nn.Module):
         self.norm1 = nn.GroupNorm(NORM_NUM_GROUPS, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(NORM_NUM_GROUPS, out_channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = F.gelu(self.norm1(self.conv1(hidden_states)))
+        return F.gelu(self.norm2(self.conv2(hidden_states)))
+
+
+class ResidualConvBlock(ConvBlock):
+    """A block and the way past it; their sum divided by sqrt 2."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels)
         self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         residual = hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
-        hidden_states = F.gelu(self.norm1(self.conv1(hidden_states)))
-        hidden_states = F.gelu(self.norm2(self.conv2(hidden_states)))
-        return (residual + hidden_states) * math.sqrt(0.5)
+        return (residual + super().forward(hidden_states)) * math.sqrt(0.5)
 
 
 class ContextDownBlock(nn.Module):
-    """Two residual blocks, then the maximum of each 2x2 pixels."""
+    """Two blocks, then the maximum of each 2x2 pixels."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.block1 = ResidualConvBlock(in_channels, out_channels)
-        self.block2 = ResidualConvBlock(out_channels, out_channels)
+        self.block1 = ConvBlock(in_channels, out_channels)
+        self.block2 = ConvBlock(out_channels, out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(self.block2(self.block1(hidden_states)), 2)
@@ -63,8 +72,8 @@ class ContextUpBlock(nn.Module):
         self.context_embedding = TwoLayerEmbedding(n_cfeat, channels)
         self.time_embedding = TwoLayerEmbedding(1, channels)
         self.upsample = nn.ConvTranspose2d(2 * channels, out_channels, 2, stride=2)
-        self.block1 = ResidualConvBlock(out_channels, out_channels)
-        self.block2 = ResidualConvBlock(out_channels, out_channels)
+        self.block1 = ConvBlock(out_channels, out_channels)
+        self.block2 = ConvBlock(out_channels, out_channels)
 
     def forward(self, hidden_states: torch.Tensor, kept: torch.Tensor, context: torch.Tensor, time: torch.Tensor):
         hidden_states = self.context_embedding(context) * hidden_states + self.time_embedding(time)
@@ -116,7 +125,13 @@ class ContextUnet(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["ResidualConvBlock", "ContextDownBlock", "ContextUpBlock", "ContextOutBlock"]
+    _no_split_modules: ClassVar = [
+        "ConvBlock",
+        "ResidualConvBlock",
+        "ContextDownBlock",
+        "ContextUpBlock",
+        "ContextOutBlock",
+    ]
     _repeated_blocks: ClassVar = ["ContextDownBlock", "ContextUpBlock"]
     _skip_layerwise_casting_patterns: ClassVar = ["norm"]
 

@@ -43,14 +43,16 @@ def written_out(weights, x, t, context, T):
         h = ((groups - mean) / (variance + 1e-5).sqrt()).flatten(1, 2)
         return h * weights[f"{name}.weight"][:, None, None] + weights[f"{name}.bias"][:, None, None]
 
+    def block(name, h):
+        h = F.gelu(norm(f"{name}.norm1", conv(f"{name}.conv1", h)))
+        return F.gelu(norm(f"{name}.norm2", conv(f"{name}.conv2", h)))
+
     def residual_block(name, h):
         shortcut = conv(f"{name}.conv_shortcut", h, 0) if f"{name}.conv_shortcut.weight" in weights else h
-        h = F.gelu(norm(f"{name}.norm1", conv(f"{name}.conv1", h)))
-        h = F.gelu(norm(f"{name}.norm2", conv(f"{name}.conv2", h)))
-        return (shortcut + h) / 2**0.5
+        return (shortcut + block(name, h)) / 2**0.5
 
     def two_blocks(name, h):
-        return residual_block(f"{name}.block2", residual_block(f"{name}.block1", h))
+        return block(f"{name}.block2", block(f"{name}.block1", h))
 
     def embedding(name, vector):
         for layer in ("linear_1", "linear_2"):
