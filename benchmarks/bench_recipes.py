@@ -1,0 +1,112 @@
+"""What each setting of `--recipe fast` gives: networks trained for the same time with one setting changed.
+
+    python benchmarks/bench_recipes.py --data_dir path/to/data
+    python benchmarks/bench_recipes.py --data_dir path/to/data --pipelines examples/models/mnist-28
+
+What they predict is compared as noise, whatever their target is: the squared error on MNIST's test images, with
+timesteps and noise that are the same for all. And a classifier reads digits that they draw.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from diffusers.utils.logging import disable_progress_bar
+from torchvision.datasets import MNIST
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from ddgan import ClassConditionalPipeline, train_class_conditional
+from ddgan.evaluation.extractors import load_extractor
+from ddgan.sampling.pipelines import in_equal_batches, load_pipeline, sample, with_scheduler
+
+CLASSIFIER = Path(__file__).parents[1] / "tests" / "fixtures" / "classifiers" / "mnist"
+NETWORK = "--block_out_channels 32 64 64 --layers_per_block 2 --attention_levels 1 2"
+# settings, and how much longer a step takes than one of the recipe
+VARIANTS = {
+    "fast": ("", 1),
+    "noise as target": ("--prediction_type epsilon", 1),
+    "constant learning rate": ("--lr_scheduler constant --lr_warmup_steps 0", 1),
+    "no averaged weights": ("--ema_decay 0", 1),
+    "16 norm groups": ("--norm_num_groups 16", 1),
+    "class embedding of 4 numbers": ("--class_emb_size 4", 1),
+    "min-SNR weights": ("--min_snr_gamma 5", 1),
+    "logit-normal timesteps": ("--timestep_sampling logit_normal", 1),
+    "the tutorial's network": (NETWORK, 4),
+    "batches of 128": ("--batch_size 128", 4),
+    "tutorial": ("--recipe tutorial", 16),
+}
+TEST_IMAGES, DIGITS, BATCH = 2000, 200, 50
+
+
+def train(flags: str, steps: int, data_dir: str, folder: str) -> float:
+    """Train for some steps; returns the seconds of computing that they took."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = [] if "--recipe" in flags else ["--recipe", "fast"]
+    given = ["--data_dir", data_dir, "--output_dir", folder, "--max_train_steps", str(steps), "--report_to", "none"]
+    rare = ["--log_samples_every", "0", "--save_model_every", "0", "--num_samples", "10", "--sample_steps", "2"]
+    warm_up = [] if "--lr_warmup_steps" in flags or not recipe else ["--lr_warmup_steps", str(steps // 20)]
+    started = time.process_time()
+    train_class_conditional.main([*recipe, *given, *rare, *warm_up, *flags.split()])
+    return time.process_time() - started
+
+
+@torch.no_grad()
+def noise_error(pipe: ClassConditionalPipeline, data_dir: str) -> float:
+    """Mean squared error of the noise that the network finds in test images."""
+    data, draws = MNIST(data_dir, train=False), torch.Generator().manual_seed(0)
+    images = (data.data[:TEST_IMAGES].float() / 127.5 - 1)[:, None]
+    timesteps = torch.randint(1000, (TEST_IMAGES,), generator=draws)
+    noise = torch.randn(images.shape, generator=draws)
+    noisy = pipe.scheduler.add_noise(images, noise, timesteps)
+    alpha_bar = pipe.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    errors = []
+    for batch in torch.arange(TEST_IMAGES).split(BATCH):
+        found = pipe.unet(noisy[batch], timesteps[batch], data.targets[batch]).sample
+        if pipe.scheduler.config.prediction_type == "v_prediction":
+            found = alpha_bar[batch].sqrt() * found + (1 - alpha_bar[batch]).sqrt() * noisy[batch]
+        errors.append((found - noise[batch]).square().mean((1, 2, 3)))
+    return torch.cat(errors).mean().item()
+
+
+def read_as_asked(pipe: ClassConditionalPipeline, guidance_scale: float) -> float:
+    """The share of digits, of all classes in turn, that a classifier reads as what was asked for."""
+    pipe = with_scheduler(pipe, "ddim")
+    pictures = in_equal_batches(
+        lambda seeds: sample(pipe, seeds, 20, [seed % 10 for seed in seeds], guidance_scale=guidance_scale),
+        range(DIGITS),
+        BATCH,
+    )
+    found = load_extractor(str(CLASSIFIER))(torch.stack([pil_to_tensor(picture) for picture in pictures]))
+    return (found["logits"].argmax(1) == torch.arange(DIGITS) % 10).double().mean().item()
+
+
+def score(folder: str, data_dir: str) -> str:
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    guided = f"{read_as_asked(pipe, 1.5):.1%}" if pipe.has_null_class else ""
+    return f"{noise_error(pipe, data_dir):.4f} | {read_as_asked(pipe, 1):.1%} | {guided} |"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", default="data", help="folder with torchvision's MNIST/raw")
+    parser.add_argument("--steps", type=int, default=480, help="of the recipe; the others take as long")
+    parser.add_argument("--pipelines", nargs="*", help="folders of trained pipelines to measure in place of training")
+    args = parser.parse_args()
+    disable_progress_bar()
+    if not (Path(args.data_dir) / "MNIST" / "raw").is_dir():
+        print(f"There is no MNIST in {args.data_dir}: nothing to measure. Name its folder with --data_dir.")
+        raise SystemExit
+    print(
+        "| | steps | computing | noise error | read as asked | guided at 1.5 |\n|---|--:|--:|--:|--:|--:|", flush=True
+    )
+    for folder in args.pipelines or []:
+        print(f"| {Path(folder).resolve().name} | | | {score(folder, args.data_dir)}", flush=True)
+    for name, (flags, cost) in {} if args.pipelines else VARIANTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = train(flags, args.steps // cost, args.data_dir, folder)
+            row = f"{name} | {args.steps // cost} | {seconds / 60:.1f} min"
+            print(f"| {row} | {score(folder, args.data_dir)}", flush=True)
