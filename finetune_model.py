@@ -112,12 +112,12 @@ def main(argv: list[str] | None = None) -> None:
     card = CardFacts(
         title=run.model_save_name,
         summary=f"An unconditional diffusion model: {name}, fine-tuned on {data.name}.",
-        usage=USAGE.format(model=repo_id or Path(run.output_dir).resolve().name, steps=args.sample_steps),
+        usage=USAGE.format(model=Path(run.output_dir).resolve().name, steps=args.sample_steps),
         settings=settings_for_card(*arguments),
         base_model=args.start_model,
-        license=license_of(args.start_model),
         dataset=data.name,
         tags=["ddpm", "fine-tuned"],
+        **license_of(args.start_model),
     )
     objective = DenoisingObjective(pipeline.scheduler, args.min_snr_gamma)
     player = Player("", unet, objective, optimizer, partial(schedule, args=rate))

@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         summary=f"A diffusion model that draws by class, trained on {data.name}, for pictures of {size[0]}x{size[1]} "
         f"pixels. Its {len(classes)} classes are {', '.join(classes)}; the grid has a row for each.",
         usage=USAGE.format(
-            model=repo_id or Path(run.output_dir).resolve().name,
+            model=Path(run.output_dir).resolve().name,
             name=json.dumps(classes[0], ensure_ascii=False),
             guidance=f"guidance_scale={args.guidance_scale}, " if args.class_dropout else "",
             steps=args.sample_steps,

@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{data.name}: it draws a picture of {size[0]}x{size[1]} pixels in {args.num_train_timesteps} evaluations of "
         "its network.",
         usage=USAGE.format(
-            model=repo_id or Path(run.output_dir).resolve().name, inputs="class_labels=[0]" if data.classes else ""
+            model=Path(run.output_dir).resolve().name, inputs="class_labels=[0]" if data.classes else ""
         ),
         settings=settings_for_card(*arguments),
         dataset=data.name,

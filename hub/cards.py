@@ -5,8 +5,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .. import __version__
 
 CARD_NAME = "README.md"
 
@@ -25,8 +27,8 @@ class CardFacts:
         pictures: captions by file names relative to the card's folder.
         base_model: id or name of the model that was started from.
         license: licence of the weights, in the Hub's short form, where known.
+        license_name, license_link: of a licence that the Hub has no short form for (`other`), and where its text is.
         license_note: a sentence on it, in place of the usual one.
-        license_link: where its text is, for a licence that the Hub has no short form for (`other`).
         evaluation: what was measured of the model, as rows of a table.
         protocol: what these numbers depend on, in words.
         results: the same for the metadata, its model-index.
@@ -44,8 +46,9 @@ class CardFacts:
     pictures: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     license: str | None = None
-    license_note: str | None = None
+    license_name: str | None = None
     license_link: str | None = None
+    license_note: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
     protocol: str = ""
     results: list[EvalResult] = field(default_factory=list)
@@ -56,12 +59,15 @@ class CardFacts:
 
 def card_text(facts: CardFacts) -> str:
     """The card as Markdown with its metadata."""
+    base_model = facts.base_model if is_repo_id(facts.base_model) else None
     data = ModelCardData(
         license=facts.license,
+        license_name=facts.license_name,
         license_link=facts.license_link,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        base_model=facts.base_model if is_repo_id(facts.base_model) else None,
+        base_model=base_model,
+        base_model_relation=base_model and "finetune",
         datasets=[facts.dataset] if is_repo_id(facts.dataset) else None,
         tags=["diffusers", "unconditional-image-generation", *facts.tags],
         model_name=facts.title if facts.results else None,
@@ -70,7 +76,9 @@ def card_text(facts: CardFacts) -> str:
     if facts.license_note:
         license_line = facts.license_note
     elif facts.license:
-        license_line = f"Licence of the weights: `{facts.license}`, carried over from the model that was started from."
+        name = f"`{facts.license_name or facts.license}`"
+        name = f"[{name}]({facts.license_link})" if facts.license_link else name
+        license_line = f"Licence of the weights: {name}, carried over from the model that was started from."
     elif facts.base_model:
         license_line = (
             "The licence of the model that was started from is not known here: look it up before passing this on."
@@ -79,7 +87,8 @@ def card_text(facts: CardFacts) -> str:
         license_line = (
             "Trained from scratch: whoever trained it chooses the licence of the weights, minding the data's."
         )
-    packages = ", ".join(f"{name} {version(name)}" for name in ("diffusers", "torch", "accelerate"))
+    others = [f"{name} {version(name)}" for name in ("diffusers", "torch", "accelerate")]
+    packages = ", ".join([f"diffusers-ddgan {__version__}", *others])
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {facts.title}",
@@ -104,13 +113,20 @@ def card_text(facts: CardFacts) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def license_of(model: str) -> str | None:
-    """The licence on a model's card, or None: of a folder, else of a repository on the Hub."""
+def license_of(model: str) -> dict[str, str]:
+    """The licence on a model's card, of a folder, else of a repository on the Hub: `CardFacts` by their names.
+
+    Empty where none is known. A text that lies in the repository is named by its address there.
+    """
     try:
         card = ModelCard.load(Path(model) / CARD_NAME if Path(model).is_dir() else model)
     except Exception:  # no card, no network, or no right to read: the card then says that the licence is not known
-        return None
-    return card.data.license
+        return {}
+    found = {name: card.data.get(name) for name in ("license", "license_name", "license_link")}
+    link = found["license_link"]
+    if link and "://" not in link:
+        found["license_link"] = hf_hub_url(model, link) if is_repo_id(model) else None
+    return {name: value for name, value in found.items() if value}
 
 
 def is_repo_id(name: str | None) -> bool:

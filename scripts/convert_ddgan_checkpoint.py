@@ -136,11 +136,12 @@ def main(argv: list[str] | None = None) -> None:
         training={"checkpoint": Path(args.checkpoint_path).name, "discriminator": "yes" if discriminator else "no"},
         settings={name: config[name] for name in sorted({*COMMON, "image_size", "ch_mult", "num_timesteps"})},
         license="other",
+        license_name="nvidia-source-code-license",
         license_link="https://github.com/NVlabs/denoising-diffusion-gan/blob/main/LICENSE",
         license_note="The weights are NVIDIA's, under the NVIDIA Source Code License of their repository: for "
         "non-commercial use (research or evaluation) only. The conversion changes nothing about that.",
         code=code_files(output),
-        tags=["ddgan", "gan"],
+        tags=["ddgan", "gan", "non-commercial"],
     )
     replace_file(output / CARD_NAME, lambda path: path.write_text(card_text(card), encoding="utf-8"))
     print(f"pipeline       {output}")

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, NCSNpp
 from ddgan.errors import InputError
@@ -114,9 +116,12 @@ def test_a_checkpoint_becomes_a_pipeline_folder(tmp_path, golden, whole):
             judged["input/x"], judged["input/t"], judged["input/x_t"]
         )
         torch.testing.assert_close(logits, judged["output"][:, 0], rtol=0, atol=2e-5)
+    metadata = ModelCard.load(output / "README.md").data
+    assert (metadata.license, metadata.license_name) == ("other", "nvidia-source-code-license")
+    assert metadata.license_link.startswith("https://") and "non-commercial" in metadata.tags
     card = (output / "README.md").read_text()
-    assert "license: other" in card
-    assert "non-commercial" in card
+    assert "for non-commercial use (research or evaluation) only" in card
+    assert f"Made with diffusers-ddgan {version('diffusers-ddgan')}, diffusers " in card
     for file in ("pipeline_ddgan", "unet_ncsnpp", "scheduling_ddgan"):
         assert file in card.split("## Code")[1]
 

@@ -62,8 +62,9 @@ def test_every_save_is_uploaded_and_the_last_one_is_whole(local_hub, finetune, c
     assert repo.private and 2 <= len(repo.refs["main"]) - 1 <= 4
     assert f"uploaded       {local_hub.url}/ann/run/commit/{repo.refs['main'][-1]}" in said
     assert there.keys() - {".gitattributes"} >= set(pipeline_files(run)) >= {"before_after.png", "README.md"}
-    assert all(there[name] == (run / name).read_bytes() for name in pipeline_files(run))
-    assert 'from_pretrained("ann/run")' in there["README.md"].decode()
+    card = (run / "README.md").read_text()
+    assert there.pop("README.md").decode() == card.replace('from_pretrained("run")', 'from_pretrained("ann/run")')
+    assert all(there[name] == (run / name).read_bytes() for name in pipeline_files(run) if name != "README.md")
     assert not [name for name in there if name.startswith(("checkpoints", "config", "metrics", "logs", "."))][1:]
     assert not list(run.glob(".tmp-*"))
 
@@ -92,6 +93,8 @@ def test_a_run_ends_well_whatever_the_uploads_do_and_says_how_to_finish_them(loc
     monkeypatch.setattr(push_to_hub, "draw_alone", lambda *_: b"drawn elsewhere")
     push_to_hub.main(command)
     assert set(pipeline_files(run)) < local_hub.files("ann/run").keys()
+    push_to_hub.main(["--folder", str(run), "--repo_id", "ann/again"])
+    assert 'from_pretrained("ann/again")' in local_hub.files("ann/again")["README.md"].decode()
 
 
 def test_what_is_wrong_is_said_before_training(local_hub, finetune, tmp_path, monkeypatch):
