@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, PNDMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -193,6 +193,7 @@ class GuidedPipeline(DiffusionPipeline):
         self._interrupt = False
         self.check_inputs(
             shape,
+            num_inference_steps,
             gradient,
             scale_schedule,
             guidance_start,
@@ -304,6 +305,7 @@ class GuidedPipeline(DiffusionPipeline):
     def check_inputs(
         self,
         shape,
+        num_inference_steps,
         gradient,
         scale_schedule,
         guidance_start,
@@ -316,6 +318,8 @@ class GuidedPipeline(DiffusionPipeline):
         self._check_scheduler()
         if shape[0] < 1:
             raise ValueError(f"`batch_size` is {shape[0]}, but must be at least 1.")
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but must be at least 1.")
         if gradient not in ("sample", "model"):
             raise ValueError(f"`gradient` is {gradient!r}, but must be 'sample' or 'model'.")
         if not callable(scale_schedule) and scale_schedule not in SCALE_SCHEDULES:
@@ -347,8 +351,10 @@ class GuidedPipeline(DiffusionPipeline):
         scheduler = self.scheduler
         # `from_config` keeps what other schedulers were configured with, so that the config alone says nothing
         prediction_type = scheduler.config.prediction_type if "prediction_type" in _settings(scheduler) else None
-        steps_once = scheduler.order == 1 and not getattr(scheduler.config, "use_flow_sigmas", False)
-        if prediction_type not in PREDICTION_TYPES or not hasattr(scheduler, "alphas_cumprod") or not steps_once:
+        # PNDM begins with several evaluations a step, whatever its order says
+        steps_once = getattr(scheduler, "order", None) == 1 and not isinstance(scheduler, PNDMScheduler)
+        knows_x_0 = prediction_type in PREDICTION_TYPES and hasattr(scheduler, "alphas_cumprod")
+        if not knows_x_0 or not steps_once or getattr(scheduler.config, "use_flow_sigmas", False):
             raise ValueError(
                 f"A {type(scheduler).__name__} cannot guide: it must know the clean picture that the network predicts "
                 "(by `alphas_cumprod` and a `prediction_type` of 'epsilon', 'sample' or 'v_prediction') and step once "
@@ -391,7 +397,7 @@ class GuidedPipeline(DiffusionPipeline):
             classes += bool(config.get("class_dropout"))  # the null class
             if not ((labels >= 0) & (labels < classes)).all():
                 raise ValueError(f"`class_labels` is {class_labels}, but this network knows 0 to {classes - 1}.")
-        return {"class_labels": labels}
+        return {"class_labels": labels.long()}
 
     def _label_of(self, name: str) -> int:
         names = self.unet.config.get("id2label") or {}

@@ -12,6 +12,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
     DEISMultistepScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -23,7 +24,9 @@ from diffusers import (
     IPNDMScheduler,
     LDMPipeline,
     ModelMixin,
+    PNDMScheduler,
     ScoreSdeVeScheduler,
+    UnCLIPScheduler,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
     VQModel,
@@ -58,7 +61,8 @@ GREEN = ColorLoss((0.1, 0.9, 0.5))
 
 
 def guided(scheduler=None, unet=None) -> GuidedPipeline:
-    pipe = GuidedPipeline(unet or tiny_unet().eval(), scheduler or DDIMScheduler())
+    scheduler = DDIMScheduler() if scheduler is None else scheduler
+    pipe = GuidedPipeline(unet or tiny_unet().eval(), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -497,6 +501,20 @@ def test_the_file_alone_serves_as_a_custom_pipeline(tiny_model):
     torch.testing.assert_close(draw(pipe), expected)
 
 
+def test_the_file_alone_serves_folders_with_a_pipeline_of_their_own_by_its_absolute_path_without_py(tmp_path):
+    torch.manual_seed(0)
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "plain")
+    DDGANPipeline(tiny_generator(), DDGANScheduler()).save_pretrained(tmp_path / "own")
+    file = str(ROOT / "pipelines" / "pipeline_guided")
+    for folder in ("plain", "own"):
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / folder, custom_pipeline=file, trust_remote_code=True)
+        assert type(pipe).__name__ == "GuidedPipeline" and not isinstance(pipe, GuidedPipeline)
+        pipe.set_progress_bar_config(disable=True)
+        loaded = GuidedPipeline.from_pretrained(tmp_path / folder)
+        loaded.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(draw(pipe), draw(loaded))
+
+
 @pytest.mark.parametrize("variance", ["fixed_small", "learned", "learned_range"])
 @pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
 def test_a_learned_variance_may_ride_along(kind, variance):
@@ -511,7 +529,7 @@ def test_a_learned_variance_may_ride_along(kind, variance):
 # --- classes ---
 
 
-@pytest.mark.parametrize("labels", [2, [2, 2], torch.tensor([2, 2])])
+@pytest.mark.parametrize("labels", [2, [2, 2], torch.tensor([2, 2], dtype=torch.uint8)])
 @pytest.mark.parametrize("kind", ["unet", "class_conditioned", "context", "ddgan"])
 def test_classes_are_passed_on(kind, labels):
     torch.manual_seed(0)
@@ -627,6 +645,10 @@ def test_by_default_it_takes_40_steps_or_all_there_are():
     "scheduler",
     [
         HeunDiscreteScheduler(),
+        PNDMScheduler(),
+        PNDMScheduler(skip_prk_steps=True),
+        UnCLIPScheduler(),
+        DDPMWuerstchenScheduler(),
         IPNDMScheduler.from_config(DDPMScheduler().config),  # whose config has a prediction_type of DDPM's
         ScoreSdeVeScheduler(),
         EDMEulerScheduler(),
@@ -635,10 +657,11 @@ def test_by_default_it_takes_40_steps_or_all_there_are():
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_a_scheduler_that_knows_no_clean_picture_is_refused(scheduler):
-    with pytest.raises(ValueError, match=rf"{type(scheduler).__name__} cannot guide.*DDIM") as error:
-        draw(guided(scheduler))
-    assert "\n" not in str(error.value)
+def test_a_scheduler_that_knows_no_clean_picture_or_does_not_step_once_is_refused(scheduler):
+    for use in (draw, GuidedPipeline.from_pipe):
+        with pytest.raises(ValueError, match=rf"{type(scheduler).__name__} cannot guide.*DDIM") as error:
+            use(guided(scheduler))
+        assert "\n" not in str(error.value)
 
 
 def test_networks_that_need_more_are_refused():
@@ -675,6 +698,7 @@ def test_pipelines_of_latents_are_refused():
         ({"latents": torch.zeros(3, 3, 4, 4)}, r"\(3, 3, 8, 8\)"),
         ({"class_labels": 1}, "class"),
         ({"num_inference_steps": 2000}, "1000"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
         ({"seeds": ()}, "at least 1"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "latents"),
     ],
