@@ -20,6 +20,7 @@ EXTRAS["dev"] = [
     "pytest-xdist>=3.6",
     "ruff>=0.11",
     "torchmetrics>=1.4",
+    "trackio>=0.2",
 ]
 
 setup(

@@ -156,15 +156,20 @@ def compare(steps: int, rounds: int) -> None:
     def times(variant: str) -> list[float]:
         return [result["ours"] / result["plain"] for result in results[variant]]
 
+    def speed(measured: list[dict[str, float]], loop: str) -> str:
+        return f"{BATCH_SIZE / median(result[loop] for result in measured):.1f}"
+
     hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {os.cpu_count()} cores"
     print(f"{hardware}, torch {torch.__version__}; {rounds} rounds of {steps} steps, batch {BATCH_SIZE}\n")
     memory = "GPU memory" if DEVICE == "cuda" else "memory"
-    print(f"| | time of a step beside the plain loop | waiting for data | peak {memory}, MiB |\n|---|--:|--:|--:|")
-    print(f"| {PLAIN} | | | {peaks[PLAIN] / 2**20:.0f} |")
+    print(f"| | images/s | time of a step beside the plain loop | waiting for data | peak {memory}, MiB |")
+    print("|---|--:|--:|--:|--:|")
+    print(f"| {PLAIN} | {speed(results[LOOP], 'plain')} | | | {peaks[PLAIN] / 2**20:.0f} |")
     for variant in results:
         ratios = ", ".join(f"{ratio:.3f}" for ratio in times(variant))
         waited = median(result["waited"] for result in results[variant])
-        print(f"| {variant} | {ratios} | {waited:.1%} | {peaks[variant] / 2**20:.0f} |")
+        images = speed(results[variant], "ours")
+        print(f"| {variant} | {images} | {ratios} | {waited:.1%} | {peaks[variant] / 2**20:.0f} |")
     overhead, without = median(times(LOOP)) - 1, median(times(NO_EMA)) - 1
     print(f"\nThe loop takes {overhead:.1%} longer than the plain one, {without:.1%} without EMA (wanted: under 3 %).")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import ROOT, finetune_flags, largest_difference, make_dataset, run_script, tiny_unet, weights, write_images
 
-from ddgan.errors import InputError, RunError
+from ddgan.errors import InputError, RunError, run_command
 from ddgan.training.tracking import read_metrics
 
 COURSE = """--image_size 16 --batch_size 8 --num_epochs 16 --grad_accumulation_steps 2 --start_model {model}
@@ -247,6 +248,13 @@ def test_errors_are_one_paragraph_without_a_traceback(tiny_model, images, tmp_pa
     assert "Traceback" not in done.stderr
     assert "multiples of 2; 9 x 9 is not. The nearest it can take are 8 x 8 and 10 x 10." in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_place_where_nothing_can_be_written_is_one_paragraph(finetune, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="1"):
+        run_command(lambda: finetune("run", "--output_dir", tmp_path / "file" / "run"))
+    assert re.search(r"\nerror: .*Not a directory: .*file/run", capsys.readouterr().err)
 
 
 def test_a_model_that_is_not_there_is_said_with_where_it_was_looked_for(finetune, tmp_path):

@@ -83,7 +83,9 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 def test_a_run_leaves_a_pipeline_that_draws(train):
-    run = train("run", "--log_samples_every", 3, "--gradient_checkpointing")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train("run", "--log_samples_every", 3, "--gradient_checkpointing", "--report_to", "tensorboard")
     pipe = DDGANPipeline.from_pretrained(run)
     assert pipe(batch_size=2, generator=[torch.Generator().manual_seed(i) for i in range(2)]).images[0].size == (8, 8)
     assert pipe.scheduler.config.num_train_timesteps == 4
@@ -92,6 +94,11 @@ def test_a_run_leaves_a_pipeline_that_draws(train):
     assert [row["d_r1"] == row["d_r1"] for row in rows] == [True, False] * 3  # NaN: not due
     for name in ("d_loss", "g_loss", "d_real", "d_fake", "d_grad_norm", "g_grad_norm"):
         assert all(abs(row[name]) < 100 for row in rows)
+    events = next(path for path in (run / "logs").rglob("events*") if path.parent.name == "run")
+    tracked = EventAccumulator(str(events)).Reload()
+    for name in ("d_loss", "d_real", "d_fake", "d_grad_norm", "g_grad_norm", "d_r1"):
+        newest = [row[name] for row in rows if row[name] == row[name]][-1]
+        assert tracked.Scalars(name)[-1].value == pytest.approx(newest)
     card = (run / "README.md").read_text()
     assert "trained from scratch" in card.lower()
     assert "| d_loss |" in card

@@ -389,7 +389,8 @@ class Trainer:
             self.metrics.append(rows)
         shown = {name: value for name, value in rows[-1].items() if name.endswith("loss")}
         rate = next(value for name, value in rows[-1].items() if name.endswith("learning_rate"))
-        tracked = {name: value for name, value in rows[-1].items() if name != "step" and not math.isnan(value)}
+        # the newest value of each: some are not there at every step, as that of a lazy penalty
+        tracked = {name: value for row in rows for name, value in row.items() if name != "step" and value == value}
         self.accelerator.log(tracked | {"images_per_second": speed}, step=self.step)
         progress.set_postfix(
             {name: f"{value:.4f}" for name, value in shown.items()}
