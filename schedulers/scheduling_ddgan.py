@@ -154,8 +154,8 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
+        variance_noise: torch.Tensor | None = None,
     ) -> DDGANSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Draws the less noisy sample from q(x_s | x_t, x_0), where s is the next lower of `self.timesteps`.
@@ -169,8 +169,8 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or a list of them, *optional*):
                 Source of the noise; with a list, noise i comes from generator i alone. A step that all samples make
                 to the picture itself (`timestep` a single number, the last of `self.timesteps`) draws nothing.
-            variance_noise (`torch.Tensor`, *optional*): the noise itself, like `sample`; none is drawn then.
             return_dict (`bool`, defaults to `True`): a [`DDGANSchedulerOutput`] or the tuple of its two tensors.
+            variance_noise (`torch.Tensor`, *optional*): the noise itself, like `sample`; none is drawn then.
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x_t, output = sample.to(dtype), model_output.to(dtype)

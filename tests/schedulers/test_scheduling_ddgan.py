@@ -343,7 +343,7 @@ def test_output_is_a_dataclass_or_the_same_as_a_tuple():
     scheduler = DDGANScheduler()
     x_0, x_t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     output = scheduler.step(x_0, 1, x_t, generator=seeded(0))
-    as_tuple = scheduler.step(x_0, 1, x_t, generator=seeded(0), return_dict=False)
+    as_tuple = scheduler.step(x_0, 1, x_t, seeded(0), False)  # in the order of Diffusers' schedulers
     assert isinstance(output, DDGANSchedulerOutput)
     assert type(as_tuple) is tuple
     assert torch.equal(output.prev_sample, as_tuple[0])
