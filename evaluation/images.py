@@ -19,6 +19,20 @@ def open_picture(cell: Any) -> Image.Image:
     return Image.open(cell) if isinstance(cell, (str, Path, io.BytesIO)) else Image.fromarray(np.asarray(cell))
 
 
+def file_bytes(cell: Any) -> bytes:
+    """What is encoded in a cell as of `open_picture`, or the bytes of its pixels; none of one that cannot be read."""
+    if isinstance(cell, dict):
+        cell = cell["bytes"] or cell["path"]
+    if isinstance(cell, (str, Path)):
+        try:
+            return Path(cell).read_bytes()
+        except OSError:
+            return b""
+    if cell is None:
+        return b""
+    return cell if isinstance(cell, bytes) else np.asarray(cell).tobytes()
+
+
 def color_channels(picture: Image.Image) -> int:
     """1 for a grey picture of any depth, 3 for one with colours; transparency does not count."""
     return 1 if ImageMode.getmode(picture.mode).basemode == "L" else 3

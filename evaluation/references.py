@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
@@ -25,7 +26,7 @@ class ReferenceImages(Protocol):
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
-        """Tells these images from others."""
+        """Tells these images from others, and not from a copy of them."""
 
     def picture(self, i: int) -> Image.Image:
         """Image i, not yet decoded."""
@@ -87,12 +88,14 @@ def measure_reference(
     chosen = order[:count].sort().values.tolist()
     seen = look([images.picture(chosen[i]) for i in spread(count)])
     seen["channels"] = channels or seen["channels"]
+    contents = [images.fingerprint() if accelerator.is_main_process else None]  # which reads them all
+    broadcast_object_list(contents)
     height, width = size
     as_they_are = seen["size"] == f"{width}x{height}"
     facts = {
         "name": name,
         "split": split,
-        "contents": images.fingerprint(),
+        "contents": contents[0],
         "images": count,
         "of": len(images),
         **seen,

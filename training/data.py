@@ -3,7 +3,7 @@
 import hashlib
 import io
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..errors import InputError, RunError
 from ..evaluation.features import fingerprint
-from ..evaluation.images import open_picture, to_bytes
+from ..evaluation.images import file_bytes, open_picture, to_bytes
 from .arguments import DataArguments, LabelArguments
 from .randomness import key
 
@@ -54,6 +54,11 @@ class Labels:
     numbers: Sequence[int] | None
 
 
+def _fingerprint(cells: Iterable[Any]) -> str:
+    """A fingerprint of images in their order; copies of them, wherever they are, have the same."""
+    return fingerprint([hashlib.blake2b(file_bytes(cell), digest_size=12).hexdigest() for cell in cells])
+
+
 class ImageFolder:
     """The image files below a folder, in the order of their paths."""
 
@@ -76,9 +81,8 @@ class ImageFolder:
         return str(self.paths[i])
 
     def fingerprint(self) -> str:
-        """Tells these images from others, by names, sizes and times."""
-        stats = [(path.name, path.stat()) for path in self.paths]
-        return fingerprint([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        """Tells these images from others, by the bytes of their files."""
+        return _fingerprint(self.paths)
 
     def labels(self, column: str | None) -> Labels:
         """A class for each sub-folder, in the order of their names."""
@@ -144,8 +148,8 @@ class ImageTable:
         return f"row {i} ({_file_name(self[i])})"
 
     def fingerprint(self) -> str:
-        """Tells these images from others, as the `datasets` library does."""
-        return self.dataset._fingerprint
+        """Tells these images from others, by the bytes of their files."""
+        return _fingerprint(row[self.column] for row in self.dataset)
 
     def labels(self, column: str | None) -> Labels:
         """From the label column: class labels, or integers from 0 on, or names."""

@@ -172,6 +172,33 @@ def test_a_reference_is_measured_once_for_its_data_extractor_and_count(run, fold
     assert images_measured() == 70
 
 
+def test_contents_are_told_by_the_images_wherever_they_are(run, folders, tmp_path):
+    def contents(reference: Path) -> str:
+        results = run("--images", folders["samples"], reference=reference)
+        (said,) = {entry["protocol"]["reference"] for entry in results["metrics"].values()}
+        assert f"contents {results['reference']['contents']}" in said
+        return results["reference"]["contents"]
+
+    one = write_images(tmp_path / "one", 13)
+    first = contents(one)
+    assert contents(write_images(tmp_path / "elsewhere" / "other", 13)) == first
+    for path in one.iterdir():
+        os.utime(path, (0, 0))
+    assert contents(one) == first
+    tables = []
+    for name in ("table", "copy"):
+        (tmp_path / name).mkdir()
+        cells = [{"bytes": path.read_bytes(), "path": None} for path in sorted(one.iterdir())]
+        kinds = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict({"image": cells}, features=kinds).to_parquet(tmp_path / name / "train.parquet")
+        tables.append(contents(tmp_path / name))
+    assert tables == [first, first]
+    changed = Image.open(one / "005.png")
+    changed.putpixel((0, 0), (1, 2, 3))
+    changed.save(one / "005.png")
+    assert contents(one) != first
+
+
 def stack(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
 
