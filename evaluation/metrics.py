@@ -18,6 +18,7 @@ IS_SPLITS = 10
 PRECISION_NEIGHBOURS = 3  # arXiv 1904.06991
 DENSITY_NEIGHBOURS = 5  # arXiv 2002.09797
 CLOSE = 0.01  # part of the held-out images that counts as close to the training images
+MIN_HELD_OUT = 100  # of which that part is one image
 _ROWS = 2000  # of a matrix of distances that are in memory at once
 
 
@@ -170,7 +171,7 @@ def memorisation(samples: torch.Tensor, training: torch.Tensor, held_out: torch.
         `MANIFOLD_IMAGES` samples and held-out images are looked at, and all training images.
     """
     samples, training = _pair(samples, training, least=1)
-    held_out, _ = _pair(held_out, training, least=math.ceil(1 / CLOSE))
+    held_out, _ = _pair(held_out, training, least=MIN_HELD_OUT)
     samples, held_out = _shuffled(samples)[:MANIFOLD_IMAGES], _shuffled(held_out)[:MANIFOLD_IMAGES]
     of_samples, of_held_out = _nearest(samples, training), _nearest(held_out, training)
     close = of_held_out.quantile(CLOSE)

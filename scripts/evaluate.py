@@ -29,7 +29,7 @@ from ddgan.evaluation import report
 from ddgan.evaluation.extractors import INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
 from ddgan.evaluation.features import Features, collect, fingerprint, read_features, read_protocol
 from ddgan.evaluation.images import color_channels
-from ddgan.evaluation.metrics import Gaussian
+from ddgan.evaluation.metrics import MIN_HELD_OUT, Gaussian
 from ddgan.evaluation.references import CACHE_DIR, Reference, look, measure_reference, spread
 from ddgan.evaluation.results import Results, evaluate
 from ddgan.hub.cards import CARD_NAME
@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             reference = load_reference(
                 args.reference, args.reference_split, args.num_reference, samples, extractor, args, accelerator
             )
+            require_images(MIN_IMAGES, args.reference, reference)
         if args.held_out and "statistics" in reference.facts:
             raise InputError(
                 f"Memorisation is told from the features of the training images, but {args.reference} has only their "
@@ -130,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         if args.held_out:
             held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator)
+            require_images(MIN_HELD_OUT, args.held_out, held_out)
         measured, parts = measure_samples(samples, extractor, judge, args, accelerator)
     if accelerator.is_main_process:
         torch.set_num_threads(threads)
@@ -283,7 +285,7 @@ def measure_samples(
         return found
 
     settings = {**samples.facts, **extractor.protocol, "batch_size": args.batch_size, "digits": args.stacked_mnist}
-    settings |= {"judge": judge and judge.digest}
+    settings |= {"judge": judge and judge.digest, "kept": args.save_images and str(Path(args.save_images).resolve())}
     parts = Path(args.cache_dir) / f"samples-{fingerprint(settings)}.parts"
     verb = "drawing and measuring" if args.pipeline else "measuring"
     return collect(samples.count, args.batch_size, measure, accelerator, parts, verb), parts
@@ -308,6 +310,7 @@ def load_reference(
         InputError: if there are no such images, or the statistics are another extractor's.
         RunError: at an image that cannot be read.
     """
+    height, width = samples.preprocessing.height, samples.preprocessing.width
     if given.endswith(".safetensors") and Path(given).is_file():
         facts = read_protocol(Path(given))
         if facts.get("extractor_digest") != extractor.digest:
@@ -319,13 +322,29 @@ def load_reference(
     if given.endswith(".npz") and Path(given).is_file():
         arrays = np.load(given)
         if "arr_0" not in arrays and {"mu", "sigma"} <= {*arrays}:
+            mean, covariance = (arrays[name].astype(float) for name in ("mu", "sigma"))
+            blank = torch.zeros(1, samples.preprocessing.channels, height, width, dtype=torch.uint8)
+            dimensions = extractor(blank)["features"].shape[1]
+            if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
+                raise InputError(
+                    f"{given} has mu of the shape {mean.shape} and sigma of {covariance.shape}, but the features of "
+                    f"{extractor.name} have {dimensions} dimensions. Name the extractor that they were made with."
+                )
             facts = {"name": name_of(given), "statistics": "mu and sigma, of unknown protocol"}
-            return Reference(facts, None, Gaussian(*(arrays[k].astype(float) for k in ("mu", "sigma"))))
+            return Reference(facts, None, Gaussian(mean, covariance))
     with accelerator.main_process_first():
         images = ComparedImages(open_source(given, split, args))
-    size = samples.preprocessing.height, samples.preprocessing.width
     kept = Path(args.cache_dir)
-    return measure_reference(images, name_of(given), split, size, extractor, args.batch_size, accelerator, kept, count)
+    return measure_reference(
+        *(images, name_of(given), split, (height, width), extractor, args.batch_size, accelerator, kept, count)
+    )
+
+
+def require_images(least: int, given: str, reference: Reference) -> None:
+    """Refuse images that are too few before any picture is drawn; how many are behind saved statistics is unknown."""
+    count = reference.facts.get("images", least)
+    if count < least:
+        raise InputError(f"{given} has {count} images; there must be at least {least} to measure against.")
 
 
 class ImageStack(ImageArray):

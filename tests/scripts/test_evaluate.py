@@ -123,13 +123,59 @@ def test_an_interrupted_evaluation_goes_on(run, folders, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").glob("*.parts"))
 
 
-def test_what_was_drawn_is_not_lost_when_it_cannot_be_measured(run, folders, tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch) -> list[int]:
+    """The seeds of pictures that are drawn."""
+    seen, draw = [], evaluate.sample
+    monkeypatch.setattr(evaluate, "sample", lambda pipe, seeds, *rest: seen.extend(seeds) or draw(pipe, seeds, *rest))
+    return seen
+
+
+def stopped(*_args, **_more):
+    raise KeyboardInterrupt
+
+
+def test_what_was_drawn_is_not_lost_when_it_is_not_measured(run, folders, tmp_path, monkeypatch, drawn):
     flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 20]
-    with pytest.raises(InputError, match="at least 100"):
-        run(*flags, "--held_out", folders["samples"])
-    drawn, draw = [], evaluate.sample
-    monkeypatch.setattr(evaluate, "sample", lambda pipe, seeds, *rest: drawn.extend(seeds) or draw(pipe, seeds, *rest))
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr(metrics, "kernel_distance", stopped)
+        run(*flags)
+    drawn.clear()
     run(*flags)
+    assert drawn == [0]  # the first one tells the size
+
+
+def test_pictures_are_kept_whole_though_an_interrupted_evaluation_did_not_keep_them(
+    run, folders, tmp_path, monkeypatch, drawn
+):
+    flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 20]
+    keep = ["--save_images", tmp_path / "kept"]
+    with monkeypatch.context() as patches:
+        patches.setattr(metrics, "kernel_distance", stopped)
+        for more in ((), keep):
+            with pytest.raises(KeyboardInterrupt):
+                run(*flags, *more)
+    drawn.clear()
+    run(*flags, *keep)
+    assert [path.name for path in sorted((tmp_path / "kept").iterdir())] == [f"{i:06d}.png" for i in range(20)]
+    assert drawn == [0]  # those that were kept are not drawn again
+
+
+@pytest.mark.parametrize(("named", "said"), [("few", "few has 11 images; .* at least 12"), ("other", "16 dimensions")])
+def test_references_that_cannot_be_measured_against_are_refused_before_pictures_are_drawn(
+    run, folders, tmp_path, drawn, named, said
+):
+    write_images(tmp_path / "few", 11)
+    np.savez(tmp_path / "other.npz", mu=np.zeros(8), sigma=np.eye(8))
+    reference = tmp_path / (named if named == "few" else "other.npz")
+    with pytest.raises(InputError, match=said):
+        run("--pipeline", folders["model"], *SHORT, "--num_images", 20, reference=reference)
+    assert drawn == [0]
+
+
+def test_too_few_held_out_images_are_refused_before_pictures_are_drawn(run, folders, drawn):
+    with pytest.raises(InputError, match="samples has 40 images; there must be at least 100"):
+        run("--pipeline", folders["model"], *SHORT, "--num_images", 20, "--held_out", folders["samples"])
     assert drawn == [0]
 
 
