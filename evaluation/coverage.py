@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 STACKED_MNIST_MODES = 1000
+STACKED_MNIST_SAMPLES = 25_600  # of which the modes are counted, in arXiv 2112.07804 and others
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def mode_coverage(modes: torch.Tensor, count: int) -> ModeCoverage:
 def stacked_mnist_coverage(digits: torch.Tensor) -> ModeCoverage:
     """Modes of StackedMNIST (arXiv 1611.02163), whose images have a digit in each channel: 1,000 in all.
 
-    The usual protocol, that of Denoising Diffusion GANs too, has 25,600 samples.
+    They depend on the number of samples; the usual one is `STACKED_MNIST_SAMPLES`.
 
     Args:
         digits: (N, 3), what a digit classifier sees in each channel.

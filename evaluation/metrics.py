@@ -204,16 +204,21 @@ def distances(samples: torch.Tensor, reference: torch.Tensor, gaussian: Gaussian
     }
 
 
-def floor(reference: torch.Tensor, count: int) -> dict[str, Measure]:
+def floor(reference: torch.Tensor, count: int, logits: torch.Tensor | None = None) -> dict[str, Measure]:
     """`distances` of one half of a reference to the other: what samples cannot fall below but by chance.
 
     Args:
         count: images of the first half that stand in for samples, at most all of it.
+        logits: of the reference, (N, classes); with them also the `inception_score` of these images, if they are
+            enough for one.
     """
-    first, second = _shuffled(_checked(reference, least=2)).tensor_split(2)
-    found = distances(first[:count], second)
+    first, second = _shuffled_order(_checked(reference, least=2)).tensor_split(2)
+    first = first[:count]
+    found = distances(reference[first], reference[second])
+    if logits is not None and len(first) >= IS_SPLITS:
+        found["inception_score"] = inception_score(logits[first])
     for measure in found.values():
-        measure.protocol.update(halves=[min(count, len(first)), len(second)])
+        measure.protocol.update(halves=[len(first), len(second)])
     return found
 
 
@@ -248,12 +253,20 @@ def _pair(a: torch.Tensor, b: torch.Tensor, least: int) -> tuple[torch.Tensor, t
 
 def _ordered(features: torch.Tensor) -> torch.Tensor:
     """In an order that does not depend on the one they came in."""
-    return features[features.sum(1).argsort(stable=True)]
+    return features[_order(features)]
 
 
 def _shuffled(features: torch.Tensor) -> torch.Tensor:
     """In a random order that does not depend on the one they came in."""
-    return _ordered(features)[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))]
+    return features[_shuffled_order(features)]
+
+
+def _order(features: torch.Tensor) -> torch.Tensor:
+    return features.sum(1).argsort(stable=True)
+
+
+def _shuffled_order(features: torch.Tensor) -> torch.Tensor:
+    return _order(features)[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))]
 
 
 def _torch_fidelity(module: str):

@@ -58,7 +58,7 @@ class Reference:
     def floor(self, count: int) -> dict[str, Measure]:
         """`metrics.floor` for so many samples."""
         if count not in self._floors:
-            self._floors[count] = metrics.floor(self.features["features"], count)
+            self._floors[count] = metrics.floor(self.features["features"], count, self.features.get("logits"))
         return self._floors[count]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from .coverage import STACKED_MNIST_SAMPLES
 from .metrics import Measure
 
 NAMES = {
@@ -27,7 +28,16 @@ NAMES = {
 }
 TASK = "unconditional-image-generation"
 ENOUGH_FOR_FID = 10_000
-_PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "torch-fidelity", "numpy", "pillow")
+_PACKAGES = (
+    "diffusers-ddgan",
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "torch-fidelity",
+    "numpy",
+    "pillow",
+)
 
 
 def versions() -> dict[str, str]:
@@ -43,9 +53,10 @@ def protocol(facts: dict[str, Any]) -> dict[str, str]:
     """What a number depends on, in words.
 
     Args:
-        facts: `samples`, `reference` (or None), `held_out` (or None), `extractor` and `versions`, each a dict.
+        facts: `samples`, `reference`, `held_out`, `extractor`, `classifier` and `versions`, each a dict; None for
+            what is not there.
     """
-    parts = ("samples", "reference", "held_out", "extractor", "versions")
+    parts = ("samples", "reference", "held_out", "extractor", "classifier", "versions")
     return {
         part: ", ".join(_in_words(*fact) for fact in facts[part].items() if fact[1] is not None)
         for part in parts
@@ -66,6 +77,7 @@ def warnings(
     channels: int,
     dimensions: int,
     bias: float | None,
+    counts_modes: bool,
 ) -> list[str]:
     """What makes these numbers other than those of a paper or of another run, in words.
 
@@ -76,6 +88,7 @@ def warnings(
         channels: of the extractor.
         dimensions: of the features.
         bias: of the Frechet distance, where it was estimated.
+        counts_modes: of StackedMNIST, whose digits are seen channel by channel.
     """
     found = []
     count, colour = samples["images"], {1: "grey", 3: "colour"}
@@ -84,6 +97,11 @@ def warnings(
             f"Too few samples: {count:,}. FID falls with their number; with infinitely many it would lie lower by "
             f"about {bias:.3g}, estimated from halves of the samples. Compare it only with FID@{count}, or measure "
             f"{ENOUGH_FOR_FID:,} or more (papers: 50,000)."
+        )
+    if counts_modes and count != STACKED_MNIST_SAMPLES:
+        found.append(
+            f"Modes were counted in {count:,} samples. Fewer samples find fewer modes and lie further from uniform: "
+            f"the numbers of papers, that of Denoising Diffusion GANs too, are those of {STACKED_MNIST_SAMPLES:,}."
         )
     for name, images in (("samples", count), ("reference images", (reference or {}).get("images", dimensions + 1))):
         if reference and images <= dimensions:
@@ -97,7 +115,7 @@ def warnings(
             "of the distance is that difference."
         )
     for name, facts in (("samples", samples), ("reference images", reference or {})):
-        if channels == 1 and facts.get("channels") == 3:
+        if channels == 1 and not counts_modes and facts.get("channels") == 3:
             found.append(f"The {name} have colours, which this classifier of grey images does not see.")
     if reference and ("JPEG" in reference.get("format", "")) != ("JPEG" in samples["format"]):
         found.append(

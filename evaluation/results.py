@@ -62,18 +62,18 @@ def evaluate(
     if "logits" in measured and "digits" not in measured:
         name = "inception_score" if extractor.name == INCEPTION else "classifier_score"
         found[name] = metrics.inception_score(measured["logits"])
-        if reference and reference.features:
-            floors[name] = metrics.inception_score(reference.features["logits"])
+        if "inception_score" in floors:
+            floors[name] = floors.pop("inception_score")
     if "digits" in measured:
         covered = coverage.stacked_mnist_coverage(measured["digits"])
-        found["modes"] = Measure(covered.modes, None, {"of": covered.of, "classifier": judge.name})
-        found["mode_kl"] = Measure(covered.kl, None, {"unit": "nats", "classifier": judge.name})
+        found["modes"] = Measure(covered.modes, None, {"of": covered.of})
+        found["mode_kl"] = Measure(covered.kl, None, {"unit": "nats"})
     elif "classes" in measured:
         asked = torch.tensor(class_labels).repeat(-(-count // len(class_labels)))[:count]
         names = judge.network.class_names
         counts = coverage.confusion(asked, measured["classes"], len(names))
         accuracy, each = coverage.class_accuracies(counts)
-        found["class_accuracy"] = Measure(accuracy, None, {"classifier": judge.name})
+        found["class_accuracy"] = Measure(accuracy)
         facts["class_accuracies"] = dict(zip(names, each, strict=True))
         facts["confusion"] = counts.tolist()
         picture = coverage.confusion_picture(counts, names)
@@ -83,15 +83,16 @@ def evaluate(
         "reference": reference and reference.facts,
         "held_out": held_out and held_out.facts,
         "extractor": extractor.protocol,
-        "classifier": judge and judge.protocol,
+        "classifier": judge and {"name": judge.name, "digest": judge.digest, "resize": judge.resize},
         "versions": report.versions(),
         "warnings": report.warnings(
             samples,
             reference and reference.facts,
             extractor.protocol,
-            3 if "digits" in measured else extractor.channels,  # digits are seen channel by channel
+            extractor.channels,
             features.shape[1],
             bias,
+            counts_modes="digits" in measured,
         ),
     }
     return Results({f"{name}@{count}": measure for name, measure in found.items()}, floors, facts, picture)

@@ -26,6 +26,7 @@ from PIL import Image
 
 from ddgan.errors import InputError, RunError, run_command
 from ddgan.evaluation import report
+from ddgan.evaluation.coverage import STACKED_MNIST_SAMPLES
 from ddgan.evaluation.extractors import INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
 from ddgan.evaluation.features import Features, collect, fingerprint, read_features, read_protocol
 from ddgan.evaluation.images import color_channels
@@ -49,7 +50,11 @@ class EvaluateArguments:
 
     pipeline: str | None = option(None, "pipeline folder or Hub repository to draw pictures from")
     images: str | None = option(None, "or pictures that are there: a folder, a .parquet file, or an .npz with arr_0")
-    num_images: int | None = option(None, f"pictures to measure (default: {DRAWN:,} of a pipeline, all of --images)")
+    num_images: int | None = option(
+        None,
+        f"pictures to measure (default: {DRAWN:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with --stacked_mnist; all "
+        "of --images)",
+    )
     reference: str | None = option(
         None,
         "images to measure against: folder, MNIST-style folder, dataset folder or Hub dataset, .npz, .parquet, or "
@@ -190,7 +195,8 @@ class PipelineSamples:
     """Pictures that are drawn from a pipeline when they are asked for."""
 
     def __init__(self, args: EvaluateArguments, accelerator: Accelerator):
-        self.args, self.count = args, args.num_images or DRAWN
+        self.args = args
+        self.count = args.num_images or (STACKED_MNIST_SAMPLES if args.stacked_mnist else DRAWN)
         # the arithmetic of an accelerator depends on the size of the batch, that of a CPU on more
         self.at_once = 1 if accelerator.device.type == "cpu" else args.batch_size
         pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
@@ -431,7 +437,7 @@ def present(results: Results, args: EvaluateArguments) -> None:
     card = Path(args.pipeline or "") / CARD_NAME
     if args.pipeline and args.update_card and card.is_file():
         reference, judge = results.facts["reference"], results.facts["classifier"]
-        dataset = reference["name"] if reference else judge["extractor"]
+        dataset = reference["name"] if reference else judge["name"]
         split = reference and reference.get("split")
         report.write_to_card(card, report.eval_results(results.measures, dataset, split, words))
         print(f"model card with these numbers: {card}")

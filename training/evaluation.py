@@ -56,10 +56,14 @@ class Evaluation:
         return {key: measure.value for key, measure in self.measures.items()}
 
     def in_words(self) -> str:
-        """The numbers that tell most."""
-        shown = {key.partition("@")[0]: (key, measure) for key, measure in self.measures.items()}
-        shown = [shown[name] for name in ("fid", "kid", "class_accuracy") if name in shown]
-        return ", ".join(f"{report.title(key)} {report.number(measure)}" for key, measure in shown)
+        """The numbers that tell most, with their floors."""
+        keys = {key.partition("@")[0]: key for key in self.measures}
+        return ", ".join(
+            f"{report.title(keys[name])} {report.number(self.measures[keys[name]])}"
+            + (f" (floor {report.number(self.floors[name])})" if name in self.floors else "")
+            for name in ("fid", "kid", "class_accuracy")
+            if name in keys
+        )
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Evaluation":

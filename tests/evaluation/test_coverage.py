@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddgan.evaluation import coverage
+from ddgan.evaluation import coverage, report
 
 
 def test_all_modes_evenly_are_covered_without_divergence():
@@ -32,6 +32,17 @@ def test_stacked_digits_are_modes_of_a_thousand():
     assert coverage.stacked_mnist_coverage(digits).modes == 1000
     assert coverage.stacked_mnist_coverage(digits[digits[:, 1] != 7]).modes == 900
     assert coverage.stacked_mnist_coverage(torch.tensor([[1, 2, 3], [3, 2, 1], [1, 2, 3]])).modes == 2
+
+
+def test_modes_of_another_number_of_samples_than_the_papers_are_warned_about():
+    def said(count: int) -> list[str]:
+        samples = {"images": count, "channels": 3}
+        return report.warnings(samples, None, {}, channels=1, dimensions=16, bias=None, counts_modes=True)
+
+    assert not said(25_600)
+    for count in (10_000, 50_000):
+        (warning,) = said(count)
+        assert f"counted in {count:,} samples" in warning and "those of 25,600" in warning
 
 
 def test_modes_out_of_range_and_no_samples_are_refused():

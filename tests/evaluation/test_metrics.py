@@ -216,6 +216,17 @@ def test_the_floor_is_half_against_half_at_the_number_of_samples():
     assert whole["fid"].value < fid(features(300, 8, 1, shift=0.5), reference)
 
 
+def test_the_floor_of_the_score_is_that_of_the_images_that_stand_in_for_samples():
+    reference = features(40, 8, 0)
+    logits = 100 * torch.eye(40)  # a class of its own for every image: the score is how many there are in a split
+    assert metrics.inception_score(logits).value == pytest.approx(40 / 10)
+    assert metrics.floor(reference, 10_000, logits)["inception_score"].value == pytest.approx(20 / 10)
+    assert metrics.floor(reference, 12, logits)["inception_score"].protocol["halves"] == [12, 20]
+    assert "inception_score" not in metrics.floor(reference[:18], 12, logits[:18])  # nine in a half
+    turned = metrics.floor(reference.flip(0), 12, logits.flip(0))["inception_score"].value
+    assert turned == pytest.approx(metrics.floor(reference, 12, logits)["inception_score"].value)
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_are_told_with_their_image(pair, broken):
     samples = pair[0].clone()

@@ -17,7 +17,7 @@ from ddgan import ClassConditionalPipeline, ClassConditionedUnet
 from ddgan.errors import InputError, RunError
 from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
-from ddgan.evaluation.extractors import ClassifierFeatures
+from ddgan.evaluation.extractors import ClassifierFeatures, weights_digest
 from ddgan.scripts import evaluate, generate
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
@@ -314,7 +314,8 @@ def test_the_floor_of_mnist_is_half_against_half_in_a_digit_classifiers_features
     assert 0 < 10 * floors["fid"]["value"] < results["fid@400"]["value"]
     assert abs(floors["kid"]["value"]) < 3 * floors["kid"]["spread"] < results["kid@400"]["value"]
     assert floors["coverage"]["value"] > 0.8 and results["coverage@400"]["value"] < 0.1
-    assert floors["classifier_score"]["value"] > 9  # ten digits, told with certainty
+    assert floors["classifier_score"]["halves"] == [400, 1000]
+    assert floors["classifier_score"]["value"] > 8  # ten digits, told with certainty, but not evenly in splits of 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,7 +379,25 @@ def test_stacked_digits_are_seen_channel_by_channel(run, folders):
     expected = coverage.stacked_mnist_coverage(digits)
     assert values(results) == {"modes@40": expected.modes, "mode_kl@40": pytest.approx(expected.kl)}
     assert 1 < expected.modes < 40
-    assert not results["warnings"]
+    (warning,) = results["warnings"]
+    assert "counted in 40 samples" in warning and "25,600" in warning
+    for entry in results["metrics"].values():
+        assert f"grey, digest {weights_digest(network)}, resize to 8x8, bicubic" in entry["protocol"]["classifier"]
+
+
+def test_modes_of_stacked_digits_are_counted_in_as_many_pictures_as_the_paper_has(run, folders, monkeypatch, capsys):
+    draw = evaluate.sample
+
+    def stops(pipe, seeds, *rest):
+        if seeds != [0]:
+            stopped()
+        return draw(pipe, seeds, *rest)
+
+    monkeypatch.setattr(evaluate, "sample", stops)
+    for flags, count in ((["--stacked_mnist", "--classifier", folders["grey"]], 25_600), ([], 10_000)):
+        with pytest.raises(KeyboardInterrupt):
+            run("--pipeline", folders["model"], *SHORT, *flags)
+        assert f"/{count} [" in capsys.readouterr().err  # of the progress bar
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,10 +412,11 @@ def test_every_number_has_its_protocol(run, folders):
         assert "num inference steps 2" in protocol["samples"] and "8-bit pixels" in protocol["samples"]
         assert "reference, split train" in protocol["reference"] and "images 40" in protocol["reference"]
         assert "to 8x8, bicubic" in protocol["extractor"] and "extractor digest" in protocol["extractor"]
-        assert "torch-fidelity" in protocol["versions"]
+        assert "torch-fidelity" in protocol["versions"] and "diffusers-ddgan" in protocol["versions"]
     assert results["metrics"]["kid@12"]["protocol"]["subset_size"] == 6
     assert results["metrics"]["kid@12"]["spread"] > 0
-    assert results["metrics"]["fid@12"]["floor"]["halves"] == [12, 20]
+    for name in ("fid", "classifier_score"):
+        assert results["metrics"][f"{name}@12"]["floor"]["halves"] == [12, 20]
 
 
 def test_the_table_shows_each_number_beside_its_floor(run, folders, capsys):
