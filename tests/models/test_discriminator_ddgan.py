@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import nn
 
 from ddgan import DDGANDiscriminator
@@ -148,3 +149,33 @@ def test_saved_network_loads_the_same_with_variant_and_dtype(tmp_path):
     sample, t, noisy = inputs()
     logits = half(sample.bfloat16(), t, noisy.bfloat16(), labels)
     assert logits.dtype == torch.bfloat16
+
+
+def test_layerwise_casting_stores_small_and_computes_in_float32():
+    model = tiny()
+    expected = model(*inputs())
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.blocks[1].conv1.weight.dtype == torch.float8_e4m3fn
+    logits = model(*inputs())
+    assert logits.dtype == torch.float32
+    assert (logits - expected).norm() < 0.2 * expected.norm()
+
+
+def test_weights_on_disk_give_the_same_logits(tmp_path):
+    """What `device_map` does: modules that are not split, some of them elsewhere until they are called."""
+    model = tiny()
+    expected = model(*inputs())
+    device_map = {name: "cpu" for name, _ in model.named_children()} | {"blocks": "disk"}
+    dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert model.blocks[1].conv1.weight.device.type == "meta"
+    assert torch.equal(model(*inputs()), expected)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offloading_gives_the_same_logits(offload_type):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments = [argument.to(device) for argument in inputs()]
+    expected = tiny().to(device)(*arguments)
+    model = tiny()
+    model.enable_group_offload(device, torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1)
+    torch.testing.assert_close(model(*arguments), expected)
