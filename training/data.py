@@ -98,13 +98,23 @@ class ImageFolder:
 
 
 class ImageArray:
-    """Images (N, H, W) or (N, H, W, C) from a file in MNIST's idx format, as torchvision lays them out."""
+    """
+    Images (N, H, W) or (N, H, W, C) from a file in MNIST's idx format, as torchvision lays them out.
+
+    Raises:
+        InputError: for a file that is cut off, or holds no images.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        with open(path, "rb") as file:  # two zeros, the kind of number, the number of dimensions, the dimensions
-            shape = [int.from_bytes(file.read(4), "big") for _ in range(file.read(4)[3])]
-            self.images = np.memmap(path, np.uint8, "r", file.tell(), tuple(shape))
+        try:
+            with open(path, "rb") as file:  # two zeros, the kind of number, the number of dimensions, the dimensions
+                shape = [int.from_bytes(file.read(4), "big") for _ in range(file.read(4)[3])]
+                self.images = np.memmap(path, np.uint8, "r", file.tell(), tuple(shape))
+        except (IndexError, ValueError):
+            self.images = np.empty(0)
+        if not self.images.size:
+            raise InputError(f"{path} is cut off or holds no images: download it again.")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -527,13 +537,21 @@ class StreamedImages(torch.utils.data.IterableDataset):
     """
 
     def __init__(
-        self, stream, columns: list[str], preprocessing: Preprocessing, plan: Plan, rank: int, args: DataArguments
+        self,
+        stream,
+        columns: list[str],
+        labels: Labels | None,
+        preprocessing: Preprocessing,
+        plan: Plan,
+        rank: int,
+        args: DataArguments,
     ):
         from datasets.distributed import split_dataset_by_node
 
         stream = stream.shuffle(seed=plan.seed, buffer_size=1)  # the order of the shards; rows: see `_rows`
         self.stream = split_dataset_by_node(stream, rank, plan.processes)
         self.columns, self.preprocessing, self.plan, self.rank = columns, preprocessing, plan, rank
+        self.numbers = range(len(labels.classes)) if labels else None
         self.skip_broken = args.skip_broken_images
         self.start_step, self.position = 0, None
 
@@ -562,6 +580,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
             if where["pass"] > began + 1:
                 raise RunError(f"A whole pass over the stream had no image that can be read; the last: {broken[-1]}")
             try:
+                if label and label[0] not in self.numbers:
+                    raise BrokenImageError(f"its class is {label[0]}, not one of 0 to {self.numbers[-1]}")
                 return read_image(cell, self.preprocessing), label[0] if label else None, where
             except BrokenImageError as error:
                 broken.append(f"a row of the stream ({_file_name(cell)}): {error}")
@@ -616,7 +636,7 @@ class TrainingData:
                 columns.append(_label_column(opened.features or {}, label_args.label_column))
                 self.labels = _stream_labels(opened, columns[1])
             stream = _undecoded(opened, columns)
-            self.images = StreamedImages(stream, columns, preprocessing, self.plan, rank, args)
+            self.images = StreamedImages(stream, columns, self.labels, preprocessing, self.plan, rank, args)
         else:
             if label_args:
                 self.labels = opened.labels(label_args.label_column)

@@ -331,8 +331,12 @@ def test_torchvision_folders_bring_labels_and_names(tmp_path, name, classes):
     raw.mkdir(parents=True)
     pixels = np.repeat(np.arange(5, dtype=np.uint8), 64)
     header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (5, 8, 8))
-    (raw / "train-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
     args = DataArguments(train_data_dir=str(tmp_path))
+    for broken in (b"", header[:9], header + pixels.tobytes()[:-1], header[:4] + bytes(4) + header[8:]):
+        (raw / "train-images-idx3-ubyte").write_bytes(broken)
+        with pytest.raises(InputError, match="train-images-idx3-ubyte is cut off or holds no images"):
+            labelled(args)
+    (raw / "train-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
     with pytest.raises(InputError, match="no train-labels-idx1-ubyte beside them"):
         labelled(args)
     (raw / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (4).to_bytes(4, "big") + bytes([2, 0, 1, 1]))
@@ -358,6 +362,17 @@ def test_a_column_of_class_labels_is_found(tmp_path, streaming):
     assert len(found) == 9
     with pytest.raises(InputError, match=r"no column 'label'.*kind, image.*--label_column"):
         labelled(args, "label")
+
+
+def test_a_row_of_a_stream_without_a_class_is_said_or_left_out(tmp_path):
+    """-1 is how datasets of the Hub mark a row that has no label."""
+    features = datasets.Features({"kind": datasets.ClassLabel(names=["odd", "even"]), "image": datasets.Image()})
+    rows = {"kind": [0, -1, 0], "image": [Image.new("L", (8, 8), i) for i in range(3)]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(RunError, match="its class is -1, not one of 0 to 1"):
+        labelled(DataArguments(dataset_name=str(tmp_path), streaming=True))
+    kept = labelled(DataArguments(dataset_name=str(tmp_path), streaming=True, skip_broken_images=True))
+    assert kept == (["odd", "even"], {0: "odd", 2: "odd"})
 
 
 def test_columns_of_names_and_of_integers_are_labels_too(tmp_path):
