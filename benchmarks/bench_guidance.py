@@ -3,7 +3,7 @@
     python benchmarks/bench_guidance.py
     python benchmarks/bench_guidance.py --pictures docs/images
 
-On the embedded model, with DDIM. Time and memory are taken in a process of its own for each variant, and all variants
+On the embedded models, with DDIM. Time and memory are taken in a process of its own for each variant, and all variants
 take turns in each round: the ratios hold while the machine does other things, too.
 """
 
@@ -28,48 +28,80 @@ from ddgan import (
     SymmetryLoss,
     TotalVariationLoss,
 )
+from ddgan.evaluation.extractors import ClassifierFeatures, load_extractor
+from ddgan.evaluation.images import to_bytes
 from ddgan.pipelines.pipeline_guided import SCALE_SCHEDULES
 from ddgan.sampling.pictures import image_grid
 from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, with_scheduler
 
-MODEL = Path(__file__).parents[1] / "examples" / "models" / "noto-emoji-32"
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "examples" / "models"
+EMOJI, DIGITS = MODELS / "noto-emoji-32", MODELS / "mnist-28"
+CLASSIFIER = ROOT / "tests" / "fixtures" / "classifiers" / "mnist"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEN = ColorLoss((0.1, 0.9, 0.5))
 SCALES = (5, 20, 40, 100)
 STEPS = 40
 IMAGES = 32
-COLUMNS = 6  # pictures of a cell that are shown
+COLUMNS = 6  # pictures of a row that are shown
 VARIANTS = ("unguided", "sample", "model", "model, checkpointing")
 
 
-def load(scheduler: str = "ddim") -> GuidedPipeline:
-    pipe = GuidedPipeline.from_pipe(with_scheduler(load_pipeline(str(MODEL), device=DEVICE), scheduler))
+def load(scheduler: str = "ddim", model: Path = EMOJI) -> GuidedPipeline:
+    pipe = GuidedPipeline.from_pipe(with_scheduler(load_pipeline(str(model), device=DEVICE), scheduler))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def draw(pipe: GuidedPipeline, loss: GuidanceLoss, scale: float, count: int = IMAGES, **options) -> list[Image.Image]:
+def draw(
+    pipe: GuidedPipeline,
+    loss: GuidanceLoss,
+    scale: float,
+    count: int = IMAGES,
+    judge: ClassifierFeatures | None = None,
+    **options,
+) -> list[Image.Image]:
+    """
+    Draw `count` pictures, of the classes in turn, and print their losses and how many `judge` reads as asked.
+
+    Returns:
+        the first of them, as many as there are classes, or `COLUMNS`.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
     options = {"batch_size": count, "num_inference_steps": STEPS, "generator": generators, **options}
+    if classes := pipe.unet.config.get("num_classes"):
+        options["class_labels"] = [i % classes for i in range(count)]
     images = pipe(loss, scale, output_type="pt", **options).images
     losses = loss(images * 2 - 1)
-    print(f"{losses.mean():.3f} ± {losses.std():.3f}", flush=True)
-    return pipe.numpy_to_pil(images[:COLUMNS].permute(0, 2, 3, 1).cpu().numpy())
+    print(f"{losses.mean():.3f} ± {losses.std():.3f}", end="\n" if judge is None else ", ", flush=True)
+    if judge:
+        seen = judge(to_bytes(images * 2 - 1))["logits"].argmax(1)
+        right = seen == torch.tensor(options["class_labels"])
+        print(f"read as asked: {right.double().mean():.0%}", flush=True)
+    return pipe.numpy_to_pil(images[: classes or COLUMNS].permute(0, 2, 3, 1).cpu().numpy())
+
+
+def by_scale(
+    model: Path, loss: GuidanceLoss, folder: Path | None, name: str, judge: ClassifierFeatures | None = None
+) -> None:
+    """Print the mean and standard deviation of the loss over the images, for each scale and kind of gradient."""
+    pipe = load(model=model)
+    print(f"{model.name}, unguided", end=": ")
+    rows, labels = draw(pipe, loss, 0.0, judge=judge), ["unguided"]
+    for gradient in ("sample", "model"):
+        for scale in SCALES:
+            print(f"{model.name}, gradient {gradient}, scale {scale}", end=": ")
+            rows += draw(pipe, loss, scale, judge=judge, gradient=gradient)
+            labels.append(f"{gradient} {scale}")
+    save(rows, labels, folder, name)
 
 
 def distances(folder: Path | None) -> None:
-    """Print the mean and standard deviation, over the images, of the distance to green, 0 to 2."""
-    pipe = load()
-    print("unguided", end=": ")
-    free = draw(pipe, GREEN, 0.0)
-    rows, labels = list(free), ["unguided"]
-    for gradient in ("sample", "model"):
-        for scale in SCALES:
-            print(f"gradient {gradient}, scale {scale}", end=": ")
-            rows += draw(pipe, GREEN, scale, gradient=gradient)
-            labels.append(f"{gradient} {scale}")
-    save(rows, labels, folder, "guidance_scales.png")
+    """Print what guidance does to the losses: of colour from 0 to 2, as all differences of pixels."""
+    by_scale(EMOJI, GREEN, folder, "guidance_scales.png")
+    by_scale(DIGITS, SymmetryLoss(), folder, "guidance_digits.png", load_extractor(str(CLASSIFIER)))
 
+    pipe = load()
     for schedule in SCALE_SCHEDULES:
         print(f"gradient sample, scale 100, {schedule}", end=": ")
         draw(pipe, GREEN, 100, scale_schedule=schedule)
@@ -78,8 +110,9 @@ def distances(folder: Path | None) -> None:
         draw(load(scheduler), GREEN, 40)
 
     reference = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
-    rows, labels = list(free), ["unguided"]
+    rows, labels = [], []
     for label, loss, scale in (
+        ("unguided", GREEN, 0),
         ("grey", SaturationLoss(0.0), 100),
         ("saturated", SaturationLoss(1.0), 100),
         ("smooth", TotalVariationLoss(), 40),
@@ -95,7 +128,7 @@ def distances(folder: Path | None) -> None:
 
 def save(pictures: list[Image.Image], labels: list[str], folder: Path | None, name: str) -> None:
     if folder:
-        image_grid(pictures, COLUMNS, row_labels=labels).save(folder / name, optimize=True)
+        image_grid(pictures, len(pictures) // len(labels), row_labels=labels).save(folder / name, optimize=True)
 
 
 def measure(variant: str, steps: int = 3) -> tuple[float, float]:
