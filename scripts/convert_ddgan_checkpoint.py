@@ -21,7 +21,9 @@ from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.errors import InputError, run_command
 from ddgan.hub.cards import CARD_NAME, CardFacts, card_text
 from ddgan.hub.folders import code_files
-from ddgan.training.arguments import option, parse_arguments
+from ddgan.sampling.pictures import image_grid
+from ddgan.sampling.pipelines import sample
+from ddgan.training.arguments import option, parse_arguments, require_at_least
 from ddgan.training.checkpoints import replace_file, replace_tree
 
 # the reference's arguments for the published checkpoints, beside which all three have those of COMMON
@@ -77,12 +79,14 @@ class ConvertArguments:
     config_path: str | None = option(None, "JSON file with the arguments it was trained with, by their own names")
     recipe: Literal[tuple(RECIPES)] | None = option(None, "or the published model that it is")
     output_dir: str | None = option(None, "folder for the pipeline")
+    num_samples: int = option(16, "pictures that are drawn on the CPU for its card, slow at 256x256; 0: none")
 
     def __post_init__(self):
         if not self.checkpoint_path or not self.output_dir:
             raise InputError("Name the checkpoint with --checkpoint_path and the pipeline's folder with --output_dir.")
         if self.config_path and self.recipe:
             raise InputError("--config_path and --recipe both say what the checkpoint was trained with: give one.")
+        require_at_least(0, self, "num_samples")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,12 +121,16 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise InputError(str(error)) from error
 
-    pipeline = DDGANPipeline(generator, scheduler)
+    pipeline = DDGANPipeline(generator.eval(), scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = [sample(pipeline, [seed])[0] for seed in range(args.num_samples)]
 
     def write(folder: Path) -> None:
         if discriminator is not None:
             discriminator.save_pretrained(folder / "discriminator")
         pipeline.save_pretrained(folder)
+        if pictures:
+            image_grid(pictures).save(folder / "samples.png")
 
     replace_tree(output, write)
     size = config["image_size"]
@@ -133,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         "of its network.",
         usage=USAGE.format(model=output.resolve().name),
         origin="Conversion",
+        pictures={"samples.png": f"Seeds 0 to {len(pictures) - 1}, nothing left out."} if pictures else {},
         training={"checkpoint": Path(args.checkpoint_path).name, "discriminator": "yes" if discriminator else "no"},
         settings={name: config[name] for name in sorted({*COMMON, "image_size", "ch_mult", "num_timesteps"})},
         license="other",

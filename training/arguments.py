@@ -93,7 +93,7 @@ class RunArguments:
         None, "where metrics and samples go (default: wandb with --wandb_project, else tensorboard)"
     )
     wandb_project: str | None = option(None, "project name for the tracker")
-    push_to_hub: bool = option(False, "upload every save to the Hugging Face Hub, in the background")
+    push_to_hub: bool = option(False, "upload what is saved to the Hugging Face Hub, in the background")
     hub_model_id: str | None = option(None, "repository to upload to (default: you/--model_save_name)")
     hub_private: bool = option(False, "make that repository private")
 

@@ -11,6 +11,7 @@ from ..errors import InputError, RunError
 from ..evaluation.report import eval_results, number, title
 from ..hub.cards import CARD_NAME, CardFacts, card_text, is_repo_id
 from ..hub.folders import code_files
+from ..hub.publication import link_or_copy
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
 from .arguments import RunArguments
 from .checkpoints import replace_file, replace_folder
@@ -51,13 +52,35 @@ def write_card(folder: Path, card: CardFacts, facts: dict[str, Any]) -> None:
         card = replace(card, **_evaluation_for_card(known, facts["steps"]))
     pictures = {
         "before_after.png": "The same seeds before and after.",
-        f"samples/step-{facts['steps']:08d}.png": f"Samples after {facts['steps']:,} steps.",
+        **_grid_for_card(folder, facts["steps"]),
         "loss.png": "Training loss.",
         "eval.png": "Measured along the run.",
     }
     there = {name: caption for name, caption in pictures.items() if (folder / name).exists()}
     text = card_text(replace(card, training=training, pictures=there, code=code_files(folder)))
     replace_file(folder / CARD_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _newest_grid(folder: Path, step: int) -> Path | None:
+    """The grid of samples in a run folder that is of this step or, of those before it, the last."""
+    grids = (folder / "samples").glob("step-*.png")
+    return max((path for path in grids if _step_of(path) <= step), key=_step_of, default=None)
+
+
+def _step_of(grid: Path) -> int:
+    return int(grid.stem.removeprefix("step-"))
+
+
+def _grid_for_card(folder: Path, step: int) -> dict[str, str]:
+    """The newest grid, with a caption that says of which step it is."""
+    grid = _newest_grid(folder, step)
+    if grid is None:
+        return {}
+    drawn = _step_of(grid)
+    caption = f"Samples after {drawn:,} steps" if drawn else "Samples before training"
+    if drawn != step:
+        caption += f"; the weights here are those of step {step:,}"
+    return {f"samples/{grid.name}": f"{caption}."}
 
 
 def _evaluation_for_card(known: Evaluations, step: int) -> dict[str, Any]:
@@ -80,12 +103,15 @@ def _evaluation_for_card(known: Evaluations, step: int) -> dict[str, Any]:
 
 
 def write_best(folder: Path, pipeline: DiffusionPipeline, card: CardFacts, facts: dict[str, Any]) -> None:
-    """Write the pipeline with the best numbers so far, and its card, in the place of the one before."""
+    """Write the pipeline with the best numbers so far, the run's newest grid and a card, for the one before."""
     usage = re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{folder.name}"', card.usage)
     card = replace(card, title=f"{card.title}, best checkpoint", usage=usage)
 
     def write(temporary: Path) -> None:
         pipeline.save_pretrained(temporary)
+        if grid := _newest_grid(folder.parent, facts["steps"]):
+            (temporary / "samples").mkdir()
+            link_or_copy(grid, temporary / "samples" / grid.name)
         write_card(temporary, card, facts)
 
     replace_folder(folder, write)

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image, ImageChops
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, NCSNpp
 from ddgan.errors import InputError
+from ddgan.sampling.pictures import image_grid
+from ddgan.sampling.pipelines import sample
 from ddgan.scripts.convert_ddgan_checkpoint import (
     COMMON,
     RECIPES,
@@ -97,11 +100,12 @@ def test_a_checkpoint_becomes_a_pipeline_folder(tmp_path, golden, whole):
         arguments = argparse.Namespace(**arguments_of({**d_config, **config}), exp="a run", lr_g=1.6e-4)
         states = {"epoch": 3, "args": arguments, "netG_dict": generator, "netD_dict": discriminator}
         torch.save({**states, "optimizerG": torch.optim.Adam([torch.zeros(1)]).state_dict()}, path)
-        run("--checkpoint_path", path, "--output_dir", output)
+        run("--checkpoint_path", path, "--output_dir", output, "--num_samples", 2)
     else:
         torch.save(generator, path)
         (tmp_path / "args.json").write_text(json.dumps(config))
-        run("--checkpoint_path", path, "--config_path", tmp_path / "args.json", "--output_dir", output)
+        more = ("--output_dir", output, "--num_samples", 0)
+        run("--checkpoint_path", path, "--config_path", tmp_path / "args.json", *more)
 
     pipe = DDGANPipeline.from_pretrained(output)
     recorded, _, _ = golden("generator_a")
@@ -122,6 +126,11 @@ def test_a_checkpoint_becomes_a_pipeline_folder(tmp_path, golden, whole):
     card = (output / "README.md").read_text()
     assert "for non-commercial use (research or evaluation) only" in card
     assert f"Made with diffusers-ddgan {version('diffusers-ddgan')}, diffusers " in card
+    assert ("](samples.png)\n\n*Seeds 0 to 1, nothing left out.*" in card) == whole
+    assert (output / "samples.png").exists() == whole
+    if whole:
+        drawn = image_grid([sample(pipe, [seed])[0] for seed in (0, 1)])
+        assert ImageChops.difference(Image.open(output / "samples.png"), drawn).getbbox() is None
     for file in ("pipeline_ddgan", "unet_ncsnpp", "scheduling_ddgan"):
         assert file in card.split("## Code")[1]
 

@@ -6,16 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
+from tiny import ROOT
 
 from ddgan import train_class_conditional, train_ddgan
 from ddgan.errors import InputError
+from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.hub.publication import pipeline_files
-from ddgan.scripts import push_to_hub
+from ddgan.scripts import convert_ddgan_checkpoint, push_to_hub
 
 COMMIT = "POST /api/models/ann/run/commit/"
 SHORT = "--image_size 8 --batch_size 4 --max_train_steps 2 --num_samples 3 --report_to none --push_to_hub"
@@ -34,25 +39,70 @@ def kinds(tmp_path) -> Path:
     return tmp_path / "kinds"
 
 
-def python_of(hub, repo_id: str) -> str:
-    """The code on a repository's card."""
-    return re.search(r"```python\n(.*?)```", hub.files(repo_id)["README.md"].decode(), re.DOTALL)[1]
+def python_of(card: str) -> str:
+    """The code on a card."""
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch) -> list:
+    """Flags of a run that is measured at steps of which there is no grid of samples."""
+    monkeypatch.setattr("ddgan.training.evaluation.CACHE_DIR", tmp_path / "cache")
+    ImageClassifier(8, 3, 2, (8, 16), dict(enumerate("xy"))).save_pretrained(tmp_path / "classifier")
+    flags = ["--eval_every", 3, "--eval_images", 13, "--feature_extractor", tmp_path / "classifier"]
+    return [*flags, "--log_samples_every", 2]
+
+
+def convert(folder: Path) -> None:
+    """A pipeline folder from a small checkpoint of the published kind."""
+    golden = np.load(ROOT / "tests/fixtures/golden/generator_a.npz", allow_pickle=False)
+    prefix = "state_dict/"
+    state = {key.removeprefix(prefix): torch.from_numpy(golden[key]) for key in golden.files if prefix in key}
+    torch.save(state, folder.with_suffix(".pth"))
+    folder.with_suffix(".json").write_text(str(golden["config_json"]))
+    flags = {"checkpoint_path": ".pth", "config_path": ".json", "output_dir": ""}
+    flags = [part for flag, suffix in flags.items() for part in (f"--{flag}", str(folder.with_suffix(suffix)))]
+    convert_ddgan_checkpoint.main([*flags, "--num_samples", "1"])
+
+
+def test_a_card_shows_the_newest_grid_and_says_of_which_step_it_is(finetune, measured):
+    run = finetune("run", *measured)
+    best = (run / "best" / "README.md").read_text()
+    step = re.search(r"\| trained for \| (\d) of 4", best)[1]
+    assert step in "34"
+    caption = f"Samples after 2 steps; the weights here are those of step {step}."
+    assert f"![{caption}](samples/step-00000002.png)\n\n*{caption}*" in best
+    assert "samples/step-00000002.png" in pipeline_files(run / "best")
+    assert "![Samples after 4 steps.](samples/step-00000004.png)" in (run / "README.md").read_text()
 
 
 @pytest.mark.slow
-def test_the_code_on_every_card_runs_where_nothing_but_diffusers_is_installed(local_hub, finetune, kinds, tmp_path):
-    finetune("finetuned", "--push_to_hub")
+def test_the_code_on_every_card_runs_where_nothing_but_diffusers_is_installed(
+    local_hub, finetune, measured, kinds, tmp_path
+):
+    run = finetune("finetuned", "--push_to_hub", *measured)
+    convert(tmp_path / "converted")
     for script, name, more in ((train_ddgan, "ddgan", DDGAN), (train_class_conditional, "classes", CLASSES)):
         AcceleratorState._reset_state(reset_partial_state=True)
         start = ["--train_data_dir", str(kinds), "--output_dir", str(tmp_path / name)]
         script.main([*start, *SHORT.split(), *NETWORK.split(), *more.split()])
 
-    codes = [python_of(local_hub, f"ann/{name}") for name in ("finetuned", "ddgan", "classes")]
-    programs = [f"{code}\nassert image.size == (8, 8)\n" for code in codes]
-    code = "import sys; sys.modules['ddgan'] = None\n" + "".join(f"exec({program!r}, {{}})\n" for program in programs)
+    DiffusionPipeline.from_pretrained(tmp_path / "ddgan", trust_remote_code=True).push_to_hub("ann/pushed")
+    on_the_hub = [f"ann/{name}" for name in ("finetuned", "ddgan", "classes", "pushed")]
+    cards = [(tmp_path, local_hub.files(name)["README.md"].decode()) for name in on_the_hub]
+    folders = [tmp_path / "converted", run / "best", *sorted((ROOT / "examples" / "models").iterdir())]
+    for folder in folders:
+        place = ROOT if folder.is_relative_to(ROOT) else folder.parent
+        cards.append((place, (folder / "README.md").read_text()))
+
+    program = "import os, sys\nsys.modules['ddgan'] = None\n"
+    for place, card in cards:
+        program += f"os.chdir({str(place)!r})\nfound = {{}}\nexec({python_of(card)!r}, found)\n"
+        program += "image = found.get('image') or found['pipe']().images[0]\nprint(image.width)\n"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert [int(line) for line in done.stdout.splitlines()] == [8, 8, 8, 8, 32, 8, 16, 28, 32]
 
 
 def test_every_save_is_uploaded_and_the_last_one_is_whole(local_hub, finetune, capsys):
