@@ -158,11 +158,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self,
         batch_size: int | None,
         guidance_scale: float,
+        num_inference_steps: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ):
+        if not hasattr(self.scheduler, "init_noise_sigma"):
+            raise ValueError(
+                f"A {type(self.scheduler).__name__} cannot sample here: it does not say the scale of the noise to "
+                "begin with (`init_noise_sigma`), as those of flow matching do not. DDPM, DDIM, DPM-Solver++, UniPC "
+                "and Euler do."
+            )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but must be at least 1.")
         if guidance_scale > 1 and not self.has_null_class:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but this {type(self.unet).__name__} was not trained with a "
@@ -249,11 +258,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         Raises:
             `ValueError`: for labels out of range, unknown names (with the nearest ones), contexts of the wrong width,
-                guidance of a network without null class, and numbers of pictures that contradict one another.
+                guidance of a network without null class, numbers of pictures that contradict one another, fewer than
+                one step, and a scheduler of flow matching.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_inputs(batch_size, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            batch_size, guidance_scale, num_inference_steps, output_type, callback_on_step_end_tensor_inputs
+        )
         self._guidance_scale = guidance_scale
         self._interrupt = False
 

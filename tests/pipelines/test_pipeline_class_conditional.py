@@ -11,6 +11,7 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
@@ -372,6 +373,7 @@ def test_on_a_gpu_the_pictures_are_those_of_the_cpu_also_when_offloaded(offload)
         ({"class_labels": 0, "generator": [torch.Generator()] * 3}, "list of 3, .* each of the 1 pictures"),
         ({"latents": torch.zeros(2, 1, 12, 8)}, r"\(2, 1, 12, 8\), but must have \(2, 1, 8, 12\)"),
         ({"latents": torch.zeros(3, 1, 8, 12)}, r"\(3, 1, 8, 12\), but must have \(2, 1, 8, 12\)"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
         ({"output_type": "jpg"}, "'jpg', but must be 'pil', 'np', 'pt' or 'latent'"),
         ({"callback_on_step_end_tensor_inputs": ["z"]}, r"only \['latents', 'class_labels'\]"),
     ],
@@ -410,6 +412,12 @@ def test_a_network_without_null_class_cannot_be_guided(unet):
     with pytest.raises(ValueError, match=r"holds 3, but this network has 3 classes, whose labels are 0 to 2\."):
         latents(pipe, [3])
     assert latents(pipe, [0, 1], guidance_scale=1.0).isfinite().all()
+
+
+def test_a_scheduler_of_flow_matching_is_refused():
+    pipe = ClassConditionalPipeline(class_conditioned(), FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match=r"A FlowMatchEulerDiscreteScheduler cannot sample here: .* DDIM"):
+        latents(pipe, [0, 1])
 
 
 def test_a_network_without_classes_is_refused():

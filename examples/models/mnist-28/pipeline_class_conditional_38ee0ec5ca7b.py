@@ -158,11 +158,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self,
         batch_size: int | None,
         guidance_scale: float,
+        num_inference_steps: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ):
+        if not hasattr(self.scheduler, "init_noise_sigma"):
+            raise ValueError(
+                f"A {type(self.scheduler).__name__} cannot sample here: it does not say the scale of the noise to "
+                "begin with (`init_noise_sigma`), as those of flow matching do not. DDPM, DDIM, DPM-Solver++, UniPC "
+                "and Euler do."
+            )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but must be at least 1.")
         if guidance_scale > 1 and not self.has_null_class:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but this {type(self.unet).__name__} was not trained with a "
@@ -249,11 +258,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         Raises:
             `ValueError`: for labels out of range, unknown names (with the nearest ones), contexts of the wrong width,
-                guidance of a network without null class, and numbers of pictures that contradict one another.
+                guidance of a network without null class, numbers of pictures that contradict one another, fewer than
+                one step, and a scheduler of flow matching.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_inputs(batch_size, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            batch_size, guidance_scale, num_inference_steps, output_type, callback_on_step_end_tensor_inputs
+        )
         self._guidance_scale = guidance_scale
         self._interrupt = False
 
@@ -307,7 +319,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 """Pipeline folders that are complete in themselves: code beside the weights, in the form that plain Diffusers reads.
 
 The text of this file is added to that of each pipeline that is saved, so that a pipeline which was loaded with nothing
-but Diffusers can be saved the same way, any number of times. It needs the standard library alone.
+but Diffusers can be saved and pushed the same way, any number of times. It needs nothing that Diffusers does not.
 """
 
 import hashlib
@@ -318,6 +330,8 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+
+from huggingface_hub import ModelCard, ModelCardData
 
 
 def complete_in_itself(pipeline_class: type) -> type:
@@ -334,6 +348,9 @@ def complete_in_itself(pipeline_class: type) -> type:
     No file tells from where something was loaded. Other versions of the files that are in the folder stay, and nothing
     refers to them: the folder can be loaded at any time while it is written.
 
+    What is pushed to the Hub has the card of `card_of_parts` in the place of the template that Diffusers fills in with
+    nothing. A card that somebody wrote stays: that of the folder, or else that of the repository.
+
     Diffusers executes such a file again at each load, in the same module: what a method finds under the name of a
     class of its file may be a newer class than that of its own object.
 
@@ -344,6 +361,7 @@ def complete_in_itself(pipeline_class: type) -> type:
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Writes model_index.json, which Diffusers does when all else is saved and before it uploads anything."""
         folder = Path(json_file_path).parent
+        self._own_card = _read_text(folder / "README.md")  # the next that Diffusers writes
         index = json.loads(self.to_json_string())
         index.pop("_name_or_path", None)
 
@@ -368,8 +386,74 @@ def complete_in_itself(pipeline_class: type) -> type:
         index["_class_name"] = [_add_code(folder, module, class_name, this_file), class_name]
         _write(Path(json_file_path), _json_text(index))
 
+    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        """Uploads what was saved, which Diffusers does when it has put its card there."""
+        file = Path(working_dir, "README.md")
+        card = self._own_card or _read_text(file)
+        if card:
+            _write(file, card_of_parts(file.parent, repo_id) if is_unwritten(card) else card)
+        return super(pipeline_class, self)._upload_folder(working_dir, repo_id, *args, **kwargs)
+
     pipeline_class.to_json_file = to_json_file
+    pipeline_class._upload_folder = _upload_folder
     return pipeline_class
+
+
+def pipeline_parts(folder: Path) -> dict[str, str]:
+    """The class names of a pipeline's parts, by the names of the parts."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    return {name: class_name for name, (_, class_name) in pairs.items() if class_name}
+
+
+def code_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of code that Diffusers runs when it loads a pipeline folder, by its path in there."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    named = [Path(f"{index['_class_name'][0]}.py")] if isinstance(index["_class_name"], list) else []
+    named += [Path(name, f"{index[name][0]}.py") for name in pipeline_parts(folder)]
+    there = [path for path in named if (folder / path).is_file()]
+    return {path.as_posix(): hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in there}
+
+
+def card_of_parts(folder: Path, repo_id: str) -> str:
+    """The model card of a pipeline folder of which nothing is known but what it holds, as the repository `repo_id`."""
+    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    parts = [f"`{class_name}` ({part})" for part, class_name in pipeline_parts(folder).items()]
+    rows = [f"| `{file}` | SHA-256 `{digest}` |" for file, digest in code_files(folder).items()]
+    trust = ", trust_remote_code=True" if rows else ""
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: unconditional-image-generation",
+        "tags:",
+        "- diffusers",
+        "- unconditional-image-generation",
+        "---",
+        f"\n# {repo_id.rpartition('/')[2]}",
+        f"\nA `{name if isinstance(name, str) else name[1]}` of {' and '.join(parts)}.",
+        "\n## Use",
+        "\n```python\nfrom diffusers import DiffusionPipeline",
+        f'\npipe = DiffusionPipeline.from_pretrained("{repo_id}"{trust})\n```',
+    ]
+    if rows:
+        lines += ["\n## Code", "\n`trust_remote_code=True` runs these files of this repository:"]
+        lines += ["\n| | |", "|---|---|", *rows]
+    lines += [
+        "\n## Limits and licence",
+        "\nWhat it was trained on, what it draws well, and the licence of the weights are not known here: look them "
+        "up before passing this on.",
+    ]
+    text = "\n".join(lines) + "\n"
+    return f"{text}\n<!-- Pushing this pipeline renews the card, until somebody changes it: {_digest(text)} -->\n"
+
+
+def is_unwritten(card: str) -> bool:
+    """Whether a card is as `card_of_parts` made it, or the template of Diffusers."""
+    if made := re.search(r"\n<!-- Pushing .*: ([0-9a-f]{12}) -->\n$", card):
+        return _digest(card[: made.start()]) == made[1]
+    said = re.search(r"^This is the model card of .* automatically generated\.$", card, re.MULTILINE)
+    metadata = ModelCardData(library_name="diffusers")
+    return bool(said) and card == str(ModelCard.from_template(metadata, model_description=said[0]))
 
 
 def _add_code(folder: Path, module: ModuleType, class_name: str, more_code: str = "") -> str:
@@ -424,6 +508,10 @@ def _edit_json(file: Path, more: dict) -> None:
 
 def _json_text(config: dict) -> str:
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _read_text(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _write(file: Path, text: str) -> None:
