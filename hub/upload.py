@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, SpaceCard, get_token
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
@@ -27,6 +28,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from ..errors import InputError, RunError
 from .cards import CARD_NAME
+from .folders import is_unwritten
 from .publication import snapshot, space_snapshot
 
 SPACE_VARIABLE = "DDGAN_PIPELINE"  # the environment variable that names the pipeline to the Space's app
@@ -128,7 +130,8 @@ class Repository:
         Upload all files of a folder in one commit, so that who loads it meets the old state or the new one.
 
         Nothing is committed where the files are there already: that is also how a commit is found again whose answer
-        was lost. Files that are only in the repository stay.
+        was lost. Files that are only in the repository stay, and so does a card that somebody wrote there where the
+        folder's was written by nobody.
 
         Raises:
             InputError: if the user may not write, or the Hub refuses what is uploaded.
@@ -192,6 +195,9 @@ class Repository:
 
     def _upload(self, folder: Path, message: str) -> Uploaded:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        card = folder / CARD_NAME
+        if card in files and is_unwritten(card.read_text(encoding="utf-8")) and self._has_written_card():
+            files.remove(card)
         additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         head = self._info(revision=self.revision).sha
         if self._holds(head, additions):
@@ -210,6 +216,13 @@ class Repository:
             where = {"create_pr": True}
         done = self.api.create_commit(**self.names, operations=additions, commit_message=message, **where)
         return Uploaded(done.oid, done.pr_url or done.commit_url)
+
+    def _has_written_card(self) -> bool:
+        try:
+            file = self.api.hf_hub_download(**self.names, filename=CARD_NAME, revision=self.revision)
+        except EntryNotFoundError:
+            return False
+        return not is_unwritten(Path(file).read_text(encoding="utf-8"))
 
     def _holds(self, revision: str, additions: list[CommitOperationAdd]) -> bool:
         """Whether all these files are in the repository as they are here."""

@@ -96,6 +96,16 @@ def test_a_command_that_failed_is_finished_by_giving_it_again(local_hub, folder,
     assert capsys.readouterr().out.count("published") == 2
 
 
+def test_a_folder_without_a_card_leaves_the_one_that_is_there(local_hub, folder, drawn):
+    local_hub.add("ann/model", **{"README.md": b"# Ann's own words\n"})
+    push_to_hub.main(flags(folder))
+    there = local_hub.files("ann/model")
+    assert there["README.md"] == b"# Ann's own words\n" and WEIGHTS in there
+    (folder / "README.md").write_text("# Other words\n")
+    push_to_hub.main(flags(folder))
+    assert local_hub.files("ann/model")["README.md"] == b"# Other words\n"
+
+
 def test_branches_pull_requests_and_spaces(local_hub, folder, drawn, capsys, tmp_path, monkeypatch):
     push_to_hub.main(flags(folder, "--revision", "v2"))
     push_to_hub.main(flags(folder, "--create_pr"))
