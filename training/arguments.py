@@ -35,7 +35,9 @@ class DataArguments:
     train_data_dir: str | None = option(
         None, "folder of image files, searched with its sub-folders, or torchvision's MNIST-style folder"
     )
-    image_size: int | None = option(None, "train at this height and width (default: the start model's)")
+    image_size: int | None = option(
+        None, "train at this height and width (default: the start model's; without one 28 by class, 32 for a GAN)"
+    )
     resolution: list[int] | None = option(None, "height and width, where they differ: --resolution 64 96")
     center_crop: bool = option(False, "crop images that are not square at the centre, not at random")
     random_flip: bool = option(False, "mirror half of the images, drawn anew each time")
