@@ -197,14 +197,6 @@ def test_an_interrupted_guided_run_goes_on_with_the_same_pictures(wide_model, cl
         generate.main(flags(wide_model, tmp_path / "whole", *guidance(clip), "--guidance_scale", 40))
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_guided_files_of_one(wide_model, clip, tmp_path):
-    generate.main(flags(wide_model, tmp_path / "one", *guidance(clip), "--num_images", 3))
-    done = run_script(SCRIPT, *flags(wide_model, tmp_path / "two", *guidance(clip), "--num_images", 3), processes=2)
-    assert done.returncode == 0, done.stderr
-    assert images(tmp_path / "two") == images(tmp_path / "one")
-
-
 def test_the_way_to_a_guided_picture_ends_in_it(tiny_model, tmp_path):
     generate.main(flags(tiny_model, tmp_path, "--color", "teal", "--num_images", 1, "--intermediates", 3))
     strip, first = Image.open(tmp_path / "intermediates.png"), Image.open(tmp_path / "images" / "000000.png")

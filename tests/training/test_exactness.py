@@ -136,23 +136,21 @@ def test_averaged_weights_are_what_is_saved_and_never_what_is_trained(finetune):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_and_the_resumed_run_ends_bit_identical(
-    finetune, tiny_model, images, tmp_path, number
-):
+def test_a_signal_finishes_the_step_and_the_resumed_run_ends_bit_identical(finetune, tiny_model, images, tmp_path):
     flags = ("--num_epochs", 80, "--dataloader_num_workers", 1)
     straight = finetune("straight", *flags)
-    run = tmp_path / "stopped"
-    process = start(tiny_model, images, run, *flags)
-    wait_for_steps(run, 11)
-    os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, output
-    assert f"Stopped by {number.name} after step" in output
-    assert "--resume_from_checkpoint latest" in output
-    assert "Traceback" not in output
-    assert 0 < len(losses(run)) < 160
-    assert finetune("stopped", *flags, "--resume_from_checkpoint", "latest") == run
+    run, resume = tmp_path / "stopped", ("--resume_from_checkpoint", "latest")
+    for number, reached in ((signal.SIGTERM, 11), (signal.SIGINT, 71)):
+        process = start(tiny_model, images, run, *flags, *resume)
+        wait_for_steps(run, reached)
+        os.killpg(process.pid, number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, output
+        assert f"Stopped by {number.name} after step" in output
+        assert "--resume_from_checkpoint latest" in output
+        assert "Traceback" not in output
+        assert 0 < len(losses(run)) < 160
+    assert finetune("stopped", *flags, *resume) == run
     assert_same_run(straight, run)
 
 
@@ -160,13 +158,13 @@ def test_a_signal_finishes_the_step_and_the_resumed_run_ends_bit_identical(
 def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(finetune, tiny_model, images, tmp_path):
     flags = (
         "--num_epochs",
-        60,
+        40,
         *["--checkpointing_steps", "7", "--save_model_every", "9", "--log_samples_every", "11"],
     )
     straight = finetune("straight", *flags)
     run = tmp_path / "killed"
     moments = random.Random(0)
-    for reached in (1, 30, 60):
+    for reached in (1, 40):
         process = start(tiny_model, images, run, *flags, "--resume_from_checkpoint", "latest")
         wait_for_steps(run, reached)
         time.sleep(moments.random() * 0.2)
