@@ -1,10 +1,12 @@
-"""A page that draws pictures and pulls them towards a colour, a sentence or a class; a Hugging Face Space as it is.
+"""A page that draws pictures and pulls them towards a colour, a sentence or a class.
 
     python examples/space/app.py
     DDGAN_PIPELINE=google/ddpm-cifar10-32 python examples/space/app.py
 
 It shows the embedded pipelines, or those that the environment variable DDGAN_PIPELINE names: folders or repositories
 on the Hub, with commas between them. DDGAN_CLIP names the CLIP model that sentences pull with.
+
+With the package `ddgan` beside it this folder is a Hugging Face Space: scripts/push_to_hub.py --space uploads both.
 """
 
 import functools

@@ -1,5 +1,6 @@
 """What the Space draws, within which limits, and what it says of it; app.py is the page around this."""
 
+import itertools
 import os
 import sys
 import time
@@ -181,15 +182,23 @@ def load_models() -> dict[str, Model]:
             f"There is nothing to draw with: set the environment variable {SPACE_VARIABLE} to a pipeline folder or a "
             "repository on the Hub."
         )
-    models = [load_model(place) for place in places]
+    models = [load_model(place, name) for name, place in by_name(places).items()]
     return {model.name: model for model in sorted(models, key=lambda model: not model.is_in_color)}
 
 
-def load_model(place: str) -> Model:
-    pipe = load_pipeline(place, device=DEVICE)
-    model = Model(Path(place).name if Path(place).is_dir() else place, pipe)
+def by_name(places: list[str]) -> dict[str, str]:
+    """Each place once: a folder by its own name, with as many of those above it as tell all apart, or a Hub id."""
+    parts = {Path(place).resolve().parts if Path(place).is_dir() else (place,): place for place in places}
+    for depth in itertools.count(1):
+        named = {Path(*each[-depth:]).as_posix(): place for each, place in parts.items()}
+        if len(named) == len(parts):
+            return named
+
+
+def load_model(place: str, name: str) -> Model:
+    model = Model(name, load_pipeline(place, device=DEVICE))
     try:
-        GuidedPipeline.from_pipe(with_scheduler(pipe, model.schedulers[0]))
+        GuidedPipeline.from_pipe(with_scheduler(model.pipe, model.schedulers[0]))
     except (AttributeError, ValueError) as error:
         raise InputError(f"{place} cannot be shown here: {error}") from error
     # the first drawing takes longer than all others, and shows whether there will be any

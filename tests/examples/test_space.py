@@ -318,7 +318,7 @@ def drawing() -> dict:
 
 
 def test_what_takes_too_long_is_ended(drawing, models):
-    model = drawing["load_model"](str(models / "in-color"))
+    model = drawing["load_model"](str(models / "in-color"), "in-color")
     wanted = drawing["Wanted"](pictures=1, steps=200, scheduler="ddim", seed=0)
     with pytest.raises(RunError, match=r"stopped after 0 seconds, at step 1 of 200 .*Ask for fewer"):
         drawing["draw"](model, wanted, drawing["Watch"](lambda *_: None, seconds=0))
@@ -341,6 +341,21 @@ def test_by_default_the_embedded_models_are_shown_those_in_colour_first(drawing,
     in_color = [model.is_in_color for model in models.values()]
     assert in_color == sorted(in_color, reverse=True) and in_color[0]
     assert isinstance(models["ddgan-mnist-16"].pipe, DDGANPipeline)
+
+
+def test_models_have_the_names_of_their_folders_and_of_those_above_where_these_are_the_same(
+    drawing, monkeypatch, models, tmp_path
+):
+    for run in ("a", "b"):
+        shutil.copytree(models / "in-color", tmp_path / run / "best")
+    monkeypatch.chdir(models / "in-color")
+
+    def names(*places) -> list[str]:
+        monkeypatch.setenv("DDGAN_PIPELINE", ",".join(map(str, places)))
+        return list(drawing["load_models"]())
+
+    assert names(".") == names(".", models / "in-color") == ["in-color"]
+    assert names(tmp_path / "a" / "best", tmp_path / "b" / "best") == ["a/best", "b/best"]
 
 
 def test_what_cannot_be_shown_is_said_early(drawing, monkeypatch, tmp_path):
