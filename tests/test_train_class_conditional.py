@@ -94,8 +94,9 @@ def arguments(*argv) -> tuple:
     return parse_arguments(*types, argv=list(argv), recipes=RECIPES)
 
 
-def test_a_run_leaves_a_pipeline_that_draws_each_class_and_a_grid_with_a_row_for_each(train):
+def test_a_run_leaves_a_pipeline_that_draws_each_class_and_a_grid_with_a_row_for_each(train, capsys):
     run = train("run", *GUIDED, "--log_samples_every", 3, "--gradient_checkpointing", "--ema_decay", 0.9)
+    assert f"DiffusionPipeline.from_pretrained('{run}', trust_remote_code=True)\n" in capsys.readouterr().out
     pipe = ClassConditionalPipeline.from_pretrained(run)
     config = pipe.unet.config
     assert (config.num_classes, config.class_dropout, config.in_channels) == (3, 0.5, 1)

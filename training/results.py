@@ -120,6 +120,7 @@ def write_best(folder: Path, pipeline: DiffusionPipeline, card: CardFacts, facts
 def report(folder: Path, facts: dict[str, Any]) -> None:
     """Print where things are."""
     known: Evaluations = facts["evaluations"]
+    trust = ", trust_remote_code=True" if code_files(folder) else ""
     lines = [
         f"\nStep {facts['steps']} of {facts['total_steps']} reached after {facts['seconds'] / 60:.1f} minutes.",
         f"{facts['waited']:.1%} of the training time went into waiting for data.",
@@ -133,7 +134,7 @@ def report(folder: Path, facts: dict[str, Any]) -> None:
             if (folder / file).exists()
         ),
         f"best model     {folder / 'best'}: step {known.best.step}, {known.best.in_words()}" if known.best else None,
-        f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(folder)!r})",
+        f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(folder)!r}{trust})",
     ]
     print("\n".join(line for line in lines if line is not None))
 

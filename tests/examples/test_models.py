@@ -13,13 +13,15 @@ MODELS = ROOT / "examples" / "models"
 
 
 @pytest.mark.parametrize("folder", sorted(path for path in MODELS.iterdir()), ids=lambda path: path.name)
-def test_its_card_shows_pictures_that_are_there_and_names_its_code(folder):
+def test_its_card_shows_pictures_that_are_there_and_names_its_code(folder, tmp_path):
     card = ModelCard.load(folder / "README.md")
     assert card.data.license
     assert "](samples.png)" in card.text
     assert (folder / "samples.png").is_file()
     for file, digest in code_files(folder).items():
         assert f"| `{file}` | SHA-256 `{digest}` |" in card.text
+    load_pipeline(str(folder)).save_pretrained(tmp_path)
+    assert code_files(tmp_path) == code_files(folder), "its code is not the present one: save it anew"
 
 
 def share_read_as_asked(pipe, **arguments) -> float:
