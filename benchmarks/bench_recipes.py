@@ -38,7 +38,7 @@ VARIANTS = {
     "batches of 128": ("--batch_size 128", 4),
     "tutorial": ("--recipe tutorial", 16),
 }
-TEST_IMAGES, DIGITS, BATCH = 2000, 200, 50
+TEST_IMAGES, DIGITS, BATCH = 5000, 200, 50
 
 
 def train(flags: str, steps: int, data_dir: str, folder: str) -> float:

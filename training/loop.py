@@ -190,7 +190,7 @@ class Trainer:
         data: on what.
         args: for how long, and what is shown and kept.
         accelerator: where.
-        repo_id: the repository that every save is uploaded to, in the main process.
+        repo_id: the repository that saves are uploaded to, in the main process.
         evaluator: measures what is drawn along the way.
     """
 
@@ -235,6 +235,7 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(self.folder / "checkpoints", args.checkpoints_total_limit, accelerator)
         self.step, self.seconds, self.position, self.broken = 0, 0.0, None, set()
+        self.shown = -1  # the step whose samples were drawn last
         self.evaluations = Evaluations()
         checkpoint = args.resume_from_checkpoint and self.checkpoints.find(args.resume_from_checkpoint)
         if checkpoint:
@@ -300,24 +301,27 @@ class Trainer:
                     raise
                 progress.update()
                 stopping, last = stop.requested(), self.step == self.total_steps
-                if not stopping and self._evaluation_due():
+                samples_due = not stopping and (last or _due(self.step, self.args.log_samples_every))
+                evaluation_due = not stopping and self._evaluation_due()
+                if samples_due or evaluation_due:
                     self._log(progress)
+                if samples_due:  # before the evaluation, whose best pipeline is shown with them
+                    self._show_samples()
+                if evaluation_due:
                     stopping = self._evaluate(progress, stop)
                 checkpoint_due = stopping or last or _due(self.step, self.args.checkpointing_steps)
-                samples_due = not last and not stopping and _due(self.step, self.args.log_samples_every)
                 model_due = not last and not stopping and _due(self.step, self.args.save_model_every)
-                if checkpoint_due or samples_due or model_due or _due(self.step, _LOG_EVERY):
+                if checkpoint_due or model_due or _due(self.step, _LOG_EVERY):
                     self._log(progress)
                 if checkpoint_due:
                     self._save_checkpoint()
                 if stopping:
                     progress.close()
                     stop.leave(self.step, self.checkpoints.last())
-                if samples_due:
-                    self._show_samples()
                 if model_due:
                     self._save_model()
-        self._show_samples()
+        if self.shown != self.step:  # the run had been stopped at its end
+            self._show_samples()
         self._save_model()
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
@@ -459,6 +463,7 @@ class Trainer:
 
     def _show_samples(self) -> None:
         """Sample the run's fixed seeds, a part in each process, and save and track the grid."""
+        self.shown = self.step
         numbers = list(range(self.args.num_samples))
         with self.clock.paused(), self.averaged_weights() as pipeline, torch.no_grad():
             with self.accelerator.split_between_processes(numbers, apply_padding=True) as mine:

@@ -214,7 +214,8 @@ def test_two_processes_measure_what_one_measures(finetune, classifier, tiny_mode
 @pytest.fixture
 def run(finetune, classifier) -> Path:
     """Measured after each of six steps that are too large to get better."""
-    return finetune("run", "--num_epochs", 3, "--learning_rate", 0.1, "--ema_decay", 0.5, *every(1, classifier))
+    flags = ("--num_epochs", 3, "--learning_rate", 0.1, "--ema_decay", 0.5, "--log_samples_every", 1)
+    return finetune("run", *flags, *every(1, classifier))
 
 
 def test_the_best_pipeline_is_kept_and_scripts_evaluate_finds_its_numbers(run, images, classifier, cache, capsys):
@@ -250,6 +251,7 @@ def test_the_numbers_and_their_protocol_are_on_the_cards(run):
     best_card = (run / "best" / "README.md").read_text()
     assert "# run, best checkpoint" in best_card and 'from_pretrained("best")' in best_card
     assert f"{best} of 6 optimizer steps" in best_card
+    assert f"![Samples after {best} steps.](samples/step-{best:08d}.png)" in best_card
     assert Image.open(run / "eval.png").width > 500
 
 
