@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Callable
 
-# what keeps files from being written that no part of a command can do anything about
-_NO_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+# what the file system refuses, which no part of a command can do anything about
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_REFUSED |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 class InputError(ValueError):
@@ -20,12 +21,12 @@ class RunError(RuntimeError):
 def run_command(main: Callable[[], None]) -> None:
     """
     Run a command line's `main`; an `InputError` (exit code 2) or `RunError` (1) ends as one paragraph, and so does a
-    place where nothing can be written (1).
+    file or a folder that the file system refuses (1).
     """
     try:
         main()
     except (InputError, RunError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_PLACE:
+        if isinstance(error, OSError) and error.errno not in _REFUSED:
             raise
         rank = os.environ.get("RANK", "0")
         if rank == "0":

@@ -60,7 +60,8 @@ def collect(
             mine, together = [], missing[start : start + at_once]
             for first in range(0, len(together), processes):
                 between()
-                for batch in together[first + rank : first + rank + 1]:  # the last ones may have none
+                if first + rank < len(together):
+                    batch = together[first + rank]
                     mine.append(_measured(batch, measure))
                     progress.update(min(len(batch) * processes, progress.total - progress.n))
             found = gather_object(mine)

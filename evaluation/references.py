@@ -1,5 +1,6 @@
 """What samples are measured against: features of images, computed once and kept, or their mean and covariance."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +26,8 @@ class ReferenceImages(Protocol):
 
     def __len__(self) -> int: ...
 
-    def fingerprint(self) -> str:
-        """Tells these images from others, and not from a copy of them."""
+    def fingerprint(self, chosen: Sequence[int]) -> str:
+        """Tells these of the images from others, and not from a copy of them."""
 
     def picture(self, i: int) -> Image.Image:
         """Image i, not yet decoded."""
@@ -88,7 +89,7 @@ def measure_reference(
     chosen = order[:count].sort().values.tolist()
     seen = look([images.picture(chosen[i]) for i in spread(count)])
     seen["channels"] = channels or seen["channels"]
-    contents = [images.fingerprint() if accelerator.is_main_process else None]  # which reads them all
+    contents = [images.fingerprint(chosen) if accelerator.is_main_process else None]  # which reads them once
     broadcast_object_list(contents)
     height, width = size
     as_they_are = seen["size"] == f"{width}x{height}"

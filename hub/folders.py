@@ -71,7 +71,7 @@ def complete_in_itself(pipeline_class: type) -> type:
     def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
         """Uploads what was saved, which Diffusers does when it has put its card there."""
         file = Path(working_dir, "README.md")
-        card = self._own_card or _read_text(file)
+        card = self._own_card if self._own_card and not is_unwritten(self._own_card) else _read_text(file)
         if card:
             _write(file, card_of_parts(file.parent, repo_id) if is_unwritten(card) else card)
         return super(pipeline_class, self)._upload_folder(working_dir, repo_id, *args, **kwargs)

@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, SpaceCard, get_token
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -195,11 +195,10 @@ class Repository:
 
     def _upload(self, folder: Path, message: str) -> Uploaded:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        card = folder / CARD_NAME
-        if card in files and is_unwritten(card.read_text(encoding="utf-8")) and self._has_written_card():
+        card, head = folder / CARD_NAME, self._info(revision=self.revision).sha
+        if card in files and is_unwritten(card.read_text(encoding="utf-8")) and self._has_written_card(head):
             files.remove(card)
         additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-        head = self._info(revision=self.revision).sha
         if self._holds(head, additions):
             return Uploaded(head, f"{self.url}/commit/{head}")
         where = {"revision": self.revision, "parent_commit": head}
@@ -217,10 +216,10 @@ class Repository:
         done = self.api.create_commit(**self.names, operations=additions, commit_message=message, **where)
         return Uploaded(done.oid, done.pr_url or done.commit_url)
 
-    def _has_written_card(self) -> bool:
+    def _has_written_card(self, revision: str) -> bool:
         try:
-            file = self.api.hf_hub_download(**self.names, filename=CARD_NAME, revision=self.revision)
-        except EntryNotFoundError:
+            file = self.api.hf_hub_download(**self.names, filename=CARD_NAME, revision=revision)
+        except RemoteEntryNotFoundError:
             return False
         return not is_unwritten(Path(file).read_text(encoding="utf-8"))
 

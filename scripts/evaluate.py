@@ -246,7 +246,7 @@ class StoredSamples:
             raise InputError(f"--num_images is {self.count}, but {args.images} has {len(self.source)} images.")
         self.facts = {
             "source": name_of(args.images),
-            "contents": self.source.fingerprint(),
+            "contents": self.source.fingerprint(range(len(self.source))),
             "images": self.count,
             "class_labels": args.class_labels,
             **look([self.images.picture(i) for i in spread(self.count)]),

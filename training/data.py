@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.datasets.mnist import FashionMNIST, read_sn3_pascalvincent_tensor
+from torchvision.datasets.mnist import FashionMNIST
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -38,7 +38,7 @@ class BrokenImageError(Exception):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources: `len(source)`, `source[i]` -> a cell that `read_image` reads, `source.name(i)` for messages,
-# `source.fingerprint()`, and where they are asked for `source.labels(column)` -> `Labels`
+# `source.fingerprint(chosen)`, and where they are asked for `source.labels(column)` -> `Labels`
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class ImageFolder:
     def name(self, i: int) -> str:
         return str(self.paths[i])
 
-    def fingerprint(self) -> str:
-        """Tells these images from others, by the bytes of their files."""
-        return _fingerprint(self.paths)
+    def fingerprint(self, chosen: Sequence[int]) -> str:
+        """Tells these of the images from others, by the bytes of their files."""
+        return _fingerprint(self.paths[i] for i in chosen)
 
     def labels(self, column: str | None) -> Labels:
         """A class for each sub-folder, in the order of their names."""
@@ -97,6 +97,23 @@ class ImageFolder:
         return Labels(classes, [numbers[name] for name in names])
 
 
+def _read_idx(path: Path) -> np.ndarray:
+    """The bytes in a file of MNIST's idx format, (N, ...), left on the disk.
+
+    Raises:
+        InputError: for a file that is cut off, or empty.
+    """
+    try:
+        with open(path, "rb") as file:  # two zeros, the kind of number, the number of dimensions, the dimensions
+            shape = [int.from_bytes(file.read(4), "big") for _ in range(file.read(4)[3])]
+            values = np.memmap(path, np.uint8, "r", file.tell(), tuple(shape))
+    except (IndexError, ValueError):
+        values = np.empty(0)
+    if not values.size:
+        raise InputError(f"{path} is cut off or empty: download it again.")
+    return values
+
+
 class ImageArray:
     """
     Images (N, H, W) or (N, H, W, C) from a file in MNIST's idx format, as torchvision lays them out.
@@ -107,14 +124,7 @@ class ImageArray:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with open(path, "rb") as file:  # two zeros, the kind of number, the number of dimensions, the dimensions
-                shape = [int.from_bytes(file.read(4), "big") for _ in range(file.read(4)[3])]
-                self.images = np.memmap(path, np.uint8, "r", file.tell(), tuple(shape))
-        except (IndexError, ValueError):
-            self.images = np.empty(0)
-        if not self.images.size:
-            raise InputError(f"{path} is cut off or holds no images: download it again.")
+        self.images = _read_idx(path)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -125,16 +135,16 @@ class ImageArray:
     def name(self, i: int) -> str:
         return f"image {i} of {self.path}"
 
-    def fingerprint(self) -> str:
-        """Tells these images from others, by their contents."""
-        return hashlib.blake2b(self.images.tobytes(), digest_size=12).hexdigest()
+    def fingerprint(self, chosen: Sequence[int]) -> str:
+        """Tells these of the images from others, by their contents."""
+        return hashlib.blake2b(self.images[chosen].tobytes(), digest_size=12).hexdigest()
 
     def labels(self, column: str | None) -> Labels:
         """From the file of labels beside the images."""
         path = self.path.with_name(self.path.name.replace("images-idx3", "labels-idx1"))
         if not path.is_file():
             raise InputError(f"The images in {self.path} have no class labels: there is no {path.name} beside them.")
-        numbers = read_sn3_pascalvincent_tensor(str(path)).tolist()
+        numbers = _read_idx(path).tolist()
         if len(numbers) != len(self):
             raise InputError(f"{self.path} has {len(self)} images, but {path.name} beside it {len(numbers)} labels.")
         names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else range(max(numbers) + 1)
@@ -157,9 +167,9 @@ class ImageTable:
     def name(self, i: int) -> str:
         return f"row {i} ({_file_name(self[i])})"
 
-    def fingerprint(self) -> str:
-        """Tells these images from others, by the bytes of their files."""
-        return _fingerprint(row[self.column] for row in self.dataset)
+    def fingerprint(self, chosen: Sequence[int]) -> str:
+        """Tells these of the images from others, by the bytes of their files."""
+        return _fingerprint(row[self.column] for row in self.dataset.select(chosen))
 
     def labels(self, column: str | None) -> Labels:
         """From the label column: class labels, or integers from 0 on, or names."""
@@ -360,8 +370,8 @@ class ComparedImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
+    def fingerprint(self, chosen: Sequence[int]) -> str:
+        return self.source.fingerprint(chosen)
 
     def picture(self, i: int) -> Image.Image:
         """Image i, not yet decoded."""

@@ -235,7 +235,6 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(self.folder / "checkpoints", args.checkpoints_total_limit, accelerator)
         self.step, self.seconds, self.position, self.broken = 0, 0.0, None, set()
-        self.shown = -1  # the step whose samples were drawn last
         self.evaluations = Evaluations()
         checkpoint = args.resume_from_checkpoint and self.checkpoints.find(args.resume_from_checkpoint)
         if checkpoint:
@@ -273,7 +272,7 @@ class Trainer:
         self.accelerator.end_training()
 
     def _run(self, stop: "_StopRequest") -> None:
-        if self.step == 0:
+        if self._samples_due() and not self.sample_path(self.step).exists():  # at the start, or where it was stopped
             self._show_samples()
         batches = self.data.batches(self.step, self.total_steps, self.position)
         # closing ends the processes that read images ahead
@@ -301,7 +300,7 @@ class Trainer:
                     raise
                 progress.update()
                 stopping, last = stop.requested(), self.step == self.total_steps
-                samples_due = not stopping and (last or _due(self.step, self.args.log_samples_every))
+                samples_due = not stopping and self._samples_due()
                 evaluation_due = not stopping and self._evaluation_due()
                 if samples_due or evaluation_due:
                     self._log(progress)
@@ -320,8 +319,6 @@ class Trainer:
                     stop.leave(self.step, self.checkpoints.last())
                 if model_due:
                     self._save_model()
-        if self.shown != self.step:  # the run had been stopped at its end
-            self._show_samples()
         self._save_model()
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
@@ -394,7 +391,9 @@ class Trainer:
         shown = {name: value for name, value in rows[-1].items() if name.endswith("loss")}
         rate = next(value for name, value in rows[-1].items() if name.endswith("learning_rate"))
         # the newest value of each: some are not there at every step, as that of a lazy penalty
-        tracked = {name: value for row in rows for name, value in row.items() if name != "step" and value == value}
+        tracked = {
+            name: value for row in rows for name, value in row.items() if name != "step" and not math.isnan(value)
+        }
         self.accelerator.log(tracked | {"images_per_second": speed}, step=self.step)
         progress.set_postfix(
             {name: f"{value:.4f}" for name, value in shown.items()}
@@ -461,9 +460,11 @@ class Trainer:
                     progress.write(f"warning: {warning}")
         return False
 
+    def _samples_due(self) -> bool:
+        return self.step in (0, self.total_steps) or _due(self.step, self.args.log_samples_every)
+
     def _show_samples(self) -> None:
         """Sample the run's fixed seeds, a part in each process, and save and track the grid."""
-        self.shown = self.step
         numbers = list(range(self.args.num_samples))
         with self.clock.paused(), self.averaged_weights() as pipeline, torch.no_grad():
             with self.accelerator.split_between_processes(numbers, apply_padding=True) as mine:

@@ -320,8 +320,6 @@ def test_a_card_is_renewed_until_somebody_writes_one(saved, tmp_path, local_hub,
     written = card().replace("look them up", "ask Ann")
     head = local_hub.repos["model", "ann/model"]
     local_hub.commit(head, "main", {**local_hub.files("ann/model"), "README.md": written.encode()})
-    if how == "save_pretrained":
-        (tmp_path / "README.md").write_text(written)
     push(DDGANPipeline.from_pretrained(saved / "ddgan"), how, tmp_path)
     assert card() == written
 

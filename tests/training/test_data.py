@@ -334,11 +334,15 @@ def test_torchvision_folders_bring_labels_and_names(tmp_path, name, classes):
     args = DataArguments(train_data_dir=str(tmp_path))
     for broken in (b"", header[:9], header + pixels.tobytes()[:-1], header[:4] + bytes(4) + header[8:]):
         (raw / "train-images-idx3-ubyte").write_bytes(broken)
-        with pytest.raises(InputError, match="train-images-idx3-ubyte is cut off or holds no images"):
+        with pytest.raises(InputError, match="train-images-idx3-ubyte is cut off or empty"):
             labelled(args)
     (raw / "train-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
     with pytest.raises(InputError, match="no train-labels-idx1-ubyte beside them"):
         labelled(args)
+    for broken in (b"", b"\0\0\x08\x01", b"\0\0\x08\x01" + (5).to_bytes(4, "big") + bytes(4)):
+        (raw / "train-labels-idx1-ubyte").write_bytes(broken)
+        with pytest.raises(InputError, match="train-labels-idx1-ubyte is cut off or empty"):
+            labelled(args)
     (raw / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (4).to_bytes(4, "big") + bytes([2, 0, 1, 1]))
     with pytest.raises(InputError, match="5 images, but train-labels-idx1-ubyte beside it 4 labels"):
         labelled(args)
