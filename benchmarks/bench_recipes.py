@@ -4,12 +4,14 @@
     python benchmarks/bench_recipes.py --data_dir path/to/data --pipelines examples/models/mnist-28
 
 What they predict is compared as noise, whatever their target is: the squared error on MNIST's test images, with
-timesteps and noise that are the same for all. And a classifier reads digits that they draw.
+timesteps and noise that are the same for all. Of trained pipelines a classifier also reads the digits that they draw.
 """
 
 import argparse
+import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -49,7 +51,8 @@ def train(flags: str, steps: int, data_dir: str, folder: str) -> float:
     rare = ["--log_samples_every", "0", "--save_model_every", "0", "--num_samples", "10", "--sample_steps", "2"]
     warm_up = [] if "--lr_warmup_steps" in flags or not recipe else ["--lr_warmup_steps", str(steps // 20)]
     started = time.process_time()
-    train_class_conditional.main([*recipe, *given, *rare, *warm_up, *flags.split()])
+    with redirect_stdout(sys.stderr):
+        train_class_conditional.main([*recipe, *given, *rare, *warm_up, *flags.split()])
     return time.process_time() - started
 
 
@@ -83,30 +86,35 @@ def read_as_asked(pipe: ClassConditionalPipeline, guidance_scale: float) -> floa
     return (found["logits"].argmax(1) == torch.arange(DIGITS) % 10).double().mean().item()
 
 
-def score(folder: str, data_dir: str) -> str:
-    pipe = load_pipeline(folder)
-    pipe.set_progress_bar_config(disable=True)
-    guided = f"{read_as_asked(pipe, 1.5):.1%}" if pipe.has_null_class else ""
-    return f"{noise_error(pipe, data_dir):.4f} | {read_as_asked(pipe, 1):.1%} | {guided} |"
+def compare(steps: int, data_dir: str) -> None:
+    print("| | steps | computing | noise error |\n|---|--:|--:|--:|", flush=True)
+    for name, (flags, cost) in VARIANTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = train(flags, steps // cost, data_dir, folder)
+            error = noise_error(load_pipeline(folder), data_dir)
+        print(f"| {name} | {steps // cost} | {seconds / 60:.1f} min | {error:.4f} |", flush=True)
+
+
+def measure(folders: list[str], data_dir: str) -> None:
+    print("| | noise error | read as asked | guided at 1.5 |\n|---|--:|--:|--:|", flush=True)
+    for folder in folders:
+        pipe = load_pipeline(folder)
+        guided = f"{read_as_asked(pipe, 1.5):.1%}" if pipe.has_null_class else ""
+        row = f"{noise_error(pipe, data_dir):.4f} | {read_as_asked(pipe, 1):.1%} | {guided}"
+        print(f"| {Path(folder).resolve().name} | {row} |", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="data", help="folder with torchvision's MNIST/raw")
-    parser.add_argument("--steps", type=int, default=480, help="of the recipe; the others take as long")
-    parser.add_argument("--pipelines", nargs="*", help="folders of trained pipelines to measure in place of training")
+    parser.add_argument("--steps", type=int, default=200, help="of the recipe; the others take as long")
+    parser.add_argument("--pipelines", nargs="+", help="folders of trained pipelines to measure in place of training")
     args = parser.parse_args()
     disable_progress_bar()
     if not (Path(args.data_dir) / "MNIST" / "raw").is_dir():
         print(f"There is no MNIST in {args.data_dir}: nothing to measure. Name its folder with --data_dir.")
         raise SystemExit
-    print(
-        "| | steps | computing | noise error | read as asked | guided at 1.5 |\n|---|--:|--:|--:|--:|--:|", flush=True
-    )
-    for folder in args.pipelines or []:
-        print(f"| {Path(folder).resolve().name} | | | {score(folder, args.data_dir)}", flush=True)
-    for name, (flags, cost) in {} if args.pipelines else VARIANTS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            seconds = train(flags, args.steps // cost, args.data_dir, folder)
-            row = f"{name} | {args.steps // cost} | {seconds / 60:.1f} min"
-            print(f"| {row} | {score(folder, args.data_dir)}", flush=True)
+    if args.pipelines:
+        measure(args.pipelines, args.data_dir)
+    else:
+        compare(args.steps, args.data_dir)

@@ -59,7 +59,8 @@ def compare(model: str, data_dir: str, count: int, folder: Path | None) -> None:
     print(
         f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}, {count} pictures"
     )
-    print(f"Frechet distance of {count} real images to as many others: {floor(real, count)['fid'].value:.2f}\n")
+    least = floor(real, count)["fid"].value
+    print(f"Frechet distance of {count} real images to {len(real) // 2:,} others: {least:.2f}\n")
     print(
         "| sampler | steps | seconds a picture | Frechet distance | read as asked |\n|---|--:|--:|--:|--:|", flush=True
     )
