@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from bench_samplers import BATCH, CLASSIFIER, draw, judge
 from diffusers.utils.logging import disable_progress_bar
 from torchvision.datasets import MNIST
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ddgan import ClassConditionalPipeline, train_class_conditional
 from ddgan.evaluation.extractors import load_extractor
-from ddgan.sampling.pipelines import in_equal_batches, load_pipeline, sample, with_scheduler
+from ddgan.sampling.pipelines import load_pipeline, with_scheduler
 
-CLASSIFIER = Path(__file__).parents[1] / "tests" / "fixtures" / "classifiers" / "mnist"
 NETWORK = "--block_out_channels 32 64 64 --layers_per_block 2 --attention_levels 1 2"
 # settings, and how much longer a step takes than one of the recipe
 VARIANTS = {
@@ -40,7 +39,7 @@ VARIANTS = {
     "batches of 128": ("--batch_size 128", 4),
     "tutorial": ("--recipe tutorial", 16),
 }
-TEST_IMAGES, DIGITS, BATCH = 5000, 200, 50
+TEST_IMAGES, DIGITS = 5000, 200
 
 
 def train(flags: str, steps: int, data_dir: str, folder: str) -> float:
@@ -76,14 +75,8 @@ def noise_error(pipe: ClassConditionalPipeline, data_dir: str) -> float:
 
 def read_as_asked(pipe: ClassConditionalPipeline, guidance_scale: float) -> float:
     """The share of digits, of all classes in turn, that a classifier reads as what was asked for."""
-    pipe = with_scheduler(pipe, "ddim")
-    pictures = in_equal_batches(
-        lambda seeds: sample(pipe, seeds, 20, [seed % 10 for seed in seeds], guidance_scale=guidance_scale),
-        range(DIGITS),
-        BATCH,
-    )
-    found = load_extractor(str(CLASSIFIER))(torch.stack([pil_to_tensor(picture) for picture in pictures]))
-    return (found["logits"].argmax(1) == torch.arange(DIGITS) % 10).double().mean().item()
+    pictures = draw(with_scheduler(pipe, "ddim"), DIGITS, 20, guidance_scale=guidance_scale)
+    return judge(pictures, load_extractor(str(CLASSIFIER)), pipe.num_classes)[1]
 
 
 def compare(steps: int, data_dir: str) -> None:

@@ -19,7 +19,7 @@ from torchvision.datasets import MNIST
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ddgan import ClassConditionalPipeline
-from ddgan.evaluation.extractors import load_extractor
+from ddgan.evaluation.extractors import FeatureExtractor, load_extractor
 from ddgan.evaluation.metrics import Gaussian, floor, frechet_distance
 from ddgan.sampling.pictures import image_grid, steps_strip
 from ddgan.sampling.pipelines import in_equal_batches, intermediates, load_pipeline, sample, with_scheduler
@@ -42,13 +42,20 @@ class DDPMWithoutNoise(DDPMScheduler):
 SAMPLERS = {"DDPM": DDPMScheduler, "DDIM": DDIMScheduler, "DDPM, variance zero": DDPMWithoutNoise}
 
 
-def draw(pipe: ClassConditionalPipeline, count: int, steps: int) -> tuple[list[Image.Image], float]:
-    """Pictures of the classes in turn, picture i from seed i; and seconds for one of them."""
-    started = time.perf_counter()
-    pictures = in_equal_batches(
-        lambda seeds: sample(pipe, seeds, steps, [seed % pipe.num_classes for seed in seeds]), range(count), BATCH
+def draw(pipe: ClassConditionalPipeline, count: int, steps: int, **options) -> list[Image.Image]:
+    """Pictures of the classes in turn, picture i from seed i."""
+    return in_equal_batches(
+        lambda seeds: sample(pipe, seeds, steps, [seed % pipe.num_classes for seed in seeds], **options),
+        range(count),
+        BATCH,
     )
-    return pictures, (time.perf_counter() - started) / count
+
+
+def judge(pictures: list[Image.Image], extractor: FeatureExtractor, num_classes: int) -> tuple[torch.Tensor, float]:
+    """Features of pictures of the classes in turn, and the share that is read as what was asked for."""
+    found = extractor(torch.stack([pil_to_tensor(picture) for picture in pictures]))
+    right = found["logits"].argmax(1) == torch.arange(len(pictures)) % num_classes
+    return found["features"], right.double().mean().item()
 
 
 def compare(model: str, data_dir: str, count: int, folder: Path | None) -> None:
@@ -68,10 +75,11 @@ def compare(model: str, data_dir: str, count: int, folder: Path | None) -> None:
     for name, scheduler in SAMPLERS.items():
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
         for steps in STEPS if scheduler is not DDPMWithoutNoise else STEPS[-2:]:
-            pictures, seconds = draw(pipe, count, steps)
-            found = extractor(torch.stack([pil_to_tensor(picture) for picture in pictures]))
-            distance = frechet_distance(Gaussian.of(found["features"]), gaussian)
-            right = (found["logits"].argmax(1) == torch.arange(count) % pipe.num_classes).double().mean()
+            started = time.perf_counter()
+            pictures = draw(pipe, count, steps)
+            seconds = (time.perf_counter() - started) / count
+            features, right = judge(pictures, extractor, pipe.num_classes)
+            distance = frechet_distance(Gaussian.of(features), gaussian)
             print(f"| {name} | {steps} | {seconds:.3f} | {distance:.2f} | {right:.1%} |", flush=True)
             shown += pictures[: pipe.num_classes]
             labels.append(f"{name}, {steps}")

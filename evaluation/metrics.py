@@ -79,7 +79,8 @@ def frechet_bias(samples: torch.Tensor, reference: Gaussian) -> float:
     The distance falls like 1 / N with the number of samples (arXiv 1911.07023), so what it loses from N / 2 to N it
     loses once more from N on.
     """
-    halves = _shuffled(_checked(samples, least=4)).tensor_split(2)
+    samples = _checked(samples, least=4)
+    halves = samples[_shuffled_order(samples)].tensor_split(2)
     of_halves = [frechet_distance(Gaussian.of(half), reference) for half in halves]
     return float(np.mean(of_halves)) - frechet_distance(Gaussian.of(samples), reference)
 
@@ -102,7 +103,11 @@ def kernel_distance(
     samples, reference = _pair(samples, reference, least=4)
     size = subset_size or min(KID_SUBSET_SIZE, min(len(samples), len(reference)) // 2)
     found = metric.kid_features_to_metric(
-        _ordered(samples), _ordered(reference), kid_subsets=subsets, kid_subset_size=size, verbose=False
+        samples[_order(samples)],
+        reference[_order(reference)],
+        kid_subsets=subsets,
+        kid_subset_size=size,
+        verbose=False,
     )
     return Measure(
         found[metric.KEY_METRIC_KID_MEAN],
@@ -118,7 +123,8 @@ def inception_score(logits: torch.Tensor) -> Measure:
         logits: (N, classes), of the Inception network, or of another classifier, which makes it another score.
     """
     metric = _torch_fidelity("metric_isc")
-    logits = _ordered(_checked(logits, least=IS_SPLITS))
+    logits = _checked(logits, least=IS_SPLITS)
+    logits = logits[_order(logits)]
     found = metric.isc_features_to_metric(logits, splits=IS_SPLITS)
     return Measure(found[metric.KEY_METRIC_ISC_MEAN], found[metric.KEY_METRIC_ISC_STD], {"splits": IS_SPLITS})
 
@@ -135,7 +141,7 @@ def manifold_measures(samples: torch.Tensor, reference: torch.Tensor) -> dict[st
     metric = _torch_fidelity("metric_prc")
     samples, reference = _pair(samples, reference, least=DENSITY_NEIGHBOURS + 1)
     count = min(len(samples), len(reference), MANIFOLD_IMAGES)
-    samples, reference = _shuffled(samples)[:count], _shuffled(reference)[:count]
+    samples, reference = samples[_shuffled_order(samples)[:count]], reference[_shuffled_order(reference)[:count]]
     found = metric.prc_features_to_metric(
         samples,
         reference,
@@ -172,7 +178,7 @@ def memorisation(samples: torch.Tensor, training: torch.Tensor, held_out: torch.
     """
     samples, training = _pair(samples, training, least=1)
     held_out, _ = _pair(held_out, training, least=MIN_HELD_OUT)
-    samples, held_out = _shuffled(samples)[:MANIFOLD_IMAGES], _shuffled(held_out)[:MANIFOLD_IMAGES]
+    samples, held_out = (part[_shuffled_order(part)[:MANIFOLD_IMAGES]] for part in (samples, held_out))
     of_samples, of_held_out = _nearest(samples, training), _nearest(held_out, training)
     close = of_held_out.quantile(CLOSE)
     protocol = {"training_images": len(training), "samples": len(samples), "held_out_images": len(held_out)}
@@ -251,21 +257,13 @@ def _pair(a: torch.Tensor, b: torch.Tensor, least: int) -> tuple[torch.Tensor, t
     return a, b
 
 
-def _ordered(features: torch.Tensor) -> torch.Tensor:
-    """In an order that does not depend on the one they came in."""
-    return features[_order(features)]
-
-
-def _shuffled(features: torch.Tensor) -> torch.Tensor:
-    """In a random order that does not depend on the one they came in."""
-    return features[_shuffled_order(features)]
-
-
 def _order(features: torch.Tensor) -> torch.Tensor:
+    """The numbers of the rows, in an order that does not depend on the one they came in."""
     return features.sum(1).argsort(stable=True)
 
 
 def _shuffled_order(features: torch.Tensor) -> torch.Tensor:
+    """The numbers of the rows, in a random order that does not depend on the one they came in."""
     return _order(features)[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))]
 
 

@@ -302,17 +302,15 @@ class Trainer:
                 stopping, last = stop.requested(), self.step == self.total_steps
                 samples_due = not stopping and self._samples_due()
                 evaluation_due = not stopping and self._evaluation_due()
-                if samples_due or evaluation_due:
+                model_due = not last and not stopping and _due(self.step, self.args.save_model_every)
+                checkpoint_due = stopping or last or _due(self.step, self.args.checkpointing_steps)
+                if samples_due or evaluation_due or model_due or checkpoint_due or _due(self.step, _LOG_EVERY):
                     self._log(progress)
                 if samples_due:  # before the evaluation, whose best pipeline is shown with them
                     self._show_samples()
                 if evaluation_due:
                     stopping = self._evaluate(progress, stop)
-                checkpoint_due = stopping or last or _due(self.step, self.args.checkpointing_steps)
-                model_due = not last and not stopping and _due(self.step, self.args.save_model_every)
-                if checkpoint_due or model_due or _due(self.step, _LOG_EVERY):
-                    self._log(progress)
-                if checkpoint_due:
+                if checkpoint_due or stopping:
                     self._save_checkpoint()
                 if stopping:
                     progress.close()
