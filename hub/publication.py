@@ -11,7 +11,7 @@ from huggingface_hub import SpaceCard
 
 from ..errors import InputError
 from .cards import CARD_NAME, is_repo_id
-from .folders import card_of_parts, code_files, is_unwritten, pipeline_parts
+from .folders import SAMPLES, card_of_parts, code_files, is_unwritten, pipeline_parts
 
 # what `save_pretrained` of models and schedulers writes
 _PART_FILES = ("config.json", "*_config.json", "diffusion_pytorch_model*.safetensors", "*.safetensors.index.json")
@@ -58,10 +58,9 @@ def snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
     Raises:
         InputError: if it is not a pipeline folder.
     """
-    names = pipeline_files(folder)
-    texts = {name: _for_others(folder / name, repo_id) for name in names}
-    if CARD_NAME not in names or is_unwritten((folder / CARD_NAME).read_text(encoding="utf-8")):
-        texts[CARD_NAME] = card_of_parts(folder, repo_id)
+    texts = {name: _for_others(folder / name, repo_id) for name in pipeline_files(folder)}
+    if unwritten := needs_card(folder):  # its pictures are of the weights that there were when they were drawn
+        texts = {name: text for name, text in texts.items() if name not in (CARD_NAME, SAMPLES)}
     taken = TemporaryDirectory(prefix=".tmp-upload-", dir=folder if os.access(folder, os.W_OK) else None)
     for name, text in texts.items():
         target = Path(taken.name, name)
@@ -70,7 +69,19 @@ def snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
             target.write_text(text, encoding="utf-8", newline="\n")
             continue
         link_or_copy(folder / name, target)
+    if unwritten:
+        write_card(Path(taken.name), repo_id)
     return taken
+
+
+def needs_card(folder: Path) -> bool:
+    """Whether a pipeline folder has no card, or one that nobody wrote."""
+    return not (folder / CARD_NAME).is_file() or is_unwritten((folder / CARD_NAME).read_text(encoding="utf-8"))
+
+
+def write_card(folder: Path, repo_id: str) -> None:
+    """Have a pipeline folder the card that says what it consists of."""
+    (folder / CARD_NAME).write_text(card_of_parts(folder, repo_id), encoding="utf-8", newline="\n")
 
 
 def link_or_copy(file: Path, target: Path) -> None:

@@ -28,7 +28,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from ..errors import InputError, RunError
 from .cards import CARD_NAME
-from .folders import is_unwritten
+from .folders import SAMPLES, is_unwritten
 from .publication import snapshot, space_snapshot
 
 SPACE_VARIABLE = "DDGAN_PIPELINE"  # the environment variable that names the pipeline to the Space's app
@@ -197,7 +197,7 @@ class Repository:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         card, head = folder / CARD_NAME, self._info(revision=self.revision).sha
         if card in files and is_unwritten(card.read_text(encoding="utf-8")) and self._has_written_card(head):
-            files.remove(card)
+            files = [file for file in files if file not in (card, folder / SAMPLES)]
         additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         if self._holds(head, additions):
             return Uploaded(head, f"{self.url}/commit/{head}")
@@ -313,13 +313,14 @@ def upload_space(folder: Path, repo_id: str, private: bool = False) -> Uploaded:
         return space.upload(Path(taken), "Upload the app")
 
 
-def draw_alone(place: str, revision: str | None = None) -> bytes:
+def draw_alone(place: str, revision: str | None = None, samples: str | None = None) -> bytes:
     """
     One picture of a pipeline, by a process that has Diffusers, an empty cache and not this package; see alone.py.
 
     Args:
         place: a pipeline folder, or a repository on the Hub.
         revision: of the repository.
+        samples: a folder to put the pictures of a card of `card_of_parts` into, too.
 
     Returns:
         Bytes that are equal for equal pictures.
@@ -337,7 +338,8 @@ def draw_alone(place: str, revision: str | None = None) -> bytes:
             environment["HF_TOKEN"] = token
         picture = Path(home, "picture.npy")
         # -P: that file's folder is no place to import from
-        command = [sys.executable, "-P", Path(__file__).with_name("alone.py"), place, picture, revision or ""]
+        command = [sys.executable, "-P", Path(__file__).with_name("alone.py"), place, picture]
+        command += [revision or "", samples or ""]
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]

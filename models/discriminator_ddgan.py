@@ -159,6 +159,8 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
 
         # 2. features of the pair
         hidden_states = self.conv_in(torch.cat([sample, noisy_sample], dim=1))
+        if hidden_states.device.type == "cpu":  # where convolutions are faster, depthwise ones several times
+            hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
@@ -171,7 +173,7 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         size = min(4, batch_size)
         while batch_size % size:
             size += 1
-        grouped = hidden_states.view(size, batch_size // size, channels, height, width)
+        grouped = hidden_states.reshape(size, batch_size // size, channels, height, width)
         std = (grouped.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))
         std = std.repeat(size).view(batch_size, 1, 1, 1).expand(-1, 1, height, width)
         hidden_states = torch.cat([hidden_states, std], dim=1)

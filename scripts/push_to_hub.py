@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddgan.errors import InputError, RunError, run_command
-from ddgan.hub.publication import snapshot, space_snapshot
+from ddgan.hub.publication import needs_card, snapshot, space_snapshot, write_card
 from ddgan.hub.upload import Repository, draw_alone, upload_space, who_am_i
 from ddgan.training.arguments import option, parse_arguments
 
@@ -45,9 +45,12 @@ def main(argv: list[str] | None = None) -> None:
         space_snapshot(SPACE_FOLDER, args.repo_id).cleanup()  # so that it is known early if there is none
     folder = Path(args.folder)
     with snapshot(folder, args.repo_id) as taken:
-        show_sizes(folder, Path(taken))
         user = who_am_i()
-        expected = draw_alone(taken)
+        unwritten = needs_card(folder)
+        expected = draw_alone(taken, samples=taken if unwritten else None)
+        if unwritten:  # once more, now with pictures
+            write_card(Path(taken), args.repo_id)
+        show_sizes(folder, Path(taken))
         print(f"uploading to   {repository.url} as {user}")
         repository.open(args.private)
         uploaded = repository.upload(Path(taken), "Upload pipeline")

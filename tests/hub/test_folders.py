@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from huggingface_hub import ModelCard
 from in_a_fresh_process import draw, refusal
+from PIL import Image
 from tiny import ROOT, tiny_unet
 
 import ddgan
@@ -289,6 +291,8 @@ def test_what_is_pushed_is_the_complete_folder_with_a_true_card(saved, tmp_path,
     uploaded = local_hub.files("ann/model")
     text = uploaded.pop("README.md").decode()
     del uploaded[".gitattributes"]
+    grid = Image.open(io.BytesIO(uploaded.pop("card_samples.png")))
+    assert grid.size == (3 * 96, 3 * 96) and len(set(grid.get_flattened_data())) > 9
     expected = files(saved / name)
     expected.pop("unet/diffusion_pytorch_model.ema.safetensors", None)
     assert uploaded == expected
@@ -305,6 +309,22 @@ def test_what_is_pushed_is_the_complete_folder_with_a_true_card(saved, tmp_path,
     listed = dict(re.findall(r"^\| `(.+)` \| SHA-256 `(.+)` \|$", card.text, re.MULTILINE))
     code = {path: hashlib.sha256(content).hexdigest() for path, content in uploaded.items() if path.endswith(".py")}
     assert listed == code and code
+
+
+def test_a_pushed_card_shows_what_the_pipeline_draws(saved, local_hub, monkeypatch):
+    pipe = DDGANPipeline.from_pretrained(saved / "ddgan")
+    pipe.push_to_hub("ann/model")
+    there = local_hub.files("ann/model")
+    assert "![Seeds 0 to 8, nothing left out.](card_samples.png)" in there["README.md"].decode()
+    shown = Image.open(io.BytesIO(there["card_samples.png"])).crop((96, 96, 192, 192))
+    drawn = pipe(batch_size=9, generator=[torch.Generator().manual_seed(seed) for seed in range(9)]).images[4]
+    assert shown == drawn.convert("RGB").resize((96, 96), Image.Resampling.NEAREST)
+
+    monkeypatch.setattr(pipe.unet, "forward", None)
+    with pytest.warns(UserWarning, match="no pictures, because none could be drawn"):
+        pipe.push_to_hub("ann/undrawn")
+    there = local_hub.files("ann/undrawn")
+    assert "card_samples.png" not in there and "card_samples" not in there["README.md"].decode()
 
 
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])

@@ -1,5 +1,6 @@
 """Claims about scripts/push_to_hub.py, against a Hub on this machine."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from PIL import Image
 from tiny import ROOT, tiny_unet
 
 from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
@@ -34,7 +36,7 @@ def folder(tmp_path) -> Path:
 def drawn(monkeypatch) -> list:
     """What was to be drawn in processes of their own; nothing is."""
     places = []
-    monkeypatch.setattr(push_to_hub, "draw_alone", lambda *place: places.append(place) or b"the same")
+    monkeypatch.setattr(push_to_hub, "draw_alone", lambda *place, **samples: places.append(place) or b"the same")
     return places
 
 
@@ -53,19 +55,21 @@ def test_a_pipeline_with_code_is_published(local_hub, folder):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     sizes, steps = done.stdout.split("\n\n")
-    assert f"{len(before[WEIGHTS]) / 1000:.1f} kB  {WEIGHTS}" in sizes and "in 8 files" in sizes
+    assert f"{len(before[WEIGHTS]) / 1000:.1f} kB  {WEIGHTS}" in sizes and "in 9 files" in sizes
     assert sizes.endswith("stays here: checkpoints, token")
     assert [line.split(" ")[0] for line in steps.splitlines()] == ["uploading", "uploaded", "published"]
     assert f"published      {local_hub.url}/ann/model" in steps
     assert contents(folder) == before, "something local was changed"
     assert local_hub.repos["model", "ann/model"].private
     there = local_hub.files("ann/model")
-    assert there.keys() - before.keys() == {".gitattributes", "README.md"}
+    assert there.keys() - before.keys() == {".gitattributes", "README.md", "card_samples.png"}
+    assert "](card_samples.png)" in there["README.md"].decode()
+    assert Image.open(io.BytesIO(there["card_samples.png"])).size == (3 * 96, 3 * 96)
     assert before.keys() - there.keys() == {"token", "checkpoints/step-1/optimizer.bin"}
 
 
 def test_a_repository_that_draws_another_picture_is_not_called_published(local_hub, folder, capsys, monkeypatch):
-    monkeypatch.setattr(push_to_hub, "draw_alone", lambda place, *revision: f"{place} {revision}".encode())
+    monkeypatch.setattr(push_to_hub, "draw_alone", lambda place, *revision, **_: f"{place} {revision}".encode())
     with pytest.raises(RunError, match=r"/ann/model/commit/\w+ holds all files, but .* another picture for seed 0"):
         push_to_hub.main(flags(folder))
     said = capsys.readouterr().out

@@ -163,15 +163,23 @@ but Diffusers can be saved and pushed the same way, any number of times. It need
 """
 
 import hashlib
+import inspect
 import json
 import os
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import torch
+from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
+
+SAMPLES = "card_samples.png"
 
 
 def complete_in_itself(pipeline_class: type) -> type:
@@ -189,7 +197,8 @@ def complete_in_itself(pipeline_class: type) -> type:
     refers to them: the folder can be loaded at any time while it is written.
 
     What is pushed to the Hub has the card of `card_of_parts` in the place of the template that Diffusers fills in with
-    nothing. A card that somebody wrote stays: that of the folder, or else that of the repository.
+    nothing, with pictures that are drawn then. A card that somebody wrote stays: that of the folder, or else that of
+    the repository.
 
     Diffusers executes such a file again at each load, in the same module: what a method finds under the name of a
     class of its file may be a newer class than that of its own object.
@@ -230,8 +239,11 @@ def complete_in_itself(pipeline_class: type) -> type:
         """Uploads what was saved, which Diffusers does when it has put its card there."""
         file = Path(working_dir, "README.md")
         card = self._own_card if self._own_card and not is_unwritten(self._own_card) else _read_text(file)
+        if card and is_unwritten(card):
+            draw_samples(self, file.parent)
+            card = card_of_parts(file.parent, repo_id)
         if card:
-            _write(file, card_of_parts(file.parent, repo_id) if is_unwritten(card) else card)
+            _write(file, card)
         return super(pipeline_class, self)._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     pipeline_class.to_json_file = to_json_file
@@ -261,6 +273,7 @@ def card_of_parts(folder: Path, repo_id: str) -> str:
     parts = [f"`{class_name}` ({part})" for part, class_name in pipeline_parts(folder).items()]
     rows = [f"| `{file}` | SHA-256 `{digest}` |" for file, digest in code_files(folder).items()]
     trust = ", trust_remote_code=True" if rows else ""
+    caption = "Seeds 0 to 8, nothing left out."
     lines = [
         "---",
         "library_name: diffusers",
@@ -271,6 +284,7 @@ def card_of_parts(folder: Path, repo_id: str) -> str:
         "---",
         f"\n# {repo_id.rpartition('/')[2]}",
         f"\nA `{name if isinstance(name, str) else name[1]}` of {' and '.join(parts)}.",
+        *([f"\n![{caption}]({SAMPLES})\n\n*{caption}*"] if (folder / SAMPLES).is_file() else []),
         "\n## Use",
         "\n```python\nfrom diffusers import DiffusionPipeline",
         f'\npipe = DiffusionPipeline.from_pretrained("{repo_id}"{trust})\n```',
@@ -285,6 +299,43 @@ def card_of_parts(folder: Path, repo_id: str) -> str:
     ]
     text = "\n".join(lines) + "\n"
     return f"{text}\n<!-- Pushing this pipeline renews the card, until somebody changes it: {_digest(text)} -->\n"
+
+
+def draw_samples(pipe: Any, folder: Path) -> None:
+    """Puts the pictures that `card_of_parts` shows into a folder: of seeds 0 to 8, of a network's classes in turn.
+
+    If they cannot be drawn there are none, which a warning says.
+    """
+    file, count = folder / SAMPLES, 9
+    file.unlink(missing_ok=True)
+    try:
+        images = pipe(**sample_arguments(pipe, count)).images
+        factor = max(1, 96 // max(images[0].size))
+        images = [image.resize((factor * image.width, factor * image.height), Image.NEAREST) for image in images]
+        make_image_grid(images, 3, 3).save(file)
+    except Exception as error:  # whatever it is, it is no reason not to publish the weights
+        warnings.warn(f"The model card has no pictures, because none could be drawn: {error}", stacklevel=2)
+
+
+def sample_arguments(pipe: Any, count: int, num_inference_steps: int | None = None) -> dict[str, Any]:
+    """What a pipeline is called with for the pictures of the seeds from 0 on, of a network's classes in turn.
+
+    Args:
+        num_inference_steps: None leaves it to the pipeline where that takes at most 50.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    arguments: dict[str, Any] = {"generator": [torch.Generator().manual_seed(seed) for seed in range(count)]}
+    if num_inference_steps or (accepted["num_inference_steps"].default or 0) > 50:
+        arguments["num_inference_steps"] = num_inference_steps or 50
+    if "loss" in accepted:  # which does not move them
+        arguments |= {"loss": lambda images: images.square().mean((1, 2, 3)), "guidance_scale": 0.0}
+    if "class_labels" in accepted:
+        sizes = [pipe.unet.config.get(name) for name in ("num_classes", "n_cfeat", "num_class_embeds")]
+        if classes := next(filter(None, sizes), None):
+            arguments["class_labels"] = [seed % classes for seed in range(count)]
+    if "batch_size" in accepted:
+        arguments["batch_size"] = count
+    return arguments
 
 
 def is_unwritten(card: str) -> bool:

@@ -42,6 +42,15 @@ class AdaptiveGroupNorm(nn.Module):
         return F.group_norm(together, groups, gamma.flatten(), beta.flatten(), eps=1e-6).view_as(hidden_states)
 
 
+def depthwise(convolve, hidden_states: torch.Tensor, kernel: torch.Tensor, **options) -> torch.Tensor:
+    """Convolves each channel with the same kernel; on a CPU channels last in memory, several times faster there."""
+    channels = hidden_states.shape[1]
+    if hidden_states.device.type == "cpu":
+        hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
+    kernel = kernel.to(hidden_states.dtype).expand(channels, -1, -1, -1)
+    return convolve(hidden_states, kernel, groups=channels, **options)
+
+
 class Downsample(nn.Module):
     """
     Halves height and width, rounding down, with a 3x3 convolution if `with_conv`.
@@ -58,13 +67,11 @@ class Downsample(nn.Module):
             self.register_buffer("kernel", kernel.outer(kernel)[None, None], persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        channels = hidden_states.shape[1]
         if self.fir:
-            # a depthwise convolution; the strided 3x3 convolution that may follow takes every second pixel itself
-            kernel = self.kernel.to(hidden_states.dtype).expand(channels, -1, -1, -1)
             if self.conv is None:
-                return F.conv2d(hidden_states, kernel, stride=2, padding=1, groups=channels)
-            return self.conv(F.conv2d(hidden_states, kernel, padding=2, groups=channels))
+                return depthwise(F.conv2d, hidden_states, self.kernel, stride=2, padding=1)
+            # the strided 3x3 convolution takes every second pixel itself
+            return self.conv(depthwise(F.conv2d, hidden_states, self.kernel, padding=2))
         if self.conv is None:
             return F.avg_pool2d(hidden_states, 2)
         return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
@@ -86,12 +93,10 @@ class Upsample(nn.Module):
             self.register_buffer("kernel", kernel.outer(kernel)[None, None], persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        channels = hidden_states.shape[1]
         if self.fir:
             # a margin of one pixel is left for the 3x3 convolution, which has no padding of its own
             margin = 1 if self.conv is None else 0
-            kernel = self.kernel.to(hidden_states.dtype).expand(channels, -1, -1, -1)
-            hidden_states = F.conv_transpose2d(hidden_states, kernel, stride=2, padding=margin, groups=channels)
+            hidden_states = depthwise(F.conv_transpose2d, hidden_states, self.kernel, stride=2, padding=margin)
         else:
             hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
         return hidden_states if self.conv is None else self.conv(hidden_states)
