@@ -23,6 +23,11 @@ torch.set_num_threads(1)  # tiny networks only lose by more
 GOLDEN = [Path(__file__).parent / "fixtures" / "golden", Path(__file__).parents[2] / "shared" / "golden"]
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """The slow ones come first, so that at the end no process is left alone with them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Reads recorded values of the published networks: their tensors, their configuration and a state_dict.

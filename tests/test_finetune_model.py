@@ -46,6 +46,7 @@ def test_the_run_folder_is_as_the_design_says(finetune):
     assert (before != after).any()
 
 
+@pytest.mark.slow
 def test_the_result_loads_where_this_package_is_not(finetune, tmp_path):
     run = finetune("run")
     program = """

@@ -460,7 +460,6 @@ def test_beside_a_network_in_half_precision_the_sample_stays_whole(dtype, gradie
     assert (found - expected).abs().mean() < 0.15
 
 
-@pytest.mark.slow
 def test_a_compiled_network_works():
     pipe = guided()
     expected, _ = draw(pipe, num_inference_steps=1)

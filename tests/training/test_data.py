@@ -244,13 +244,12 @@ def stream(folder: Path, rank: int = 0, workers: int = 0, **plan) -> TrainingDat
     return TrainingData(args, Preprocessing(1, 8, 8), rank, **{**PLAN, **plan})
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_naps(monkeypatch):
     """The datasets library sleeps for seconds whenever a stream of parquet files is closed."""
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
-@pytest.mark.usefixtures("no_naps")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_is_taken_up_exactly_where_it_was_left(tmp_path, monkeypatch, workers):
     monkeypatch.setattr("ddgan.training.data._SHUFFLE_BLOCK", 7)
@@ -270,7 +269,6 @@ def test_a_stream_is_taken_up_exactly_where_it_was_left(tmp_path, monkeypatch, w
         assert [(numbers(b), b.keys) for b in [*first, *rest]] == whole, taken
 
 
-@pytest.mark.usefixtures("no_naps")
 @pytest.mark.parametrize("shards", [1, 4])
 def test_processes_share_out_a_stream(tmp_path, shards):
     folder = make_dataset(tmp_path / "streamed", 32, shards=shards)
@@ -282,7 +280,6 @@ def test_processes_share_out_a_stream(tmp_path, shards):
     assert sorted(parts[0] + parts[1]) == list(range(32))
 
 
-@pytest.mark.usefixtures("no_naps")
 def test_a_stream_shuffles_its_rows(tmp_path):
     folder = make_dataset(tmp_path / "streamed", 32)
     seen = [n for b in islice(stream(folder).batches(0, 8, None), 8) for n in numbers(b)]

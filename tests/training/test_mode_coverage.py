@@ -5,6 +5,7 @@ Points of the plane are pictures of two channels and one pixel, so all but the t
 
 from itertools import pairwise
 
+import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -74,6 +75,7 @@ class PointDiscriminator(nn.Module):
         return self.network([less_noisy, noisier], timestep)[:, 0]
 
 
+@pytest.mark.slow
 def test_a_generator_of_four_steps_reaches_the_25_gaussians():
     torch.manual_seed(0)
     generator, discriminator, scheduler = PointGenerator(), PointDiscriminator(), DDGANScheduler(TIMESTEPS)
