@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from gradio_client import Client
+from gradio_client.utils import Status
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageColor
 from tiny import ROOT, tiny_unet
@@ -370,3 +373,17 @@ def test_what_goes_wrong_is_told_in_our_own_words(drawing, capsys):
     assert in_words(RunError("Too long.")) == "Too long."
     assert "/home" not in in_words(OSError("/home/me/token: hf_secret"))
     assert "hf_secret" in capsys.readouterr().err
+
+
+def test_one_visitor_is_drawn_for_at_a_time_and_too_many_are_told(address):
+    """The last one here, for it leaves the app at work."""
+    client = Client(address, verbose=False)
+    jobs = [client.submit(param_4=16, param_5=200, api_name="/draw_freely") for _ in range(20)]
+    until = time.monotonic() + PATIENCE
+    while any(job.status().code == Status.STARTING for job in jobs):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    states = [job.status().code for job in jobs]
+    assert sum(state in (Status.PROCESSING, Status.PROGRESS) for state in states) <= 1
+    refused = [str(job.exception()) for job in jobs if job.done() and job.exception()]
+    assert 1 <= len(refused) <= 4 and all("Queue is full" in reason for reason in refused)
