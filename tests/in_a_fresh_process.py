@@ -76,6 +76,10 @@ def without_package(folders: list[Path], output: Path):
     pipe = load(DiffusionPipeline, "user/ddgan", revision="main")
     assert torch.equal(draw(pipe), expected["ddgan"])
     pipe.save_pretrained(output / "from_the_hub")
+    placed = load(DiffusionPipeline, ddgan, device_map="cpu")
+    assert torch.equal(draw(placed), expected["ddgan"])
+    unet = load(AutoModel, str(ddgan / "unet"), device_map={"": "cpu"})
+    assert all(torch.equal(weights[name], value) for name, value in unet.state_dict().items())
 
 
 def with_package(folders: list[Path], output: Path):
