@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, PNDMScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepInverseScheduler,
+    PNDMScheduler,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -351,8 +357,11 @@ class GuidedPipeline(DiffusionPipeline):
         scheduler = self.scheduler
         # `from_config` keeps what other schedulers were configured with, so that the config alone says nothing
         prediction_type = scheduler.config.prediction_type if "prediction_type" in _settings(scheduler) else None
-        # PNDM begins with several evaluations a step, whatever its order says
-        steps_once = getattr(scheduler, "order", None) == 1 and not isinstance(scheduler, PNDMScheduler)
+        # PNDM begins with several evaluations a step, whatever its order says; inverse ones lead to the noise
+        others = PNDMScheduler | DDIMInverseScheduler | DPMSolverMultistepInverseScheduler
+        steps_once = getattr(scheduler, "order", None) == 1 and not isinstance(scheduler, others)
+        if step := getattr(scheduler, "step", None):
+            steps_once = steps_once and [*_inputs(step)][:3] == ["model_output", "timestep", "sample"]
         knows_x_0 = prediction_type in PREDICTION_TYPES and hasattr(scheduler, "alphas_cumprod")
         if not knows_x_0 or not steps_once or getattr(scheduler.config, "use_flow_sigmas", False):
             raise ValueError(

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDPMScheduler,
     ConfigMixin,
+    DDIMInverseScheduler,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -15,6 +17,7 @@ from diffusers import (
     DDPMWuerstchenScheduler,
     DEISMultistepScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
@@ -650,6 +653,9 @@ def test_by_default_it_takes_40_steps_or_all_there_are():
         DDPMWuerstchenScheduler(),
         IPNDMScheduler.from_config(DDPMScheduler().config),  # whose config has a prediction_type of DDPM's
         ScoreSdeVeScheduler(),
+        CogVideoXDPMScheduler(),
+        DDIMInverseScheduler(),
+        DPMSolverMultistepInverseScheduler(),
         EDMEulerScheduler(),
         FlowMatchEulerDiscreteScheduler(),
         DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
