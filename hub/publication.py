@@ -70,7 +70,7 @@ def snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
             continue
         link_or_copy(folder / name, target)
     if unwritten:
-        write_card(Path(taken.name), repo_id)
+        add_card(Path(taken.name), repo_id)
     return taken
 
 
@@ -79,8 +79,8 @@ def needs_card(folder: Path) -> bool:
     return not (folder / CARD_NAME).is_file() or is_unwritten((folder / CARD_NAME).read_text(encoding="utf-8"))
 
 
-def write_card(folder: Path, repo_id: str) -> None:
-    """Have a pipeline folder the card that says what it consists of."""
+def add_card(folder: Path, repo_id: str) -> None:
+    """Put the card of what a pipeline consists of into its folder."""
     (folder / CARD_NAME).write_text(card_of_parts(folder, repo_id), encoding="utf-8", newline="\n")
 
 

@@ -28,7 +28,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from ..errors import InputError, RunError
 from .cards import CARD_NAME
-from .folders import SAMPLES, is_unwritten
+from .folders import SAMPLES, is_unwritten, shows_samples
 from .publication import snapshot, space_snapshot
 
 SPACE_VARIABLE = "DDGAN_PIPELINE"  # the environment variable that names the pipeline to the Space's app
@@ -196,8 +196,12 @@ class Repository:
     def _upload(self, folder: Path, message: str) -> Uploaded:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         card, head = folder / CARD_NAME, self._info(revision=self.revision).sha
-        if card in files and is_unwritten(card.read_text(encoding="utf-8")) and self._has_written_card(head):
-            files = [file for file in files if file not in (card, folder / SAMPLES)]
+        if card in files and is_unwritten(card.read_text(encoding="utf-8")):
+            theirs = self._written_card(head)
+            if theirs is not None:
+                files.remove(card)
+                if not shows_samples(theirs):
+                    files = [file for file in files if file != folder / SAMPLES]
         additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         if self._holds(head, additions):
             return Uploaded(head, f"{self.url}/commit/{head}")
@@ -216,12 +220,14 @@ class Repository:
         done = self.api.create_commit(**self.names, operations=additions, commit_message=message, **where)
         return Uploaded(done.oid, done.pr_url or done.commit_url)
 
-    def _has_written_card(self, revision: str) -> bool:
+    def _written_card(self, revision: str) -> str | None:
+        """The card that somebody wrote there."""
         try:
             file = self.api.hf_hub_download(**self.names, filename=CARD_NAME, revision=revision)
         except RemoteEntryNotFoundError:
-            return False
-        return not is_unwritten(Path(file).read_text(encoding="utf-8"))
+            return None
+        card = Path(file).read_text(encoding="utf-8")
+        return None if is_unwritten(card) else card
 
     def _holds(self, revision: str, additions: list[CommitOperationAdd]) -> bool:
         """Whether all these files are in the repository as they are here."""
@@ -341,7 +347,7 @@ def draw_alone(place: str, revision: str | None = None, samples: str | None = No
         command = [sys.executable, "-P", Path(__file__).with_name("alone.py"), place, picture]
         command += [revision or "", samples or ""]
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
+        if done.returncode and not picture.is_file():  # else the samples alone could not be drawn
             reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
             what = "What was to be uploaded" if revision is None else f"What is now in {place}"
             raise RunError(f"{what} cannot be loaded and sampled with Diffusers alone: {reason}")

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddgan.errors import InputError, RunError, run_command
-from ddgan.hub.publication import needs_card, snapshot, space_snapshot, write_card
+from ddgan.hub.cards import CARD_NAME
+from ddgan.hub.folders import SAMPLES, shows_samples
+from ddgan.hub.publication import add_card, needs_card, snapshot, space_snapshot
 from ddgan.hub.upload import Repository, draw_alone, upload_space, who_am_i
 from ddgan.training.arguments import option, parse_arguments
 
@@ -46,10 +48,12 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.folder)
     with snapshot(folder, args.repo_id) as taken:
         user = who_am_i()
-        unwritten = needs_card(folder)
-        expected = draw_alone(taken, samples=taken if unwritten else None)
-        if unwritten:  # once more, now with pictures
-            write_card(Path(taken), args.repo_id)
+        samples = samples_folder(Path(taken))
+        expected = draw_alone(taken, samples=samples)
+        if samples and not Path(samples, SAMPLES).is_file():
+            print("none could be drawn: the card has no pictures\n")
+        if needs_card(Path(taken)):  # once more, now with pictures
+            add_card(Path(taken), args.repo_id)
         show_sizes(folder, Path(taken))
         print(f"uploading to   {repository.url} as {user}")
         repository.open(args.private)
@@ -65,6 +69,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"Space          {upload_space(SPACE_FOLDER, args.repo_id, args.private).url}")
         if args.private:
             print(f"               In its settings, add a secret HF_TOKEN that may read {args.repo_id}.")
+
+
+def samples_folder(taken: Path) -> str | None:
+    """Where pictures for the card are to be drawn to, if it shows such as are drawn here."""
+    if not needs_card(taken) and not shows_samples((taken / CARD_NAME).read_text(encoding="utf-8")):
+        return None
+    print("drawing        nine pictures for the card\n")
+    return str(taken)
 
 
 def show_sizes(folder: Path, taken: Path) -> None:

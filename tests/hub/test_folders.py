@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
@@ -32,7 +34,7 @@ from ddgan import (
     NCSNpp,
 )
 from ddgan.hub import folders as mechanism
-from ddgan.hub.folders import complete_in_itself
+from ddgan.hub.folders import complete_in_itself, draw_samples
 from ddgan.hub.publication import snapshot
 from ddgan.sampling.pipelines import load_pipeline
 from ddgan.training.checkpoints import replace_tree
@@ -292,7 +294,7 @@ def test_what_is_pushed_is_the_complete_folder_with_a_true_card(saved, tmp_path,
     text = uploaded.pop("README.md").decode()
     del uploaded[".gitattributes"]
     grid = Image.open(io.BytesIO(uploaded.pop("card_samples.png")))
-    assert grid.size == (3 * 96, 3 * 96) and len(set(grid.get_flattened_data())) > 9
+    assert grid.size == (3 * 96, 3 * 96) and len(np.unique(np.asarray(grid))) > 9
     expected = files(saved / name)
     expected.pop("unet/diffusion_pytorch_model.ema.safetensors", None)
     assert uploaded == expected
@@ -315,16 +317,51 @@ def test_a_pushed_card_shows_what_the_pipeline_draws(saved, local_hub, monkeypat
     pipe = DDGANPipeline.from_pretrained(saved / "ddgan")
     pipe.push_to_hub("ann/model")
     there = local_hub.files("ann/model")
-    assert "![Seeds 0 to 8, nothing left out.](card_samples.png)" in there["README.md"].decode()
+    card = there["README.md"].decode()
+    assert "![Seeds 0 to 8, 4 steps; nothing left out.](card_samples.png)" in card
     shown = Image.open(io.BytesIO(there["card_samples.png"])).crop((96, 96, 192, 192))
     drawn = pipe(batch_size=9, generator=[torch.Generator().manual_seed(seed) for seed in range(9)]).images[4]
-    assert shown == drawn.convert("RGB").resize((96, 96), Image.Resampling.NEAREST)
+    assert shown.tobytes() == drawn.convert("RGB").resize((96, 96), Image.Resampling.NEAREST).tobytes()
+
+    # a card that somebody changed stays, and what it shows is of the weights beside it
+    head = local_hub.repos["model", "ann/model"]
+    local_hub.commit(head, "main", {**there, "README.md": card.replace("look them up", "ask Ann").encode()})
+    pipeline(seed=5).push_to_hub("ann/model")
+    again = local_hub.files("ann/model")
+    assert b"ask Ann" in again["README.md"] and again["card_samples.png"] != there["card_samples.png"]
 
     monkeypatch.setattr(pipe.unet, "forward", None)
     with pytest.warns(UserWarning, match="no pictures, because none could be drawn"):
         pipe.push_to_hub("ann/undrawn")
     there = local_hub.files("ann/undrawn")
     assert "card_samples.png" not in there and "card_samples" not in there["README.md"].decode()
+
+
+def test_pictures_for_a_card_are_drawn_by_the_networks_as_they_are_loaded(tmp_path):
+    torch.manual_seed(0)
+    pipe = ClassConditionalPipeline(tiny_unet(dropout=0.5, num_class_embeds=3), DDPMScheduler(20))
+    pipe.unet.train()
+    draw_samples(pipe, tmp_path)
+    first = (tmp_path / "card_samples.png").read_bytes()
+    assert Image.open(io.BytesIO(first)).info["Caption"] == (
+        "Seeds 0 to 8, 20 steps, the classes in turn; nothing left out."
+    )
+    draw_samples(pipe, tmp_path)
+    assert (tmp_path / "card_samples.png").read_bytes() == first
+    assert all(module.training for module in pipe.unet.modules())
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "card_samples.png")  # somebody's own
+    mine = (tmp_path / "card_samples.png").read_bytes()
+    draw_samples(pipe, tmp_path)
+    assert (tmp_path / "card_samples.png").read_bytes() == mine
+
+
+def test_pictures_of_earlier_weights_are_not_published(saved, tmp_path):
+    shutil.copytree(saved / "ddgan", tmp_path / "pipe")
+    draw_samples(pipeline(seed=5), tmp_path / "pipe")
+    with snapshot(tmp_path / "pipe", "ann/model") as taken:
+        assert not Path(taken, "card_samples.png").exists()
+        assert "card_samples" not in Path(taken, "README.md").read_text()
 
 
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])

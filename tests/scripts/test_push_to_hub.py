@@ -13,6 +13,7 @@ from tiny import ROOT, tiny_unet
 
 from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.errors import InputError, RunError
+from ddgan.hub.folders import draw_samples
 from ddgan.scripts import push_to_hub
 
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"
@@ -54,7 +55,8 @@ def test_a_pipeline_with_code_is_published(local_hub, folder):
     command = [sys.executable, SCRIPT, *flags(folder, "--private")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    sizes, steps = done.stdout.split("\n\n")
+    drawing, sizes, steps = done.stdout.split("\n\n")
+    assert drawing == "drawing        nine pictures for the card"
     assert f"{len(before[WEIGHTS]) / 1000:.1f} kB  {WEIGHTS}" in sizes and "in 9 files" in sizes
     assert sizes.endswith("stays here: checkpoints, token")
     assert [line.split(" ")[0] for line in steps.splitlines()] == ["uploading", "uploaded", "published"]
@@ -108,6 +110,31 @@ def test_a_folder_without_a_card_leaves_the_one_that_is_there(local_hub, folder,
     (folder / "README.md").write_text("# Other words\n")
     push_to_hub.main(flags(folder))
     assert local_hub.files("ann/model")["README.md"] == b"# Other words\n"
+
+
+def test_pictures_for_a_card_go_where_a_card_shows_them(local_hub, folder, monkeypatch):
+    def draw(place, *revision, samples=None):
+        if samples:
+            draw_samples(DDGANPipeline.from_pretrained(place), Path(samples))
+        return b"the same"
+
+    monkeypatch.setattr(push_to_hub, "draw_alone", draw)
+    push_to_hub.main(flags(folder))
+    first = local_hub.files("ann/model")
+    assert "](card_samples.png)" in first["README.md"].decode()
+
+    changed = first["README.md"].decode().replace("look them up", "ask Ann")
+    local_hub.commit(local_hub.repos["model", "ann/model"], "main", {**first, "README.md": changed.encode()})
+    pipe = DDGANPipeline.from_pretrained(folder)
+    torch.nn.init.normal_(pipe.unet.conv_out.weight)
+    pipe.save_pretrained(folder)
+    push_to_hub.main(flags(folder))
+    then = local_hub.files("ann/model")
+    assert then["README.md"].decode() == changed and then["card_samples.png"] != first["card_samples.png"]
+
+    local_hub.add("ann/other", **{"README.md": b"# Ann's own words\n"})
+    push_to_hub.main(["--folder", str(folder), "--repo_id", "ann/other"])
+    assert "card_samples.png" not in local_hub.files("ann/other")
 
 
 def test_branches_pull_requests_and_spaces(local_hub, folder, drawn, capsys, tmp_path, monkeypatch):

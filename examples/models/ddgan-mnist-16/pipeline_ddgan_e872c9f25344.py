@@ -178,6 +178,7 @@ import torch
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 SAMPLES = "card_samples.png"
 
@@ -239,11 +240,10 @@ def complete_in_itself(pipeline_class: type) -> type:
         """Uploads what was saved, which Diffusers does when it has put its card there."""
         file = Path(working_dir, "README.md")
         card = self._own_card if self._own_card and not is_unwritten(self._own_card) else _read_text(file)
-        if card and is_unwritten(card):
+        if card and (is_unwritten(card) or shows_samples(card)):
             draw_samples(self, file.parent)
-            card = card_of_parts(file.parent, repo_id)
         if card:
-            _write(file, card)
+            _write(file, card_of_parts(file.parent, repo_id) if is_unwritten(card) else card)
         return super(pipeline_class, self)._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     pipeline_class.to_json_file = to_json_file
@@ -273,7 +273,7 @@ def card_of_parts(folder: Path, repo_id: str) -> str:
     parts = [f"`{class_name}` ({part})" for part, class_name in pipeline_parts(folder).items()]
     rows = [f"| `{file}` | SHA-256 `{digest}` |" for file, digest in code_files(folder).items()]
     trust = ", trust_remote_code=True" if rows else ""
-    caption = "Seeds 0 to 8, nothing left out."
+    caption = _caption(folder / SAMPLES)
     lines = [
         "---",
         "library_name: diffusers",
@@ -284,7 +284,7 @@ def card_of_parts(folder: Path, repo_id: str) -> str:
         "---",
         f"\n# {repo_id.rpartition('/')[2]}",
         f"\nA `{name if isinstance(name, str) else name[1]}` of {' and '.join(parts)}.",
-        *([f"\n![{caption}]({SAMPLES})\n\n*{caption}*"] if (folder / SAMPLES).is_file() else []),
+        *([f"\n![{caption}]({SAMPLES})\n\n*{caption}*"] if caption else []),
         "\n## Use",
         "\n```python\nfrom diffusers import DiffusionPipeline",
         f'\npipe = DiffusionPipeline.from_pretrained("{repo_id}"{trust})\n```',
@@ -302,31 +302,58 @@ def card_of_parts(folder: Path, repo_id: str) -> str:
 
 
 def draw_samples(pipe: Any, folder: Path) -> None:
-    """Puts the pictures that `card_of_parts` shows into a folder: of seeds 0 to 8, of a network's classes in turn.
-
-    If they cannot be drawn there are none, which a warning says.
     """
-    file, count = folder / SAMPLES, 9
-    file.unlink(missing_ok=True)
+    Puts the pictures that `card_of_parts` shows into a folder, in the place of those of earlier weights.
+
+    They are of seeds 0 to 8, of a network's classes in turn. If they cannot be drawn there are none, which a warning
+    says. A file of that name which this function has not made stays.
+    """
+    file = folder / SAMPLES
+    if file.exists() and not _caption(file):
+        return
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    in_training = [module for network in networks for module in network.modules() if module.training]
     try:
-        images = pipe(**sample_arguments(pipe, count)).images
+        for module in in_training:
+            module.training = False
+        arguments = sample_arguments(pipe, 9)
+        images = pipe(**arguments).images
+        how = [f"Seeds 0 to 8, {len(pipe.scheduler.timesteps)} steps"]
+        how += ["the classes in turn"] * ("class_labels" in arguments) + ["no guidance"] * ("loss" in arguments)
+        caption = PngInfo()
+        caption.add_text("Caption", f"{', '.join(how)}; nothing left out.")
         factor = max(1, 96 // max(images[0].size))
         images = [image.resize((factor * image.width, factor * image.height), Image.NEAREST) for image in images]
-        make_image_grid(images, 3, 3).save(file)
+        temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+        make_image_grid(images, 3, 3).save(temporary, pnginfo=caption)
+        os.replace(temporary, file)
     except Exception as error:  # whatever it is, it is no reason not to publish the weights
+        file.unlink(missing_ok=True)
         warnings.warn(f"The model card has no pictures, because none could be drawn: {error}", stacklevel=2)
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+def _caption(file: Path) -> str | None:
+    """How the pictures were drawn that `draw_samples` has put into a file; None if it has not."""
+    try:
+        with Image.open(file) as picture:
+            return picture.info.get("Caption")
+    except OSError:  # there is none, or something else
+        return None
 
 
 def sample_arguments(pipe: Any, count: int, num_inference_steps: int | None = None) -> dict[str, Any]:
     """What a pipeline is called with for the pictures of the seeds from 0 on, of a network's classes in turn.
 
     Args:
-        num_inference_steps: None leaves it to the pipeline where that takes at most 50.
+        num_inference_steps: None leaves it to the pipeline, up to 50.
     """
     accepted = inspect.signature(pipe.__call__).parameters
     arguments: dict[str, Any] = {"generator": [torch.Generator().manual_seed(seed) for seed in range(count)]}
-    if num_inference_steps or (accepted["num_inference_steps"].default or 0) > 50:
-        arguments["num_inference_steps"] = num_inference_steps or 50
+    if steps := num_inference_steps or accepted["num_inference_steps"].default:
+        arguments["num_inference_steps"] = min(steps, 50, pipe.scheduler.config.get("num_train_timesteps", 50))
     if "loss" in accepted:  # which does not move them
         arguments |= {"loss": lambda images: images.square().mean((1, 2, 3)), "guidance_scale": 0.0}
     if "class_labels" in accepted:
@@ -336,6 +363,11 @@ def sample_arguments(pipe: Any, count: int, num_inference_steps: int | None = No
     if "batch_size" in accepted:
         arguments["batch_size"] = count
     return arguments
+
+
+def shows_samples(card: str) -> bool:
+    """Whether a card shows the pictures of `draw_samples`, as one that somebody has changed may still do."""
+    return f"]({SAMPLES})" in card
 
 
 def is_unwritten(card: str) -> bool:
