@@ -38,7 +38,7 @@ from ddgan.training.schedules import schedule
 
 RECIPES = {
     name: Path(__file__).parent / "examples" / "recipes" / f"class_conditional_{name}.yaml"
-    for name in ("tutorial", "fast")
+    for name in ("tutorial", "fast", "emoji_32")
 }
 DATASETS = {"mnist": MNIST, "fashion_mnist": FashionMNIST}
 NUM_TRAIN_TIMESTEPS = 1000

@@ -36,7 +36,7 @@ from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, with_scheduler
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "examples" / "models"
-EMOJI, DIGITS = MODELS / "noto-emoji-32", MODELS / "mnist-28"
+EMOJI, CLASSES, DIGITS = MODELS / "noto-emoji-32", MODELS / "noto-emoji-classes-32", MODELS / "mnist-28"
 CLASSIFIER = ROOT / "tests" / "fixtures" / "classifiers" / "mnist"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEN = ColorLoss((0.1, 0.9, 0.5))
@@ -99,6 +99,7 @@ def by_scale(
 def distances(folder: Path | None) -> None:
     """Print what guidance does to the losses: of colour from 0 to 2, as all differences of pixels."""
     by_scale(EMOJI, GREEN, folder, "guidance_scales.png")
+    by_scale(CLASSES, GREEN, folder, "guidance_classes.png")
     by_scale(DIGITS, SymmetryLoss(), folder, "guidance_digits.png", load_extractor(str(CLASSIFIER)))
 
     pipe = load()
