@@ -143,7 +143,7 @@ def test_a_run_ends_well_whatever_the_uploads_do_and_says_how_to_finish_them(loc
     command = re.search(r"python scripts/push_to_hub\.py (.*)", said)[1].split()
     assert command == ["--folder", str(run), "--repo_id", "ann/run", "--private"]
     local_hub.faults.clear()
-    monkeypatch.setattr(push_to_hub, "draw_alone", lambda *_: b"drawn elsewhere")
+    monkeypatch.setattr(push_to_hub, "draw_alone", lambda *_, **__: b"drawn elsewhere")
     push_to_hub.main(command)
     assert set(pipeline_files(run)) < local_hub.files("ann/run").keys()
     push_to_hub.main(["--folder", str(run), "--repo_id", "ann/again"])
