@@ -23,7 +23,7 @@ demo: .venv/installed
 	$(BIN)/python finetune_model.py --resume_from_checkpoint latest
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -17,10 +17,28 @@ from huggingface_hub import close_session, constants
 from huggingface_hub.hf_api import api
 from local_hub import LocalHub
 from tiny import finetune_flags, tiny_unet, write_images
+from xdist.scheduler import LoadScopeScheduling
 
 torch.set_num_threads(1)  # tiny networks only lose by more
 
 GOLDEN = [Path(__file__).parent / "fixtures" / "golden", Path(__file__).parents[2] / "shared" / "golden"]
+
+
+# Modules whose fixtures cost more than their tests: one process runs all of such a module.
+TOGETHER = ("examples/test_space.py", "hub/test_folders.py")
+
+
+class Scheduler(LoadScopeScheduling):
+    """Gives out tests one by one, and the modules that stay together first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return module if module.endswith(TOGETHER) else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log) -> Scheduler:
+    return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -36,9 +36,6 @@ CHROMIUM = shutil.which("chromium")
 QUIET = ("gpu", "quic", "background-networking", "component-update", "sync", "extensions")
 PATIENCE = 120  # seconds, for a machine that is busy
 
-# one process serves all of them
-pytestmark = pytest.mark.xdist_group("space")
-
 
 def save_models(folder: Path) -> list[Path]:
     """Tiny pipelines: one in colour, one by class with names and a null class."""
