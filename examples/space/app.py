@@ -10,6 +10,7 @@ With the package `ddgan` beside it this folder is a Hugging Face Space: scripts/
 """
 
 import functools
+import json
 import os
 import random
 from pathlib import Path
@@ -50,7 +51,6 @@ Draw with a diffusion model while a colour, a sentence or a class pulls, and see
 GAN needs.
 """
 COURSE_EXAMPLES = [["#BB2266", 3], ["#44CCAA", 5]]
-COURSE_LABELS = [f"{color} at {scale}" for color, scale in COURSE_EXAMPLES]
 WAITING = 16  # visitors that may wait for their turn; one is drawn for at a time
 THEME = gr.themes.Default(  # with fonts that need not be fetched, and buttons that can be read
     primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -203,7 +203,10 @@ def color_parts(first: Model) -> SimpleNamespace:
         color = gr.ColorPicker("#BB2266", label="Colour", elem_classes="picker")
         scale = guidance_slider()
         button = gr.Button("Draw in this colour", variant="primary")
-        gr.Examples(COURSE_EXAMPLES, [color, scale], label="Examples", example_labels=COURSE_LABELS)
+        with gr.Row():
+            for example in COURSE_EXAMPLES:  # filled in by the browser itself, for who draws at once
+                filled = gr.Button("{} at {}".format(*example), size="sm")
+                filled.click(None, None, [color, scale], js=f"() => {json.dumps(example)}", api_visibility="private")
     with gr.Column(visible=not first.is_in_color) as in_grey:
         gr.Markdown("This model draws in grey, and so has no colours to pull: see *Freely*.", elem_classes="note")
     return SimpleNamespace(in_color=in_color, in_grey=in_grey, color=color, scale=scale, button=button)

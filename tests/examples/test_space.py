@@ -185,7 +185,11 @@ def test_the_examples_of_the_course_fill_in_the_fields(browser, address):
             page.wait_for_function("([field, value]) => field.value == value", arg=[scale.element_handle(), value])
             assert swatch.evaluate("e => e.style.background") == "rgb({}, {}, {})".format(*ImageColor.getrgb(color))
         set_steps(page, 8)
-        press(page, "Draw in this colour")
+        press(page, "#BB2266 at 3")
+        press(page, "#44CCAA at 5")
+        with page.expect_request("**/queue/join*") as request:  # at once, with what was filled in
+            press(page, "Draw in this colour")
+        assert {"#44CCAA", 5} <= {x for x in request.value.post_data_json["data"] if isinstance(x, str | int)}
         guided, free = pictures(page, "pictures"), pictures(page, "unguided")
         assert distance(guided, "#44CCAA") < distance(free, "#44CCAA") - 3
 
