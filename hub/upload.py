@@ -196,12 +196,10 @@ class Repository:
     def _upload(self, folder: Path, message: str) -> Uploaded:
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         card, head = folder / CARD_NAME, self._info(revision=self.revision).sha
-        if card in files and is_unwritten(card.read_text(encoding="utf-8")):
-            theirs = self._written_card(head)
-            if theirs is not None:
-                files.remove(card)
-                if not shows_samples(theirs):
-                    files = [file for file in files if file != folder / SAMPLES]
+        unwritten = card in files and is_unwritten(card.read_text(encoding="utf-8"))
+        if unwritten and (theirs := self._written_card(head)) is not None:
+            staying = {card} if shows_samples(theirs) else {card, folder / SAMPLES}
+            files = [file for file in files if file not in staying]
         additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         if self._holds(head, additions):
             return Uploaded(head, f"{self.url}/commit/{head}")

@@ -359,9 +359,9 @@ class GuidedPipeline(DiffusionPipeline):
         prediction_type = scheduler.config.prediction_type if "prediction_type" in _settings(scheduler) else None
         # PNDM begins with several evaluations a step, whatever its order says; inverse ones lead to the noise
         others = PNDMScheduler | DDIMInverseScheduler | DPMSolverMultistepInverseScheduler
-        steps_once = getattr(scheduler, "order", None) == 1 and not isinstance(scheduler, others)
-        if step := getattr(scheduler, "step", None):
-            steps_once = steps_once and [*_inputs(step)][:3] == ["model_output", "timestep", "sample"]
+        inputs = [*_inputs(scheduler.step)][:3] if hasattr(scheduler, "step") else []
+        steps_once = inputs == ["model_output", "timestep", "sample"] and not isinstance(scheduler, others)
+        steps_once = steps_once and getattr(scheduler, "order", None) == 1
         knows_x_0 = prediction_type in PREDICTION_TYPES and hasattr(scheduler, "alphas_cumprod")
         if not knows_x_0 or not steps_once or getattr(scheduler.config, "use_flow_sigmas", False):
             raise ValueError(
