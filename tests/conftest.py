@@ -7,6 +7,8 @@ from pathlib import Path
 
 # read when the libraries are imported; nothing in the tests needs the network
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp()
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks only lose by more
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()
 
 import numpy as np
@@ -18,8 +20,6 @@ from huggingface_hub.hf_api import api
 from local_hub import LocalHub
 from tiny import finetune_flags, tiny_unet, write_images
 from xdist.scheduler import LoadScopeScheduling
-
-torch.set_num_threads(1)  # tiny networks only lose by more
 
 GOLDEN = [Path(__file__).parent / "fixtures" / "golden", Path(__file__).parents[2] / "shared" / "golden"]
 

@@ -1,6 +1,9 @@
 """Tiny real components that the tests share, and runs on them."""
 
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +14,12 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 ROOT = Path(__file__).parent.parent
+
+# What ranks import before they are forked, from a process that has done nothing else.
+multiprocessing.set_forkserver_preload(["ddgan.finetune_model", "ddgan.train_ddgan"])
 
 
 def tiny_unet(**changes) -> UNet2DModel:
@@ -58,7 +65,7 @@ def finetune_flags(model: Path, images: Path, output: Path, *flags) -> list[str]
 
 def command(*args, processes: int = 1) -> tuple[list[str], dict[str, str]]:
     """How a script is started with Accelerate on the CPU, and in which environment."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     if processes == 1:
         return [sys.executable, *map(str, args)], environment
     launch = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -66,10 +73,38 @@ def command(*args, processes: int = 1) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, *launch.split(), *port, *map(str, args)], environment
 
 
-def run_script(*args, processes: int = 1, **options) -> subprocess.CompletedProcess:
-    """Run a script to its end in processes of its own."""
-    arguments, environment = command(*args, processes=processes)
+def run_script(*args, **options) -> subprocess.CompletedProcess:
+    """Run a script to its end in a process of its own."""
+    arguments, environment = command(*args)
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+def run_ranks(script: Path, *args, output: Path) -> str:
+    """Run a script to its end as two ranks, without the launcher; what both print goes to `output` and is returned.
+
+    Raises AssertionError with what they printed where one of them fails.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _, environment = command()
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    arguments = [str(arg) for arg in (script, *args)]
+    try:
+        start_processes(_rank, (arguments, environment, output), 2, start_method="forkserver")
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        raise AssertionError(output.read_text()) from error
+    return output.read_text()
+
+
+def _rank(rank: int, arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    with output.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

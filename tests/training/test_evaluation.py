@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import ROOT, finetune_flags, make_dataset, run_script, write_images
+from tiny import ROOT, finetune_flags, make_dataset, run_ranks, write_images
 
 from ddgan import train_class_conditional, train_ddgan
 from ddgan.errors import InputError, RunError
@@ -196,15 +196,14 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(finetune
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_measures(finetune, classifier, tiny_model, images, tmp_path, monkeypatch):
+def test_two_processes_measure_what_one_measures(finetune, classifier, tiny_model, images, tmp_path):
     still = ("--learning_rate", 0, "--batch_size", 4, "--max_train_steps", 2, *every(1, classifier))
     one, two = finetune("one", *still), tmp_path / "two"
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    done = run_script(ROOT / "finetune_model.py", *finetune_flags(tiny_model, images, two, *still), processes=2)
-    assert done.returncode == 0, done.stderr
+    script, flags = ROOT / "finetune_model.py", finetune_flags(tiny_model, images, two, *still)
+    said = run_ranks(script, *flags, output=tmp_path / "output.txt")
     assert evaluated(two) == evaluated(one)
     assert DDPMPipeline.from_pretrained(two / "best")
-    assert done.stderr.count("step 2: FID@13") + done.stdout.count("step 2: FID@13") == 1
+    assert said.count("step 2: FID@13") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
-from tiny import ROOT, command, finetune_flags, largest_difference, run_script, tiny_unet, weights, write_images
+from tiny import ROOT, command, finetune_flags, largest_difference, run_ranks, tiny_unet, weights, write_images
 
 from ddgan.training.tracking import read_metrics
 
@@ -94,8 +94,9 @@ def test_two_processes_equal_one_also_where_one_has_no_image_left(finetune, mode
     flags = ("--start_model", model, "--train_data_dir", images, *LOW_RATE)
     one = finetune("one", *flags, "--batch_size", 8)
     two = tmp_path / "two"
-    done = run_script(SCRIPT, *finetune_flags(model, images, two, *LOW_RATE, "--batch_size", 4), processes=2)
-    assert done.returncode == 0, done.stderr
+    process = start(model, images, two, *LOW_RATE, "--batch_size", 4, processes=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
     assert losses(two) == pytest.approx(losses(one), abs=1e-6)
     assert largest_difference(weights(one), weights(two)) < 1e-6
     norms = [[row["grad_norm"] for row in read_metrics(run / "metrics.csv")] for run in (one, two)]
@@ -179,8 +180,7 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(finetune
 def test_two_processes_stop_together_and_resume_bit_identical(tiny_model, images, tmp_path):
     flags = ("--num_epochs", 30, "--batch_size", 4)
     straight, run = tmp_path / "straight", tmp_path / "stopped"
-    done = run_script(SCRIPT, *finetune_flags(tiny_model, images, straight, *flags), processes=2)
-    assert done.returncode == 0, done.stderr
+    run_ranks(SCRIPT, *finetune_flags(tiny_model, images, straight, *flags), output=tmp_path / "output.txt")
     process = start(tiny_model, images, run, *flags, processes=2)
     wait_for_steps(run, 11)
     os.killpg(process.pid, signal.SIGTERM)
@@ -188,8 +188,7 @@ def test_two_processes_stop_together_and_resume_bit_identical(tiny_model, images
     assert "Stopped by SIGTERM after step" in output
     assert 0 < len(losses(run)) < 60
     again = finetune_flags(tiny_model, images, run, *flags, "--resume_from_checkpoint", "latest")
-    done = run_script(SCRIPT, *again, processes=2)
-    assert done.returncode == 0, done.stderr
+    run_ranks(SCRIPT, *again, output=tmp_path / "output.txt")
     assert_same_run(straight, run)
 
 
