@@ -5,7 +5,9 @@
 Where no data or --config is named it is examples/recipes/ddgan_emoji_32.yaml, on the embedded images.
 """
 
+import math
 import sys
+from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,7 +44,8 @@ DISCRIMINATORS = {
 }
 AUGMENTATIONS = ("color", "translation", "cutout")
 SATURATED = 5  # D's mean logits further than this from zero, on the right sides: a loss below 0.014
-PATIENCE = 500  # steps of that, one after the other, before it is said
+GUESSING = 2 * math.log(2)  # D's loss where it says 50 : 50 of everything
+PATIENCE = 500  # steps of the one, one after the other, or of the other, in the mean, before it is said
 
 
 @dataclass
@@ -210,22 +213,34 @@ def build(
 
 
 class Watch:
-    """Says once when the discriminator has won for so long that the generator is not going to catch up."""
+    """Says once when the discriminator has won, or done worse than guess, for so long that the generator is lost."""
 
     def __init__(self):
-        self.sure, self.said = 0, False
+        self.sure, self.losses, self.said = 0, deque(maxlen=PATIENCE), False
 
     def __call__(self, rows: list[dict[str, float]]) -> str | None:
         for row in rows:
             self.sure = self.sure + 1 if row["d_real"] > SATURATED and row["d_fake"] < -SATURATED else 0
-        if self.sure < PATIENCE or self.said:
+            if math.isnan(row["d_r1"]):  # else it is part of the loss
+                self.losses.append(row["d_loss"])
+        loss = sum(self.losses) / max(len(self.losses), 1)
+        if self.said:
             return None
-        self.said = True
-        return (
-            f"The discriminator has told real from generated almost without a doubt for {self.sure} steps (mean "
-            f"outputs {rows[-1]['d_real']:.1f} and {rows[-1]['d_fake']:.1f}): the generator falls behind. A larger "
-            "--r1_gamma, a smaller --lr_d, or --diffaug color translation cutout on a small dataset usually help."
-        )
+        if self.sure >= PATIENCE:
+            self.said = True
+            return (
+                f"The discriminator has told real from generated almost without a doubt for {self.sure} steps (mean "
+                f"outputs {rows[-1]['d_real']:.1f} and {rows[-1]['d_fake']:.1f}): the generator falls behind. A "
+                "larger --r1_gamma, a smaller --lr_d, or --diffaug translation cutout on a small dataset usually help."
+            )
+        if len(self.losses) == PATIENCE and loss > GUESSING + 0.01:
+            self.said = True
+            return (
+                f"The discriminator has told real from generated worse than by guessing for {PATIENCE} steps (mean "
+                f"loss {loss:.3f}, that of guesses {GUESSING:.3f}): the generator learns little from it. A smaller "
+                "--lr_d, an --lr_g below it, or --diffaug without color usually help."
+            )
+        return None
 
 
 USAGE = """

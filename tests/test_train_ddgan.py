@@ -1,5 +1,6 @@
 """Claims about train_ddgan.py: what a run leaves, and that it is the plain computation however it is cut up."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -231,10 +232,25 @@ def test_what_cannot_be_is_said_before_training(train, tmp_path, more, said):
     assert not (tmp_path / "run" / "model_index.json").exists()
 
 
+def logged(d_real: float, d_fake: float, d_r1: float = math.nan) -> dict[str, float]:
+    loss = math.log1p(math.exp(-d_real)) + math.log1p(math.exp(d_fake)) + (0 if math.isnan(d_r1) else d_r1)
+    return {"d_loss": loss, "d_real": d_real, "d_fake": d_fake, "d_r1": d_r1}
+
+
 def test_a_discriminator_that_wins_for_long_is_told_once():
     watch = train_ddgan.Watch()
-    winning, even = {"d_real": 9.0, "d_fake": -9.0}, {"d_real": 0.5, "d_fake": -0.5}
+    winning, even = logged(9.0, -9.0), logged(0.5, -0.5)
     assert watch([winning] * 400) is None
     assert watch([even] + [winning] * 400) is None
     assert "--r1_gamma" in watch([winning] * 200)
     assert watch([winning] * 1000) is None
+
+
+def test_a_discriminator_that_guesses_for_long_is_told_once():
+    watch = train_ddgan.Watch()
+    guessing, learning = [logged(0.3, 0.3), logged(-0.3, -0.3)], logged(0.2, -0.2)
+    assert watch(guessing * 200 + [learning] * 100) is None
+    assert watch(guessing * 150 + [learning] * 200) is None
+    assert watch(guessing * 100 + [learning] * 300 + [logged(0.2, -0.2, 1.0)] * 1000) is None  # R1 is no guess
+    assert "mean loss 1.409, that of guesses 1.386" in watch(guessing * 250)
+    assert watch(guessing * 500) is None
