@@ -213,10 +213,10 @@ def build(
 
 
 class Watch:
-    """Says once when the discriminator has won, or done worse than guess, for so long that the generator is lost."""
+    """Says, once each, that the discriminator has long won, or done worse than guess: the generator learns no more."""
 
     def __init__(self):
-        self.sure, self.losses, self.said = 0, deque(maxlen=PATIENCE), False
+        self.sure, self.losses, self.said = 0, deque(maxlen=PATIENCE), set()
 
     def __call__(self, rows: list[dict[str, float]]) -> str | None:
         for row in rows:
@@ -224,17 +224,15 @@ class Watch:
             if math.isnan(row["d_r1"]):  # else it is part of the loss
                 self.losses.append(row["d_loss"])
         loss = sum(self.losses) / max(len(self.losses), 1)
-        if self.said:
-            return None
-        if self.sure >= PATIENCE:
-            self.said = True
+        if self.sure >= PATIENCE and "sure" not in self.said:
+            self.said.add("sure")
             return (
                 f"The discriminator has told real from generated almost without a doubt for {self.sure} steps (mean "
                 f"outputs {rows[-1]['d_real']:.1f} and {rows[-1]['d_fake']:.1f}): the generator falls behind. A "
                 "larger --r1_gamma, a smaller --lr_d, or --diffaug translation cutout on a small dataset usually help."
             )
-        if len(self.losses) == PATIENCE and loss > GUESSING + 0.01:
-            self.said = True
+        if len(self.losses) == PATIENCE and loss > GUESSING + 0.01 and "guesses" not in self.said:
+            self.said.add("guesses")
             return (
                 f"The discriminator has told real from generated worse than by guessing for {PATIENCE} steps (mean "
                 f"loss {loss:.3f}, that of guesses {GUESSING:.3f}): the generator learns little from it. A smaller "

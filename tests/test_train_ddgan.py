@@ -254,3 +254,4 @@ def test_a_discriminator_that_guesses_for_long_is_told_once():
     assert watch(guessing * 100 + [learning] * 300 + [logged(0.2, -0.2, 1.0)] * 1000) is None  # R1 is no guess
     assert "mean loss 1.409, that of guesses 1.386" in watch(guessing * 250)
     assert watch(guessing * 500) is None
+    assert "--r1_gamma" in watch([logged(9.0, -9.0)] * 500)

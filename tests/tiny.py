@@ -6,6 +6,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -82,7 +83,7 @@ def run_script(*args, **options) -> subprocess.CompletedProcess:
 def run_ranks(script: Path, *args, output: Path) -> str:
     """Run a script to its end as two ranks, without the launcher; what both print goes to `output` and is returned.
 
-    Raises AssertionError with what they printed where one of them fails.
+    Raises AssertionError with what they printed where one of them fails or they take more than five minutes.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -90,10 +91,16 @@ def run_ranks(script: Path, *args, output: Path) -> str:
     _, environment = command()
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     arguments = [str(arg) for arg in (script, *args)]
+    ranks = start_processes(_rank, (arguments, environment, output), 2, join=False, start_method="forkserver")
+    end = time.monotonic() + 300
     try:
-        start_processes(_rank, (arguments, environment, output), 2, start_method="forkserver")
+        while not ranks.join(end - time.monotonic()):
+            assert time.monotonic() < end, output.read_text()
     except (ProcessExitedException, ProcessRaisedException) as error:
         raise AssertionError(output.read_text()) from error
+    finally:
+        for process in ranks.processes:
+            process.kill()
     return output.read_text()
 
 
