@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import ClassVar, Literal
 
 import torch
@@ -223,7 +224,6 @@ class Watch:
             self.sure = self.sure + 1 if row["d_real"] > SATURATED and row["d_fake"] < -SATURATED else 0
             if math.isnan(row["d_r1"]):  # else it is part of the loss
                 self.losses.append(row["d_loss"])
-        loss = sum(self.losses) / max(len(self.losses), 1)
         if self.sure >= PATIENCE and "sure" not in self.said:
             self.said.add("sure")
             return (
@@ -231,7 +231,8 @@ class Watch:
                 f"outputs {rows[-1]['d_real']:.1f} and {rows[-1]['d_fake']:.1f}): the generator falls behind. A "
                 "larger --r1_gamma, a smaller --lr_d, or --diffaug translation cutout on a small dataset usually help."
             )
-        if len(self.losses) == PATIENCE and loss > GUESSING + 0.01 and "guesses" not in self.said:
+        loss = fmean(self.losses) if len(self.losses) == PATIENCE else 0
+        if loss > GUESSING + 0.01 and "guesses" not in self.said:
             self.said.add("guesses")
             return (
                 f"The discriminator has told real from generated worse than by guessing for {PATIENCE} steps (mean "

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.pipelines import pipeline_ddgan
@@ -192,15 +193,10 @@ def test_progress_bar_counts_the_steps(capsys):
 def test_a_compiled_network_is_sampled_like_the_plain_one():
     pipe = pipeline()
     plain = latents(pipe, batch_size=2, generator=seeded(0))
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    pipe.unet = torch.compile(pipe.unet, backend=count, fullgraph=True)
+    graphs = CompileCounter()
+    pipe.unet = torch.compile(pipe.unet, backend=graphs, fullgraph=True)
     torch.testing.assert_close(latents(pipe, batch_size=2, generator=seeded(0)), plain, **ROUNDING)
-    assert len(graphs) == 1  # the timesteps are inputs
+    assert graphs.frame_count == 1  # the timesteps are inputs
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
