@@ -173,9 +173,9 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         size = min(4, batch_size)
         while batch_size % size:
             size += 1
-        grouped = hidden_states.reshape(size, batch_size // size, channels, height, width)
-        std = (grouped.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))
-        std = std.repeat(size).view(batch_size, 1, 1, 1).expand(-1, 1, height, width)
+        grouped = hidden_states.float().reshape(size, batch_size // size, channels, height, width)
+        std = (grouped.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # 1e-8 is 0 in half precision
+        std = std.to(hidden_states.dtype).repeat(size).view(batch_size, 1, 1, 1).expand(-1, 1, height, width)
         hidden_states = torch.cat([hidden_states, std], dim=1)
 
         # 4. logit

@@ -151,6 +151,20 @@ def test_saved_network_loads_the_same_with_variant_and_dtype(tmp_path):
     assert logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 8])
+def test_gradients_are_finite_in_float16(batch_size):
+    """Where pictures agree, their standard deviation is the root of almost nothing, and float16 knows no 1e-8."""
+    torch.manual_seed(0)
+    model = DDGANDiscriminator(**{**TINY, "block_out_channels": (16, 32)}, near_zero_conv_out=False)
+    sample, t, noisy = inputs(batch_size)
+    sample.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        logits = model(sample, t, noisy)
+    logits.sum().backward()
+    assert sample.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_layerwise_casting_stores_small_and_computes_in_float32():
     model = tiny()
     expected = model(*inputs())
