@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.checkpoint_path} does not hold the arguments that it was trained with. Give them with "
             f"--config_path, or name the published model that it is: --recipe {'|'.join(RECIPES)}."
         )
-    config = {**COMMON, **given}
+    config = generator_arguments(generator_state, given)
     try:
         generator = convert_generator(generator_state, config)
         scheduler = DDGANScheduler(
@@ -304,13 +305,14 @@ def convert_generator(state_dict: Mapping[str, torch.Tensor], config: Mapping[st
 
     Args:
         state_dict: its parameters, with or without the prefix `module.`.
-        config: the reference's arguments by their own names; those that the shapes tell may be missing.
+        config: the reference's arguments by their own names; those that `generator_arguments` gives may be missing.
 
     Raises:
         `ValueError`: with the list of keys that do not fit.
+        `KeyError`: if an argument is missing that neither the keys tell nor all published checkpoints share.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    config = {**config, **generator_shapes(state_dict)}
+    config = generator_arguments(state_dict, config)
     modules = generator_modules(config)
     converted, unknown = {}, []
     for key, value in state_dict.items():
@@ -369,17 +371,100 @@ def convert_discriminator(state_dict: Mapping[str, torch.Tensor], config: Mappin
     return model
 
 
-def generator_shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """What the shapes of the reference's parameters (without `module.`) tell of its arguments."""
-    found = {}
+def generator_arguments(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The arguments of the reference's generator: those given, else as keys and shapes tell, else as usual (`COMMON`).
+
+    The keys tell of its widths, depth, blocks, attention, embeddings and pyramids; not of what has no parameters, such
+    as `image_size` (which `attn_resolutions` needs too), `skip_rescale` or `num_timesteps`.
+
+    Args:
+        state_dict: its parameters, with or without the prefix `module.`.
+        config: the arguments given.
+    """
+    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    found, entries = {}, {}
     if "z_transform.1.weight" in state_dict:
         found["z_emb_dim"], found["nz"] = state_dict["z_transform.1.weight"].shape
         found["n_mlp"] = sum(bool(re.fullmatch(r"z_transform\.\d+\.weight", key)) for key in state_dict) - 1
-    convolutions = [key for key in state_dict if re.fullmatch(r"all_modules\.\d+\.weight", key)]
-    first = next((state_dict[key] for key in convolutions if state_dict[key].ndim == 4), None)
-    if first is not None:
-        found["num_channels_dae"], found["num_channels"] = first.shape[:2]
+    for key, value in state_dict.items():
+        if match := re.fullmatch(r"all_modules\.(\d+)\.(.+)", key):
+            entries.setdefault(int(match[1]), {})[match[2]] = value
+    modules = [entries.get(number, {}) for number in range(max(entries, default=-1) + 1)]  # some have no parameters
+    with suppress(KeyError, ValueError, IndexError):  # where keys are missing: which ones, the conversion tells
+        found |= structure(modules, config.get("image_size"))
+    return {**COMMON, **found, **config}
+
+
+def structure(modules: list[dict[str, torch.Tensor]], image_size: int | None) -> dict[str, Any]:
+    """What the reference's `all_modules`, each with its parameters, tell of its arguments."""
+    kinds = [kind_of(module) for module in modules]
+    first, last = kinds.index("conv"), len(kinds) - 1 - kinds[::-1].index("resnet")
+    width, channels = modules[first]["weight"].shape[:2]
+    found = {"num_channels_dae": width, "num_channels": channels}
+    found["embedding_type"] = "fourier" if "fourier" in kinds else "positional"
+    found["conditional"] = "linear" in kinds
+
+    blocks = [module for module, kind in zip(modules, kinds, strict=True) if kind == "resnet"]
+    ddpm = any("NIN_0.W" in block for block in blocks)
+    one_norm = any("GroupNorm_1.weight" in block for block in blocks)
+    found["resblock_type"] = "ddpm" if ddpm else "biggan_oneadagn" if one_norm else "biggan"
+
+    # 1. where the resolution changes, on the way down and as often on the way up: at the first of the modules between
+    # two ddpm blocks, or at a biggan block whose shortcut changes no width
+    if ddpm:
+        inside = [kind in ("resnet", "attention") for kind in kinds]
+        changes = [i for i in range(first + 2, last) if inside[i - 1] and not inside[i]]
+    else:
+        changes = [i for i, module in enumerate(modules) if is_resampling(module)]
+    downs = changes[: len(changes) // 2]
+    starts = [first + 1] + [kinds.index("resnet", down + 1) for down in downs]
+    levels = len(starts)
+    found["num_res_blocks"] = (len(blocks) - (0 if ddpm else len(changes)) - 2 - levels) // (2 * levels)
+    found["ch_mult"] = [modules[start]["Conv_0.weight"].shape[0] // width for start in starts]
+    if image_size is not None:
+        attention = [level for level, start in enumerate(starts) if kinds[start + 1] == "attention"]
+        found["attn_resolutions"] = [image_size >> level for level in attention]
+
+    # 2. pyramids
+    if downs:
+        between = modules[downs[0] + 1 : starts[1]]
+        pyramid = kind_of(between[0]) if between else None
+        found["progressive_input"] = {"combiner": "input_skip", "resampler": "residual"}.get(pyramid, "none")
+        if pyramid == "combiner":
+            summed = modules[starts[1]]["Conv_0.weight"].shape[1] == between[0]["Conv_0.weight"].shape[0]
+            found["progressive_combine"] = "sum" if summed else "cat"
+        if ddpm:
+            found["resamp_with_conv"] = bool(modules[downs[0]])
+    found["progressive"] = "none"
+    if kinds.count("norm") > 1:  # the first one is followed by what makes a picture, or features
+        is_picture = modules[kinds.index("norm") + 1]["weight"].shape[0] == channels
+        found["progressive"] = "output_skip" if is_picture else "residual"
+
+    resamplers = [module for module in modules if module and kind_of(module) == "resampler"]
+    if resamplers:
+        found["fir"] = any("Conv2d_0.weight" in module for module in resamplers)
     return found
+
+
+def kind_of(module: Mapping[str, torch.Tensor]) -> str:
+    """What one of the reference's `all_modules` is, by the names and shapes of its parameters."""
+    if "NIN_3.W" in module:
+        return "attention"
+    if "Conv_1.weight" in module:
+        return "resnet"
+    if "W" in module:
+        return "fourier"
+    if "weight" in module:
+        return {1: "norm", 2: "linear", 4: "conv"}.get(module["weight"].ndim, "unknown")
+    if "Conv_0.weight" in module and module["Conv_0.weight"].shape[-1] == 1:
+        return "combiner"
+    return "resampler"  # it may have no parameters
+
+
+def is_resampling(module: Mapping[str, torch.Tensor]) -> bool:
+    """Whether it is a biggan block that changes the resolution: its shortcut changes no width."""
+    return "Conv_2.weight" in module and module["Conv_2.weight"].shape[0] == module["Conv_2.weight"].shape[1]
 
 
 def load(model: torch.nn.Module, converted: Mapping[str, torch.Tensor], unknown: list[str]):

@@ -20,16 +20,18 @@ from ddgan.scripts.convert_ddgan_checkpoint import (
     RECIPES,
     convert_discriminator,
     convert_generator,
+    generator_arguments,
     generator_config,
     main,
 )
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
-SHAPES_TELL = {
-    "generator_a": ("nz", "z_emb_dim", "n_mlp", "num_channels", "num_channels_dae"),
-    "discriminator_small": ("nc", "ngf", "t_emb_dim"),
+CONVERT = {
+    "generator_a": convert_generator,
+    "generator_c": convert_generator,
+    "generator_e_cat": convert_generator,
+    "discriminator_small": convert_discriminator,
 }
-CONVERT = {"generator_a": convert_generator, "discriminator_small": convert_discriminator}
 
 
 def checkpoint(name):
@@ -42,14 +44,23 @@ def checkpoint(name):
 
 
 @pytest.mark.parametrize("name", CONVERT)
-def test_prefix_and_arguments_that_the_shapes_tell_may_be_missing(name):
+def test_prefix_and_arguments_that_the_keys_tell_may_be_missing(name):
     state_dict, config = checkpoint(name)
-    full = CONVERT[name](state_dict, config).state_dict()
+    full = CONVERT[name](state_dict, config)
     bare = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    less = {key: value for key, value in config.items() if key not in SHAPES_TELL[name]}
-    converted = CONVERT[name](bare, less).state_dict()
-    assert converted.keys() == full.keys()
-    assert all(torch.equal(converted[key], full[key]) for key in full)
+    converted = CONVERT[name](bare, {"image_size": config["image_size"]})
+    assert converted.config == full.config
+    expected = full.state_dict()
+    assert converted.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in converted.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["c_fir_noconv", "d", "e_sum", "f_nofir", "h", "j_fourier", "l_unconditional"])
+def test_keys_tell_of_every_argument_that_has_parameters(golden, name):
+    _, config, state_dict = golden(f"generator_{name}")
+    told = generator_arguments(state_dict, {"image_size": config["image_size"]})
+    assert told == {key: config[key] for key in told}
+    assert {"ch_mult", "num_res_blocks", "attn_resolutions", "nz", "n_mlp"} <= set(told)
 
 
 @pytest.mark.parametrize("name", CONVERT)
@@ -161,6 +172,8 @@ def test_command_line_says_what_is_wrong(tmp_path):
     refused("holds no generator", discriminator, "--recipe", "cifar10")
     refused("cannot be read as tensors and plain values", {"all_modules.0": Path("/")}, "--recipe", "cifar10")
     refused("cannot be read: ", generator, "--config_path", tmp_path / "missing.json")
+    (tmp_path / "args.json").write_text('{"num_timesteps": 4}')
+    refused("lack 'image_size', which its keys do not tell", generator, "--config_path", tmp_path / "args.json")
     with pytest.raises(InputError, match="there is no such file"):
         run("--checkpoint_path", tmp_path / "missing.pth", "--output_dir", tmp_path / "out")
     with pytest.raises(InputError, match="not empty"):
