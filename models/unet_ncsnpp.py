@@ -429,6 +429,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
                 self.time_embedding = TimestepEmbedding(2 * base_channels, time_embed_dim)
             else:
                 self.time_proj = Timesteps(base_channels, flip_sin_to_cos=False, downscale_freq_shift=1)
+                self._keep_in_fp32_modules = None  # it has nothing to keep, and `to` would warn
                 self.time_embedding = TimestepEmbedding(base_channels, time_embed_dim)
         widths = [latent_dim] + [latent_embed_dim] * (latent_mapping_layers + 1)
         self.latent_mapping = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))

@@ -139,10 +139,21 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         for s in reversed(timesteps):
             target[s + 1 :] = level[s]
         alpha = level / target
-        # q(x_s | x_t, x_0) = N(original_coef x_0 + sample_coef x_t, std^2), s < t: equation (7) of arXiv 2006.11239
-        self._original_coef = target.sqrt() * (1 - alpha) / (1 - level)
-        self._sample_coef = alpha.sqrt() * (1 - target) / (1 - level)
-        self._std = ((1 - target) / (1 - level) * (1 - alpha)).sqrt()
+        level_below = torch.cat([torch.ones_like(level[:1]), level[:-1]])
+        self._tables = {
+            "signal": level.sqrt(),
+            "noise": (1 - level).sqrt(),
+            # the pair of neighbours in the chain of all T
+            "signal_below": level_below.sqrt(),
+            "noise_below": (1 - level_below).sqrt(),
+            "kept": (1 - self.betas).sqrt(),
+            "added": self.betas.sqrt(),
+            # q(x_s | x_t, x_0) = N(original_coef x_0 + sample_coef x_t, std^2): equation (7) of arXiv 2006.11239
+            "original_coef": target.sqrt() * (1 - alpha) / (1 - level),
+            "sample_coef": alpha.sqrt() * (1 - target) / (1 - level),
+            "std": ((1 - target) / (1 - level) * (1 - alpha)).sqrt(),
+        }
+        self._copies = {}  # of the tables, by device and dtype
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """Returns `sample` as it is: the network sees the noisy sample itself, at every timestep."""
@@ -175,23 +186,23 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x_t, output = sample.to(dtype), model_output.to(dtype)
 
-        def at_t(table):
-            return self._at(table, timestep, x_t)
+        def at_t(name):
+            return self._at(name, timestep, x_t)
 
         if self.config.prediction_type == "sample":
             x_0 = output
         elif self.config.prediction_type == "epsilon":
-            x_0 = (x_t - at_t((1 - self.alphas_cumprod).sqrt()) * output) / at_t(self.alphas_cumprod.sqrt())
+            x_0 = (x_t - at_t("noise") * output) / at_t("signal")
         else:
-            x_0 = at_t(self.alphas_cumprod.sqrt()) * x_t - at_t((1 - self.alphas_cumprod).sqrt()) * output
+            x_0 = at_t("signal") * x_t - at_t("noise") * output
         if self.config.clip_sample:
             x_0 = x_0.clamp(-1, 1)
 
-        x_s = at_t(self._original_coef) * x_0 + at_t(self._sample_coef) * x_t
-        if not _is_single(timestep) or self._std[int(timestep)] > 0:
+        x_s = at_t("original_coef") * x_0 + at_t("sample_coef") * x_t
+        if not _is_single(timestep) or at_t("std") > 0:
             if variance_noise is None:
                 variance_noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=dtype)
-            x_s = x_s + at_t(self._std) * variance_noise.to(dtype)
+            x_s = x_s + at_t("std") * variance_noise.to(dtype)
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         if not return_dict:
@@ -209,9 +220,8 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         """
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         x_0 = original_samples.to(dtype)
-        scale = self._at(self.alphas_cumprod.sqrt(), timesteps, x_0)
-        std = self._at((1 - self.alphas_cumprod).sqrt(), timesteps, x_0)
-        return (scale * x_0 + std * noise.to(dtype)).to(original_samples.dtype)
+        x_t = self._at("signal", timesteps, x_0) * x_0 + self._at("noise", timesteps, x_0) * noise.to(dtype)
+        return x_t.to(original_samples.dtype)
 
     def add_noise_pair(
         self,
@@ -237,22 +247,22 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         """
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         x_0 = original_samples.to(dtype)
-        level_below = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
         if noise is None:
             noise = [randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=dtype) for _ in range(2)]
         first, second = (n.to(dtype) for n in noise)
-        less_noisy = self._at(level_below.sqrt(), timesteps, x_0) * x_0
-        less_noisy = less_noisy + self._at((1 - level_below).sqrt(), timesteps, x_0) * first
-        noisier = self._at((1 - self.betas).sqrt(), timesteps, x_0) * less_noisy
-        noisier = noisier + self._at(self.betas.sqrt(), timesteps, x_0) * second
+        less_noisy = self._at("signal_below", timesteps, x_0) * x_0
+        less_noisy = less_noisy + self._at("noise_below", timesteps, x_0) * first
+        noisier = self._at("kept", timesteps, x_0) * less_noisy + self._at("added", timesteps, x_0) * second
         return less_noisy.to(original_samples.dtype), noisier.to(original_samples.dtype)
 
-    @staticmethod
-    def _at(table: torch.Tensor, timestep: int | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
+    def _at(self, name: str, timestep: int | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
         """The float64 table's entry at `timestep`: a number, or a tensor that broadcasts over `like`'s samples."""
         if _is_single(timestep):
-            return table[int(timestep)].item()
-        entries = table.to(dtype=like.dtype).to(like.device)[timestep.to(like.device)]
+            return self._tables[name][int(timestep)].item()
+        place = like.device, like.dtype
+        if place not in self._copies:  # once: what a GPU is sent while it computes waits until it has done so
+            self._copies[place] = {key: table.to(like.dtype).to(like.device) for key, table in self._tables.items()}
+        entries = self._copies[place][name][timestep.to(like.device)]
         return entries.view(-1, *[1] * (like.ndim - 1))
 
     def __len__(self) -> int:

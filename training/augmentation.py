@@ -27,13 +27,17 @@ class DifferentiableAugmentation:
         if "color" in names:
             brightness, saturation, contrast = draws.uniform(3, 1, 1, 1).unbind(1)
             self.brightness, self.saturation, self.contrast = brightness - 0.5, saturation * 2, contrast + 0.5
-        sizes = torch.tensor([height, width], device=draws.device)
         if "translation" in names:
-            self.reach = sizes // 8
-            self.shift = (draws.uniform(2) * (2 * self.reach + 1)).long()  # 0 .. 2 reach
+            self.reach = height // 8, width // 8
+            uniform = draws.uniform(2)
+            self.shift = [(uniform[:, i, None] * (2 * reach + 1)).long() for i, reach in enumerate(self.reach)]
         if "cutout" in names:
-            self.hole = sizes // 2
-            self.corner = (draws.uniform(2) * (sizes + 1 - self.hole % 2)).long() - self.hole // 2
+            self.hole = height // 2, width // 2
+            uniform = draws.uniform(2)
+            self.corner = [
+                (uniform[:, i, None] * (side + 1 - hole % 2)).long() - hole // 2
+                for i, (side, hole) in enumerate(zip(self.size, self.hole, strict=True))
+            ]
 
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         """Pictures (B, C, height, width) in [-1, 1], augmented; twice differentiable."""
@@ -45,17 +49,17 @@ class DifferentiableAugmentation:
             pictures = mean + (pictures - mean) * self.contrast
         rows, columns = (torch.arange(side, device=pictures.device) for side in self.size)
         if "translation" in self.names:
-            up, left = self.reach.tolist()
+            up, left = self.reach
             padded = F.pad(pictures, (left, left, up, up)).permute(0, 2, 3, 1)
             batch = torch.arange(len(pictures), device=pictures.device)[:, None, None]
-            y = (self.shift[:, :1] + rows)[:, :, None]
-            x = (self.shift[:, 1:] + columns)[:, None, :]
+            down, right = self.shift  # 0 .. 2 reach, (B, 1)
+            y, x = (down + rows)[:, :, None], (right + columns)[:, None, :]
             pictures = padded[batch, y, x].permute(0, 3, 1, 2)
         if "cutout" in self.names:
-            inside = [
-                (side >= self.corner[:, i : i + 1]) & (side < self.corner[:, i : i + 1] + self.hole[i])
-                for i, side in enumerate((rows, columns))
-            ]
-            hole = inside[0][:, :, None] & inside[1][:, None, :]
+            high, wide = (
+                (side >= corner) & (side < corner + hole)
+                for side, corner, hole in zip((rows, columns), self.corner, self.hole, strict=True)
+            )
+            hole = high[:, :, None] & wide[:, None, :]
             pictures = pictures.masked_fill(hole[:, None], 0)
         return pictures

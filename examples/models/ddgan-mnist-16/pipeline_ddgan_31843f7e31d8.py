@@ -58,11 +58,13 @@ class DDGANPipeline(DiffusionPipeline):
             if class_labels is not None:
                 raise ValueError("This network is not conditioned on a class: leave `class_labels` out.")
             return
-        if (
-            class_labels is None
-            or torch.as_tensor(class_labels).shape != (batch_size,)
-            or not all(0 <= label < classes for label in class_labels)
-        ):
+        try:
+            labels = torch.as_tensor(class_labels)
+            fit = labels.shape == (batch_size,) and torch.can_cast(labels.dtype, torch.int64)
+            fit = fit and labels.min() >= 0 and labels.max() < classes
+        except (TypeError, ValueError, RuntimeError):  # no numbers at all
+            fit = False
+        if not fit:
             raise ValueError(
                 f"`class_labels` is {class_labels}, but must have one integer from 0 to {classes - 1} for each of the "
                 f"{batch_size} images that `batch_size` asks for."
@@ -126,10 +128,11 @@ class DDGANPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
         z_shape = (batch_size, self.unet.config.latent_dim)
+        on_device = self.scheduler.timesteps.to(device)  # all at once: a copy waits for what the device has to do
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             z = randn_tensor(z_shape, generator=generator, device=device, dtype=torch.float32)
-            x_0 = self.unet(latents.to(dtype), t.to(device), z.to(dtype), class_labels=class_labels).sample
+            x_0 = self.unet(latents.to(dtype), on_device[i], z.to(dtype), class_labels=class_labels).sample
             latents = self.scheduler.step(x_0, t, latents, generator=generator).prev_sample
 
             if callback_on_step_end is not None:
