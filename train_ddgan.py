@@ -83,7 +83,7 @@ class DDGANArguments:
     lazy_reg: int = option(15, "steps from one R1 to the next")
     diffaug: list[str] = field(
         default_factory=list,
-        metadata={"help": "differentiable augmentations for small datasets: any of color translation cutout"},
+        metadata={"help": "differentiable augmentations for small datasets: any of color,translation,cutout"},
     )
 
     def __post_init__(self):
@@ -93,6 +93,12 @@ class DDGANArguments:
         for name in ("lr_g", "lr_d"):
             if getattr(self, name) <= 0:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be greater than 0.")
+        if self.lr_min > min(self.lr_g, self.lr_d):
+            raise InputError(
+                f"--lr_min is {self.lr_min}, down to which --lr_g {self.lr_g} and --lr_d {self.lr_d} go: it must not "
+                "be above them."
+            )
+        self.diffaug = [name for given in self.diffaug for name in given.split(",") if name]
         if unknown := set(self.diffaug) - set(AUGMENTATIONS):
             raise InputError(f"--diffaug {' '.join(sorted(unknown))}: known are {', '.join(AUGMENTATIONS)}.")
 
@@ -101,7 +107,7 @@ class DDGANArguments:
 class DDGANRunArguments(RunArguments):
     """How a training run goes: its length, what it shows and what it keeps."""
 
-    _default_output_dir: ClassVar = "ddgan"
+    _default_output_dir: ClassVar = "ddgan-model"
 
     max_grad_norm: float = option(0.0, "gradients are scaled down to this norm; 0 leaves them")
 

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import ROOT, largest_difference, run_ranks, write_images
 
 from ddgan import DDGANPipeline, train_ddgan
-from ddgan.errors import InputError
+from ddgan.errors import InputError, RunError
+from ddgan.training import loop
 from ddgan.training.adversarial import Adversaries, DiscriminatorObjective, GeneratorObjective
 from ddgan.training.arguments import DataArguments, parse_arguments
 from ddgan.training.data import Preprocessing, TrainingData
@@ -115,7 +117,7 @@ def test_learning_rates_go_down_by_half_a_cosine_an_epoch_at_a_time(train):
 
 def test_the_run_is_the_plain_computation_also_when_micro_batches_are_accumulated(train, started, images):
     """Against a loop that is written out here, over windows of 8 and 5 images in two micro-batches."""
-    more = ["--diffaug", "color", "translation", *LOW_RATES]
+    more = ["--diffaug", "color,translation", *LOW_RATES]
     argv = flags(images, started, *more)
     _, data_args, _, args = parse_arguments(
         train_ddgan.DDGANRunArguments,
@@ -223,6 +225,8 @@ def test_classes_are_learned_and_drawn(train, kinds):
         (["--discriminator", "large"], "too often for pictures of 8x8"),
         (["--class_conditional"], "is in no sub-folder"),
         (["--lr_g", "0"], "--lr_g is 0.0; it must be greater than 0"),
+        (["--lr_g", "5e-6"], "--lr_min is 1e-05, down to which --lr_g 5e-06 and .* must not be above"),
+        (["--mixed_precision", "fp16"], "fp16 needs a GPU"),
         (["--learning_rate", "1"], "There is no flag --learning_rate"),
     ],
 )
@@ -230,6 +234,25 @@ def test_what_cannot_be_is_said_before_training(train, tmp_path, more, said):
     with pytest.raises(InputError, match=said):
         train("run", *more)
     assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_half_precision_that_overflows_at_every_scale_ends_in_words(train, tmp_path, monkeypatch):
+    def with_scaler(**kwargs):
+        accelerator = Accelerator(**kwargs)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=math.inf)
+        return accelerator
+
+    monkeypatch.setattr(loop, "Accelerator", with_scaler)
+    with pytest.raises(RunError, match="gradient of step 51, like those of the 50 before it, is not finite"):
+        train("run", "--max_train_steps", 70)
+    assert len(read_metrics(tmp_path / "run" / "metrics.csv")) == 50
+
+
+def test_a_run_folder_does_not_stand_in_the_way_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="import a folder of that name here in place of this package"):
+        train_ddgan.main(["--train_data_dir", "pictures", "--output_dir", "ddgan"])
+    assert train_ddgan.DDGANRunArguments().output_dir != "ddgan"
 
 
 def logged(d_real: float, d_fake: float, d_r1: float = math.nan) -> dict[str, float]:

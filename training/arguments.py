@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,7 +186,8 @@ def parse_arguments(
             overrides their values.
 
     Raises:
-        InputError: for an unknown flag or key (the nearest one is named) or a value of the wrong kind.
+        InputError: for an unknown flag or key (the nearest one is named), a value of the wrong kind, or an
+            `--output_dir` that Python would import in place of this package.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
@@ -210,6 +212,13 @@ def parse_arguments(
     )
     if unknown:
         raise InputError(f"{_unknown(unknown[0].split('=')[0], known)} --help lists the flags.")
+    for folder in (Path(part.output_dir).resolve() for part in parsed if getattr(part, "output_dir", None)):
+        # an editable installation is found after all folders
+        if folder.name == "ddgan" and str(folder.parent) in (os.getcwd(), *sys.path):
+            raise InputError(
+                f"--output_dir {folder}: Python would import a folder of that name here in place of this package. "
+                "Give it another name."
+            )
     return tuple(parsed)
 
 

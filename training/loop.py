@@ -59,6 +59,7 @@ from .tracking import (
 _CONFIG = "config.yaml"
 _BEST = "best"
 _LOG_EVERY = 10  # optimizer steps whose losses are read back from the device at once
+_SKIPPED = 50  # steps that float16's scaler leaves out, each at half the scale of the one before: no scale is left
 
 
 @dataclass
@@ -150,7 +151,8 @@ def open_run(args: RunArguments) -> Accelerator:
     """Check that the run folder can be used, and start Accelerate.
 
     Raises:
-        InputError: if the folder holds another run that is not to be resumed, or a tracker is not installed.
+        InputError: if the folder holds another run that is not to be resumed, a tracker is not installed, or the
+            machine cannot do the mixed precision.
     """
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -170,6 +172,8 @@ def open_run(args: RunArguments) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--mixed_precision fp16 needs a GPU. On a CPU train with bf16, or with no.")
     if accelerator.distributed_type == DistributedType.FSDP and (args.channels_last or not accelerator.is_fsdp2):
         raise InputError(
             "With FSDP, training needs its version 2 (fsdp_version: 2, as in examples/accelerate/fsdp.yaml) and goes "
@@ -253,6 +257,7 @@ class Trainer:
         self.metrics = Metrics(self.folder / "metrics.csv", self.step) if accelerator.is_main_process else None
         self.upload = BackgroundUpload(self.folder, repo_id) if repo_id else None
         self.pending = []  # what `_train_step` leaves of the steps not yet logged
+        self.skipped = 0  # steps, one after the other, with a gradient that is not finite
         self.clock = _Clock(mark=(0.0, self.plan.images_seen(self.step)))
 
     def run(self) -> None:
@@ -372,14 +377,17 @@ class Trainer:
             row |= logged.row | dict(zip(logged.sums, step_sums, strict=True))
             row |= dict(zip(logged.norms, step_norms, strict=True))
             losses = {name: value for name, value in row.items() if name.endswith("loss")}
-            finite = all(map(math.isfinite, losses.values()))
+            self.skipped = 0 if all(map(math.isfinite, step_norms)) else self.skipped + 1
             # in half precision a gradient that is not finite is met by the scaler: it leaves the step out
-            finite &= self.accelerator.scaler is not None or all(map(math.isfinite, step_norms))
-            if not finite:
+            most = 0 if self.accelerator.scaler is None else _SKIPPED
+            is_finite = all(map(math.isfinite, losses.values()))
+            if not is_finite or self.skipped > most:
+                before = f", like those of the {most} before it," if most else ""
+                what = f"gradient of step {step}{before}" if is_finite else f"loss of step {step}"
                 raise RunError(
-                    f"The loss of step {step} is not finite ({_in_words(row)}). Nothing was overwritten. The last "
-                    f"good checkpoint is {self.checkpoints.last()}. A lower learning rate, a longer warm-up or bf16 "
-                    "in place of fp16 usually help; go on with --resume_from_checkpoint latest."
+                    f"The {what} is not finite ({_in_words(row)}). Nothing was overwritten. The last good checkpoint "
+                    f"is {self.checkpoints.last()}. A lower learning rate, or bf16 in place of fp16, usually helps; "
+                    "go on with --resume_from_checkpoint latest."
                 )
             rows.append(row)
         self.pending.clear()
