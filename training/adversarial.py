@@ -55,7 +55,8 @@ class DiscriminatorObjective:
     """softplus(-D(real pair)) + softplus(D(fake pair)), and at times the gradient penalty R1 (arXiv 1801.04406).
 
     R1 is r1_gamma / 2 times the squared norm of D's gradient with respect to the less noisy real sample; it is not
-    multiplied by its interval. It is computed in float32 also where the rest is not.
+    multiplied by its interval. It is computed in float32 also where the rest is not (on a GPU that has TF32, PyTorch
+    rounds the inputs of such convolutions to that, unless `torch.backends.cudnn.conv.fp32_precision` is "ieee").
 
     Args:
         r1_gamma: weight of R1.
