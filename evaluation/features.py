@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -47,7 +49,8 @@ def collect(
     """
     main = accelerator.is_main_process
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    parts = [load_file(path) for path in sorted(folder.glob("part-*.safetensors"))] if main and folder else []
+    mark = f"part-{batch_size}"  # a part of other batches would leave holes between these
+    parts = [load_file(path) for path in sorted(folder.glob(f"{mark}-*.safetensors"))] if main and folder else []
     done = [{image for part in parts for image in part["image"].tolist()}]
     broadcast_object_list(done)
     missing = [batch for batch in batches if batch.start not in done[0]]
@@ -69,7 +72,7 @@ def collect(
                 part = _joined(found)
                 parts.append(part)
                 if folder:
-                    write_features(folder / f"part-{missing[start].start:09d}.safetensors", part)
+                    write_features(folder / f"{mark}-{missing[start].start:09d}.safetensors", part)
     if not main:
         return None
     whole = _joined(parts)
@@ -86,23 +89,45 @@ def collect_once(
     accelerator: Accelerator,
     description: str = "",
 ) -> Features | None:
-    """`collect`, or what is in the file `path` already; it is written there with the protocol."""
+    """`collect`, or what is in the file `path` already; it is written there with the protocol.
+
+    Where another command is measuring the same, this one does too, and keeps nothing on the way.
+    """
     there = [path.exists() if accelerator.is_main_process else None]
     broadcast_object_list(there)
     if there[0]:
         return load_file(path) if accelerator.is_main_process else None
-    parts = path.with_suffix(".parts")
-    found = collect(count, batch_size, measure, accelerator, parts, description)
-    if accelerator.is_main_process:
-        write_features(path, found, protocol)
-        shutil.rmtree(parts)
+    with _claimed(path.with_suffix(".parts"), accelerator) as parts:
+        found = collect(count, batch_size, measure, accelerator, parts, description)
+        if accelerator.is_main_process:
+            write_features(path, found, protocol)
+            if parts:
+                shutil.rmtree(parts, ignore_errors=True)
     return found
+
+
+@contextmanager
+def _claimed(folder: Path, accelerator: Accelerator) -> Iterator[Path | None]:
+    """The folder, in the main process, as long as no other command has it."""
+    lock = None
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / ".lock", blocking=False)
+            lock.acquire()
+        except (Timeout, FileNotFoundError):  # the other one has it, or has just ended
+            lock = None
+    try:
+        yield folder if lock else None
+    finally:
+        if lock:
+            lock.release()
 
 
 def write_features(path: Path, features: Features, protocol: dict[str, Any] | None = None) -> None:
     """Write features and what they were made with to a safetensors file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     tensors = {name: tensor.contiguous() for name, tensor in features.items()}
     save_file(tensors, temporary, {"protocol": json.dumps(protocol or {})})
     os.replace(temporary, path)

@@ -19,6 +19,7 @@ PRECISION_NEIGHBOURS = 3  # arXiv 1904.06991
 DENSITY_NEIGHBOURS = 5  # arXiv 2002.09797
 CLOSE = 0.01  # part of the held-out images that counts as close to the training images
 MIN_HELD_OUT = 100  # of which that part is one image
+SAME = 1e-5  # part of the length of features below which a distance is rounding
 _ROWS = 2000  # of a matrix of distances that are in memory at once
 
 
@@ -173,24 +174,34 @@ def memorisation(samples: torch.Tensor, training: torch.Tensor, held_out: torch.
     Returns:
         `nearest_training_ratio`: the median distance to the nearest training image, of samples over that of held-out
         images; well below 1 where training images are repeated. `memorised`: the part of the samples that is closer
-        to a training image than the closest 1 % of the held-out images; about 0.01 where nothing is repeated. At most
-        `MANIFOLD_IMAGES` samples and held-out images are looked at, and all training images.
+        to a training image than the closest 1 % of the held-out images, or as close; about 0.01 where nothing is
+        repeated. At most `MANIFOLD_IMAGES` samples and held-out images are looked at, and all training images.
+
+    Raises:
+        ValueError: if most held-out images are training images.
     """
     samples, training = _pair(samples, training, least=1)
     held_out, _ = _pair(held_out, training, least=MIN_HELD_OUT)
     samples, held_out = (part[_shuffled_order(part)[:MANIFOLD_IMAGES]] for part in (samples, held_out))
     of_samples, of_held_out = _nearest(samples, training), _nearest(held_out, training)
+    if of_held_out.median() == 0:
+        raise ValueError(
+            "At least half of the held-out images are among the training images, so they do not show how close images "
+            "come that the training has not seen. Name others."
+        )
     close = of_held_out.quantile(CLOSE)
     protocol = {"training_images": len(training), "samples": len(samples), "held_out_images": len(held_out)}
     return {
         "nearest_training_ratio": Measure((of_samples.median() / of_held_out.median()).item(), None, protocol),
-        "memorised": Measure((of_samples < close).double().mean().item(), None, {**protocol, "quantile": CLOSE}),
+        "memorised": Measure((of_samples <= close).double().mean().item(), None, {**protocol, "quantile": CLOSE}),
     }
 
 
 def _nearest(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The distance from each to the nearest of the others, 0 where that is rounding."""
     rows = max(1, _ROWS * MANIFOLD_IMAGES // max(len(others), MANIFOLD_IMAGES))
-    return torch.cat([torch.cdist(part, others).amin(1) for part in features.split(rows)])
+    found = torch.cat([torch.cdist(part, others).amin(1) for part in features.split(rows)])
+    return found.masked_fill(found < SAME * others.norm(dim=1).mean(), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

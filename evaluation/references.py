@@ -107,7 +107,8 @@ def measure_reference(
     def measure(indices: range) -> Features:
         return extractor(torch.stack([images.pixels(chosen[i], seen["channels"], height, width) for i in indices]))
 
-    protocol = {**facts, **extractor.protocol}
+    # a GPU's features differ in what it rounds
+    protocol = {**facts, **extractor.protocol, "device": accelerator.device.type}
     path = cache_dir / f"{name.replace('/', '-')}-{split}-{fingerprint(protocol)}.safetensors"
     description = f"measuring {name}, {split}"
     return Reference(facts, collect_once(path, protocol, count, batch_size, measure, accelerator, description))

@@ -174,6 +174,9 @@ def sample(
             raise InputError(f"A {type(pipe).__name__} takes no {name}.")
     if "batch_size" in accepted:
         arguments["batch_size"] = len(seeds)
+    needed = [name for name, each in accepted.items() if each.default is each.empty and each.kind != each.VAR_KEYWORD]
+    if missing := [name for name in needed if name not in arguments]:
+        raise InputError(f"A {type(pipe).__name__} draws nothing without its {' and '.join(missing)}, not given here.")
     try:
         images = pipe(**arguments, generator=generators, output_type="np").images
     except ValueError as error:

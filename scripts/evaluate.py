@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors import SafetensorError
 
 from ddgan.errors import InputError, RunError, run_command
 from ddgan.evaluation import report
@@ -53,7 +55,7 @@ class EvaluateArguments:
     num_images: int | None = option(
         None,
         f"pictures to measure (default: {DRAWN:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with --stacked_mnist; all "
-        "of --images)",
+        "of --images, of which fewer are drawn at random, or with --class_labels are the first)",
     )
     reference: str | None = option(
         None,
@@ -137,6 +139,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.held_out:
             held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator)
             require_images(MIN_HELD_OUT, args.held_out, held_out)
+            if held_out.facts.get("contents") == reference.facts["contents"]:
+                raise InputError(
+                    f"--held_out {args.held_out} holds the images of --reference {args.reference}: name some that the "
+                    "training has not seen."
+                )
         measured, parts = measure_samples(samples, extractor, judge, args, accelerator)
     if accelerator.is_main_process:
         torch.set_num_threads(threads)
@@ -239,31 +246,36 @@ class StoredSamples:
     """Pictures that are there, all of one size."""
 
     def __init__(self, args: EvaluateArguments):
-        self.source = open_source(args.images, "train", args)
+        self.source, _ = open_source(args.images, "train", args)
         self.images = ComparedImages(self.source)
         self.count = args.num_images or len(self.source)
         if self.count > len(self.source):
             raise InputError(f"--num_images is {self.count}, but {args.images} has {len(self.source)} images.")
+        self.chosen = range(self.count)
+        if self.count < len(self.source) and args.class_labels is None:
+            order = torch.randperm(len(self.source), generator=torch.Generator().manual_seed(0))
+            self.chosen = order[: self.count].sort().values.tolist()
         self.facts = {
             "source": name_of(args.images),
-            "contents": self.source.fingerprint(range(len(self.source))),
+            "contents": self.source.fingerprint(self.chosen),
             "images": self.count,
             "class_labels": args.class_labels,
-            **look([self.images.picture(i) for i in spread(self.count)]),
+            **look([self.images.picture(self.chosen[i]) for i in spread(self.count)]),
         }
-        first = self.images.picture(0)
+        first = self.images.picture(self.chosen[0])
         self.preprocessing = Preprocessing(self.facts["channels"], first.height, first.width)
 
     def batch(self, indices: range) -> torch.Tensor:
         channels, height, width = self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width
-        for i in indices:
-            size = self.images.picture(i).size
+        numbers = [self.chosen[i] for i in indices]
+        for number in numbers:
+            size = self.images.picture(number).size
             if size != (width, height):
                 raise RunError(
-                    f"The pictures are not of one size: {self.source.name(0)} is {width}x{height}, "
-                    f"{self.source.name(i)} is {size[0]}x{size[1]}. Measure those of one size at a time."
+                    f"The pictures are not of one size: {self.source.name(self.chosen[0])} is {width}x{height}, "
+                    f"{self.source.name(number)} is {size[0]}x{size[1]}. Measure those of one size at a time."
                 )
-        return torch.stack([self.images.pixels(i, channels, height, width) for i in indices])
+        return torch.stack([self.images.pixels(number, channels, height, width) for number in numbers])
 
 
 def measure_samples(
@@ -318,7 +330,8 @@ def load_reference(
     """
     height, width = samples.preprocessing.height, samples.preprocessing.width
     if given.endswith(".safetensors") and Path(given).is_file():
-        facts = read_protocol(Path(given))
+        with naming(given):
+            facts = read_protocol(Path(given))
         if facts.get("extractor_digest") != extractor.digest:
             raise InputError(
                 f"The features in {given} are those of {facts.get('extractor', 'an unknown network')}, not of "
@@ -326,7 +339,7 @@ def load_reference(
             )
         return Reference(facts, read_features(Path(given)) if accelerator.is_main_process else None)
     if given.endswith(".npz") and Path(given).is_file():
-        arrays = np.load(given)
+        arrays = read_arrays(Path(given))
         if "arr_0" not in arrays and {"mu", "sigma"} <= {*arrays}:
             mean, covariance = (arrays[name].astype(float) for name in ("mu", "sigma"))
             blank = torch.zeros(1, samples.preprocessing.channels, height, width, dtype=torch.uint8)
@@ -339,7 +352,8 @@ def load_reference(
             facts = {"name": name_of(given), "statistics": "mu and sigma, of unknown protocol"}
             return Reference(facts, None, Gaussian(mean, covariance))
     with accelerator.main_process_first():
-        images = ComparedImages(open_source(given, split, args))
+        source, split = open_source(given, split, args)
+    images = ComparedImages(source)
     kept = Path(args.cache_dir)
     return measure_reference(
         *(images, name_of(given), split, (height, width), extractor, args.batch_size, accelerator, kept, count)
@@ -358,7 +372,7 @@ class ImageStack(ImageArray):
 
     def __init__(self, path: Path):
         self.path = path
-        arrays = np.load(path)
+        arrays = read_arrays(path)
         if "arr_0" not in arrays or arrays["arr_0"].dtype != np.uint8 or arrays["arr_0"].ndim not in (3, 4):
             raise InputError(f"{path} must hold images (N, H, W, C) as 8-bit integers in an array arr_0.")
         self.images = arrays["arr_0"]
@@ -366,8 +380,36 @@ class ImageStack(ImageArray):
             self.images = self.images[..., 0]
 
 
+@contextmanager
+def naming(file: str | Path, *more: type[Exception]):
+    """What a library says of a file that is damaged, or not what its suffix says, ends the command naming the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, BadZipFile, SafetensorError, *more) as error:
+        said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{file} cannot be read as a {Path(file).suffix} file; is it whole? ({said[0]})") from error
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file.
+
+    Raises:
+        InputError: if it is not one.
+    """
+    with naming(path), open(path, "rb") as file:
+        if not is_zipfile(file):  # NumPy would take it for a pickle
+            raise ValueError("it is no archive of arrays")
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+
 def open_source(given: str, split: str, args: EvaluateArguments):
     """Open images by what they are named by: a file of them, a folder of them, a dataset folder, or the Hub's.
+
+    Returns:
+        also the split that they are, `all` of a file or folder without splits.
 
     Raises:
         InputError: if there are none.
@@ -376,22 +418,25 @@ def open_source(given: str, split: str, args: EvaluateArguments):
     if path.suffix == ".npz":
         if not path.is_file():
             raise InputError(f"{given}: there is no such file (looked for at {path.resolve()}).")
-        return ImageStack(path)
+        return ImageStack(path), "all"
     if path.suffix == ".parquet":
         from datasets import load_dataset
+        from datasets.exceptions import DatasetGenerationError
 
         if not path.is_file():
             raise InputError(f"{given}: there is no such file (looked for at {path.resolve()}).")
-        return ImageTable(load_dataset("parquet", data_files=str(path), split="train"), args.image_column)
+        with naming(path, DatasetGenerationError):
+            table = load_dataset("parquet", data_files=str(path), split="train")
+        return ImageTable(table, args.image_column), "all"
     is_folder_of_images = path.is_dir() and not any(file.suffix in TABLES for file in path.rglob("*"))
     if is_folder_of_images:
-        folder = path / split if (path / split).is_dir() else path
-        return open_images(DataArguments(train_data_dir=str(folder), split=split))
-    return open_images(
-        DataArguments(
-            dataset_name=given, dataset_config=args.reference_config, split=split, image_column=args.image_column
-        )
+        has_splits = (path / split).is_dir()
+        source = open_images(DataArguments(train_data_dir=str(path / split if has_splits else path), split=split))
+        return source, split if has_splits or isinstance(source, ImageArray) else "all"
+    data_args = DataArguments(
+        dataset_name=given, dataset_config=args.reference_config, split=split, image_column=args.image_column
     )
+    return open_images(data_args), split
 
 
 def name_of(given: str) -> str:

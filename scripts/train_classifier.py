@@ -8,6 +8,8 @@ Labels come from the data: torchvision's MNIST-style folders, folders of images 
 tenth of the images is held out. The result is an `ImageClassifier` folder with a model card.
 """
 
+import math
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -21,11 +23,19 @@ from tqdm import tqdm
 
 from ddgan.errors import InputError, run_command
 from ddgan.evaluation.classifier import NORM_GROUPS, ImageClassifier
-from ddgan.evaluation.images import color_channels, open_picture, to_bytes
+from ddgan.evaluation.images import to_bytes
+from ddgan.evaluation.references import look, spread
 from ddgan.hub.cards import CARD_NAME, is_repo_id
 from ddgan.training.arguments import DataArguments, option, parse_arguments, require_at_least
 from ddgan.training.checkpoints import replace_tree
-from ddgan.training.data import BrokenImageError, ImageArray, Preprocessing, open_images, read_image
+from ddgan.training.data import (
+    BrokenImageError,
+    ComparedImages,
+    ImageArray,
+    Preprocessing,
+    open_images,
+    read_image,
+)
 
 HELD_OUT = 0.1  # of the images, where there is no test split
 WARMUP = 0.05  # of the optimizer steps
@@ -166,9 +176,10 @@ def load_data(args: ClassifierArguments) -> tuple[LabelledImages, LabelledImages
     names = labels.classes
     if len(names) < 2:
         raise InputError(f"A classifier needs at least two classes; the data has {', '.join(names) or 'none'}.")
-    first = open_picture(source[0])
-    size = args.image_size or min(first.size)
-    preprocessing = Preprocessing(color_channels(first), size, size, center_crop=True)
+    images = ComparedImages(source)
+    size = args.image_size or min(images.picture(0).size)
+    channels = look([images.picture(i) for i in spread(len(source))])["channels"]
+    preprocessing = Preprocessing(channels, size, size, center_crop=True)
     data = LabelledImages(read_all(source, preprocessing), torch.tensor(labels.numbers))
     if test_source:
         labels = test_source.labels(args.label_column)
@@ -285,8 +296,9 @@ def card_text(
         f"logits = classifier(images)  # images: (N, {channels}, {size}, {size}) in [-1, 1]\n"
         "features = classifier.features(images)\n```",
         f"## Training\n\n{table(facts)}",
-        "## Accuracy of each class\n\n" + table({name: f"{value:.2%}" for name, value in accuracies.items()}),
-        f"## Made by\n\n```bash\npython scripts/train_classifier.py {' '.join(flags)}\n```",
+        "## Accuracy of each class\n\n"
+        + table({name: "no image" if math.isnan(value) else f"{value:.2%}" for name, value in accuracies.items()}),
+        f"## Made by\n\n```bash\npython scripts/train_classifier.py {shlex.join(flags)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 

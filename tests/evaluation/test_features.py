@@ -47,6 +47,31 @@ def test_an_interrupted_collection_goes_on_where_it_was(tmp_path):
     assert torch.equal(again["features"], found["features"])
 
 
+def test_batches_of_another_size_begin_anew(tmp_path):
+    """A part of other batches would leave holes between these."""
+    path = tmp_path / "kept.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        collect_once(path, {}, 20, 3, Measure(batches=5), Accelerator())
+    found = collect_once(path, {}, 20, 7, Measure(), Accelerator())
+    assert found["features"].flatten().tolist() == [i * i for i in range(20)]
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
+
+
+def test_two_commands_that_measure_the_same_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "kept.safetensors"
+    second = []
+
+    class AndMeanwhile(Measure):
+        def __call__(self, images):
+            if images.start == 12:  # two parts of the first command are there
+                second.append(collect_once(path, {}, 20, 3, Measure(), Accelerator()))
+            return super().__call__(images)
+
+    first = collect_once(path, {}, 20, 3, AndMeanwhile(), Accelerator())
+    assert torch.equal(first["features"], second[0]["features"])
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
+
+
 def test_what_is_kept_is_not_measured_again(tmp_path):
     path = tmp_path / "kept.safetensors"
     first = collect_once(path, {"extractor": "squares"}, 7, 3, Measure(), Accelerator())

@@ -180,6 +180,10 @@ def test_repeated_training_images_are_found():
     found = metrics.memorisation(torch.cat([fresh[:150], copies]), training, held_out)
     assert found["memorised"].value == pytest.approx(0.5, abs=0.03)
     assert metrics.memorisation(copies, training, held_out)["nearest_training_ratio"].value < 0.05
+    few_known = torch.cat([held_out, training[: len(held_out) // 20]])  # as in data with duplicates
+    assert metrics.memorisation(training[:100], training, few_known)["memorised"].value == 1
+    with pytest.raises(ValueError, match="At least half of the held-out images are among the training images"):
+        metrics.memorisation(fresh, training, training[:100])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import ROOT, run_ranks, tiny_unet, write_images
 
-from ddgan import ClassConditionalPipeline, ClassConditionedUnet
+from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
 from ddgan.errors import InputError, RunError
 from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
@@ -409,7 +409,7 @@ def test_every_number_has_its_protocol(run, folders):
         protocol = entry["protocol"]
         assert "seeds 5 to 16" in protocol["samples"] and "DDIMScheduler" in protocol["samples"]
         assert "num inference steps 2" in protocol["samples"] and "8-bit pixels" in protocol["samples"]
-        assert "reference, split train" in protocol["reference"] and "images 40" in protocol["reference"]
+        assert "reference, split all" in protocol["reference"] and "images 40" in protocol["reference"]
         assert "to 8x8, bicubic" in protocol["extractor"] and "extractor digest" in protocol["extractor"]
         assert "torch-fidelity" in protocol["versions"] and "diffusers-ddgan" in protocol["versions"]
     assert results["metrics"]["kid@12"]["protocol"]["subset_size"] == 6
@@ -441,7 +441,7 @@ def test_the_model_card_gets_the_numbers_in_place_of_earlier_ones(run, folders, 
     assert len(written) == len(card.data.eval_results) == len(results["metrics"])
     fid = written["FID@12"]
     assert fid.metric_value == pytest.approx(results["metrics"]["fid@12"]["value"], rel=1e-5)
-    assert (fid.dataset_name, fid.dataset_split, fid.metric_type) == ("reference", "train", "fid")
+    assert (fid.dataset_name, fid.dataset_split, fid.metric_type) == ("reference", "all", "fid")
     assert "seeds 7 to 18" in fid.metric_args["samples"]
     assert str(tmp_path) not in card.content
 
@@ -514,6 +514,37 @@ def test_what_cannot_be_used_is_said(run, folders, wrong, said):
     names = {"MODEL": folders["model"], "SAMPLES": folders["samples"]}
     with pytest.raises(InputError, match=said):
         run(*(names.get(flag, flag) for flag in wrong))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet", ".safetensors"])
+def test_a_damaged_file_is_named(run, folders, tmp_path, suffix):
+    (tmp_path / f"damaged{suffix}").write_bytes(b"nothing of the kind")
+    with pytest.raises(InputError, match=rf"damaged{suffix} cannot be read as a {suffix} file"):
+        run("--images", folders["samples"], reference=tmp_path / f"damaged{suffix}")
+
+
+def test_the_reference_is_not_held_out(run, folders, tmp_path, drawn):
+    training = write_images(tmp_path / "training", 100)
+    with pytest.raises(InputError, match="holds the images of --reference"):
+        run("--pipeline", folders["model"], *SHORT, "--held_out", training, reference=training)
+    assert len(drawn) <= 1  # the one that tells the size
+
+
+def test_some_of_the_images_are_drawn_at_random(run, folders, tmp_path):
+    both = tmp_path / "both"
+    for kind, source in (("a", "reference"), ("b", "samples")):
+        (both / kind).mkdir(parents=True)
+        for path in folders[source].iterdir():
+            os.link(path, both / kind / path.name)
+    some = values(run("--images", both, "--num_images", 40))
+    assert some["precision@40"] < 1  # the first 40 are those of the reference
+    assert values(run("--images", both, "--num_images", 40, "--seed", 5)) == some
+
+
+def test_a_guided_pipeline_cannot_be_measured_without_its_loss(run, folders, tmp_path):
+    GuidedPipeline.from_pipe(DDPMPipeline.from_pretrained(folders["model"])).save_pretrained(tmp_path / "guided")
+    with pytest.raises(InputError, match="A GuidedPipeline draws nothing without its loss"):
+        run("--pipeline", tmp_path / "guided", *SHORT)
 
 
 def test_without_a_reference_or_a_classifier_there_is_nothing_to_measure(folders):

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ddgan.errors import InputError
+from ddgan.errors import InputError, RunError
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.scripts import train_classifier
 
@@ -150,5 +150,12 @@ def test_what_cannot_be_used_is_said(tmp_path, monkeypatch, wrong, said):
 def test_a_broken_image_is_named(tmp_path):
     data = write_classes(tmp_path / "sides", 3)
     (data / "left" / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"left/broken\.png"):
+    with pytest.raises(RunError, match=r"left/broken\.png"):
         train(("--train_data_dir", data), tmp_path / "classifier")
+
+
+def test_one_grey_image_does_not_make_the_classifier_grey(tmp_path):
+    data = write_classes(tmp_path / "sides", 3)
+    first = min((data / "left").iterdir())
+    Image.open(first).convert("L").save(first)
+    assert train(("--train_data_dir", data), tmp_path / "classifier").config.in_channels == 3
