@@ -7,7 +7,7 @@ from setuptools import setup
 PARTS = ("evaluation", "guidance", "hub", "models", "pipelines", "sampling", "schedulers", "training")
 EXTRAS = {
     "train": ["accelerate>=1.10", "datasets>=4.0", "matplotlib>=3.8", "tensorboard>=2.16", "tqdm>=4.66"],
-    "clip": ["open-clip-torch>=2.24"],
+    "clip": ["open-clip-torch>=2.24", "protobuf>=4.25", "sentencepiece>=0.2"],  # the last two for SigLIP's tokenizer
     "wandb": ["wandb>=0.18"],
     "gradio": ["gradio>=6.20"],
     "eval": ["torch-fidelity>=0.4", "scipy>=1.11"],

@@ -84,7 +84,9 @@ class Arguments:
 
 def parse_loss(text: str, clip_model: list[str]) -> GuidanceLoss:
     weight, star, loss = text.partition("*")
-    name, colon, what = (loss if star else text).partition(":")
+    if not star or ":" in weight:  # a star within a sentence
+        star, loss = "", text
+    name, colon, what = loss.partition(":")
     losses = {
         **LOSSES,
         "clip": lambda prompt: CLIPLoss(prompt, *clip_model),

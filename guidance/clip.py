@@ -132,7 +132,7 @@ def load_encoder(model: str, pretrained: str | None, device: str) -> "Encoder":
         if is_open_clip:
             return OpenClipEncoder(model, pretrained, torch.device(device))
         return TransformersEncoder(model, torch.device(device))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         if isinstance(error, InputError):
             raise
         name = f"{model} ({pretrained})" if pretrained else model

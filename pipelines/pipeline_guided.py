@@ -13,6 +13,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepInverseScheduler,
+    DPMSolverSinglestepScheduler,
     PNDMScheduler,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -204,6 +205,7 @@ class GuidedPipeline(DiffusionPipeline):
             scale_schedule,
             guidance_start,
             guidance_end,
+            max_grad_norm,
             generator,
             latents,
             output_type,
@@ -316,12 +318,15 @@ class GuidedPipeline(DiffusionPipeline):
         scale_schedule,
         guidance_start,
         guidance_end,
+        max_grad_norm,
         generator,
         latents,
         output_type,
         callback_on_step_end_tensor_inputs,
     ):
         self._check_scheduler()
+        if torch.is_inference_mode_enabled():
+            raise ValueError("Guidance needs gradients: call this pipeline outside of `torch.inference_mode`.")
         if shape[0] < 1:
             raise ValueError(f"`batch_size` is {shape[0]}, but must be at least 1.")
         if num_inference_steps is not None and num_inference_steps < 1:
@@ -338,6 +343,8 @@ class GuidedPipeline(DiffusionPipeline):
                 f"`guidance_start` is {guidance_start} and `guidance_end` {guidance_end}, but they must be shares of "
                 "the steps: 0 <= start <= end <= 1."
             )
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"`max_grad_norm` is {max_grad_norm}, but must be greater than 0, or None for no bound.")
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but must have one for each of the {shape[0]} images that "
@@ -357,8 +364,10 @@ class GuidedPipeline(DiffusionPipeline):
         scheduler = self.scheduler
         # `from_config` keeps what other schedulers were configured with, so that the config alone says nothing
         prediction_type = scheduler.config.prediction_type if "prediction_type" in _settings(scheduler) else None
-        # PNDM begins with several evaluations a step, whatever its order says; inverse ones lead to the noise
-        others = PNDMScheduler | DDIMInverseScheduler | DPMSolverMultistepInverseScheduler
+        # PNDM begins with several evaluations a step, whatever its order says; the single-step solver goes on from a
+        # sample that it kept, without what moved since; inverse ones lead to the noise
+        others = PNDMScheduler | DPMSolverSinglestepScheduler
+        others |= DDIMInverseScheduler | DPMSolverMultistepInverseScheduler
         inputs = [*_inputs(scheduler.step)][:3] if hasattr(scheduler, "step") else []
         steps_once = inputs == ["model_output", "timestep", "sample"] and not isinstance(scheduler, others)
         steps_once = steps_once and getattr(scheduler, "order", None) == 1
@@ -399,7 +408,14 @@ class GuidedPipeline(DiffusionPipeline):
             labels = labels.expand(batch_size, *labels.shape)
         if len(labels) != batch_size:
             raise ValueError(f"`class_labels` are {len(labels)}, but `batch_size` asks for {batch_size} images.")
+        table = (config.get("num_class_embeds") or config.get("num_classes")) and not config.get("class_embed_type")
+        if table if labels.is_floating_point() else labels.ndim != 1:
+            raise ValueError(f"`class_labels` is {class_labels}, but must be one integer an image.")
         if labels.is_floating_point():
+            if (width := config.get("n_cfeat")) and labels.shape[1:] != (width,):
+                raise ValueError(
+                    f"`class_labels` is a context of shape {tuple(labels.shape)}, but this takes {width}."
+                )
             return {"class_labels": labels.to(self.unet.dtype)}
         classes = next(filter(None, map(config.get, ("num_class_embeds", "num_classes", "n_cfeat"))), None)
         if classes is not None:

@@ -48,6 +48,7 @@ def test_every_loss_can_be_named(tmp_path):
         "2*color:teal": 2 * ColorLoss("teal"),
         "clip:a red rose": CLIPLoss("a red rose", clip),
         f"-0.5*clip_picture:{tmp_path / 'red.png'}": -0.5 * CLIPLoss(red, clip),
+        "clip:a *red* rose": CLIPLoss("a *red* rose", clip),
         "saturation:0.5": SaturationLoss(0.5),
         "0.1*total_variation": 0.1 * TotalVariationLoss(),
         "symmetry": SymmetryLoss(),

@@ -9,17 +9,17 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceTrainer
 from tiny import tiny_unet
 from tiny_clip import MEAN, PICTURE, STD, TOWER, save_clip
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPModel,
-    PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    SiglipTokenizer,
 )
 
 from ddgan import CLIPLoss, GuidedPipeline
@@ -33,11 +33,13 @@ needs_open_clip = pytest.mark.skipif(
 
 
 def save_siglip(folder) -> None:
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "red": 3, "rose": 4}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", model_input_names=["input_ids"])
-    tokenizer.save_pretrained(folder)
-    text = {**TOWER, "vocab_size": 8, "max_position_embeddings": 8, "bos_token_id": 2, "eos_token_id": 2}
+    folder.mkdir()
+    (folder / "words.txt").write_text("a red rose\n" * 9)
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    pieces = {"model_prefix": folder / "spiece", "vocab_size": 32, "hard_vocab_limit": False, **ids}
+    SentencePieceTrainer.train(input=folder / "words.txt", minloglevel=2, **pieces)
+    SiglipTokenizer(str(folder / "spiece.model")).save_pretrained(folder)
+    text = {**TOWER, "vocab_size": 32, "max_position_embeddings": 8, "bos_token_id": 2, "eos_token_id": 2}
     SiglipModel(SiglipConfig(text_config=text, vision_config=PICTURE)).save_pretrained(folder)
     size = {"size": {"height": 16, "width": 16}}
     SiglipImageProcessor(**size, image_mean=MEAN, image_std=STD).save_pretrained(folder)

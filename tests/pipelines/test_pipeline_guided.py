@@ -19,6 +19,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -551,7 +552,8 @@ def test_classes_are_passed_on(kind, labels):
     assert torch.equal(two, draw(pipe, seeds=(0, 1), class_labels=[2, 2])[0])
     one_and_two, _ = draw(pipe, seeds=(0, 1), class_labels=[1, 2])
     assert torch.equal(one_and_two[1], two[1]) and not torch.allclose(one_and_two[0], two[0], atol=1e-3)
-    for wrong, said in (([2], "are 1"), (3, "0 to 2"), ([-1, 0], "0 to 2")):
+    many = [([2], "are 1"), (3, "0 to 2"), ([-1, 0], "0 to 2"), ([[0], [1]], "one integer an image")]
+    for wrong, said in [*many, ([0.5, 1.0], "takes 3" if kind == "context" else "one integer an image")]:
         with pytest.raises(ValueError, match=said):
             draw(pipe, seeds=(0, 1), class_labels=wrong)
     with pytest.raises(ValueError, match="class_labels"):
@@ -656,6 +658,7 @@ def test_by_default_it_takes_40_steps_or_all_there_are():
         CogVideoXDPMScheduler(),
         DDIMInverseScheduler(),
         DPMSolverMultistepInverseScheduler(),
+        DPMSolverSinglestepScheduler(),
         EDMEulerScheduler(),
         FlowMatchEulerDiscreteScheduler(),
         DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
@@ -667,6 +670,11 @@ def test_a_scheduler_that_knows_no_clean_picture_or_does_not_step_once_is_refuse
         with pytest.raises(ValueError, match=rf"{type(scheduler).__name__} cannot guide.*DDIM") as error:
             use(guided(scheduler))
         assert "\n" not in str(error.value)
+
+
+def test_without_gradients_it_says_so():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside of `torch\.inference_mode`"):
+        draw(guided())
 
 
 def test_networks_that_need_more_are_refused():
@@ -703,6 +711,7 @@ def test_pipelines_of_latents_are_refused():
         ({"latents": torch.zeros(3, 3, 4, 4)}, r"\(3, 3, 8, 8\)"),
         ({"class_labels": 1}, "class"),
         ({"num_inference_steps": 2000}, "1000"),
+        ({"max_grad_norm": 0}, "`max_grad_norm` is 0, but must be greater than 0"),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
         ({"seeds": ()}, "at least 1"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "latents"),
