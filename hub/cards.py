@@ -1,14 +1,20 @@
 """Model cards written from what is known of a run, never from placeholders."""
 
+import hashlib
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, hf_hub_url
+from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from yaml import YAMLError
 
 from .. import __version__
+from ..errors import InputError
+from .folders import is_unwritten
 
 CARD_NAME = "README.md"
 
@@ -111,6 +117,31 @@ def card_text(facts: CardFacts) -> str:
         f"images of its training data. {license_line}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def nobody_wrote(card: str) -> bool:
+    """Whether a card has no words of anybody: it is unwritten, or metadata alone, as the Hub's website makes it."""
+    metadata = REGEX_YAML_BLOCK.match(card)
+    return is_unwritten(card) or (metadata is not None and not card[metadata.end() :].strip())
+
+
+def with_metadata(card: str, other: str) -> str:
+    """
+    A card of `card_of_parts` with what the metadata of another card says beside its own; it stays an unwritten one.
+
+    Raises:
+        InputError: if the other card's metadata cannot be read.
+    """
+    made = RepoCard(card)
+    try:
+        theirs = RepoCard(other).data.to_dict()
+    except (YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"The metadata of the {CARD_NAME} that is there cannot be read: {reason}. Mend it.") from None
+    made.data = CardData(**{**theirs, **made.data.to_dict()})
+    text, made_by = str(made).rsplit("\n<!-- ", 1)
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+    return f"{text}\n<!-- {re.sub('[0-9a-f]{12}', digest, made_by)}"
 
 
 def license_of(model: str) -> dict[str, str]:

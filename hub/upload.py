@@ -27,7 +27,7 @@ from huggingface_hub.utils import disable_progress_bars, get_session, validate_r
 from huggingface_hub.utils.sha import git_hash
 
 from ..errors import InputError, RunError
-from .cards import CARD_NAME
+from .cards import CARD_NAME, nobody_wrote, with_metadata
 from .folders import SAMPLES, is_unwritten, shows_samples
 from .publication import snapshot, space_snapshot
 
@@ -130,8 +130,8 @@ class Repository:
         Upload all files of a folder in one commit, so that who loads it meets the old state or the new one.
 
         Nothing is committed where the files are there already: that is also how a commit is found again whose answer
-        was lost. Files that are only in the repository stay, and so does a card that somebody wrote there where the
-        folder's was written by nobody.
+        was lost. Files that are only in the repository stay. Where the folder's card was written by nobody, one that
+        somebody wrote there stays too, and of another one the metadata that the folder's does not have, as a licence.
 
         Raises:
             InputError: if the user may not write, or the Hub refuses what is uploaded.
@@ -194,13 +194,16 @@ class Repository:
             self.api.create_branch(**self.names, branch=self.revision, exist_ok=True)
 
     def _upload(self, folder: Path, message: str) -> Uploaded:
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        card, head = folder / CARD_NAME, self._info(revision=self.revision).sha
-        unwritten = card in files and is_unwritten(card.read_text(encoding="utf-8"))
-        if unwritten and (theirs := self._written_card(head)) is not None:
-            staying = {card} if shows_samples(theirs) else {card, folder / SAMPLES}
-            files = [file for file in files if file not in staying]
-        additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        head = self._info(revision=self.revision).sha
+        mine = files[CARD_NAME].read_text(encoding="utf-8") if CARD_NAME in files else ""
+        if is_unwritten(mine) and (theirs := self._card(head)) is not None:
+            if nobody_wrote(theirs):
+                files[CARD_NAME] = with_metadata(mine, theirs).encode("utf-8")
+            else:
+                staying = {CARD_NAME} if shows_samples(theirs) else {CARD_NAME, SAMPLES}
+                files = {name: file for name, file in files.items() if name not in staying}
+        additions = [CommitOperationAdd(name, file) for name, file in files.items()]
         if self._holds(head, additions):
             return Uploaded(head, f"{self.url}/commit/{head}")
         where = {"revision": self.revision, "parent_commit": head}
@@ -218,14 +221,13 @@ class Repository:
         done = self.api.create_commit(**self.names, operations=additions, commit_message=message, **where)
         return Uploaded(done.oid, done.pr_url or done.commit_url)
 
-    def _written_card(self, revision: str) -> str | None:
-        """The card that somebody wrote there."""
+    def _card(self, revision: str) -> str | None:
+        """The card that is there."""
         try:
             file = self.api.hf_hub_download(**self.names, filename=CARD_NAME, revision=revision)
         except RemoteEntryNotFoundError:
             return None
-        card = Path(file).read_text(encoding="utf-8")
-        return None if is_unwritten(card) else card
+        return Path(file).read_text(encoding="utf-8", errors="replace")  # it may be in any encoding
 
     def _holds(self, revision: str, additions: list[CommitOperationAdd]) -> bool:
         """Whether all these files are in the repository as they are here."""

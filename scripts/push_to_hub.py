@@ -11,6 +11,7 @@ is finished by giving it again; nothing is uploaded twice.
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from ddgan.errors import InputError, RunError, run_command
 from ddgan.hub.cards import CARD_NAME
@@ -38,6 +39,11 @@ class PushArguments:
             raise InputError("Say what to publish, and where: --folder my-model --repo_id user/my-model.")
         if self.create_pr and self.revision:
             raise InputError("--create_pr makes a pull request to the main branch: leave --revision out.")
+        if self.space and (self.create_pr or self.revision not in (None, "main")):
+            raise InputError(
+                "--space makes a Space that loads the repository's main branch, and --revision and --create_pr leave "
+                "that as it is: publish to the main branch, or leave --space out."
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +70,10 @@ def main(argv: list[str] | None = None) -> None:
             f"{uploaded.url} holds all files, but the pipeline that is loaded from there draws another picture for "
             f"seed 0 than the one in {folder}. Do not pass it on before you know why."
         )
-    print(f"published      {repository.url}: loaded from there it draws the same picture as here")
+    place = uploaded.url if args.create_pr else repository.url
+    if args.revision:
+        place += f"/tree/{quote(args.revision, safe='')}"
+    print(f"published      {place}: loaded from there it draws the same picture as here")
     if args.space:
         print(f"Space          {upload_space(SPACE_FOLDER, args.repo_id, args.private).url}")
         if args.private:

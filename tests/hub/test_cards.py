@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard, get_session
 from tiny import ROOT
 
-from ddgan.hub.cards import CardFacts, card_text, is_repo_id, license_of
+from ddgan.hub.cards import CardFacts, card_text, is_repo_id, license_of, nobody_wrote
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,21 @@ def test_a_licence_is_carried_over_from_a_folders_card(tmp_path):
     (tmp_path / "README.md").write_text("# model without metadata\n")
     assert license_of(str(tmp_path)) == {}
     assert license_of("nobody/nothing") == {}
+
+
+@pytest.mark.parametrize(
+    ("card", "written"),
+    [
+        ("---\nlicense: mit\n---\n", False),
+        ("---\nlicense: mit\n---", False),
+        ("---\r\nlicense: mit\r\n---\r\n\r\n", False),
+        ("---\nlicense: mit\n---\n# model\n", True),
+        ("---\nlicense: mit\n---\nmine\n---\n", True),
+        ("# model\n", True),
+    ],
+)
+def test_metadata_alone_was_written_by_nobody(card, written):
+    assert nobody_wrote(card) != written
 
 
 @pytest.mark.parametrize("link", ["LICENSE.md", "https://x.y/license"])

@@ -133,6 +133,73 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path):
         snapshot(tmp_path, "ann/model")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("README.md", "# Größe".encode("latin-1"), "is not a text in UTF-8: save it as one"),
+        ("README.md", b"---\nlicense: [mit\n---\n", r"The metadata of the README\.md that is there cannot be read: "),
+        ("model_index.json", b"{bad", r"is damaged, it is no JSON: .* line 1 column 2 .* Save the pipeline anew"),
+        ("model_index.json", b"[]", "is damaged, it is no JSON object"),
+        ("model_index.json", b"{}", "not a pipeline folder: it has no .* that names a pipeline's class"),
+        ("unet/config.json", b'{"sample_size": 8', "is damaged, it is no JSON: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(run, name, content, said):
+    (run / name).write_bytes(content)
+    with pytest.raises(InputError, match=said) as error:
+        snapshot(run, "ann/model")
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("given", ["run", "runs/../run", "{run}"])
+@pytest.mark.parametrize(
+    ("call", "published"),
+    [
+        ('DDGANPipeline.from_pretrained("run")', 'DDGANPipeline.from_pretrained("ann/model")'),
+        ('DDGANPipeline.from_pretrained("{run}")', 'DDGANPipeline.from_pretrained("ann/model")'),
+        ('diffusers.DDPMPipeline.from_pretrained("old-name")', 'diffusers.DDPMPipeline.from_pretrained("ann/model")'),
+        ('NCSNpp.from_pretrained("{run}/unet")', 'NCSNpp.from_pretrained("ann/model", subfolder="unet")'),
+        ('NCSNpp.from_pretrained("./run/unet/", x=1)', 'NCSNpp.from_pretrained("ann/model", subfolder="unet", x=1)'),
+        ('NCSNpp.from_pretrained("run", subfolder="unet")', 'NCSNpp.from_pretrained("ann/model", subfolder="unet")'),
+        ('AutoTokenizer.from_pretrained("gpt2")', None),
+        ('DDPMPipeline.from_pretrained("google/ddpm-cat-256")', None),
+        ('UNet2DModel.from_pretrained("google/ddpm-cat-256", subfolder="unet")', None),
+        ('UNet2DModel.from_pretrained("../other/unet")', None),
+    ],
+)
+def test_a_card_loads_from_the_repository_what_it_loads_from_its_folder(run, monkeypatch, given, call, published):
+    monkeypatch.chdir(run.parent)
+    call, given = call.replace("{run}", str(run)), given.replace("{run}", str(run))
+    (run.parent / "runs").mkdir()
+    (run / "README.md").write_text(f"# Mine\n\n```python\nx = {call}\n```\n")
+    with snapshot(Path(given), "ann/model") as taken:
+        assert Path(taken, "README.md").read_text() == f"# Mine\n\n```python\nx = {published or call}\n```\n"
+
+
+@pytest.mark.parametrize(
+    ("shown", "file"),
+    [
+        ("![a](my%20grid.png)", "my grid.png"),
+        ("![a](<my grid.png>)", "my grid.png"),
+        ('![a](grid.png "caption")', "grid.png"),
+        ("<img width='9' src='grid.png'>", "grid.png"),
+        ('<img src="it\'s.png">', "it's.png"),
+        ("![a](<../secret.png>)", None),
+        ("![a](%2E%2E/secret.png)", None),
+        ("![a](../run/grid.png)", None),
+        ("<img src='{run}/grid.png'>", None),
+        ("<img src='token'>", None),
+    ],
+)
+def test_the_pictures_of_a_card_are_published_however_it_names_them(run, monkeypatch, shown, file):
+    monkeypatch.chdir(run.parent)
+    for name in ("../secret.png", "my grid.png", "grid.png", "it's.png"):
+        (run / name).write_bytes(b"picture")
+    (run / "README.md").write_text(f"# Mine\n{shown.replace('{run}', str(run))}\n")
+    pictures = [name for name in pipeline_files(Path("run")) if name.endswith(".png")]
+    assert pictures == ([file] if file else [])
+
+
 # ---- who may do what
 
 

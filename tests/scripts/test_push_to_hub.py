@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import ROOT, tiny_unet
 
 from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.errors import InputError, RunError
-from ddgan.hub.folders import draw_samples
+from ddgan.hub.folders import draw_samples, is_unwritten
 from ddgan.scripts import push_to_hub
 
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"
@@ -102,14 +103,32 @@ def test_a_command_that_failed_is_finished_by_giving_it_again(local_hub, folder,
     assert capsys.readouterr().out.count("published") == 2
 
 
-def test_a_folder_without_a_card_leaves_the_one_that_is_there(local_hub, folder, drawn):
-    local_hub.add("ann/model", **{"README.md": b"# Ann's own words\n"})
+@pytest.mark.parametrize("card", [b"# Ann's own words\n", "# Größe\n".encode("latin-1")])
+def test_a_folder_without_a_card_leaves_the_one_that_is_there(local_hub, folder, drawn, card):
+    local_hub.add("ann/model", **{"README.md": card})
     push_to_hub.main(flags(folder))
     there = local_hub.files("ann/model")
-    assert there["README.md"] == b"# Ann's own words\n" and WEIGHTS in there
+    assert there["README.md"] == card and WEIGHTS in there
     (folder / "README.md").write_text("# Other words\n")
     push_to_hub.main(flags(folder))
     assert local_hub.files("ann/model")["README.md"] == b"# Other words\n"
+
+
+@pytest.mark.parametrize("where", ["repository", "folder"])
+def test_a_licence_that_was_chosen_before_there_was_a_card_is_on_each_later_one(local_hub, folder, drawn, where):
+    licence = b"---\nlicense: mit\ntags:\n- mine\n---\n"
+    if where == "repository":
+        local_hub.add("ann/model", **{"README.md": licence})
+    else:
+        (folder / "README.md").write_bytes(licence)
+    for pipe in (DDGANPipeline, DDPMPipeline):
+        push_to_hub.main(flags(folder))
+        card = ModelCard(local_hub.files("ann/model")["README.md"].decode())
+        assert card.data.license == "mit" and card.data.tags == ["diffusers", "unconditional-image-generation"]
+        assert f"A `{pipe.__name__}` of" in card.text and is_unwritten(str(card))
+        DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(folder)
+    push_to_hub.main(flags(folder))
+    assert len(local_hub.repos["model", "ann/model"].refs["main"]) == 3, "the same was committed again"
 
 
 def test_pictures_for_a_card_go_where_a_card_shows_them(local_hub, folder, monkeypatch):
@@ -142,7 +161,10 @@ def test_branches_pull_requests_and_spaces(local_hub, folder, drawn, capsys, tmp
     push_to_hub.main(flags(folder, "--create_pr"))
     repo = local_hub.repos["model", "ann/model"]
     assert repo.refs.keys() == {"main", "v2", "refs/pr/1"} and list(local_hub.files("ann/model")) == [".gitattributes"]
-    assert f"uploaded       {local_hub.url}/ann/model/discussions/1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"uploaded       {local_hub.url}/ann/model/discussions/1" in said
+    for place in ("tree/v2", "discussions/1"):
+        assert f"published      {local_hub.url}/ann/model/{place}: loaded from there" in said
     assert drawn[-1] == ("ann/model", repo.refs["refs/pr/1"][-1])
 
     monkeypatch.setattr(push_to_hub, "SPACE_FOLDER", tmp_path / "nothing")
@@ -166,6 +188,8 @@ def test_branches_pull_requests_and_spaces(local_hub, folder, drawn, capsys, tmp
             "nowhere is not a pipeline folder: it has no",
         ),
         (("--folder", "f", "--repo_id", "ann/model", "--create_pr", "--revision", "v2"), "leave --revision out"),
+        (("--folder", "f", "--repo_id", "ann/model", "--space", "--create_pr"), "a Space that loads .* main branch"),
+        (("--folder", "f", "--repo_id", "ann/model", "--space", "--revision", "v2"), "or leave --space out"),
         (("--folder", "f", "--repo_id", "datasets/ann/model"), "is one of the Hub's datasets"),
     ],
 )
