@@ -27,6 +27,7 @@ from ddgan.training.arguments import (
     RunArguments,
     option,
     parse_arguments,
+    require_above,
     require_at_least,
 )
 from ddgan.training.checkpoints import replace_file
@@ -71,6 +72,7 @@ class FinetuneArguments:
 
     def __post_init__(self):
         require_at_least(1, self, "sample_steps")
+        require_above(0, self, "min_snr_gamma")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.run()
     if accelerator.is_main_process:
         before, after = (trainer.sample_path(step) for step in (0, trainer.step))
-        if before.exists():
+        if before.exists() and Image.open(before).size == Image.open(after).size:  # else --num_samples has changed
             picture = before_after(Image.open(before), Image.open(after))
             replace_file(Path(run.output_dir) / "before_after.png", picture.save)
         trainer.finish()
@@ -152,6 +154,11 @@ def load_start_model(args: FinetuneArguments, data_args: DataArguments) -> DDPMP
             f"{', '.join(f'{name} ({type(part).__name__})' for name, part in found.components.items())}. Fine-tuning "
             "takes a pipeline of pixels with an unconditional UNet2DModel and a scheduler of DDPM's kind, such as "
             "google/ddpm-celebahq-256."
+        )
+    if unet.class_embedding is not None:
+        raise InputError(
+            f"The UNet of {args.start_model} is told a class. Fine-tuning takes one that draws without; "
+            "train_class_conditional.py trains one by class from the start."
         )
     if unet.config.in_channels not in CHANNEL_MODES:
         raise InputError(

@@ -7,7 +7,7 @@ Where no --recipe or --config is named it is `--recipe tutorial`, and where no d
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -27,6 +27,7 @@ from ddgan.training.arguments import (
     RunArguments,
     option,
     parse_arguments,
+    require_above,
     require_at_least,
 )
 from ddgan.training.data import Preprocessing, TrainingData
@@ -42,6 +43,7 @@ RECIPES = {
 }
 DATASETS = {"mnist": MNIST, "fashion_mnist": FashionMNIST}
 NUM_TRAIN_TIMESTEPS = 1000
+MIN_WIDTH = 8  # channels of one head of attention in the blocks of Diffusers
 
 
 @dataclass
@@ -84,6 +86,8 @@ class ClassConditionalArguments:
     def __post_init__(self):
         require_at_least(1, self, "layers_per_block", "norm_num_groups", "sample_steps")
         require_at_least(0, self, "class_emb_size", "class_dropout")
+        require_at_least(MIN_WIDTH, self, "block_out_channels")
+        require_above(0, self, "min_snr_gamma")
         if not self.block_out_channels:
             raise InputError("--block_out_channels needs at least one width.")
         if self.guidance_scale > 1 and not self.class_dropout:
@@ -130,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     repo_id = repository_for(run) if run.push_to_hub and accelerator.is_main_process else None
 
     with accelerator.main_process_first():  # the others find what it has downloaded
-        choose_data(args, data_args)
+        data_args = choose_data(args, data_args)
     size = data_args.resolution or [data_args.image_size or 28] * 2
     preprocessing = Preprocessing(args.image_channels, *size, data_args.center_crop, data_args.random_flip)
     data = TrainingData(
@@ -188,8 +192,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer.finish()
 
 
-def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> None:
-    """Have `--train_data_dir` name the folder of `--dataset`, downloaded where it is not there.
+def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> DataArguments:
+    """The arguments with the folder of `--dataset` as `--train_data_dir`, downloaded where it is not there.
 
     Raises:
         InputError: if other data are named too, or the folder is not there and cannot be downloaded.
@@ -198,7 +202,7 @@ def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> No
     if args.dataset and other:
         raise InputError(f"--dataset {args.dataset} and {other} both name the images to train on. Give one of them.")
     if other:
-        return
+        return data_args
     dataset_class = DATASETS[args.dataset or "mnist"]
     folder = Path(args.data_dir) / dataset_class.__name__
     part = "t10k" if data_args.split == "test" else "train"
@@ -213,7 +217,7 @@ def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> No
                 f"{' '.join(str(error).split())} Name the folder that holds {dataset_class.__name__} with --data_dir, "
                 "or other images with --dataset_name or --train_data_dir."
             ) from error
-    data_args.train_data_dir = str(folder)
+    return replace(data_args, train_data_dir=str(folder))
 
 
 def build(args: ClassConditionalArguments, size: list[int], classes: list[str]) -> ClassConditionedUnet | ContextUnet:

@@ -28,6 +28,7 @@ from ddgan.training.arguments import (
     RunArguments,
     option,
     parse_arguments,
+    require_above,
     require_at_least,
 )
 from ddgan.training.data import Preprocessing, TrainingData
@@ -90,9 +91,7 @@ class DDGANArguments:
         require_at_least(1, self, "layers_per_block", "latent_dim", "latent_embed_dim", "discriminator_channels")
         require_at_least(1, self, "num_train_timesteps", "lazy_reg")
         require_at_least(0, self, "r1_gamma", "lr_min", "dropout", "latent_mapping_layers")
-        for name in ("lr_g", "lr_d"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be greater than 0.")
+        require_above(0, self, "lr_g", "lr_d")
         if self.lr_min > min(self.lr_g, self.lr_d):
             raise InputError(
                 f"--lr_min is {self.lr_min}, down to which --lr_g {self.lr_g} and --lr_d {self.lr_d} go: it must not "

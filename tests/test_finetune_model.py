@@ -298,6 +298,30 @@ def test_latest_skips_what_is_not_complete(finetune):
     assert len(read_metrics(run / "metrics.csv")) == 4
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prediction_type", "v_prediction"], "prediction type = epsilon, but this run has v_prediction"),
+        (["--freeze", "all_but_norms"], "was made with trained parameters = "),
+        (["--max_train_steps", 2], "further than the 2 steps"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(finetune, flags, said):
+    run = finetune("run", "--max_train_steps", 3, "--checkpointing_steps", 1)
+    weights, checkpoints = saved_weights(run), sorted(path.name for path in (run / "checkpoints").iterdir())
+    with pytest.raises(InputError, match=said):
+        finetune("run", "--max_train_steps", 4, *flags, "--resume_from_checkpoint", "latest")
+    assert largest_difference(weights, saved_weights(run)) == 0
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == checkpoints
+
+
+def test_grids_of_other_sizes_are_not_put_beside_each_other(finetune):
+    run = finetune("run", "--max_train_steps", 2, "--num_samples", 4)
+    before = (run / "before_after.png").read_bytes()
+    finetune("run", "--max_train_steps", 3, "--num_samples", 9, "--resume_from_checkpoint", "latest")
+    assert (run / "before_after.png").read_bytes() == before
+
+
 def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(finetune):
     flags = ("--num_epochs", 4, "--checkpointing_steps", 4)
     run = finetune("run", *flags, "--max_train_steps", 4)
@@ -386,8 +410,13 @@ def test_an_earlier_checkpoint_is_gone_on_from_and_the_later_ones_made_anew(fine
 
 
 def test_a_model_folder_is_not_overwritten_and_other_files_stay(finetune, tiny_model, tmp_path):
-    with pytest.raises(InputError, match="holds a model that no run made"):
+    with pytest.raises(InputError, match=r"holds model_index\.json, which no run made"):
         finetune("run", "--output_dir", tiny_model)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("mine")
+    with pytest.raises(InputError, match=r"holds README\.md, which no run made"):
+        finetune("notes")
+    assert (tmp_path / "notes" / "README.md").read_text() == "mine"
     theirs = tmp_path / "run" / "theirs" / ".tmp-theirs"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("")
@@ -399,6 +428,21 @@ def test_a_model_folder_is_not_overwritten_and_other_files_stay(finetune, tiny_m
 def test_numbers_that_are_too_small_are_refused(finetune, flags):
     with pytest.raises(InputError, match=rf"{flags.split()[0]} is -?\d; it must be at least [01]"):
         finetune("run", *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seed", "-1"], "must be at least 0"),
+        (["--learning_rate", "nan"], "must be at least 0"),
+        (["--min_snr_gamma", "0"], "must be greater than 0"),
+        (["--ema_inv_gamma", "0"], "must be greater than 0"),
+        (["--resolution", "8", "0"], "must be at least 1"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(finetune, flags, said):
+    with pytest.raises(InputError, match=said):
+        finetune("run", *flags)
 
 
 def test_models_that_this_cannot_train_are_refused(finetune, tmp_path):

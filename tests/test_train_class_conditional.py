@@ -127,6 +127,14 @@ def test_config_yaml_repeats_the_run(train, tmp_path):
     assert largest_difference(state(run), state(tmp_path / "again")) == 0
 
 
+def test_config_yaml_repeats_a_run_on_a_dataset_by_name(train, tmp_path):
+    write_idx(tmp_path / "data" / "MNIST" / "raw")
+    run = train("run", data=("--dataset", "mnist", "--data_dir", tmp_path / "data"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_class_conditional.main(["--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "again")])
+    assert largest_difference(state(run), state(tmp_path / "again")) == 0
+
+
 @pytest.mark.parametrize("network", [CLASS_CONDITIONED, CONTEXT])
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(train, network):
     straight = train("straight", *GUIDED, "--random_flip", network=network)
@@ -190,6 +198,18 @@ def test_config_overrides_a_recipe_and_flags_both(tmp_path):
     assert build(args, [28, 28], ["one", "two"]).class_embedding is None
     with pytest.raises(InputError, match="choose from"):
         arguments("--recipe", "slow")
+
+
+def test_a_flag_takes_the_place_of_what_a_file_says_otherwise(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "image_size: 16\nmax_train_steps: 9\ntrain_data_dir: mine\nmixed_precision: no\n"
+    )
+    config = ["--config", str(tmp_path / "mine.yaml")]
+    run, _, data, args = arguments(*config, "--resolution", "8", "16", "--num_epochs", "5", "--dataset", "mnist")
+    assert (data.image_size, data.resolution, run.max_train_steps, run.num_epochs) == (None, [8, 16], None, 5)
+    assert (data.train_data_dir, args.dataset, run.mixed_precision) == (None, "mnist", "no")
+    run, _, data, _ = arguments("--recipe", "emoji_32", *config)
+    assert (data.dataset_name, data.train_data_dir, data.image_size, run.max_train_steps) == (None, "mine", 16, 9)
 
 
 # ---- data
@@ -281,5 +301,5 @@ def test_images_without_classes_are_refused(train, images, tmp_path):
 def test_the_split_says_which_files_are_needed(tmp_path):
     write_idx(tmp_path / "MNIST" / "raw", "t10k")
     *_, data_args, args = arguments("--data_dir", str(tmp_path), "--split", "test")
-    train_class_conditional.choose_data(args, data_args)
-    assert data_args.train_data_dir == str(tmp_path / "MNIST")
+    chosen = train_class_conditional.choose_data(args, data_args)
+    assert chosen.train_data_dir == str(tmp_path / "MNIST")

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,6 +15,13 @@ from transformers import HfArgumentParser
 from ..errors import InputError
 
 MIN_IMAGES = 12  # that are measured or measured against: six in each half
+
+# of each group a flag that is given takes the place of those that a file names
+ALTERNATIVES = (
+    {"image_size", "resolution"},
+    {"dataset", "dataset_name", "train_data_dir"},
+    {"num_epochs", "max_train_steps"},
+)
 
 
 def option(default: Any, help: str) -> Any:
@@ -56,7 +64,7 @@ class DataArguments:
             raise InputError(
                 "--resolution takes a height and a width (--resolution 64 96) and stands in place of --image_size."
             )
-        require_at_least(1, self, "image_size")
+        require_at_least(1, self, "image_size", "resolution")
         require_at_least(0, self, "dataloader_num_workers")
         if self.streaming and not self.dataset_name:
             raise InputError("--streaming reads a dataset as a stream: name it with --dataset_name.")
@@ -101,7 +109,7 @@ class RunArguments:
     hub_private: bool = option(False, "make that repository private")
 
     def __post_init__(self):
-        if self.output_dir is None:
+        if not self.output_dir:
             self.output_dir = self.model_save_name or self._default_output_dir
         if self.model_save_name is None:
             self.model_save_name = Path(self.output_dir).resolve().name
@@ -112,7 +120,8 @@ class RunArguments:
         )
         require_at_least(0, self, "max_grad_norm")
         every = ("log_samples_every", "save_model_every", "checkpointing_steps", "checkpoints_total_limit")
-        require_at_least(0, self, *every)
+        require_at_least(0, self, *every, "seed")
+        require_above(0, self, "ema_inv_gamma")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema_decay is {self.ema_decay}; it must be at least 0 (no EMA) and less than 1.")
 
@@ -163,15 +172,27 @@ class LearningRateArguments:
 
 
 def require_at_least(least: int, arguments: Any, *names: str) -> None:
-    """Refuse numbers that are too small.
+    """Refuse numbers that are too small, alone or in a list.
 
     Raises:
         InputError: which one, and what it may be.
     """
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < least:
+    for name, value in _numbers(arguments, names):
+        if not value >= least:
             raise InputError(f"--{name} is {value}; it must be at least {least}.")
+
+
+def require_above(bound: int, arguments: Any, *names: str) -> None:
+    """`require_at_least`, without the bound itself."""
+    for name, value in _numbers(arguments, names):
+        if not value > bound:
+            raise InputError(f"--{name} is {value}; it must be greater than {bound}.")
+
+
+def _numbers(arguments: Any, names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+    for name in names:
+        values = getattr(arguments, name)
+        yield from ((name, value) for value in (values if isinstance(values, list) else [values]) if value is not None)
 
 
 def parse_arguments(
@@ -179,7 +200,8 @@ def parse_arguments(
 ) -> tuple:
     """Read the command line into one instance of each dataclass.
 
-    `--config file.yaml` gives values that flags override; the file is flat, its keys are the flags' names.
+    `--config file.yaml` gives values that flags override; the file is flat, its keys are the flags' names. A flag also
+    overrides what a file says of its `ALTERNATIVES`.
 
     Args:
         recipes: such files that come with a script, by the names with which `--recipe` asks for them; `--config`
@@ -204,9 +226,9 @@ def parse_arguments(
     parser.error = fail
     known = {option for action in parser._actions for option in action.option_strings}
     config, _ = parser.parse_known_args([token for token in argv if token not in ("-h", "--help")])
-    defaults = _read_config(config.config, known) if config.config else []
+    defaults = _read_config(config.config, known, argv) if config.config else []
     if recipes and config.recipe:
-        defaults = _read_config(str(recipes[config.recipe]), known) + defaults
+        defaults = _read_config(str(recipes[config.recipe]), known, defaults + argv) + defaults
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         defaults + argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -233,7 +255,9 @@ def write_config(path: Path, *arguments: Any) -> None:
     )
 
 
-def _read_config(path: str, known: set[str]) -> list[str]:
+def _read_config(path: str, known: set[str], overriding: list[str]) -> list[str]:
+    given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in overriding if token.startswith("--")}
+    overridden = {name for group in ALTERNATIVES if group & given for name in group - given}
     if not Path(path).is_file():
         raise InputError(f"--config {path}: there is no such file.")
     try:
@@ -246,7 +270,9 @@ def _read_config(path: str, known: set[str]) -> list[str]:
     for name, value in values.items():
         if f"--{name}" not in known:
             raise InputError(f"--config {path}: {_unknown(f'--{name}', known)}")
-        if value is not None:
+        if name == "mixed_precision" and value is False:  # as YAML reads a plain no
+            value = "no"
+        if value is not None and name not in overridden:
             tokens += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return tokens
 

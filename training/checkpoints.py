@@ -168,6 +168,8 @@ def load_state(checkpoint: Path) -> dict:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # which syncs only what is open for writing
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ..errors import InputError, RunError
+from ..evaluation.features import fingerprint
 from ..hub.cards import CardFacts
 from ..hub.upload import BackgroundUpload
 from ..sampling.pictures import image_grid
@@ -57,6 +58,7 @@ from .tracking import (
 )
 
 _CONFIG = "config.yaml"
+_OWN_FILES = ("model_index.json", "README.md", "metrics.csv", "loss.png", "eval.png", "before_after.png")
 _BEST = "best"
 _LOG_EVERY = 10  # optimizer steps whose losses are read back from the device at once
 _SKIPPED = 50  # steps that float16's scaler leaves out, each at half the scale of the one before: no scale is left
@@ -157,9 +159,11 @@ def open_run(args: RunArguments) -> Accelerator:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file; it must be a folder, or not there yet.")
-    if (folder / "model_index.json").exists() and not (folder / _CONFIG).exists():
+    others = [name for name in _OWN_FILES if (folder / name).exists()]
+    if others and not (folder / _CONFIG).exists():
         raise InputError(
-            f"{folder} holds a model that no run made. Keep it, and name another folder with --output_dir."
+            f"{folder} holds {' and '.join(others)}, which no run made and this one would overwrite. Name another "
+            "folder with --output_dir."
         )
     if (folder / _CONFIG).exists() and not args.resume_from_checkpoint:
         raise InputError(
@@ -475,7 +479,11 @@ class Trainer:
         with self.clock.paused(), self.averaged_weights() as pipeline, torch.no_grad():
             with self.accelerator.split_between_processes(numbers, apply_padding=True) as mine:
                 labels = self.job.labels and [self.job.labels[i] for i in mine]
-                pictures = self.job.sampler(pipeline, [self.args.seed + i for i in mine], labels)
+                pictures, at_once = [], self.args.batch_size  # which fit into the memory, as the training does
+                for start in range(0, len(mine), at_once):
+                    part = slice(start, start + at_once)
+                    seeds = [self.args.seed + i for i in mine[part]]
+                    pictures += self.job.sampler(pipeline, seeds, labels and labels[part])
                 drawn = dict(zip(mine, pictures, strict=True))
             if self.accelerator.num_processes > 1:
                 gathered = [None] * self.accelerator.num_processes
@@ -564,7 +572,19 @@ class Trainer:
         identity = {"images": plan.num_images, "images_per_step": plan.images_per_step, "seed": plan.seed}
         if plan.num_images is None:
             identity["processes"] = plan.processes
-        return identity | {"averaged weights": self.ema is not None, "shards": self.shards}
+        trained = [
+            [name, *parameter.shape]
+            for player in self.job.players
+            for name, parameter in player.network.named_parameters()
+            if parameter.requires_grad
+        ]
+        return identity | {
+            "averaged weights": self.ema is not None,
+            "shards": self.shards,
+            "trained parameters": fingerprint(trained),
+            "prediction type": self.job.pipeline.scheduler.config.prediction_type,
+            "scaled gradients": self.accelerator.scaler is not None,
+        }
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
@@ -585,12 +605,18 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         state = load_state(checkpoint)
         for name, value in self._identity().items():
-            if state[name] != value:
+            if state.get(name, value) != value:  # earlier versions saved fewer
                 raise InputError(
                     f"{checkpoint} was made with {name} = {state[name]}, but this run has {value}, so it cannot go on "
-                    "from there exactly. Keep the images, --seed, --ema_decay and --batch_size x "
-                    "--grad_accumulation_steps x processes as they were, or start another run from the saved model."
+                    "from there exactly. Keep the images, the network and what of it is trained, what it predicts, "
+                    "--seed, --ema_decay, fp16 or not, and --batch_size x --grad_accumulation_steps x processes as "
+                    "they were, or start another run from the saved model."
                 )
+        if state["step"] > self.total_steps:
+            raise InputError(
+                f"{checkpoint} is further than the {self.total_steps} steps that this run is to have. Give more with "
+                "--max_train_steps or --num_epochs, or name an earlier checkpoint."
+            )
         self.accelerator.load_state(str(checkpoint))
         for schedule, rates in zip(self.schedules, self.peak_rates, strict=True):
             _set_peak_rates(schedule.scheduler, rates)
