@@ -215,8 +215,7 @@ def test_a_tracker_that_is_not_installed_is_said_before_training(finetune, monke
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stream_is_trained_on_stopped_and_resumed_exactly(finetune, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+def test_a_stream_is_trained_on_stopped_and_resumed_exactly(finetune, tmp_path):
     folder = make_dataset(tmp_path / "streamed", 30, shards=2)
     flags = ("--train_data_dir", "", "--dataset_name", folder, "--streaming", "--checkpointing_steps", 3)
     straight = finetune("straight", *flags, "--max_train_steps", 8, "--lr_scheduler", "constant")

@@ -42,7 +42,9 @@ class DataArguments:
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     streaming: bool = option(False, "read the dataset as a stream, without a copy on disk; needs --max_train_steps")
     train_data_dir: str | None = option(
-        None, "folder of image files, searched with its sub-folders, or torchvision's MNIST-style folder"
+        None,
+        "folder of image files, searched with its sub-folders but for hidden ones and run folders, or torchvision's "
+        "MNIST-style folder",
     )
     image_size: int | None = option(
         None, "train at this height and width (default: the start model's; without one 28 by class, 32 for a GAN)"

@@ -2,10 +2,12 @@
 
 import hashlib
 import io
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from inspect import signature
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torchvision.datasets.mnist import FashionMNIST
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -28,8 +30,19 @@ from .randomness import key
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 EMBEDDED_DATASET = Path(__file__).parent.parent / "examples" / "data" / "twemoji-32"
 CHANNEL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_TURNS = {  # what sets a picture upright, by its orientation in EXIF; at 1 it is
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SHUFFLE_BLOCK = 1000  # rows of a stream that are shuffled among one another, and held in memory undecoded
 _CHECKED_IMAGES = 1000  # images that are read once before a run starts, so that a broken one is found early
+_MOST_UNUSED = 10  # labels up to so many times those that occur are classes; more are years, say, or identifiers
+_FEW_CLASSES = 100  # so many may be classes in any case
 
 
 class BrokenImageError(Exception):
@@ -59,12 +72,35 @@ def _fingerprint(cells: Iterable[Any]) -> str:
     return fingerprint([hashlib.blake2b(file_bytes(cell), digest_size=12).hexdigest() for cell in cells])
 
 
+def _image_files(folder: Path) -> list[Path]:
+    """Image files below a folder and in folders linked into it; none that are hidden, none of runs in sub-folders."""
+    found = []
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _is_left_out(Path(here, name))]
+        found += [Path(here, name) for name in files if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+def _is_left_out(folder: Path) -> bool:
+    if folder.name.startswith("."):
+        return True
+    if folder.is_symlink() and any(part.resolve().is_relative_to(folder.resolve()) for part in folder.parents):
+        return True  # the link leads back to a folder that it lies in
+    # a run, whose grids of samples are no images to train on
+    return (folder / "config.yaml").is_file() and any((folder / n).exists() for n in ("samples", "model_index.json"))
+
+
 class ImageFolder:
-    """The image files below a folder, in the order of their paths."""
+    """
+    The image files below a folder, in the order of their paths. Links to folders are followed; hidden files and
+    folders and the folders of runs are left out.
+
+    Raises:
+        InputError: if there are none.
+    """
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        self.folder, self.paths = folder, _image_files(folder)
         if not self.paths:
             raise InputError(
                 f"There is no image in {folder} or its sub-folders. Files that end in "
@@ -172,7 +208,11 @@ class ImageTable:
         return _fingerprint(row[self.column] for row in self.dataset.select(chosen))
 
     def labels(self, column: str | None) -> Labels:
-        """From the label column: class labels, or integers from 0 on, or names."""
+        """From the label column: class labels, or integers from 0 on, or names.
+
+        Raises:
+            InputError: there is no such column, or a label in it is missing or cannot be a class.
+        """
         column = _label_column(self.table.features, column)
         values = self.table[column][:]
         classes = getattr(self.table.features[column], "names", None)
@@ -180,10 +220,17 @@ class ImageTable:
             classes = sorted(set(values))
             numbers = {name: number for number, name in enumerate(classes)}
             return Labels(classes, [numbers[value] for value in values])
-        if not all(isinstance(value, int) and value >= 0 for value in values):
+        wrong = [value for value in values if not isinstance(value, int) or value < 0]
+        if wrong:
             raise InputError(
                 f"The label column {column!r} must hold a class for every image: a name, or an integer from 0 on. It "
-                f"holds {next(value for value in values if not isinstance(value, int) or value < 0)!r}."
+                f"holds {None if None in wrong else wrong[0]!r}."
+            )
+        distinct = len(set(values))
+        if classes is None and max(values) >= max(_FEW_CLASSES, _MOST_UNUSED * distinct):
+            raise InputError(
+                f"The label column {column!r} holds {distinct} different labels, up to {max(values)}. Labels must "
+                f"count from 0, here to {distinct - 1}: number them anew, or give them as names."
             )
         classes = classes or [str(number) for number in range(max(values) + 1)]
         if max(values) >= len(classes):
@@ -191,14 +238,15 @@ class ImageTable:
                 f"The label column {column!r} holds the label {max(values)}, but names {len(classes)} classes, whose "
                 f"labels are 0 to {len(classes) - 1}."
             )
-        return Labels(classes, values)
+        return Labels(classes, [int(value) for value in values])  # of a column of booleans too
 
 
 def open_images(args: DataArguments):
     """Open what the arguments name: an image source, or with `--streaming` an iterable dataset.
 
     Raises:
-        InputError: what is named is not found, holds no image, or has no such split, configuration or column.
+        InputError: what is named is not found, holds no image or several sets of them, or has no such split,
+            configuration or column.
     """
     if args.train_data_dir:
         folder = Path(args.train_data_dir)
@@ -206,7 +254,14 @@ def open_images(args: DataArguments):
             raise InputError(f"--train_data_dir {folder}: there is no such folder (looked for at {folder.resolve()}).")
         part = "t10k" if args.split == "test" else "train"
         arrays = [*folder.glob(f"raw/{part}-images-idx3-ubyte"), *folder.glob(f"*/raw/{part}-images-idx3-ubyte")]
-        return ImageArray(arrays[0]) if arrays else ImageFolder(folder)
+        if not arrays:
+            return ImageFolder(folder)
+        if args.split not in ("train", "test"):
+            raise InputError(f"{arrays[0].parent} has no split {args.split}: its splits are train and test.")
+        if len(arrays) > 1:
+            sets = ", ".join(sorted(str(path.parent.parent) for path in arrays))
+            raise InputError(f"--train_data_dir {folder} holds several sets of images. Name one of them: {sets}.")
+        return ImageArray(arrays[0])
     dataset = _load_dataset(args)
     if args.streaming:
         return dataset
@@ -328,7 +383,7 @@ class Preprocessing:
     def _convert(self, image: Image.Image | np.ndarray) -> Image.Image:
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image)
         if image.mode.startswith("I") or image.mode == "F":  # 16 bits, or floats in 0..1 or 0..255
             values = np.asarray(image, dtype=np.float64)
             wide = image.mode.startswith("I;16") or values.max() > 255
@@ -338,6 +393,16 @@ class Preprocessing:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert(CHANNEL_MODES[self.channels])
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as its camera was held; one whose EXIF cannot be read counts as upright."""
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow's readers of metadata raise whatever they stumble over
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def read_image(cell: Any, preprocessing: Preprocessing) -> torch.Tensor:
@@ -350,7 +415,7 @@ def read_image(cell: Any, preprocessing: Preprocessing) -> torch.Tensor:
         if isinstance(cell, dict):
             cell = io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]
         return preprocessing.load(Image.open(cell) if isinstance(cell, (str, Path, io.BytesIO)) else np.asarray(cell))
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise whatever they stumble over
         raise BrokenImageError(str(error)) from error
 
 
@@ -387,7 +452,7 @@ class ComparedImages:
         for number in range(i, i + (len(self) if self.skip_broken else 1)):
             try:
                 return read(self.source[number % len(self)])
-            except (OSError, ValueError, TypeError, BrokenImageError) as error:
+            except Exception as error:  # BrokenImageError, or what Pillow's readers stumble over
                 said = f"An image cannot be read: {self.source.name(number % len(self))}: {error}."
         raise RunError(f"{said} Repair or remove it.")
 
@@ -477,8 +542,9 @@ class Batch:
         labels: their classes, (B,), where the run has them.
         keys: one integer a sample, from which all that is random about it is drawn.
         weight: 1, or 0 where the process only stands in because the window has no sample left for it.
-        broken: images that cannot be read; they were left out if the arguments say so, else there are no `images`.
+        broken: images that cannot be read and were left out.
         position: of a stream, where it can be taken up after this batch.
+        error: why there are no `images`, and none will follow.
     """
 
     images: torch.Tensor | None
@@ -487,6 +553,7 @@ class Batch:
     weight: float
     broken: list[str]
     position: dict | None = None
+    error: str | None = None
 
     def pin_memory(self) -> "Batch":
         return self if self.images is None else replace(self, images=self.images.pin_memory())
@@ -494,6 +561,15 @@ class Batch:
 
 def _batch(images: list[torch.Tensor], labels: list[int | None], *rest: Any) -> Batch:
     return Batch(torch.stack(images), None if labels[0] is None else torch.tensor(labels), *rest)
+
+
+def _failed(error: Exception) -> Batch:
+    """What a process that reads images hands over in place of an exception, which may not be one that can be sent."""
+    said = (
+        f"The images cannot be read: {type(error).__name__}: {error}. When the cause is removed, go on with "
+        "--resume_from_checkpoint latest."
+    )
+    return Batch(None, None, [], 0.0, [], error=str(error) if isinstance(error, RunError) else said)
 
 
 class TrainingImages(torch.utils.data.Dataset):
@@ -511,7 +587,12 @@ class TrainingImages(torch.utils.data.Dataset):
             self.cache = [self._read(i) for i in progress]
 
     def __getitem__(self, item: tuple[int, int]) -> Batch:
-        step, micro_batch = item
+        try:
+            return self._micro_batch(*item)
+        except Exception as error:
+            return _failed(error)
+
+    def _micro_batch(self, step: int, micro_batch: int) -> Batch:
         share = self.plan.share(step, micro_batch, self.rank)
         positions = share or range(share.start, share.start + 1)
         images, labels, keys, broken = [], [], [], []
@@ -520,7 +601,7 @@ class TrainingImages(torch.utils.data.Dataset):
             index = self.plan.image_index(step, min(position, self.plan.window(step)[2] - 1))
             pixels, index, names = self.cache[index] if self.cache else self._read(index)
             if pixels is None:
-                return Batch(None, None, [], 0.0, names)
+                raise RunError(f"An image cannot be read: {names[-1]}. {_WHAT_TO_DO}")
             images.append(self.preprocessing.finish(pixels, sample_key))
             labels.append(self.labels and self.labels[index])
             keys.append(sample_key)
@@ -558,7 +639,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
     ):
         from datasets.distributed import split_dataset_by_node
 
-        stream = stream.shuffle(seed=plan.seed, buffer_size=1)  # the order of the shards; rows: see `_rows`
+        # the order of the shards; rows: see `_rows`. Newer versions would read several shards at once, row by row
+        one_shard = "max_buffer_input_shards" in signature(stream.shuffle).parameters
+        options = {"max_buffer_input_shards": 1} if one_shard else {}
+        stream = stream.shuffle(seed=plan.seed, buffer_size=1, **options)
         self.stream = split_dataset_by_node(stream, rank, plan.processes)
         self.columns, self.preprocessing, self.plan, self.rank = columns, preprocessing, plan, rank
         self.numbers = range(len(labels.classes)) if labels else None
@@ -566,6 +650,12 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.start_step, self.position = 0, None
 
     def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from self._batches()
+        except Exception as error:
+            yield _failed(error)
+
+    def _batches(self) -> Iterator[Batch]:
         rows = self._rows(self.position)
         step = self.start_step
         while True:
@@ -574,16 +664,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 for position in self.plan.share(step, micro_batch, self.rank):
                     sample_key = self.plan.sample_key(step, position)
                     pixels, label, where = self._next(rows, broken)
-                    if pixels is None:
-                        yield Batch(None, None, [], 0.0, broken)
-                        return
                     images.append(self.preprocessing.finish(pixels, sample_key))
                     labels.append(label)
                     keys.append(sample_key)
                 yield _batch(images, labels, keys, 1.0, broken, where)
             step += 1
 
-    def _next(self, rows: Iterator, broken: list[str]) -> tuple[torch.Tensor | None, int | None, dict]:
+    def _next(self, rows: Iterator, broken: list[str]) -> tuple[torch.Tensor, int | None, dict]:
         began = None
         for (cell, *label), where in rows:
             began = where["pass"] if began is None else began
@@ -596,7 +683,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
             except BrokenImageError as error:
                 broken.append(f"a row of the stream ({_file_name(cell)}): {error}")
                 if not self.skip_broken:
-                    return None, None, where
+                    raise RunError(f"An image cannot be read: {broken[-1]}. {_WHAT_TO_DO}") from None
 
     def _rows(self, position: dict | None) -> Iterator[tuple[Any, dict]]:
         """Cells of the columns with the image and, where the run has them, its label; and the position after them."""
@@ -672,7 +759,7 @@ class TrainingData:
             position: of a stream, the last batch's position where a run is taken up.
 
         Raises:
-            RunError: at an image that cannot be read, unless such are to be left out.
+            RunError: at an image that cannot be read, unless such are to be left out, or where the source fails.
         """
         workers = self.args.dataloader_num_workers
         if self.args.streaming:
@@ -692,11 +779,12 @@ class TrainingData:
         readers = getattr(iterator, "_workers", [])
         try:
             for batch in iterator:
-                if batch.images is None:
-                    raise RunError(f"An image cannot be read: {batch.broken[-1]}. {_WHAT_TO_DO}")
+                if batch.error:
+                    raise RunError(batch.error)
                 yield batch
         finally:
-            del iterator
+            if readers:
+                iterator._shutdown_workers()  # else torch takes a reader that is killed below for one that broke down
             for reader in readers:
                 if reader.is_alive():
                     reader.kill()  # it does not listen to the signal that would end it

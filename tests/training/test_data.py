@@ -1,7 +1,9 @@
 """Images in, tensors out: every kind of source and of image, and the plan that deals them out."""
 
 import json
+import struct
 import sys
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -10,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pyarrow import parquet
 from tiny import ROOT, make_dataset, write_images
 
@@ -80,6 +82,37 @@ def test_a_photo_is_turned_the_way_its_camera_was_held(tmp_path):
     assert pixels[:, -1].max() == -1
 
 
+def test_a_photo_with_odd_metadata_is_read(tmp_path):
+    def saved(suffix: str, *rows: bytes, head: bytes = b"Exif\0\0II*\0\x08\0\0\0") -> Path:
+        table = struct.pack("<H", len(rows)) + b"".join(rows) + bytes(4)
+        photo.save(tmp_path / f"photo{suffix}", exif=head + table, quality=100)
+        return tmp_path / f"photo{suffix}"
+
+    photo = Image.new("RGB", (16, 8), "black")
+    photo.paste("white", (0, 0, 8, 8))
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    maker = struct.pack("<HHII", 0x010F, 5, 1, 8)  # a fraction, where a name is due
+    width = struct.pack("<HHI4s", 0x0100, 2, 4, b"abc")  # a name, where a number is due
+    preprocessing = Preprocessing(1, 16, 8)
+    for odd in (maker, width):
+        for suffix in (".jpg", ".png", ".webp"):
+            pixels = read_image(saved(suffix, odd, turned), preprocessing)
+            assert pixels[0, :4].min() > 250
+            assert pixels[0, -4:].max() < 5
+    upright = read_image(saved(".png", turned, head=b"Exif\0\0none of EXIF"), Preprocessing(1, 8, 16))
+    assert upright[0, :, :8].min() > upright[0, :, 8:].max()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_turned_as_pillow_does(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "photo.png")))
+    assert np.array_equal(read_image(tmp_path / "photo.png", Preprocessing(1, 8, 8))[0], expected)
+
+
 def test_images_that_are_not_square_are_cropped_not_squeezed():
     wide = Image.new("L", (32, 8), 0)
     wide.paste(255, (12, 0, 20, 8))
@@ -138,6 +171,37 @@ def test_an_image_folder_needs_no_datasets_library(images, monkeypatch):
         open_images(DataArguments(dataset_name="some/thing"))
 
 
+def test_folders_that_are_links_are_searched_once(tmp_path):
+    write_images(tmp_path / "elsewhere" / "cat", 3)
+    write_images(tmp_path / "images" / "ant", 2)
+    (tmp_path / "images" / "cat").symlink_to("../elsewhere/cat")
+    (tmp_path / "elsewhere" / "cat" / "back").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "ant" / "up").symlink_to("../..")
+    (tmp_path / "linked").symlink_to("images")
+    for folder in (tmp_path / "images", tmp_path / "linked"):
+        source = open_images(DataArguments(train_data_dir=str(folder)))
+        names = [*(f"ant/00{i}.png" for i in range(2)), *(f"cat/00{i}.png" for i in range(3))]
+        assert [source.name(i) for i in range(len(source))] == [str(folder / name) for name in names]
+        assert source.labels(None).classes == ["ant", "cat"]
+
+
+def test_hidden_files_and_run_folders_are_no_images(tmp_path):
+    folder = write_images(tmp_path / "images", 4)
+    write_images(folder / ".thumbs", 4)
+    (folder / "._000.png").write_bytes(b"as macOS leaves it")
+    for run in ("run", "deep/run"):
+        write_images(folder / run / "samples", 2)
+        (folder / run / "config.yaml").write_text("seed: 0\n")
+    write_images(folder / "saved", 1)
+    (folder / "saved" / "config.yaml").write_text("seed: 0\n")
+    (folder / "saved" / "model_index.json").write_text("{}")
+    write_images(folder / "samples", 1)  # a name like any other where no run made it
+    source = open_images(DataArguments(train_data_dir=str(folder)))
+    assert len(source) == 5
+    grids = open_images(DataArguments(train_data_dir=str(folder / "run")))  # asked for by its name
+    assert len(grids) == 2
+
+
 def test_a_torchvision_folder_is_read_as_it_lies(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -147,6 +211,11 @@ def test_a_torchvision_folder_is_read_as_it_lies(tmp_path):
     for folder in (tmp_path, tmp_path / "MNIST"):
         source = open_images(DataArguments(train_data_dir=str(folder)))
         assert np.array_equal(np.stack([source[i] for i in range(len(source))]), pixels)
+    with pytest.raises(InputError, match="has no split validation: its splits are train and test"):
+        open_images(DataArguments(train_data_dir=str(tmp_path), split="validation"))
+    (tmp_path / "KMNIST").symlink_to("MNIST")
+    with pytest.raises(InputError, match=r"several sets of images\. Name one of them: .*/KMNIST, .*/MNIST\."):
+        open_images(DataArguments(train_data_dir=str(tmp_path)))
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared data sets are not beside this clone")
@@ -204,12 +273,18 @@ def test_cells_that_are_no_images_are_broken_images(tmp_path):
     assert sorted(numbers(batch)) == [7, 9, 9]
 
 
-def test_nothing_but_broken_images_ends_the_run(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_nothing_but_broken_images_ends_the_run(tmp_path, streaming, workers):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"")
-    args = DataArguments(train_data_dir=str(tmp_path), skip_broken_images=True)
-    with pytest.raises(RunError, match="cannot be read"):
-        list(TrainingData(args, Preprocessing(3, 8, 8), 0, **PLAN).batches(0, 1, None))
+    where = {"dataset_name": str(tmp_path)} if streaming else {"train_data_dir": str(tmp_path)}
+    args = DataArguments(**where, streaming=streaming, skip_broken_images=True, dataloader_num_workers=workers)
+    batches = TrainingData(args, Preprocessing(3, 8, 8), 0, **PLAN).batches(0, 1, None)
+    with pytest.raises(RunError, match=r"(An image cannot|had no image that can) be read") as ended:
+        next(batches)
+    assert "Traceback" not in str(ended.value)
+    time.sleep(0.1)  # in which torch would say that the reader was killed
 
 
 # ---- the plan
@@ -244,12 +319,6 @@ def stream(folder: Path, rank: int = 0, workers: int = 0, **plan) -> TrainingDat
     return TrainingData(args, Preprocessing(1, 8, 8), rank, **{**PLAN, **plan})
 
 
-@pytest.fixture(autouse=True)
-def no_naps(monkeypatch):
-    """The datasets library sleeps for seconds whenever a stream of parquet files is closed."""
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_is_taken_up_exactly_where_it_was_left(tmp_path, monkeypatch, workers):
     monkeypatch.setattr("ddgan.training.data._SHUFFLE_BLOCK", 7)
@@ -278,6 +347,25 @@ def test_processes_share_out_a_stream(tmp_path, shards):
     ]
     assert len(parts[0]) == len(parts[1]) == 16
     assert sorted(parts[0] + parts[1]) == list(range(32))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_fails_is_said_in_a_paragraph(tmp_path, workers):
+    folder = make_dataset(tmp_path / "streamed", 32, shards=4)
+    batches = stream(folder, workers=workers).batches(0, 8, None)
+    for file in folder.rglob("*.parquet"):
+        file.write_bytes(b"cut off")
+    with pytest.raises(RunError, match=r"cannot be read: \w+: .*--resume_from_checkpoint latest") as ended:
+        next(batches)
+    assert "Traceback" not in str(ended.value)
+
+
+def test_a_stream_reads_one_shard_after_the_other(tmp_path, monkeypatch):
+    """Several at once it would read row by row, and sleep for seconds at the end of each pass."""
+    monkeypatch.setattr("ddgan.training.data._SHUFFLE_BLOCK", 4)
+    folder = make_dataset(tmp_path / "streamed", 8, shards=2)
+    first, second = ([n % 2 for n in numbers(b)] for b in islice(stream(folder).batches(0, 2, None), 2))
+    assert sorted([first, second]) == [[0] * 4, [1] * 4]
 
 
 def test_a_stream_shuffles_its_rows(tmp_path):
@@ -388,6 +476,35 @@ def test_columns_of_names_and_of_integers_are_labels_too(tmp_path):
     assert labelled(args, "name") == (["a", "b", "c"], dict(enumerate(names)))
     with pytest.raises(InputError, match=r"ClassLabel. Without --streaming"):
         labelled(DataArguments(dataset_name=str(tmp_path), streaming=True), "name")
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "said"),
+    [
+        ("int64", [1998, 2001, 2020], "3 different labels, up to 2020. Labels must count from 0, here to 2: number"),
+        ("int64", [0, -1, 2], "It holds -1."),
+        ("int64", [0, -1, None], "It holds None."),
+        ("string", ["a", None, "b"], "It holds None."),
+        ("float64", [0.0, 1.0, 2.0], "It holds 0.0."),
+    ],
+)
+def test_columns_that_cannot_be_classes_are_refused(tmp_path, kind, labels, said):
+    features = datasets.Features({"label": datasets.Value(kind), "image": datasets.Image()})
+    rows = {"label": labels, "image": [Image.new("L", (8, 8), i) for i in range(3)]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=said):
+        labelled(DataArguments(dataset_name=str(tmp_path)))
+
+
+def test_yes_and_no_are_classes(tmp_path):
+    features = datasets.Features({"label": datasets.Value("bool"), "image": datasets.Image()})
+    rows = {"label": [True, False, True], "image": [Image.new("L", (8, 8), i) for i in range(3)]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    data = TrainingData(DataArguments(dataset_name=str(tmp_path)), Preprocessing(1, 8, 8), 0, LabelArguments(), **PLAN)
+    (batch,) = data.batches(0, 1, None)
+    assert data.classes == ["0", "1"]
+    assert batch.labels.dtype == torch.int64
+    assert dict(zip(numbers(batch), batch.labels.tolist(), strict=True)) == {0: 1, 1: 0, 2: 1}
 
 
 def test_labels_beyond_the_classes_are_refused(tmp_path):
