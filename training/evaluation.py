@@ -19,7 +19,7 @@ from ..evaluation.references import CACHE_DIR, measure_reference
 from ..evaluation.results import Results, evaluate
 from ..sampling.pipelines import in_equal_batches
 from .arguments import MIN_IMAGES, EvaluationArguments, RunArguments
-from .data import ComparedImages, Preprocessing, TrainingData
+from .data import ComparedImages, ImageFolder, Preprocessing, TrainingData
 
 AT_ONCE = 64  # pictures that are drawn at once at most
 REFERENCE_IMAGES = 100_000  # training images that are measured at most, drawn at random; their features are in memory
@@ -144,9 +144,10 @@ class Evaluator:
             with accelerator.main_process_first():  # the others find what it has downloaded
                 self.extractor = load_extractor(args.feature_extractor or INCEPTION, args.extractor_weights)
             images = ComparedImages(data.source, data.args.skip_broken_images)
+            split = "all" if isinstance(data.source, ImageFolder) else data.args.split
             with self._extractor_on_the_device():
                 self.reference = measure_reference(
-                    *(images, data.name, data.args.split, self.size, self.extractor, AT_ONCE, accelerator, CACHE_DIR),
+                    *(images, data.name, split, self.size, self.extractor, AT_ONCE, accelerator, CACHE_DIR),
                     count=REFERENCE_IMAGES,
                     channels=self.channels,
                 )
