@@ -113,7 +113,7 @@ def _claimed(folder: Path, accelerator: Accelerator) -> Iterator[Path | None]:
     if accelerator.is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / ".lock", blocking=False)
+            lock = FileLock(folder / ".lock", timeout=0)
             lock.acquire()
         except (Timeout, FileNotFoundError):  # the other one has it, or has just ended
             lock = None

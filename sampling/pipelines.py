@@ -174,11 +174,12 @@ def sample(
             raise InputError(f"A {type(pipe).__name__} takes no {name}.")
     if "batch_size" in accepted:
         arguments["batch_size"] = len(seeds)
-    needed = [name for name, each in accepted.items() if each.default is each.empty and each.kind != each.VAR_KEYWORD]
+    arguments |= {"generator": generators, "output_type": "np"}
+    needed = [each.name for each in accepted.values() if each.default is each.empty and "VAR" not in each.kind.name]
     if missing := [name for name in needed if name not in arguments]:
         raise InputError(f"A {type(pipe).__name__} draws nothing without its {' and '.join(missing)}, not given here.")
     try:
-        images = pipe(**arguments, generator=generators, output_type="np").images
+        images = pipe(**arguments).images
     except ValueError as error:
         raise InputError(str(error)) from error
     return [to_pil(image) for image in (images * 255).round().astype(np.uint8)]

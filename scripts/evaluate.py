@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
-from zipfile import BadZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -139,7 +139,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.held_out:
             held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator)
             require_images(MIN_HELD_OUT, args.held_out, held_out)
-            if held_out.facts.get("contents") == reference.facts["contents"]:
+            contents = held_out.facts.get("contents")
+            if contents and contents == reference.facts.get("contents"):
                 raise InputError(
                     f"--held_out {args.held_out} holds the images of --reference {args.reference}: name some that the "
                     "training has not seen."
@@ -339,8 +340,10 @@ def load_reference(
             )
         return Reference(facts, read_features(Path(given)) if accelerator.is_main_process else None)
     if given.endswith(".npz") and Path(given).is_file():
-        arrays = read_arrays(Path(given))
-        if "arr_0" not in arrays and {"mu", "sigma"} <= {*arrays}:
+        with naming(given), ZipFile(given) as file:
+            names = {Path(name).stem for name in file.namelist()}
+        if "arr_0" not in names and {"mu", "sigma"} <= names:
+            arrays = read_arrays(Path(given))
             mean, covariance = (arrays[name].astype(float) for name in ("mu", "sigma"))
             blank = torch.zeros(1, samples.preprocessing.channels, height, width, dtype=torch.uint8)
             dimensions = extractor(blank)["features"].shape[1]
