@@ -3,9 +3,9 @@
     python measure.py path/to/model path/to/dataset [path/to/another/dataset ...]
 
 The features are the 192 values of the picture at 8x8 (RGB, mean of 4x4 pixels, in 0..1), so that it needs no download;
-the numbers compare with one another, not with an FID. As many samples as the first dataset has images, DDIM, 40 steps,
-seeds from 1000 on. The floor is one half of the first dataset against the other, which halves the number of images and
-so errs to the high side.
+the numbers compare with one another, not with an FID. As many samples as the first dataset has images, DDIM, 40 steps
+(or a DDGAN's own), seeds from 1000 on. The floor is one half of the first dataset against the other, which halves the
+number of images and so errs to the high side.
 """
 
 import sys
@@ -16,6 +16,7 @@ from datasets import load_dataset
 from torch_fidelity import FeatureExtractorBase, calculate_metrics, register_feature_extractor
 from tqdm import tqdm
 
+from ddgan import DDGANPipeline
 from ddgan.sampling.pipelines import load_pipeline, sample, with_scheduler
 
 
@@ -41,9 +42,11 @@ def images_of(folder: str) -> torch.Tensor:
 
 
 def samples_of(folder: str, count: int) -> torch.Tensor:
-    pipe = with_scheduler(load_pipeline(folder), "ddim")
+    pipe, steps = load_pipeline(folder), None
+    if not isinstance(pipe, DDGANPipeline):
+        pipe, steps = with_scheduler(pipe, "ddim"), 40
     seeds = [*range(1000, 1000 + count)]
-    batches = [sample(pipe, seeds[i : i + 32], 40) for i in tqdm(range(0, count, 32), "sampling")]
+    batches = [sample(pipe, seeds[i : i + 32], steps) for i in tqdm(range(0, count, 32), "sampling")]
     arrays = [np.asarray(picture) for batch in batches for picture in batch]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
