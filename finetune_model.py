@@ -129,10 +129,11 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(job, data, run, accelerator, repo_id, evaluator)
     trainer.run()
     if accelerator.is_main_process:
-        before, after = (trainer.sample_path(step) for step in (0, trainer.step))
-        if before.exists() and Image.open(before).size == Image.open(after).size:  # else --num_samples has changed
-            picture = before_after(Image.open(before), Image.open(after))
-            replace_file(Path(run.output_dir) / "before_after.png", picture.save)
+        grids = [trainer.sample_path(step) for step in (0, trainer.step)]
+        if grids[0].exists():
+            before, after = map(Image.open, grids)
+            if before.size == after.size:  # else --num_samples has changed
+                replace_file(Path(run.output_dir) / "before_after.png", before_after(before, after).save)
         trainer.finish()
 
 

@@ -85,8 +85,7 @@ def measure_reference(
         channels: 1 or 3; None leaves grey images grey and others in colour.
     """
     count = min(count or len(images), len(images))
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    chosen = order[:count].sort().values.tolist()
+    chosen = some_of(len(images), count)
     seen = look([images.picture(chosen[i]) for i in spread(count)])
     seen["channels"] = channels or seen["channels"]
     contents = [images.fingerprint(chosen) if accelerator.is_main_process else None]  # which reads them once
@@ -112,6 +111,11 @@ def measure_reference(
     path = cache_dir / f"{name.replace('/', '-')}-{split}-{fingerprint(protocol)}.safetensors"
     description = f"measuring {name}, {split}"
     return Reference(facts, collect_once(path, protocol, count, batch_size, measure, accelerator, description))
+
+
+def some_of(total: int, count: int) -> list[int]:
+    """Numbers of so many of all images, drawn at random, the same each time."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].sort().values.tolist()
 
 
 def spread(count: int) -> list[int]:

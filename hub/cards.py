@@ -1,6 +1,5 @@
 """Model cards written from what is known of a run, never from placeholders."""
 
-import hashlib
 import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,7 +13,7 @@ from yaml import YAMLError
 
 from .. import __version__
 from ..errors import InputError
-from .folders import is_unwritten
+from .folders import _digest, is_unwritten
 
 CARD_NAME = "README.md"
 
@@ -140,8 +139,7 @@ def with_metadata(card: str, other: str) -> str:
         raise InputError(f"The metadata of the {CARD_NAME} that is there cannot be read: {reason}. Mend it.") from None
     made.data = CardData(**{**theirs, **made.data.to_dict()})
     text, made_by = str(made).rsplit("\n<!-- ", 1)
-    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
-    return f"{text}\n<!-- {re.sub('[0-9a-f]{12}', digest, made_by)}"
+    return f"{text}\n<!-- {re.sub('[0-9a-f]{12}', _digest(text), made_by)}"
 
 
 def license_of(model: str) -> dict[str, str]:

@@ -428,11 +428,11 @@ def structure(modules: list[dict[str, torch.Tensor]], image_size: int | None) ->
 
     # 2. pyramids
     if downs:
-        between = modules[downs[0] + 1 : starts[1]]
-        pyramid = kind_of(between[0]) if between else None
+        after = downs[0] + 1  # the pyramid's module, if it has one
+        pyramid = kinds[after]
         found["progressive_input"] = {"combiner": "input_skip", "resampler": "residual"}.get(pyramid, "none")
         if pyramid == "combiner":
-            summed = modules[starts[1]]["Conv_0.weight"].shape[1] == between[0]["Conv_0.weight"].shape[0]
+            summed = modules[starts[1]]["Conv_0.weight"].shape[1] == modules[after]["Conv_0.weight"].shape[0]
             found["progressive_combine"] = "sum" if summed else "cat"
         if ddpm:
             found["resamp_with_conv"] = bool(modules[downs[0]])
@@ -441,7 +441,7 @@ def structure(modules: list[dict[str, torch.Tensor]], image_size: int | None) ->
         is_picture = modules[kinds.index("norm") + 1]["weight"].shape[0] == channels
         found["progressive"] = "output_skip" if is_picture else "residual"
 
-    resamplers = [module for module in modules if module and kind_of(module) == "resampler"]
+    resamplers = [module for module, kind in zip(modules, kinds, strict=True) if module and kind == "resampler"]
     if resamplers:
         found["fir"] = any("Conv2d_0.weight" in module for module in resamplers)
     return found

@@ -33,13 +33,13 @@ from ddgan.evaluation.extractors import INCEPTION, ClassifierFeatures, FeatureEx
 from ddgan.evaluation.features import Features, collect, fingerprint, read_features, read_protocol
 from ddgan.evaluation.images import color_channels
 from ddgan.evaluation.metrics import MIN_HELD_OUT, Gaussian
-from ddgan.evaluation.references import CACHE_DIR, Reference, look, measure_reference, spread
+from ddgan.evaluation.references import CACHE_DIR, Reference, look, measure_reference, some_of, spread
 from ddgan.evaluation.results import Results, evaluate
 from ddgan.hub.cards import CARD_NAME
 from ddgan.sampling.pipelines import SCHEDULERS, digest, in_equal_batches, load_pipeline, sample, with_scheduler
 from ddgan.training.arguments import MIN_IMAGES, DataArguments, option, parse_arguments, require_at_least
 from ddgan.training.checkpoints import replace_file
-from ddgan.training.data import ComparedImages, ImageArray, ImageTable, Preprocessing, open_images
+from ddgan.training.data import ComparedImages, ImageArray, ImageFolder, ImageTable, Preprocessing, open_images
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DRAWN = 10_000  # pictures of a pipeline, if nothing else is said; below that the bias of FID is large
@@ -252,10 +252,7 @@ class StoredSamples:
         self.count = args.num_images or len(self.source)
         if self.count > len(self.source):
             raise InputError(f"--num_images is {self.count}, but {args.images} has {len(self.source)} images.")
-        self.chosen = range(self.count)
-        if self.count < len(self.source) and args.class_labels is None:
-            order = torch.randperm(len(self.source), generator=torch.Generator().manual_seed(0))
-            self.chosen = order[: self.count].sort().values.tolist()
+        self.chosen = range(self.count) if args.class_labels is not None else some_of(len(self.source), self.count)
         self.facts = {
             "source": name_of(args.images),
             "contents": self.source.fingerprint(self.chosen),
@@ -435,7 +432,7 @@ def open_source(given: str, split: str, args: EvaluateArguments):
     if is_folder_of_images:
         has_splits = (path / split).is_dir()
         source = open_images(DataArguments(train_data_dir=str(path / split if has_splits else path), split=split))
-        return source, split if has_splits or isinstance(source, ImageArray) else "all"
+        return source, split if has_splits or not isinstance(source, ImageFolder) else "all"
     data_args = DataArguments(
         dataset_name=given, dataset_config=args.reference_config, split=split, image_column=args.image_column
     )
