@@ -16,27 +16,22 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from ddgan.errors import InputError, run_command
+from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
+from ddgan.core.errors import InputError, run_command
+from ddgan.core.files import replace_file
+from ddgan.data.images import CHANNEL_MODES
+from ddgan.data.preprocessing import Preprocessing
 from ddgan.hub.cards import CardFacts, license_of
-from ddgan.sampling.pictures import before_after
-from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline
-from ddgan.training.arguments import (
-    DataArguments,
-    EvaluationArguments,
-    LearningRateArguments,
-    RunArguments,
-    option,
-    parse_arguments,
-    require_above,
-    require_at_least,
-)
-from ddgan.training.checkpoints import replace_file
-from ddgan.training.data import CHANNEL_MODES, Preprocessing, TrainingData
-from ddgan.training.evaluation import open_evaluator
-from ddgan.training.loop import Job, Player, Sampler, Trainer, open_run
-from ddgan.training.objectives import DenoisingObjective
-from ddgan.training.results import repository_for, settings_for_card
-from ddgan.training.schedules import schedule
+from ddgan.sampling.grids import before_after
+from ddgan.sampling.pipelines import SCHEDULERS, PipelineSampler, load_pipeline
+from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
+from ddgan.training.evaluator import open_evaluator
+from ddgan.training.job import TrainedNetwork, TrainingJob
+from ddgan.training.loading import TrainingData
+from ddgan.training.loop import Trainer, prepare_accelerator
+from ddgan.training.lr_schedules import schedule
+from ddgan.training.model_card import repository_for, settings_for_card
+from ddgan.training.objectives.denoising import DenoisingObjective
 
 EXAMPLES = Path(__file__).parent / "examples"
 EMBEDDED_MODEL = EXAMPLES / "models" / "noto-emoji-32"
@@ -82,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = (RunArguments, LearningRateArguments, DataArguments, EvaluationArguments, FinetuneArguments)
     arguments = parse_arguments(*kinds, argv=argv)
     run, rate, data_args, eval_args, args = arguments
-    accelerator = open_run(run)
+    accelerator = prepare_accelerator(run)
     repo_id = repository_for(run) if run.push_to_hub and accelerator.is_main_process else None
 
     pipeline = load_start_model(args, data_args)
@@ -122,10 +117,10 @@ def main(argv: list[str] | None = None) -> None:
         **license_of(args.start_model),
     )
     objective = DenoisingObjective(pipeline.scheduler, args.min_snr_gamma)
-    player = Player("", unet, objective, optimizer, partial(schedule, args=rate))
-    sampler = Sampler(args.sample_scheduler, args.sample_steps)
+    player = TrainedNetwork("", unet, objective, optimizer, partial(schedule, args=rate))
+    sampler = PipelineSampler(args.sample_scheduler, args.sample_steps)
     evaluator = open_evaluator(eval_args, run, data, accelerator)
-    job = Job([player], pipeline, unet, sampler, card, arguments)
+    job = TrainingJob([player], pipeline, unet, sampler, card, arguments)
     trainer = Trainer(job, data, run, accelerator, repo_id, evaluator)
     trainer.run()
     if accelerator.is_main_process:

@@ -4,7 +4,20 @@ from pathlib import Path
 
 from setuptools import setup
 
-PARTS = ("evaluation", "guidance", "hub", "models", "pipelines", "sampling", "schedulers", "training")
+PARTS = (
+    "conversion",
+    "core",
+    "data",
+    "evaluation",
+    "guidance",
+    "hub",
+    "models",
+    "pipelines",
+    "sampling",
+    "schedulers",
+    "training",
+    "training.objectives",
+)
 EXTRAS = {
     "train": ["accelerate>=1.10", "datasets>=4.0", "matplotlib>=3.8", "tensorboard>=2.16", "tqdm>=4.66"],
     "clip": ["open-clip-torch>=2.24", "protobuf>=4.25", "sentencepiece>=0.2"],  # the last two for SigLIP's tokenizer

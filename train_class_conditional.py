@@ -17,25 +17,26 @@ from diffusers import DDPMScheduler
 from torchvision.datasets import MNIST, FashionMNIST
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
-from ddgan.errors import InputError, run_command
+from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
+from ddgan.core.errors import InputError, run_command
+from ddgan.data.preprocessing import Preprocessing
 from ddgan.hub.cards import CardFacts
+from ddgan.sampling.grids import rows_by_class
+from ddgan.sampling.pipelines import PipelineSampler
 from ddgan.training.arguments import (
     DataArguments,
     EvaluationArguments,
     LabelArguments,
     LearningRateArguments,
     RunArguments,
-    option,
-    parse_arguments,
-    require_above,
-    require_at_least,
 )
-from ddgan.training.data import Preprocessing, TrainingData
-from ddgan.training.evaluation import open_evaluator
-from ddgan.training.loop import Job, Player, Sampler, Trainer, open_run, rows_by_class
-from ddgan.training.objectives import ClassConditionalObjective
-from ddgan.training.results import repository_for, settings_for_card
-from ddgan.training.schedules import schedule
+from ddgan.training.evaluator import open_evaluator
+from ddgan.training.job import TrainedNetwork, TrainingJob
+from ddgan.training.loading import TrainingData
+from ddgan.training.loop import Trainer, prepare_accelerator
+from ddgan.training.lr_schedules import schedule
+from ddgan.training.model_card import repository_for, settings_for_card
+from ddgan.training.objectives.denoising import ClassConditionalObjective
 
 RECIPES = {
     name: Path(__file__).parent / "examples" / "recipes" / f"class_conditional_{name}.yaml"
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         recipes=RECIPES,
     )
     run, rate, data_args, label_args, eval_args, args = arguments
-    accelerator = open_run(run)
+    accelerator = prepare_accelerator(run)
     if accelerator.is_fsdp2:
         raise InputError("A class-conditional network trains on several processes with --multi_gpu; it needs no FSDP.")
     repo_id = repository_for(run) if run.push_to_hub and accelerator.is_main_process else None
@@ -182,10 +183,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     pipeline = ClassConditionalPipeline(unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    player = Player("", unet, objective, optimizer, partial(schedule, args=rate))
-    sampler = Sampler("ddim", args.sample_steps, {"guidance_scale": args.guidance_scale})
+    player = TrainedNetwork("", unet, objective, optimizer, partial(schedule, args=rate))
+    sampler = PipelineSampler("ddim", args.sample_steps, {"guidance_scale": args.guidance_scale})
     evaluator = open_evaluator(eval_args, run, data, accelerator)
-    job = Job([player], pipeline, unet, sampler, card, arguments, labels, grid)
+    job = TrainingJob([player], pipeline, unet, sampler, card, arguments, labels, grid)
     trainer = Trainer(job, data, run, accelerator, repo_id, evaluator)
     trainer.run()
     if accelerator.is_main_process:

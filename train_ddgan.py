@@ -17,25 +17,20 @@ from typing import ClassVar, Literal
 import torch
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
-from ddgan.errors import InputError, run_command
+from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
+from ddgan.core.errors import InputError, run_command
+from ddgan.data.preprocessing import Preprocessing
 from ddgan.hub.cards import CardFacts
-from ddgan.sampling.pictures import image_grid
-from ddgan.training.adversarial import Adversaries, DiscriminatorObjective, GeneratorObjective
-from ddgan.training.arguments import (
-    DataArguments,
-    EvaluationArguments,
-    LabelArguments,
-    RunArguments,
-    option,
-    parse_arguments,
-    require_above,
-    require_at_least,
-)
-from ddgan.training.data import Preprocessing, TrainingData
-from ddgan.training.evaluation import open_evaluator
-from ddgan.training.loop import Job, Player, Sampler, Trainer, open_run, rows_by_class
-from ddgan.training.results import repository_for, settings_for_card
-from ddgan.training.schedules import cosine_by_epoch
+from ddgan.sampling.grids import image_grid, rows_by_class
+from ddgan.sampling.pipelines import PipelineSampler
+from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
+from ddgan.training.evaluator import open_evaluator
+from ddgan.training.job import TrainedNetwork, TrainingJob
+from ddgan.training.loading import TrainingData
+from ddgan.training.loop import Trainer, prepare_accelerator
+from ddgan.training.lr_schedules import cosine_by_epoch
+from ddgan.training.model_card import repository_for, settings_for_card
+from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
 
 RECIPES = Path(__file__).parent / "examples" / "recipes"
 
@@ -118,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = (DDGANRunArguments, DataArguments, LabelArguments, EvaluationArguments, DDGANArguments)
     arguments = parse_arguments(*kinds, argv=argv)
     run, data_args, label_args, eval_args, args = arguments
-    accelerator = open_run(run)
+    accelerator = prepare_accelerator(run)
     if accelerator.is_fsdp2:
         raise InputError("A DDGAN trains on several processes with --multi_gpu; its networks need no FSDP.")
     repo_id = repository_for(run) if run.push_to_hub and accelerator.is_main_process else None
@@ -143,11 +138,13 @@ def main(argv: list[str] | None = None) -> None:
         generator.enable_gradient_checkpointing()
         discriminator.enable_gradient_checkpointing()
 
-    adversaries = Adversaries(generator, discriminator, scheduler, args.diffaug)
+    adversaries = GANSetup(generator, discriminator, scheduler, args.diffaug)
     course = partial(cosine_by_epoch, lowest=args.lr_min, steps_per_epoch=data.plan.steps_per_epoch)
     objectives = DiscriminatorObjective(adversaries, args.r1_gamma, args.lazy_reg), GeneratorObjective(adversaries)
     players = [
-        Player(name, network, objective, torch.optim.Adam(network.parameters(), rate, (0.5, 0.9), fused=True), course)
+        TrainedNetwork(
+            name, network, objective, torch.optim.Adam(network.parameters(), rate, (0.5, 0.9), fused=True), course
+        )
         for name, network, objective, rate in zip(
             ("d", "g"), (discriminator, generator), objectives, (args.lr_d, args.lr_g), strict=True
         )
@@ -167,9 +164,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     pipeline = DDGANPipeline(generator, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    sampler = Sampler("as-saved", args.num_train_timesteps)
+    sampler = PipelineSampler("as-saved", args.num_train_timesteps)
     evaluator = open_evaluator(eval_args, run, data, accelerator)
-    job = Job(players, pipeline, generator, sampler, card, arguments, labels, grid, Watch())
+    job = TrainingJob(players, pipeline, generator, sampler, card, arguments, labels, grid, Watch())
     trainer = Trainer(job, data, run, accelerator, repo_id, evaluator)
     trainer.run()
     if accelerator.is_main_process:

@@ -24,9 +24,9 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
-from ddgan.training.adversarial import Adversaries, DiscriminatorObjective, GeneratorObjective
-from ddgan.training.objectives import Samples
-from ddgan.training.randomness import Draws
+from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
+from ddgan.training.objectives.denoising import MicroBatch
+from ddgan.training.randomness import PerSampleRNG
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -78,7 +78,7 @@ class DDGAN:
             if compiled:
                 network.compile()
         self.networks = discriminator, generator
-        adversaries = Adversaries(generator, discriminator, DDGANScheduler())
+        adversaries = GANSetup(generator, discriminator, DDGANScheduler())
         self.objectives = DiscriminatorObjective(adversaries, 0.05, lazy_reg=2), GeneratorObjective(adversaries)
         self.optimizers = [torch.optim.Adam(n.parameters(), 1e-4, (0.5, 0.9), fused=True) for n in self.networks]
         images = torch.rand(self.batch_size, channels, 32, 32, device=DEVICE) * 2 - 1
@@ -100,7 +100,7 @@ class DDGAN:
         for i, (objective, optimizer) in enumerate(zip(self.objectives, self.optimizers, strict=True)):
             for parameter in self.networks[1 - i].parameters():
                 parameter.requires_grad_(False)
-            samples = Samples(self.images, None, Draws(range(self.batch_size), self.images.device, i), step)
+            samples = MicroBatch(self.images, None, PerSampleRNG(range(self.batch_size), self.images.device, i), step)
             with self.arithmetic():
                 objective(self.networks[i], samples)["loss"].mean().backward()
             for parameter in self.networks[1 - i].parameters():

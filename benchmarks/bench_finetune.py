@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from datasets import load_dataset
 
 from ddgan import finetune_model
+from ddgan.data.sources import EMBEDDED_DATASET
 from ddgan.sampling.pipelines import load_pipeline
-from ddgan.training.data import EMBEDDED_DATASET
 from ddgan.training.loop import Trainer
 
 UNTRAINED = finetune_model.EMBEDDED_MODEL / "recipe" / "untrained.py"

@@ -28,10 +28,10 @@ from ddgan import (
     SymmetryLoss,
     TotalVariationLoss,
 )
+from ddgan.data.images import to_bytes
 from ddgan.evaluation.extractors import ClassifierFeatures, load_extractor
-from ddgan.evaluation.images import to_bytes
 from ddgan.pipelines.pipeline_guided import SCALE_SCHEDULES
-from ddgan.sampling.pictures import image_grid
+from ddgan.sampling.grids import image_grid
 from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, with_scheduler
 
 ROOT = Path(__file__).parents[1]

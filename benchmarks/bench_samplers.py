@@ -21,8 +21,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from ddgan import ClassConditionalPipeline
 from ddgan.evaluation.extractors import FeatureExtractor, load_extractor
 from ddgan.evaluation.metrics import Gaussian, floor, frechet_distance
-from ddgan.sampling.pictures import image_grid, steps_strip
-from ddgan.sampling.pipelines import in_equal_batches, intermediates, load_pipeline, sample, with_scheduler
+from ddgan.sampling.grids import image_grid, steps_strip
+from ddgan.sampling.pipelines import intermediates, load_pipeline, sample, sample_in_full_batches, with_scheduler
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "models" / "mnist-28"
@@ -44,7 +44,7 @@ SAMPLERS = {"DDPM": DDPMScheduler, "DDIM": DDIMScheduler, "DDPM, variance zero":
 
 def draw(pipe: ClassConditionalPipeline, count: int, steps: int, **options) -> list[Image.Image]:
     """Pictures of the classes in turn, picture i from seed i."""
-    return in_equal_batches(
+    return sample_in_full_batches(
         lambda seeds: sample(pipe, seeds, steps, [seed % pipe.num_classes for seed in seeds], **options),
         range(count),
         BATCH,

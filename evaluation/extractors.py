@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.images import RESIZE, resized, with_channels
 from .classifier import ImageClassifier
-from .images import RESIZE, resized, with_channels
 
 INCEPTION, DINOV2 = "inception-v3-compat", "dinov2"
 DINOV2_WEIGHTS = "facebook/dinov2-large"  # the one of arXiv 2306.04675

@@ -1,6 +1,5 @@
 """Features of many images: computed by all processes, taken up where they were cut off, kept for the next time."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ PART_IMAGES = 1024  # between two saves, about
 Features = dict[str, torch.Tensor]
 
 
-def collect(
+def extract_features(
     count: int,
     batch_size: int,
     measure: Callable[[range], Features],
@@ -80,7 +79,7 @@ def collect(
     return {name: tensor[order] for name, tensor in whole.items()}
 
 
-def collect_once(
+def cached_features(
     path: Path,
     protocol: dict[str, Any],
     count: int,
@@ -98,7 +97,7 @@ def collect_once(
     if there[0]:
         return load_file(path) if accelerator.is_main_process else None
     with _claimed(path.with_suffix(".parts"), accelerator) as parts:
-        found = collect(count, batch_size, measure, accelerator, parts, description)
+        found = extract_features(count, batch_size, measure, accelerator, parts, description)
         if accelerator.is_main_process:
             write_features(path, found, protocol)
             if parts:
@@ -142,11 +141,6 @@ def read_protocol(path: Path) -> dict[str, Any]:
     """What the features in a file were made with."""
     with safe_open(path, "pt") as file:
         return json.loads((file.metadata() or {}).get("protocol", "{}"))
-
-
-def fingerprint(facts: Any) -> str:
-    """A short name for facts that JSON can hold."""
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def _measured(batch: range, measure: Callable[[range], Features]) -> Features:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+MIN_IMAGES = 12  # on each side: six in each half
 MANIFOLD_IMAGES = 10_000  # of each side at most; the usual number, and the cost grows with its square
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 IS_SPLITS = 10
@@ -24,7 +25,7 @@ _ROWS = 2000  # of a matrix of distances that are in memory at once
 
 
 @dataclass
-class Measure:
+class MetricValue:
     """A number with what it takes to compute it again.
 
     Attributes:
@@ -92,7 +93,7 @@ def frechet_bias(samples: torch.Tensor, reference: Gaussian) -> float:
 
 def kernel_distance(
     samples: torch.Tensor, reference: torch.Tensor, subset_size: int | None = None, subsets: int = KID_SUBSETS
-) -> Measure:
+) -> MetricValue:
     """KID of arXiv 1801.01401, through torch-fidelity: mean and spread of the unbiased estimate over random subsets.
 
     Without bias, it lies a little below 0 for sets of one distribution.
@@ -110,14 +111,14 @@ def kernel_distance(
         kid_subset_size=size,
         verbose=False,
     )
-    return Measure(
+    return MetricValue(
         found[metric.KEY_METRIC_KID_MEAN],
         found[metric.KEY_METRIC_KID_STD],
         {"kernel": "polynomial, degree 3", "subsets": subsets, "subset_size": size},
     )
 
 
-def inception_score(logits: torch.Tensor) -> Measure:
+def inception_score(logits: torch.Tensor) -> MetricValue:
     """exp of the mean divergence of p(class | image) from p(class), arXiv 1606.03498, through torch-fidelity.
 
     Args:
@@ -127,14 +128,14 @@ def inception_score(logits: torch.Tensor) -> Measure:
     logits = _checked(logits, least=IS_SPLITS)
     logits = logits[_order(logits)]
     found = metric.isc_features_to_metric(logits, splits=IS_SPLITS)
-    return Measure(found[metric.KEY_METRIC_ISC_MEAN], found[metric.KEY_METRIC_ISC_STD], {"splits": IS_SPLITS})
+    return MetricValue(found[metric.KEY_METRIC_ISC_MEAN], found[metric.KEY_METRIC_ISC_STD], {"splits": IS_SPLITS})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Manifolds of nearest neighbours
 
 
-def manifold_measures(samples: torch.Tensor, reference: torch.Tensor) -> dict[str, Measure]:
+def manifold_measures(samples: torch.Tensor, reference: torch.Tensor) -> dict[str, MetricValue]:
     """Precision, recall (arXiv 1904.06991, through torch-fidelity), density and coverage (arXiv 2002.09797).
 
     Both sides have the same number of images: the smaller set's, at most `MANIFOLD_IMAGES`.
@@ -165,10 +166,10 @@ def manifold_measures(samples: torch.Tensor, reference: torch.Tensor) -> dict[st
         "density": (inside / (DENSITY_NEIGHBOURS * count), DENSITY_NEIGHBOURS),
         "coverage": ((nearest <= radii).double().mean().item(), DENSITY_NEIGHBOURS),
     }
-    return {name: Measure(value, None, {"neighbours": k, "images": count}) for name, (value, k) in values.items()}
+    return {name: MetricValue(value, None, {"neighbours": k, "images": count}) for name, (value, k) in values.items()}
 
 
-def memorisation(samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor) -> dict[str, Measure]:
+def memorisation(samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor) -> dict[str, MetricValue]:
     """Whether samples lie closer to the training images than images do that the training has not seen.
 
     Returns:
@@ -192,8 +193,8 @@ def memorisation(samples: torch.Tensor, training: torch.Tensor, held_out: torch.
     close = of_held_out.quantile(CLOSE)
     protocol = {"training_images": len(training), "samples": len(samples), "held_out_images": len(held_out)}
     return {
-        "nearest_training_ratio": Measure((of_samples.median() / of_held_out.median()).item(), None, protocol),
-        "memorised": Measure((of_samples <= close).double().mean().item(), None, {**protocol, "quantile": CLOSE}),
+        "nearest_training_ratio": MetricValue((of_samples.median() / of_held_out.median()).item(), None, protocol),
+        "memorised": MetricValue((of_samples <= close).double().mean().item(), None, {**protocol, "quantile": CLOSE}),
     }
 
 
@@ -208,20 +209,22 @@ def _nearest(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 # All of them
 
 
-def distances(samples: torch.Tensor, reference: torch.Tensor, gaussian: Gaussian | None = None) -> dict[str, Measure]:
+def distances(
+    samples: torch.Tensor, reference: torch.Tensor, gaussian: Gaussian | None = None
+) -> dict[str, MetricValue]:
     """`fid`, `kid`, `precision`, `recall`, `density` and `coverage` of samples against a reference.
 
     Args:
         gaussian: the reference's, where it is known already.
     """
     return {
-        "fid": Measure(frechet_distance(Gaussian.of(samples), gaussian or Gaussian.of(reference))),
+        "fid": MetricValue(frechet_distance(Gaussian.of(samples), gaussian or Gaussian.of(reference))),
         "kid": kernel_distance(samples, reference),
         **manifold_measures(samples, reference),
     }
 
 
-def floor(reference: torch.Tensor, count: int, logits: torch.Tensor | None = None) -> dict[str, Measure]:
+def floor(reference: torch.Tensor, count: int, logits: torch.Tensor | None = None) -> dict[str, MetricValue]:
     """`distances` of one half of a reference to the other: what samples cannot fall below but by chance.
 
     Args:

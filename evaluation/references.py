@@ -1,8 +1,8 @@
 """What samples are measured against: features of images, computed once and kept, or their mean and covariance."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,29 +11,55 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
+from ..core.errors import RunError
+from ..core.files import fingerprint
+from ..data.images import RESIZE, color_channels, open_image, to_bytes
+from ..data.preprocessing import Preprocessing, read_image
 from . import metrics
 from .extractors import FeatureExtractor
-from .features import Features, collect_once, fingerprint
-from .images import RESIZE, color_channels
-from .metrics import Gaussian, Measure
+from .features import Features, cached_features
+from .metrics import Gaussian, MetricValue
 
 CACHE_DIR = Path(HF_HOME) / "ddgan-evaluation"
 LOOKED_AT = 100  # images whose size, channels and file format stand for all
 
 
-class ReferenceImages(Protocol):
-    """Images to measure against, numbered from 0."""
+class ReferenceImages:
+    """The images of a source as samples are compared with them, the `ReferenceImages` of `evaluation/`.
 
-    def __len__(self) -> int: ...
+    Args:
+        skip_broken: where an image cannot be read, take the next one in its place, as training does.
+
+    Raises:
+        RunError: from its methods, at an image that cannot be read.
+    """
+
+    def __init__(self, source, skip_broken: bool = False):
+        self.source, self.skip_broken = source, skip_broken
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def fingerprint(self, chosen: Sequence[int]) -> str:
-        """Tells these of the images from others, and not from a copy of them."""
+        return self.source.fingerprint(chosen)
 
     def picture(self, i: int) -> Image.Image:
         """Image i, not yet decoded."""
+        return self._readable(i, open_image)
 
     def pixels(self, i: int, channels: int, height: int, width: int) -> torch.Tensor:
-        """Image i at this size and with 1 or 3 channels, cropped at its centre: uint8, (channels, height, width)."""
+        """Image i at this size, cropped at its centre: uint8, (channels, height, width)."""
+        preprocessing = Preprocessing(channels, height, width, center_crop=True)
+        loaded = self._readable(i, lambda cell: read_image(cell, preprocessing))
+        return to_bytes(preprocessing.finish(loaded, sample_key=0))
+
+    def _readable(self, i: int, read: Callable[[Any], Any]) -> Any:
+        for number in range(i, i + (len(self) if self.skip_broken else 1)):
+            try:
+                return read(self.source[number % len(self)])
+            except Exception as error:  # BrokenImageError, or what Pillow's readers stumble over
+                said = f"An image cannot be read: {self.source.name(number % len(self))}: {error}."
+        raise RunError(f"{said} Repair or remove it.")
 
 
 class Reference:
@@ -56,7 +82,7 @@ class Reference:
             self._gaussian = Gaussian.of(self.features["features"])
         return self._gaussian
 
-    def floor(self, count: int) -> dict[str, Measure]:
+    def floor(self, count: int) -> dict[str, MetricValue]:
         """`metrics.floor` for so many samples."""
         if count not in self._floors:
             self._floors[count] = metrics.floor(self.features["features"], count, self.features.get("logits"))
@@ -110,7 +136,7 @@ def measure_reference(
     protocol = {**facts, **extractor.protocol, "device": accelerator.device.type}
     path = cache_dir / f"{name.replace('/', '-')}-{split}-{fingerprint(protocol)}.safetensors"
     description = f"measuring {name}, {split}"
-    return Reference(facts, collect_once(path, protocol, count, batch_size, measure, accelerator, description))
+    return Reference(facts, cached_features(path, protocol, count, batch_size, measure, accelerator, description))
 
 
 def some_of(total: int, count: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from .coverage import STACKED_MNIST_SAMPLES
-from .metrics import Measure
+from .metrics import MetricValue
 
 NAMES = {
     "fid": "FID",
@@ -145,7 +145,7 @@ def warnings(
     return found
 
 
-def table(measures: dict[str, Measure], floors: dict[str, Measure]) -> str:
+def table(measures: dict[str, MetricValue], floors: dict[str, MetricValue]) -> str:
     """A line for each measure, keyed `name@images`, with what the reference itself gives where that is known."""
     rows = [("", "value", "floor"), ("", "", "")]
     for key, measure in measures.items():
@@ -162,13 +162,13 @@ def title(key: str) -> str:
     return f"{NAMES[name]}@{images}"
 
 
-def number(measure: Measure) -> str:
+def number(measure: MetricValue) -> str:
     """A measure as people read it."""
     return f"{measure.value:.4g}" + (f" ± {measure.spread:.2g}" if measure.spread is not None else "")
 
 
 def eval_results(
-    measures: dict[str, Measure], dataset: str, split: str | None, words: dict[str, str]
+    measures: dict[str, MetricValue], dataset: str, split: str | None, words: dict[str, str]
 ) -> list[EvalResult]:
     """The measures as the Hub's metadata has them, each with its protocol in `words`."""
     return [

@@ -10,7 +10,7 @@ from PIL import Image
 from . import coverage, metrics, report
 from .extractors import INCEPTION, ClassifierFeatures, FeatureExtractor
 from .features import Features
-from .metrics import Gaussian, Measure
+from .metrics import Gaussian, MetricValue
 from .references import Reference
 
 
@@ -18,8 +18,8 @@ from .references import Reference
 class Results:
     """All numbers, keyed `name@images`; floors are keyed by name, facts are what else there is to know."""
 
-    measures: dict[str, Measure]
-    floors: dict[str, Measure]
+    measures: dict[str, MetricValue]
+    floors: dict[str, MetricValue]
     facts: dict[str, Any]
     picture: Image.Image | None = None
 
@@ -45,8 +45,8 @@ def evaluate(
         ValueError: if they are too few, or the statistics of the reference do not fit them.
     """
     count = samples["images"]
-    found: dict[str, Measure] = {}
-    floors: dict[str, Measure] = {}
+    found: dict[str, MetricValue] = {}
+    floors: dict[str, MetricValue] = {}
     facts: dict[str, Any] = {}
     picture = bias = None
     features = measured["features"]
@@ -54,7 +54,7 @@ def evaluate(
         found |= metrics.distances(features, reference.features["features"], reference.gaussian)
         floors |= reference.floor(count)
     elif reference:
-        found["fid"] = Measure(metrics.frechet_distance(Gaussian.of(features), reference.gaussian))
+        found["fid"] = MetricValue(metrics.frechet_distance(Gaussian.of(features), reference.gaussian))
     if reference and count < report.ENOUGH_FOR_FID:
         bias = found["fid"].protocol["estimated_bias"] = metrics.frechet_bias(features, reference.gaussian)
     if held_out:
@@ -66,14 +66,14 @@ def evaluate(
             floors[name] = floors.pop("inception_score")
     if "digits" in measured:
         covered = coverage.stacked_mnist_coverage(measured["digits"])
-        found["modes"] = Measure(covered.modes, None, {"of": covered.of})
-        found["mode_kl"] = Measure(covered.kl, None, {"unit": "nats"})
+        found["modes"] = MetricValue(covered.modes, None, {"of": covered.of})
+        found["mode_kl"] = MetricValue(covered.kl, None, {"unit": "nats"})
     elif "classes" in measured:
         asked = torch.tensor(class_labels).repeat(-(-count // len(class_labels)))[:count]
         names = judge.network.class_names
         counts = coverage.confusion(asked, measured["classes"], len(names))
         accuracy, each = coverage.class_accuracies(counts)
-        found["class_accuracy"] = Measure(accuracy)
+        found["class_accuracy"] = MetricValue(accuracy)
         facts["class_accuracies"] = dict(zip(names, each, strict=True))
         facts["confusion"] = counts.tolist()
         picture = coverage.confusion_picture(counts, names)

@@ -26,12 +26,12 @@ from ddgan import (
     SymmetryLoss,
     TotalVariationLoss,
 )
-from ddgan.errors import InputError, run_command
+from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.errors import InputError, run_command
 from ddgan.guidance.clip import DEFAULT_MODEL
 from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
-from ddgan.sampling.pictures import image_grid
+from ddgan.sampling.grids import image_grid
 from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, with_scheduler
-from ddgan.training.arguments import option, parse_arguments, require_at_least
 
 EMBEDDED = Path(__file__).parent / "models" / "noto-emoji-32"
 LOSSES = {

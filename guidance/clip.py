@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine, horizontal_flip, pil_to_tensor, resized_crop
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .losses import GuidanceLoss
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from ..errors import InputError
+from ..core.errors import InputError
 
 
 class GuidanceLoss(ABC):

@@ -12,8 +12,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from yaml import YAMLError
 
 from .. import __version__
-from ..errors import InputError
-from .folders import _digest, is_unwritten
+from ..core.errors import InputError
+from .export import _digest, is_unwritten
 
 CARD_NAME = "README.md"
 
@@ -37,7 +37,7 @@ class CardFacts:
         evaluation: what was measured of the model, as rows of a table.
         protocol: what these numbers depend on, in words.
         results: the same for the metadata, its model-index.
-        code: SHA-256 of each file that loading with `trust_remote_code` runs, see hub/folders.py.
+        code: SHA-256 of each file that loading with `trust_remote_code` runs, see hub/export.py.
         dataset: id or name of the data.
         tags: the Hub's tags beside `unconditional-image-generation`.
     """

@@ -11,9 +11,10 @@ from urllib.parse import unquote
 
 from huggingface_hub import SpaceCard
 
-from ..errors import InputError
+from ..core.errors import InputError
+from ..core.files import link_or_copy
 from .cards import CARD_NAME, is_repo_id, nobody_wrote, with_metadata
-from .folders import SAMPLES, card_of_parts, code_files, pipeline_parts
+from .export import SAMPLES, card_of_parts, code_files, pipeline_parts
 
 # what `save_pretrained` of models and schedulers writes
 _PART_FILES = ("config.json", "*_config.json", "diffusion_pytorch_model*.safetensors", "*.safetensors.index.json")
@@ -100,14 +101,6 @@ def add_card(folder: Path, repo_id: str) -> None:
     file.write_text(card, encoding="utf-8", newline="\n")
 
 
-def link_or_copy(file: Path, target: Path) -> None:
-    """A hard link, which a file that is renamed over `file` does not touch, or a copy where there are no links."""
-    try:
-        os.link(file.resolve(), target)
-    except OSError:
-        shutil.copyfile(file, target)
-
-
 def space_snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
     """
     What is published of a folder that holds a Space; hidden files stay.
@@ -139,7 +132,7 @@ def space_snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
 def _package_files() -> dict[Path, Path]:
     """The files of this package that are imported, and its licence, by where they lie beside a Space's app."""
     parts = [file for part in _PACKAGE.glob("*/__init__.py") for file in part.parent.glob("*.py")]
-    files = [_PACKAGE / "__init__.py", _PACKAGE / "errors.py", _PACKAGE / "LICENSE", *parts]
+    files = [_PACKAGE / "__init__.py", _PACKAGE / "__init__.py", _PACKAGE / "LICENSE", *parts]
     return {Path("ddgan", file.relative_to(_PACKAGE)): file for file in files if file.is_file()}
 
 

@@ -26,9 +26,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars, get_session, validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from ..errors import InputError, RunError
+from ..core.errors import InputError, RunError
 from .cards import CARD_NAME, nobody_wrote, with_metadata
-from .folders import SAMPLES, is_unwritten, shows_samples
+from .export import SAMPLES, is_unwritten, shows_samples
 from .publication import snapshot, space_snapshot
 
 SPACE_VARIABLE = "DDGAN_PIPELINE"  # the environment variable that names the pipeline to the Space's app
@@ -319,9 +319,10 @@ def upload_space(folder: Path, repo_id: str, private: bool = False) -> Uploaded:
         return space.upload(Path(taken), "Upload the app")
 
 
-def draw_alone(place: str, revision: str | None = None, samples: str | None = None) -> bytes:
+def sample_standalone(place: str, revision: str | None = None, samples: str | None = None) -> bytes:
     """
-    One picture of a pipeline, by a process that has Diffusers, an empty cache and not this package; see alone.py.
+    One picture of a pipeline, by a process that has Diffusers, an empty cache and not this package; see
+    standalone_check.py.
 
     Args:
         place: a pipeline folder, or a repository on the Hub.
@@ -344,7 +345,7 @@ def draw_alone(place: str, revision: str | None = None, samples: str | None = No
             environment["HF_TOKEN"] = token
         picture = Path(home, "picture.npy")
         # -P: that file's folder is no place to import from
-        command = [sys.executable, "-P", Path(__file__).with_name("alone.py"), place, picture]
+        command = [sys.executable, "-P", Path(__file__).with_name("standalone_check.py"), place, picture]
         command += [revision or "", samples or ""]
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode and not picture.is_file():  # else the samples alone could not be drawn

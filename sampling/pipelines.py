@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 
-from ..errors import InputError
+from ..core.errors import InputError
 from ..hub.installed import installed_class
-from .pictures import to_pil
+from .grids import to_pil
 
 SCHEDULERS = {
     "ddpm": DDPMScheduler,
@@ -90,7 +91,7 @@ def load_pipeline(
     return pipe
 
 
-def digest(pipe: DiffusionPipeline) -> str:
+def pipeline_hash(pipe: DiffusionPipeline) -> str:
     """A fingerprint of weights and configs: a training run may have saved others into the same folder since."""
     found = hashlib.blake2b(digest_size=16)
     for name, part in sorted(pipe.components.items()):
@@ -199,7 +200,7 @@ class Step(NamedTuple):
 
 
 @contextmanager
-def watched_steps(pipe: DiffusionPipeline, watch: Callable[[Step], None]) -> Iterator[None]:
+def trace_steps(pipe: DiffusionPipeline, watch: Callable[[Step], None]) -> Iterator[None]:
     """Within the block, `watch` is told of each step of the pipeline's scheduler; what it raises ends the sampling."""
     scheduler, numbers = pipe.scheduler, itertools.count()
     step = scheduler.step
@@ -221,7 +222,7 @@ def watched_steps(pipe: DiffusionPipeline, watch: Callable[[Step], None]) -> Ite
         del scheduler.step
 
 
-class Way:
+class DenoisingTrace:
     """
     The way to the first picture of a batch, at `count` evenly spaced of its steps: all, where there are fewer.
 
@@ -242,7 +243,7 @@ class Way:
             self.clean += _pictures(step.clean[:1])
 
 
-def in_equal_batches(
+def sample_in_full_batches(
     draw: Callable[[list[int]], list[Image.Image]], numbers: Sequence[int], size: int
 ) -> list[Image.Image]:
     """The picture of each number, drawn so many at once: the last batch is filled up, and what is too much left out.
@@ -264,13 +265,13 @@ def intermediates(
     class_label: int | str | None = None,
     **options: Any,
 ) -> tuple[list[int], list[Image.Image], list[Image.Image]]:
-    """The timesteps, noisy samples and predicted clean images of the `Way` to one picture.
+    """The timesteps, noisy samples and predicted clean images of the `DenoisingTrace` to one picture.
 
     Args:
         num_inference_steps, class_label, options: as of `sample`.
     """
-    way = Way(count)
-    with watched_steps(pipe, way.record):
+    way = DenoisingTrace(count)
+    with trace_steps(pipe, way.record):
         sample(pipe, [seed], num_inference_steps, None if class_label is None else [class_label], **options)
     return way.timesteps, way.noisy, way.clean
 
@@ -323,3 +324,27 @@ def _predicted_clean(scheduler, model_output, timestep: int, noisy) -> torch.Ten
     if kind == "v_prediction":
         return signal**0.5 * noisy - (1 - signal) ** 0.5 * model_output
     return model_output
+
+
+@dataclass(frozen=True)
+class PipelineSampler:
+    """How a run draws from its pipeline.
+
+    Attributes:
+        scheduler: `as-saved`, or the name of one of `SCHEDULERS`.
+        num_inference_steps, options: as of `sample`.
+    """
+
+    scheduler: str
+    num_inference_steps: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, pipeline: DiffusionPipeline, seeds: list[int], labels: list[int] | None) -> list[Image.Image]:
+        """A picture for each seed and, where there are classes, its class."""
+        pipeline = with_scheduler(pipeline, self.scheduler)
+        return sample(pipeline, seeds, self.num_inference_steps, labels, **self.options)
+
+    def protocol(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """What a picture depends on beside the weights, its seed and its class."""
+        scheduler = type(with_scheduler(pipeline, self.scheduler).scheduler).__name__
+        return {"scheduler": scheduler, "num_inference_steps": self.num_inference_steps, **self.options}

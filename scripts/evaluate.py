@@ -26,20 +26,37 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 
-from ddgan.errors import InputError, RunError, run_command
+from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.errors import InputError, RunError, run_command
+from ddgan.core.files import fingerprint, replace_file
+from ddgan.data.images import color_channels
+from ddgan.data.preprocessing import Preprocessing
+from ddgan.data.sources import DatasetImages, FolderImages, IdxImages, open_images
 from ddgan.evaluation import report
 from ddgan.evaluation.coverage import STACKED_MNIST_SAMPLES
 from ddgan.evaluation.extractors import INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
-from ddgan.evaluation.features import Features, collect, fingerprint, read_features, read_protocol
-from ddgan.evaluation.images import color_channels
-from ddgan.evaluation.metrics import MIN_HELD_OUT, Gaussian
-from ddgan.evaluation.references import CACHE_DIR, Reference, look, measure_reference, some_of, spread
+from ddgan.evaluation.features import Features, extract_features, read_features, read_protocol
+from ddgan.evaluation.metrics import MIN_HELD_OUT, MIN_IMAGES, Gaussian
+from ddgan.evaluation.references import (
+    CACHE_DIR,
+    Reference,
+    ReferenceImages,
+    look,
+    measure_reference,
+    some_of,
+    spread,
+)
 from ddgan.evaluation.results import Results, evaluate
 from ddgan.hub.cards import CARD_NAME
-from ddgan.sampling.pipelines import SCHEDULERS, digest, in_equal_batches, load_pipeline, sample, with_scheduler
-from ddgan.training.arguments import MIN_IMAGES, DataArguments, option, parse_arguments, require_at_least
-from ddgan.training.checkpoints import replace_file
-from ddgan.training.data import ComparedImages, ImageArray, ImageFolder, ImageTable, Preprocessing, open_images
+from ddgan.sampling.pipelines import (
+    SCHEDULERS,
+    load_pipeline,
+    pipeline_hash,
+    sample,
+    sample_in_full_batches,
+    with_scheduler,
+)
+from ddgan.training.arguments import DataArguments
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DRAWN = 10_000  # pictures of a pipeline, if nothing else is said; below that the bias of FID is large
@@ -208,9 +225,9 @@ class PipelineSamples:
         # the arithmetic of an accelerator depends on the size of the batch, that of a CPU on more
         self.at_once = 1 if accelerator.device.type == "cpu" else args.batch_size
         pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
-        contents = digest(pipe)
+        contents = pipeline_hash(pipe)
         self.pipe = with_scheduler(pipe, args.scheduler)
-        (first,) = in_equal_batches(self._draw, [0], self.at_once)
+        (first,) = sample_in_full_batches(self._draw, [0], self.at_once)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
         self.facts = {
             "pipeline": name_of(args.pipeline),
@@ -228,7 +245,7 @@ class PipelineSamples:
         }
 
     def batch(self, indices: range) -> torch.Tensor:
-        pictures = in_equal_batches(self._draw, indices, self.at_once)
+        pictures = sample_in_full_batches(self._draw, indices, self.at_once)
         if self.args.save_images:
             for i, picture in zip(indices, pictures, strict=True):
                 replace_file(Path(self.args.save_images) / f"{i:06d}.png", picture.save)
@@ -248,7 +265,7 @@ class StoredSamples:
 
     def __init__(self, args: EvaluateArguments):
         self.source, _ = open_source(args.images, "train", args)
-        self.images = ComparedImages(self.source)
+        self.images = ReferenceImages(self.source)
         self.count = args.num_images or len(self.source)
         if self.count > len(self.source):
             raise InputError(f"--num_images is {self.count}, but {args.images} has {len(self.source)} images.")
@@ -304,7 +321,7 @@ def measure_samples(
     settings |= {"judge": judge and judge.digest, "kept": args.save_images and str(Path(args.save_images).resolve())}
     parts = Path(args.cache_dir) / f"samples-{fingerprint(settings)}.parts"
     verb = "drawing and measuring" if args.pipeline else "measuring"
-    return collect(samples.count, args.batch_size, measure, accelerator, parts, verb), parts
+    return extract_features(samples.count, args.batch_size, measure, accelerator, parts, verb), parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,7 +370,7 @@ def load_reference(
             return Reference(facts, None, Gaussian(mean, covariance))
     with accelerator.main_process_first():
         source, split = open_source(given, split, args)
-    images = ComparedImages(source)
+    images = ReferenceImages(source)
     kept = Path(args.cache_dir)
     return measure_reference(
         *(images, name_of(given), split, (height, width), extractor, args.batch_size, accelerator, kept, count)
@@ -367,7 +384,7 @@ def require_images(least: int, given: str, reference: Reference) -> None:
         raise InputError(f"{given} has {count} images; there must be at least {least} to measure against.")
 
 
-class ImageStack(ImageArray):
+class ImageStack(IdxImages):
     """Images (N, H, W) or (N, H, W, C), uint8, in the array `arr_0` of an .npz file."""
 
     def __init__(self, path: Path):
@@ -427,12 +444,12 @@ def open_source(given: str, split: str, args: EvaluateArguments):
             raise InputError(f"{given}: there is no such file (looked for at {path.resolve()}).")
         with naming(path, DatasetGenerationError):
             table = load_dataset("parquet", data_files=str(path), split="train")
-        return ImageTable(table, args.image_column), "all"
+        return DatasetImages(table, args.image_column), "all"
     is_folder_of_images = path.is_dir() and not any(file.suffix in TABLES for file in path.rglob("*"))
     if is_folder_of_images:
         has_splits = (path / split).is_dir()
         source = open_images(DataArguments(train_data_dir=str(path / split if has_splits else path), split=split))
-        return source, split if has_splits or not isinstance(source, ImageFolder) else "all"
+        return source, split if has_splits or not isinstance(source, FolderImages) else "all"
     data_args = DataArguments(
         dataset_name=given, dataset_config=args.reference_config, split=split, image_column=args.image_column
     )

@@ -22,20 +22,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddgan import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
-from ddgan.errors import InputError, run_command
+from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.errors import InputError, run_command
+from ddgan.core.files import replace_file
 from ddgan.guidance.clip import DEFAULT_MODEL
-from ddgan.sampling.pictures import image_grid, steps_strip
+from ddgan.sampling.grids import image_grid, steps_strip
 from ddgan.sampling.pipelines import (
     SCHEDULERS,
-    digest,
-    in_equal_batches,
     intermediates,
     load_pipeline,
+    pipeline_hash,
     sample,
+    sample_in_full_batches,
     with_scheduler,
 )
-from ddgan.training.arguments import option, parse_arguments, require_at_least
-from ddgan.training.checkpoints import replace_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SETTINGS = "generate.json"
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output_dir)
     settings = {
         "pipeline": args.pipeline,
-        "contents": digest(pipe),
+        "contents": pipeline_hash(pipe),
         "scheduler": args.scheduler,
         "num_inference_steps": args.num_inference_steps,
         "class_labels": args.class_labels,
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for start in range(0, len(missing), at_once):
         batch = missing[start : start + at_once]
-        for i, picture in zip(batch, in_equal_batches(draw, batch, at_once), strict=True):
+        for i, picture in zip(batch, sample_in_full_batches(draw, batch, at_once), strict=True):
             replace_file(image_path(output, i), picture.save)
         progress.update(len(batch))
     progress.close()

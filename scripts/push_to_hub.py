@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from ddgan.errors import InputError, RunError, run_command
+from ddgan.core.cli import option, parse_arguments
+from ddgan.core.errors import InputError, RunError, run_command
 from ddgan.hub.cards import CARD_NAME
-from ddgan.hub.folders import SAMPLES, shows_samples
+from ddgan.hub.export import SAMPLES, shows_samples
 from ddgan.hub.publication import add_card, needs_card, snapshot, space_snapshot
-from ddgan.hub.upload import Repository, draw_alone, upload_space, who_am_i
-from ddgan.training.arguments import option, parse_arguments
+from ddgan.hub.upload import Repository, sample_standalone, upload_space, who_am_i
 
 SPACE_FOLDER = Path(__file__).parents[1] / "examples" / "space"
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     with snapshot(folder, args.repo_id) as taken:
         user = who_am_i()
         samples = samples_folder(Path(taken))
-        expected = draw_alone(taken, samples=samples)
+        expected = sample_standalone(taken, samples=samples)
         if samples and not Path(samples, SAMPLES).is_file():
             print("none could be drawn: the card has no pictures\n")
         if needs_card(Path(taken)):  # once more, now with pictures
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         repository.open(args.private)
         uploaded = repository.upload(Path(taken), "Upload pipeline")
     print(f"uploaded       {uploaded.url}")
-    if draw_alone(args.repo_id, uploaded.commit) != expected:
+    if sample_standalone(args.repo_id, uploaded.commit) != expected:
         raise RunError(
             f"{uploaded.url} holds all files, but the pipeline that is loaded from there draws another picture for "
             f"seed 0 than the one in {folder}. Do not pass it on before you know why."

@@ -21,21 +21,16 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from huggingface_hub import EvalResult, ModelCardData
 from tqdm import tqdm
 
-from ddgan.errors import InputError, run_command
+from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.errors import InputError, run_command
+from ddgan.core.files import replace_tree
+from ddgan.data.images import BrokenImageError, to_bytes
+from ddgan.data.preprocessing import Preprocessing, read_image
+from ddgan.data.sources import IdxImages, open_images
 from ddgan.evaluation.classifier import NORM_GROUPS, ImageClassifier
-from ddgan.evaluation.images import to_bytes
-from ddgan.evaluation.references import look, spread
+from ddgan.evaluation.references import ReferenceImages, look, spread
 from ddgan.hub.cards import CARD_NAME, is_repo_id
-from ddgan.training.arguments import DataArguments, option, parse_arguments, require_at_least
-from ddgan.training.checkpoints import replace_tree
-from ddgan.training.data import (
-    BrokenImageError,
-    ComparedImages,
-    ImageArray,
-    Preprocessing,
-    open_images,
-    read_image,
-)
+from ddgan.training.arguments import DataArguments
 
 HELD_OUT = 0.1  # of the images, where there is no test split
 WARMUP = 0.05  # of the optimizer steps
@@ -176,7 +171,7 @@ def load_data(args: ClassifierArguments) -> tuple[LabelledImages, LabelledImages
     names = labels.classes
     if len(names) < 2:
         raise InputError(f"A classifier needs at least two classes; the data has {', '.join(names) or 'none'}.")
-    images = ComparedImages(source)
+    images = ReferenceImages(source)
     size = args.image_size or min(images.picture(0).size)
     channels = look([images.picture(i) for i in spread(len(source))])["channels"]
     preprocessing = Preprocessing(channels, size, size, center_crop=True)
@@ -214,7 +209,7 @@ def open_splits(args: ClassifierArguments) -> tuple:
         if (folder / args.split).is_dir() and (folder / test_split).is_dir():
             return opened(args.split, folder / args.split), opened(test_split, folder / test_split)
         source = opened("train", folder)
-        return source, opened("test", folder) if isinstance(source, ImageArray) else None
+        return source, opened("test", folder) if isinstance(source, IdxImages) else None
     source = opened(args.split)
     if args.test_split is None:
         from datasets import get_dataset_split_names

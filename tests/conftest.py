@@ -25,7 +25,7 @@ GOLDEN = [Path(__file__).parent / "fixtures" / "golden", Path(__file__).parents[
 
 
 # Modules whose fixtures cost more than their tests: one process runs all of such a module.
-TOGETHER = ("examples/test_space.py", "hub/test_folders.py")
+TOGETHER = ("examples/test_space.py", "hub/test_export.py")
 
 
 class Scheduler(LoadScopeScheduling):

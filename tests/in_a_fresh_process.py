@@ -1,4 +1,4 @@
-"""Loads pipelines in a process of its own, with nothing but Diffusers or with the package; run by test_folders.py.
+"""Loads pipelines in a process of its own, with nothing but Diffusers or with the package; run by test_export.py.
 
     python in_a_fresh_process.py without_package|with_package <folder of pipeline folders> <folder to save in>
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import ROOT, finetune_flags, largest_difference, make_dataset, run_script, tiny_unet, weights, write_images
 from torch._dynamo.testing import CompileCounter
 
-from ddgan.errors import InputError, RunError, run_command
+from ddgan.core.errors import InputError, RunError, run_command
 from ddgan.training.tracking import read_metrics
 
 COURSE = """--image_size 16 --batch_size 8 --num_epochs 16 --grad_accumulation_steps 2 --start_model {model}
@@ -362,7 +362,7 @@ def test_a_full_disk_ends_with_the_reason_and_the_last_good_checkpoint(finetune,
 
 
 def test_a_broken_image_that_is_met_later_leaves_a_checkpoint_to_go_on_from(finetune, tmp_path, monkeypatch):
-    monkeypatch.setattr("ddgan.training.data._CHECKED_IMAGES", 1)
+    monkeypatch.setattr("ddgan.training.loading._CHECKED_IMAGES", 1)
     folder = write_images(tmp_path / "images", 13)
     (folder / "007.png").write_bytes(b"not an image")
     flags = ("--train_data_dir", folder)
@@ -385,11 +385,11 @@ def test_a_command_that_names_no_model_or_data_is_the_demo(monkeypatch, tmp_path
 
     seen = []
 
-    def open_run(run):
+    def prepare_accelerator(run):
         seen.append(run)
         raise InputError("far enough")
 
-    monkeypatch.setattr(finetune_model, "open_run", open_run)
+    monkeypatch.setattr(finetune_model, "prepare_accelerator", prepare_accelerator)
     for flags in ([], ["--resume_from_checkpoint", "latest"], ["--dataset_name=x"]):
         with pytest.raises(InputError):
             finetune_model.main(flags)

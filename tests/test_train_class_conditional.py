@@ -18,11 +18,12 @@ from tiny import largest_difference, make_dataset, weights
 from torchvision.datasets import MNIST
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, train_class_conditional
-from ddgan.errors import InputError
-from ddgan.sampling.pictures import image_grid
+from ddgan.core.cli import parse_arguments
+from ddgan.core.errors import InputError
+from ddgan.sampling.grids import image_grid
 from ddgan.sampling.pipelines import sample, with_scheduler
 from ddgan.train_class_conditional import RECIPES, ClassConditionalArguments, build
-from ddgan.training.arguments import DataArguments, parse_arguments
+from ddgan.training.arguments import DataArguments
 from ddgan.training.tracking import read_metrics
 
 CLASS_CONDITIONED = "--block_out_channels 8 16 --layers_per_block 1 --attention_levels 1 --norm_num_groups 4"

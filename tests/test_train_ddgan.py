@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from tiny import ROOT, largest_difference, run_ranks, write_images
 
 from ddgan import DDGANPipeline, train_ddgan
-from ddgan.errors import InputError, RunError
+from ddgan.core.cli import parse_arguments
+from ddgan.core.errors import InputError, RunError
+from ddgan.data.preprocessing import Preprocessing
 from ddgan.training import loop
-from ddgan.training.adversarial import Adversaries, DiscriminatorObjective, GeneratorObjective
-from ddgan.training.arguments import DataArguments, parse_arguments
-from ddgan.training.data import Preprocessing, TrainingData
-from ddgan.training.objectives import Samples
-from ddgan.training.randomness import Draws
+from ddgan.training.arguments import DataArguments
+from ddgan.training.loading import TrainingData
+from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
+from ddgan.training.objectives.denoising import MicroBatch
+from ddgan.training.randomness import PerSampleRNG
 from ddgan.training.tracking import read_metrics
 
 SCRIPT = ROOT / "train_ddgan.py"
@@ -127,7 +129,7 @@ def test_the_run_is_the_plain_computation_also_when_micro_batches_are_accumulate
         argv=argv,
     )
     generator, discriminator, scheduler = train_ddgan.build(args, [8, 8], None)
-    ours = Adversaries(generator.train(), discriminator.train(), scheduler, args.diffaug)
+    ours = GANSetup(generator.train(), discriminator.train(), scheduler, args.diffaug)
     objectives = DiscriminatorObjective(ours, args.r1_gamma, args.lazy_reg), GeneratorObjective(ours)
     optimizers = [torch.optim.Adam(n.parameters(), 1e-6, (0.5, 0.9)) for n in (discriminator, generator)]
     checkpoint = started / "checkpoints" / "step-00000004"
@@ -148,7 +150,9 @@ def test_the_run_is_the_plain_computation_also_when_micro_batches_are_accumulate
             for group in optimizer.param_groups:
                 group["lr"] = row[f"{name}_learning_rate"]
             losses = [
-                objective(network, Samples(b.images, None, Draws(b.keys, b.images.device, stream), step))["loss"]
+                objective(network, MicroBatch(b.images, None, PerSampleRNG(b.keys, b.images.device, stream), step))[
+                    "loss"
+                ]
                 for b in window
             ]
             loss = torch.cat(losses).sum() / images_in_window

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .randomness import Draws
+from .randomness import PerSampleRNG
 
 
 class DifferentiableAugmentation:
@@ -21,7 +21,7 @@ class DifferentiableAugmentation:
         height, width: of the pictures.
     """
 
-    def __init__(self, names: Sequence[str], draws: Draws, height: int, width: int):
+    def __init__(self, names: Sequence[str], draws: PerSampleRNG, height: int, width: int):
         self.names = names
         self.size = height, width
         if "color" in names:

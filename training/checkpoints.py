@@ -9,60 +9,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..errors import InputError, RunError
-from ..hub.publication import link_or_copy
+from ..core.errors import InputError, RunError
+from ..core.files import sync
 
 _NAME = re.compile(r"step-(\d{8})")
 _STATE = "state.json"
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, sync it and rename it over `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")  # the suffix stays: writers go by it
-    write(temporary)
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:
-    """Write files into a temporary folder, then rename each over its place in `folder`, those at its top last.
-
-    JSON files come after those beside them, which they may name. Other files that are there stay.
-    """
-    temporary = folder / ".tmp-files"
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    files = [path for path in temporary.rglob("*") if path.is_file()]
-    files.sort(key=lambda path: (-len(path.parts), path.suffix == ".json"))
-    for path in files:
-        _sync(path)
-    for path in files:
-        target = folder / path.relative_to(temporary)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-    shutil.rmtree(temporary)
-
-
-def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder under a temporary name, sync it and rename it into the place of `folder`, which leaves whole."""
-    temporary, leaving = (folder.with_name(f".tmp-{kind}{folder.name}") for kind in ("", "old-"))
-    for path in (temporary, leaving):
-        shutil.rmtree(path, ignore_errors=True)
-    write(temporary)
-    for path in temporary.rglob("*"):
-        _sync(path)
-    if folder.exists():
-        os.replace(folder, leaving)
-    os.replace(temporary, folder)
-    _sync(folder.parent)
-    shutil.rmtree(leaving, ignore_errors=True)
-
-
-def copy_folder(folder: Path, target: Path) -> None:
-    """A folder once more: hard links, or copies where the filesystem has none."""
-    shutil.copytree(folder, target, copy_function=lambda file, copy: link_or_copy(Path(file), Path(copy)))
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -121,10 +72,10 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
                 for path in temporary.rglob("*"):
-                    _sync(path)
+                    sync(path)
                 shutil.rmtree(final, ignore_errors=True)  # there only if it is not complete
                 os.replace(temporary, final)
-                _sync(self.folder)
+                sync(self.folder)
         except Exception as error:  # OSError, or what torch's and safetensors' writers raise in its place
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(
@@ -165,13 +116,3 @@ class Checkpoints:
 def load_state(checkpoint: Path) -> dict:
     """The facts that were given to `Checkpoints.save`."""
     return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":  # which syncs only what is open for writing
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

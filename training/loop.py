@@ -4,10 +4,8 @@ import json
 import math
 import os
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,36 +15,25 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
-from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ..errors import InputError, RunError
-from ..evaluation.features import fingerprint
-from ..hub.cards import CardFacts
+from ..core.cli import write_config
+from ..core.errors import InputError, RunError
+from ..core.files import copy_folder, fingerprint, replace_file, replace_folder, replace_tree
 from ..hub.upload import BackgroundUpload
-from ..sampling.pictures import image_grid
-from ..sampling.pipelines import sample, with_scheduler
-from .arguments import RunArguments, write_config
-from .checkpoints import (
-    Checkpoints,
-    copy_folder,
-    load_state,
-    remove_leftovers,
-    replace_file,
-    replace_folder,
-    replace_tree,
-)
-from .data import Batch, TrainingData
-from .evaluation import Evaluations, Evaluator
-from .objectives import Samples
-from .randomness import Draws, key
-from .results import finish_upload, report, write_best, write_card
+from .arguments import RunArguments
+from .checkpoints import Checkpoints, load_state, remove_leftovers
+from .evaluator import EvaluationHistory, Evaluator
+from .job import TrainingJob
+from .loading import Batch, TrainingData
+from .model_card import finish_upload, report, write_best, write_card
+from .objectives.denoising import MicroBatch
+from .randomness import PerSampleRNG, fold_in
 from .sharding import local, reshard, whole, whole_pipeline
+from .stopping import RunStopped, StopRequest
 from .tracking import (
     Metrics,
     plot_evaluations,
@@ -61,95 +48,12 @@ _CONFIG = "config.yaml"
 _OWN_FILES = ("model_index.json", "README.md", "metrics.csv", "loss.png", "eval.png", "before_after.png")
 _BEST = "best"
 _LOG_EVERY = 10  # optimizer steps whose losses are read back from the device at once
-_SKIPPED = 50  # steps that float16's scaler leaves out, each at half the scale of the one before: no scale is left
+_MAX_SKIPPED_STEPS = (
+    50  # steps that float16's scaler leaves out, each at half the scale of the one before: no scale is left
+)
 
 
-@dataclass
-class Player:
-    """A network that is trained, with its loss and its optimizer.
-
-    Attributes:
-        name: what its columns in metrics.csv begin with; empty where a run has one player.
-        network: the module.
-        objective: from the network as it is to be called (wrapped for several processes) and `Samples` gives one
-            `loss` a sample, (B,), and beside it what else is to be logged, one value a sample, NaN where none is.
-        optimizer: over the network's parameters.
-        schedule: gives the course of the learning rate from the optimizer and the number of optimizer steps.
-    """
-
-    name: str
-    network: torch.nn.Module
-    objective: Callable[[torch.nn.Module, Samples], dict[str, torch.Tensor]]
-    optimizer: torch.optim.Optimizer
-    schedule: Callable[[torch.optim.Optimizer, int], LambdaLR]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How a run draws from its pipeline.
-
-    Attributes:
-        scheduler: `as-saved`, or the name of one of `SCHEDULERS`.
-        num_inference_steps, options: as of `sample`.
-    """
-
-    scheduler: str
-    num_inference_steps: int
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __call__(self, pipeline: DiffusionPipeline, seeds: list[int], labels: list[int] | None) -> list[Image.Image]:
-        """A picture for each seed and, where there are classes, its class."""
-        pipeline = with_scheduler(pipeline, self.scheduler)
-        return sample(pipeline, seeds, self.num_inference_steps, labels, **self.options)
-
-    def protocol(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
-        """What a picture depends on beside the weights, its seed and its class."""
-        scheduler = type(with_scheduler(pipeline, self.scheduler).scheduler).__name__
-        return {"scheduler": scheduler, "num_inference_steps": self.num_inference_steps, **self.options}
-
-
-@dataclass
-class Job:
-    """What a training script hands over to the loop.
-
-    Attributes:
-        players: updated one after the other in every step, on the same images with draws of their own; meanwhile the
-            others' parameters need no gradients.
-        pipeline: holds the networks; it is what is sampled and saved.
-        averaged: the network of the pipeline that has averaged weights (EMA).
-        sampler: draws from the pipeline; a picture depends on its seed and its class alone.
-        card: what the model card says beside the facts of the run.
-        arguments: all of the script's arguments, for config.yaml and the trackers.
-        labels: the class of each of the pictures that are shown, where there are classes.
-        grid: lays these pictures out, in their order.
-        watch: is shown the rows of metrics.csv as they are logged, and says in words what looks wrong.
-    """
-
-    players: list[Player]
-    pipeline: DiffusionPipeline
-    averaged: torch.nn.Module
-    sampler: Sampler
-    card: CardFacts
-    arguments: tuple
-    labels: list[int] | None = None
-    grid: Callable[[list[Image.Image]], Image.Image] = image_grid
-    watch: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
-
-
-def rows_by_class(
-    num_samples: int, classes: Sequence[str]
-) -> tuple[list[int], Callable[[list[Image.Image]], Image.Image]]:
-    """What a job shows of its classes: a row for each, in order, with its name; at least so many pictures in all.
-
-    Returns:
-        `labels` and `grid` of a `Job`.
-    """
-    columns = -(-num_samples // len(classes))
-    labels = [label for label in range(len(classes)) for _ in range(columns)]
-    return labels, partial(image_grid, columns=columns, row_labels=classes)
-
-
-def open_run(args: RunArguments) -> Accelerator:
+def prepare_accelerator(args: RunArguments) -> Accelerator:
     """Check that the run folder can be used, and start Accelerate.
 
     Raises:
@@ -204,7 +108,7 @@ class Trainer:
 
     def __init__(
         self,
-        job: Job,
+        job: TrainingJob,
         data: TrainingData,
         args: RunArguments,
         accelerator: Accelerator,
@@ -243,7 +147,7 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(self.folder / "checkpoints", args.checkpoints_total_limit, accelerator)
         self.step, self.seconds, self.position, self.broken = 0, 0.0, None, set()
-        self.evaluations = Evaluations()
+        self.evaluations = EvaluationHistory()
         checkpoint = args.resume_from_checkpoint and self.checkpoints.find(args.resume_from_checkpoint)
         if checkpoint:
             self._resume(checkpoint)
@@ -271,7 +175,7 @@ class Trainer:
             RunError: if a loss is not finite, an image is broken, or files cannot be read or written any more.
         """
         try:
-            with _StopRequest(self.accelerator) as stop:
+            with StopRequest(self.accelerator) as stop:
                 self._run(stop)
         except (OSError, SafetensorError) as error:
             raise RunError(
@@ -280,7 +184,7 @@ class Trainer:
             ) from error
         self.accelerator.end_training()
 
-    def _run(self, stop: "_StopRequest") -> None:
+    def _run(self, stop: "StopRequest") -> None:
         if self._samples_due() and not self.sample_path(self.step).exists():  # at the start, or where it was stopped
             self._show_samples()
         batches = self.data.batches(self.step, self.total_steps, self.position)
@@ -334,10 +238,10 @@ class Trainer:
             window = [next(batches) for _ in range(self.plan.micro_batches(step))]
         # what a network draws by itself (dropout) depends on the step and the process alone; seeded after the data
         # loader, which draws too
-        torch.manual_seed(key(self.plan.seed, step, -1 - accelerator.process_index))
+        torch.manual_seed(fold_in(self.plan.seed, step, -1 - accelerator.process_index))
         self.position = window[-1].position
         self.broken.update(name for batch in window for name in batch.broken)
-        scale = 1 / self.plan.window(step)[2]
+        scale = 1 / self.plan.global_batch(step)[2]
         device = accelerator.device
         images = [
             batch.images.to(device, non_blocking=True).contiguous(memory_format=self.memory_format) for batch in window
@@ -348,7 +252,7 @@ class Trainer:
             model, optimizer, prefix = self.models[i], self.optimizers[i], f"{player.name}_" if player.name else ""
             with _frozen(other.network for other in self.job.players if other is not player):
                 for j, batch in enumerate(window):
-                    samples = Samples(images[j], labels[j], Draws(batch.keys, device, stream=i), step)
+                    samples = MicroBatch(images[j], labels[j], PerSampleRNG(batch.keys, device, stream=i), step)
                     with accelerator.no_sync(model) if j + 1 < len(window) else nullcontext():
                         values = player.objective(model, samples)
                         values = {name: value.sum() * (batch.weight * scale) for name, value in values.items()}
@@ -383,7 +287,7 @@ class Trainer:
             losses = {name: value for name, value in row.items() if name.endswith("loss")}
             self.skipped = 0 if all(map(math.isfinite, step_norms)) else self.skipped + 1
             # in half precision a gradient that is not finite is met by the scaler: it leaves the step out
-            most = 0 if self.accelerator.scaler is None else _SKIPPED
+            most = 0 if self.accelerator.scaler is None else _MAX_SKIPPED_STEPS
             is_finite = all(map(math.isfinite, losses.values()))
             if not is_finite or self.skipped > most:
                 before = f", like those of the {most} before it," if most else ""
@@ -432,7 +336,7 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         return self.evaluator is not None and self.evaluator.due(self.step, self.total_steps, self.evaluations)
 
-    def _evaluate(self, progress: tqdm, stop: "_StopRequest") -> bool:
+    def _evaluate(self, progress: tqdm, stop: "StopRequest") -> bool:
         """Measure pictures of the averaged weights, log the numbers, and keep the pipeline if it is the best yet.
 
         Returns:
@@ -450,7 +354,7 @@ class Trainer:
                     found = self.evaluator.measure(
                         partial(self.job.sampler, averaged), self.step, drawn, stop.raise_if_requested
                     )
-                except _Stopped:
+                except RunStopped:
                     return True
                 seconds = time.perf_counter() - started
                 is_best = self.evaluations.add(found, seconds)
@@ -533,7 +437,7 @@ class Trainer:
             "epochs": self.plan.epoch(self.step),
             "images": self.plan.num_images,
             "images_seen": self.plan.images_seen(self.step),
-            "images_per_step": self.plan.images_per_step,
+            "images_per_step": self.plan.global_batch_size,
             "processes": self.accelerator.num_processes,
             "precision": self._precision(),
             "hardware": torch.cuda.get_device_name(device)
@@ -561,15 +465,15 @@ class Trainer:
             "seconds": self.seconds + self.clock.seconds(),
             "broken": sorted(self.broken),
             "evaluations": self.evaluations.to_json(),
-            **self._identity(),
+            **self._resume_invariants(),
         }
         with self.clock.paused():
             self.checkpoints.save(self.step, state, self._write_checkpoint)
 
-    def _identity(self) -> dict[str, Any]:
+    def _resume_invariants(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it."""
         plan = self.plan
-        identity = {"images": plan.num_images, "images_per_step": plan.images_per_step, "seed": plan.seed}
+        identity = {"images": plan.num_images, "images_per_step": plan.global_batch_size, "seed": plan.seed}
         if plan.num_images is None:
             identity["processes"] = plan.processes
         trained = [
@@ -604,7 +508,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> None:
         state = load_state(checkpoint)
-        for name, value in self._identity().items():
+        for name, value in self._resume_invariants().items():
             if state.get(name, value) != value:  # earlier versions saved fewer
                 raise InputError(
                     f"{checkpoint} was made with {name} = {state[name]}, but this run has {value}, so it cannot go on "
@@ -627,7 +531,7 @@ class Trainer:
         if self.plan.num_images is None:
             self.position = json.loads((checkpoint / self._stream_file()).read_text(encoding="utf-8"))
         self.step, self.seconds, self.broken = state["step"], state["seconds"], set(state["broken"])
-        self.evaluations = Evaluations.from_json(state.get("evaluations", {}))  # earlier versions saved none
+        self.evaluations = EvaluationHistory.from_json(state.get("evaluations", {}))  # earlier versions saved none
         self.accelerator.print(f"Going on from {checkpoint}, step {self.step} of {self.total_steps}.")
 
 
@@ -706,47 +610,3 @@ class _Clock:
         then, before = self.mark
         self.mark = (now, images)
         return (images - before) / max(now - then, 1e-9)
-
-
-class _Stopped(Exception):
-    """The run is to stop."""
-
-
-class _StopRequest:
-    """SIGTERM and Ctrl-C as a wish to stop after the step, which all processes learn of together."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.signal = accelerator, 0
-        # on the CPU, so that agreeing on it does not wait for the accelerator's queue
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-
-    def __enter__(self) -> "_StopRequest":
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _) -> None:
-        self.signal = number
-        signal.signal(number, self.before[number])  # a second one ends the process at once
-
-    def requested(self) -> bool:
-        if self.group is not None:
-            number = torch.tensor(self.signal)
-            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self.group)
-            self.signal = int(number)
-        return self.signal > 0
-
-    def raise_if_requested(self) -> None:
-        if self.requested():
-            raise _Stopped
-
-    def leave(self, step: int, checkpoint: str) -> None:
-        name = signal.Signals(self.signal).name
-        self.accelerator.print(
-            f"\nStopped by {name} after step {step}. Saved: {checkpoint}. Go on with --resume_from_checkpoint latest."
-        )
-        self.accelerator.end_training()
-        sys.exit(128 + self.signal)

@@ -12,7 +12,7 @@ import torch
 _MASK = (1 << 64) - 1
 
 
-def key(*parts: int) -> int:
+def fold_in(*parts: int) -> int:
     """Mix integers into one of 64 bits (the finalizer of SplitMix64, applied part by part)."""
     state = 0
     for part in parts:
@@ -23,7 +23,7 @@ def key(*parts: int) -> int:
     return state
 
 
-class Draws:
+class PerSampleRNG:
     """Random tensors for a batch: sample i's part depends on `keys[i]`, the device's kind and the order of calls.
 
     Args:
@@ -34,7 +34,7 @@ class Draws:
 
     def __init__(self, keys: Sequence[int], device: torch.device, stream: int = 0):
         self.device = device
-        self.generators = [torch.Generator(device).manual_seed(key(k, stream)) for k in keys]
+        self.generators = [torch.Generator(device).manual_seed(fold_in(k, stream)) for k in keys]
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal numbers, (B, *shape)."""

@@ -9,11 +9,11 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from ..errors import InputError
+from ..core.errors import InputError
+from ..core.files import replace_file
 from ..evaluation import report
 from .arguments import RunArguments
-from .checkpoints import replace_file
-from .evaluation import Evaluations
+from .evaluator import EvaluationHistory
 
 SHARES = ("precision", "recall", "coverage", "class_accuracy")  # measures that are parts of a whole
 _TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -151,7 +151,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     plt.close(figure)
 
 
-def plot_evaluations(metrics: Path, picture: Path, evaluations: Evaluations) -> None:
+def plot_evaluations(metrics: Path, picture: Path, evaluations: EvaluationHistory) -> None:
     """Draw what was measured like the newest evaluation, the best step marked, and dashed the floors."""
     import matplotlib
 

@@ -43,7 +43,7 @@ from drawing import (
 )
 
 from ddgan import ColorLoss
-from ddgan.errors import run_command
+from ddgan.core.errors import run_command
 
 TITLE = """
 # Diffusion, steered

@@ -19,11 +19,19 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ddgan import ClassConditionalPipeline, CLIPLoss, DDGANPipeline, GuidanceLoss, GuidedPipeline
-from ddgan.errors import InputError, RunError
+from ddgan.core.errors import InputError, RunError
 from ddgan.guidance.clip import DEFAULT_MODEL
 from ddgan.hub.upload import SPACE_VARIABLE
-from ddgan.sampling.pictures import steps_strip
-from ddgan.sampling.pipelines import SCHEDULERS, Step, Way, load_pipeline, sample, watched_steps, with_scheduler
+from ddgan.sampling.grids import steps_strip
+from ddgan.sampling.pipelines import (
+    SCHEDULERS,
+    DenoisingTrace,
+    Step,
+    load_pipeline,
+    sample,
+    trace_steps,
+    with_scheduler,
+)
 
 CLIP_VARIABLE = "DDGAN_CLIP"  # the environment variable that names the CLIP model
 EMBEDDED = Path(__file__).resolve().parents[1] / "models"
@@ -268,14 +276,14 @@ def draw_pulled(
 
 
 def _draw(model: Model, pipe: DiffusionPipeline, wanted: Wanted, watch: Watch, what: str, **options: Any) -> Drawn:
-    way = Way(STRIP_STEPS)
+    way = DenoisingTrace(STRIP_STEPS)
 
     def see(step: Step) -> None:
         way.record(step)
         watch.see(step, what)
 
     start = time.perf_counter()
-    with watched_steps(pipe, see):
+    with trace_steps(pipe, see):
         pictures = sample(pipe, wanted.seeds, wanted.steps, wanted.labels(model), **options)
     seconds = time.perf_counter() - start
     return Drawn(pictures, steps_strip(way.timesteps, way.noisy, way.clean), seconds)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from ddgan.core import files
 from ddgan.evaluation import features
-from ddgan.evaluation.features import collect, collect_once
+from ddgan.evaluation.features import cached_features, extract_features
 
 
-class Measure:
+class MetricValue:
     """Squares of the numbers of images; refuses after so many batches."""
 
     def __init__(self, batches: int = 1000):
@@ -29,7 +30,7 @@ def small_parts(monkeypatch):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 100])
 def test_every_image_has_its_row(batch_size):
-    found = collect(11, batch_size, Measure(), Accelerator())
+    found = extract_features(11, batch_size, MetricValue(), Accelerator())
     assert found["features"].flatten().tolist() == [i * i for i in range(11)]
     assert found["classes"].tolist() == list(range(11))
     assert found.keys() == {"features", "classes"}
@@ -38,12 +39,12 @@ def test_every_image_has_its_row(batch_size):
 def test_an_interrupted_collection_goes_on_where_it_was(tmp_path):
     parts = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        collect(20, 3, Measure(batches=5), Accelerator(), parts)
-    measure = Measure()
-    found = collect(20, 3, measure, Accelerator(), parts)
+        extract_features(20, 3, MetricValue(batches=5), Accelerator(), parts)
+    measure = MetricValue()
+    found = extract_features(20, 3, measure, Accelerator(), parts)
     assert measure.seen == list(range(12, 20))  # two parts of two batches were kept, the fifth batch was not
     assert found["features"].flatten().tolist() == [i * i for i in range(20)]
-    again = collect(20, 3, Measure(batches=0), Accelerator(), parts)
+    again = extract_features(20, 3, MetricValue(batches=0), Accelerator(), parts)
     assert torch.equal(again["features"], found["features"])
 
 
@@ -51,8 +52,8 @@ def test_batches_of_another_size_begin_anew(tmp_path):
     """A part of other batches would leave holes between these."""
     path = tmp_path / "kept.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        collect_once(path, {}, 20, 3, Measure(batches=5), Accelerator())
-    found = collect_once(path, {}, 20, 7, Measure(), Accelerator())
+        cached_features(path, {}, 20, 3, MetricValue(batches=5), Accelerator())
+    found = cached_features(path, {}, 20, 7, MetricValue(), Accelerator())
     assert found["features"].flatten().tolist() == [i * i for i in range(20)]
     assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
 
@@ -61,21 +62,21 @@ def test_two_commands_that_measure_the_same_do_not_disturb_each_other(tmp_path):
     path = tmp_path / "kept.safetensors"
     second = []
 
-    class AndMeanwhile(Measure):
+    class AndMeanwhile(MetricValue):
         def __call__(self, images):
             if images.start == 12:  # two parts of the first command are there
-                second.append(collect_once(path, {}, 20, 3, Measure(), Accelerator()))
+                second.append(cached_features(path, {}, 20, 3, MetricValue(), Accelerator()))
             return super().__call__(images)
 
-    first = collect_once(path, {}, 20, 3, AndMeanwhile(), Accelerator())
+    first = cached_features(path, {}, 20, 3, AndMeanwhile(), Accelerator())
     assert torch.equal(first["features"], second[0]["features"])
     assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
 
 
 def test_what_is_kept_is_not_measured_again(tmp_path):
     path = tmp_path / "kept.safetensors"
-    first = collect_once(path, {"extractor": "squares"}, 7, 3, Measure(), Accelerator())
-    again = collect_once(path, {"extractor": "squares"}, 7, 3, Measure(batches=0), Accelerator())
+    first = cached_features(path, {"extractor": "squares"}, 7, 3, MetricValue(), Accelerator())
+    again = cached_features(path, {"extractor": "squares"}, 7, 3, MetricValue(batches=0), Accelerator())
     assert torch.equal(first["features"], again["features"]) and torch.equal(first["classes"], again["classes"])
     assert features.read_protocol(path) == {"extractor": "squares"}
     assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
@@ -86,9 +87,9 @@ def test_an_image_whose_features_are_not_finite_is_named():
         return {"features": torch.tensor([[1.0, float("nan") if i == 7 else 0.0] for i in images])}
 
     with pytest.raises(ValueError, match="features of image 7 are not finite"):
-        collect(10, 4, measure, Accelerator())
+        extract_features(10, 4, measure, Accelerator())
 
 
 def test_fingerprints_tell_facts_apart_not_their_order():
-    assert features.fingerprint({"a": 1, "b": [2]}) == features.fingerprint({"b": [2], "a": 1})
-    assert features.fingerprint({"a": 1}) != features.fingerprint({"a": 2})
+    assert files.fingerprint({"a": 1, "b": [2]}) == files.fingerprint({"b": [2], "a": 1})
+    assert files.fingerprint({"a": 1}) != files.fingerprint({"a": 2})

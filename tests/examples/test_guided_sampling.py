@@ -19,7 +19,7 @@ from ddgan import (
     SymmetryLoss,
     TotalVariationLoss,
 )
-from ddgan.errors import InputError
+from ddgan.core.errors import InputError
 
 example = runpy.run_path(str(ROOT / "examples" / "guided_sampling.py"), run_name="example")
 

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from tiny import ROOT
 
 from ddgan.evaluation.extractors import load_extractor
-from ddgan.hub.folders import code_files
+from ddgan.hub.export import code_files
 from ddgan.sampling.pipelines import load_pipeline, with_scheduler
 
 MODELS = ROOT / "examples" / "models"
@@ -28,7 +28,7 @@ def share_read_as_asked(pipe, **arguments) -> float:
     asked = torch.arange(10).repeat(10)
     generators = [torch.Generator().manual_seed(seed) for seed in range(100)]
     images = pipe(batch_size=100, class_labels=asked, generator=generators, output_type="pt", **arguments).images
-    classifier = load_extractor(str(ROOT / "tests" / "fixtures" / "classifiers" / "mnist"))
+    classifier = load_extractor(str(ROOT / "examples" / "classifiers" / "mnist"))
     read = classifier((images * 255).round().byte())["logits"].argmax(1)
     return (read == asked).double().mean().item()
 

@@ -26,7 +26,7 @@ from tiny import ROOT, tiny_unet
 from tiny_clip import save_clip
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, DDGANPipeline, GuidedPipeline
-from ddgan.errors import InputError, RunError
+from ddgan.core.errors import InputError, RunError
 from ddgan.hub.upload import Repository, upload_space
 from ddgan.sampling.pipelines import sample
 

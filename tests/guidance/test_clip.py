@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ddgan import CLIPLoss, GuidedPipeline
-from ddgan.errors import InputError
+from ddgan.core.errors import InputError
 from ddgan.guidance import clip
 from ddgan.guidance.clip import load_encoder, random_cut, squared_great_circle
 

@@ -4,8 +4,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ddgan import ColorLoss, GuidanceLoss, ReferenceLoss, SaturationLoss, SymmetryLoss, TotalVariationLoss
-from ddgan.errors import InputError
+from ddgan import (
+    ColorLoss,
+    GuidanceLoss,
+    ReferenceLoss,
+    SaturationLoss,
+    SymmetryLoss,
+    TotalVariationLoss,
+)
+from ddgan.core.errors import InputError
 
 PHOTO = Image.linear_gradient("L").rotate(30).convert("RGB")
 LOSSES = {

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, SpaceCard
 
 from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
-from ddgan.errors import InputError, RunError
+from ddgan.core.errors import InputError, RunError
 from ddgan.hub import upload
 from ddgan.hub.publication import pipeline_files, snapshot
 from ddgan.hub.upload import BackgroundUpload, Repository, upload_space, who_am_i

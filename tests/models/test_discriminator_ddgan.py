@@ -6,7 +6,7 @@ from accelerate import dispatch_model
 from torch import nn
 
 from ddgan import DDGANDiscriminator
-from ddgan.scripts.convert_ddgan_checkpoint import convert_discriminator
+from ddgan.conversion.ddgan_checkpoints import convert_discriminator
 
 TINY = {
     "sample_size": 8,

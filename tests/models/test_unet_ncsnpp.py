@@ -8,8 +8,8 @@ from accelerate import dispatch_model
 from torch import nn
 
 from ddgan import DDGANScheduler, NCSNpp
+from ddgan.conversion.ddgan_checkpoints import convert_generator
 from ddgan.models import unet_ncsnpp
-from ddgan.scripts.convert_ddgan_checkpoint import convert_generator
 
 GOLDEN = (
     *("a", "b", "c", "c_fir_noconv", "d", "e_cat", "e_sum", "f_fir", "f_nofir", "g", "h"),

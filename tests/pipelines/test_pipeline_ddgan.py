@@ -8,9 +8,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
+from ddgan.conversion.ddgan_checkpoints import convert_generator
 from ddgan.pipelines import pipeline_ddgan
 from ddgan.schedulers import scheduling_ddgan
-from ddgan.scripts.convert_ddgan_checkpoint import convert_generator
 
 # networks sum in another order in batches of another size, or at another place in them
 ROUNDING = {"rtol": 0, "atol": 1e-5}

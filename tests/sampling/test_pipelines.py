@@ -10,8 +10,15 @@ from PIL import Image
 from tiny import tiny_unet
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, DDGANScheduler
-from ddgan.errors import InputError
-from ddgan.sampling.pipelines import SCHEDULERS, intermediates, load_pipeline, sample, watched_steps, with_scheduler
+from ddgan.core.errors import InputError
+from ddgan.sampling.pipelines import (
+    SCHEDULERS,
+    intermediates,
+    load_pipeline,
+    sample,
+    trace_steps,
+    with_scheduler,
+)
 
 # networks sum in another order in batches of another size; that may tip the rounding to 256 levels
 ONE_LEVEL = 1
@@ -214,7 +221,7 @@ def test_sampling_can_be_watched_and_ended_from_there():
         if step.number == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), watched_steps(pipe, watch):
+    with pytest.raises(KeyboardInterrupt), trace_steps(pipe, watch):
         sample(pipe, [5, 6], 9)
     assert [(step.number, step.total) for step in seen] == [(0, 9), (1, 9), (2, 9)]
     assert all(step.noisy.shape == step.clean.shape == (2, 3, 8, 8) for step in seen)

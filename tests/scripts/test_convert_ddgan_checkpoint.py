@@ -12,18 +12,17 @@ from huggingface_hub import ModelCard
 from PIL import Image, ImageChops
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, NCSNpp
-from ddgan.errors import InputError
-from ddgan.sampling.pictures import image_grid
-from ddgan.sampling.pipelines import sample
-from ddgan.scripts.convert_ddgan_checkpoint import (
+from ddgan.conversion.ddgan_checkpoints import (
     COMMON,
-    RECIPES,
     convert_discriminator,
     convert_generator,
     generator_arguments,
     generator_config,
-    main,
 )
+from ddgan.core.errors import InputError
+from ddgan.sampling.grids import image_grid
+from ddgan.sampling.pipelines import sample
+from ddgan.scripts.convert_ddgan_checkpoint import RECIPES, main
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 CONVERT = {

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import ROOT, run_ranks, tiny_unet, write_images
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
-from ddgan.errors import InputError, RunError
+from ddgan.core.errors import InputError, RunError
 from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import ClassifierFeatures, weights_digest
@@ -303,7 +303,7 @@ def test_repeated_training_images_are_told_from_held_out_ones(run, folders, tmp_
 
 @pytest.mark.skipif(not (SHARED / "MNIST").exists(), reason="MNIST is not beside this clone")
 def test_the_floor_of_mnist_is_half_against_half_in_a_digit_classifiers_features(run, folders, tmp_path):
-    digits = ROOT / "tests" / "fixtures" / "classifiers" / "mnist"
+    digits = ROOT / "examples" / "classifiers" / "mnist"
     noise = np.random.default_rng(0).integers(0, 256, (400, 28, 28), dtype=np.uint8)
     np.savez(tmp_path / "noise.npz", arr_0=noise)
     flags = ["--feature_extractor", digits, "--num_reference", 2000]

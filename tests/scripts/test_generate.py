@@ -12,7 +12,7 @@ from tiny import ROOT, run_ranks, run_script, tiny_unet
 from tiny_clip import save_clip
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
-from ddgan.errors import InputError
+from ddgan.core.errors import InputError
 from ddgan.scripts import generate
 
 SCRIPT = ROOT / "scripts" / "generate.py"

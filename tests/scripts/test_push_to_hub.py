@@ -13,8 +13,8 @@ from PIL import Image
 from tiny import ROOT, tiny_unet
 
 from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
-from ddgan.errors import InputError, RunError
-from ddgan.hub.folders import draw_samples, is_unwritten
+from ddgan.core.errors import InputError, RunError
+from ddgan.hub.export import draw_samples, is_unwritten
 from ddgan.scripts import push_to_hub
 
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"
@@ -38,7 +38,7 @@ def folder(tmp_path) -> Path:
 def drawn(monkeypatch) -> list:
     """What was to be drawn in processes of their own; nothing is."""
     places = []
-    monkeypatch.setattr(push_to_hub, "draw_alone", lambda *place, **samples: places.append(place) or b"the same")
+    monkeypatch.setattr(push_to_hub, "sample_standalone", lambda *place, **_: places.append(place) or b"the same")
     return places
 
 
@@ -72,7 +72,7 @@ def test_a_pipeline_with_code_is_published(local_hub, folder):
 
 
 def test_a_repository_that_draws_another_picture_is_not_called_published(local_hub, folder, capsys, monkeypatch):
-    monkeypatch.setattr(push_to_hub, "draw_alone", lambda place, *revision, **_: f"{place} {revision}".encode())
+    monkeypatch.setattr(push_to_hub, "sample_standalone", lambda place, *revision, **_: f"{place} {revision}".encode())
     with pytest.raises(RunError, match=r"/ann/model/commit/\w+ holds all files, but .* another picture for seed 0"):
         push_to_hub.main(flags(folder))
     said = capsys.readouterr().out
@@ -137,7 +137,7 @@ def test_pictures_for_a_card_go_where_a_card_shows_them(local_hub, folder, monke
             draw_samples(DDGANPipeline.from_pretrained(place), Path(samples))
         return b"the same"
 
-    monkeypatch.setattr(push_to_hub, "draw_alone", draw)
+    monkeypatch.setattr(push_to_hub, "sample_standalone", draw)
     push_to_hub.main(flags(folder))
     first = local_hub.files("ann/model")
     assert "](card_samples.png)" in first["README.md"].decode()

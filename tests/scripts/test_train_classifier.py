@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ddgan.errors import InputError, RunError
+from ddgan.core.errors import InputError, RunError
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.scripts import train_classifier
 

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from ddgan import DDGANDiscriminator, DDGANScheduler, NCSNpp
-from ddgan.scripts.convert_ddgan_checkpoint import convert_discriminator, convert_generator
-from ddgan.training.adversarial import Adversaries, DiscriminatorObjective, GeneratorObjective
+from ddgan.conversion.ddgan_checkpoints import convert_discriminator, convert_generator
 from ddgan.training.augmentation import DifferentiableAugmentation
-from ddgan.training.objectives import Samples
-from ddgan.training.randomness import Draws
+from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
+from ddgan.training.objectives.denoising import MicroBatch
+from ddgan.training.randomness import PerSampleRNG
 
 
 class Recorded:
-    """Stands for `Draws` with numbers that were drawn elsewhere."""
+    """Stands for `PerSampleRNG` with numbers that were drawn elsewhere."""
 
     device = torch.device("cpu")
 
@@ -55,14 +55,14 @@ def test_one_iteration_matches_the_recorded_one(golden, variant, gamma, lazy_reg
         _, network_config, state_dict = golden(name)
         networks[name] = convert(state_dict, network_config).train()
     generator, discriminator = networks.values()
-    adversaries = Adversaries(generator, discriminator, DDGANScheduler(config["num_timesteps"]))
+    adversaries = GANSetup(generator, discriminator, DDGANScheduler(config["num_timesteps"]))
     expected = {key.removeprefix(f"{variant}/"): value.item() for key, value in recorded.items() if variant in key}
 
     before = {name: statistics(network) for name, network in networks.items()}
 
     def update(network, objective, rate, part):
         optimizer = torch.optim.Adam(network.parameters(), lr=rate, betas=(config["beta1"], config["beta2"]))
-        samples = Samples(recorded["input/real"], None, Recorded(recorded, part), step)
+        samples = MicroBatch(recorded["input/real"], None, Recorded(recorded, part), step)
         values = {name: value.mean() for name, value in objective(network, samples).items()}
         values["loss"].backward()
         norm = torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
@@ -109,12 +109,12 @@ def tiny_adversaries(**changes):
     )
     for parameter in discriminator.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return Adversaries(generator, discriminator, DDGANScheduler(), **changes)
+    return GANSetup(generator, discriminator, DDGANScheduler(), **changes)
 
 
 def samples(step=0, count=8):
     images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return Samples(images, None, Draws(range(count), torch.device("cpu")), step)
+    return MicroBatch(images, None, PerSampleRNG(range(count), torch.device("cpu")), step)
 
 
 def test_r1_is_due_at_its_interval_and_the_squared_norm_of_the_gradient():
@@ -142,7 +142,7 @@ def test_r1_stays_in_float32_under_mixed_precision():
 
 
 def test_augmentations_do_what_they_say_and_alike_for_all_pictures_of_a_sample():
-    draws = Draws(range(64), torch.device("cpu"))
+    draws = PerSampleRNG(range(64), torch.device("cpu"))
     pictures = torch.rand(64, 3, 16, 24, generator=torch.Generator().manual_seed(0)) + 0.5
     moved = DifferentiableAugmentation(["translation"], draws, 16, 24)(pictures)
     reached = set()

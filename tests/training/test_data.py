@@ -16,9 +16,12 @@ from PIL import Image, ImageOps
 from pyarrow import parquet
 from tiny import ROOT, make_dataset, write_images
 
-from ddgan.errors import InputError, RunError
+from ddgan.core.errors import InputError, RunError
+from ddgan.data.preprocessing import Preprocessing, read_image
+from ddgan.data.sources import open_images
 from ddgan.training.arguments import DataArguments, LabelArguments
-from ddgan.training.data import Plan, Preprocessing, TrainingData, open_images, read_image
+from ddgan.training.loading import TrainingData
+from ddgan.training.plan import BatchPlan
 
 SHARED = ROOT.parent / "shared" / "data"
 PLAN = {"batch_size": 4, "accumulation": 1, "processes": 1, "seed": 0}
@@ -293,17 +296,17 @@ def test_nothing_but_broken_images_ends_the_run(tmp_path, streaming, workers):
 @pytest.mark.parametrize("images", [1, 7, 24, 25, 100])
 @pytest.mark.parametrize(("batch", "accumulation", "processes"), [(4, 1, 1), (3, 2, 1), (2, 3, 2), (1, 1, 5)])
 def test_every_epoch_has_every_image_once_and_no_process_is_without_work(images, batch, accumulation, processes):
-    plan = Plan(images, batch, accumulation, processes, seed=3)
+    plan = BatchPlan(images, batch, accumulation, processes, seed=3)
     orders = []
     for epoch in range(2):
         order = []
         for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
             positions = []
             for micro_batch in range(plan.micro_batches(step)):
-                shares = [plan.share(step, micro_batch, rank) for rank in range(processes)]
+                shares = [plan.shard(step, micro_batch, rank) for rank in range(processes)]
                 assert max(map(len, shares)) <= batch
                 positions += [position for share in shares for position in share]
-            assert positions == list(range(plan.window(step)[2]))
+            assert positions == list(range(plan.global_batch(step)[2]))
             order += [plan.image_index(step, position) for position in positions]
         assert sorted(order) == list(range(images))
         assert plan.images_seen((epoch + 1) * plan.steps_per_epoch) == (epoch + 1) * images
@@ -321,7 +324,7 @@ def stream(folder: Path, rank: int = 0, workers: int = 0, **plan) -> TrainingDat
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_is_taken_up_exactly_where_it_was_left(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("ddgan.training.data._SHUFFLE_BLOCK", 7)
+    monkeypatch.setattr("ddgan.training.loading._SHUFFLE_BLOCK", 7)
     folder = make_dataset(tmp_path / "streamed", 30, shards=3)
 
     def read(start: int, stop: int, position=None) -> list:
@@ -362,7 +365,7 @@ def test_a_stream_that_fails_is_said_in_a_paragraph(tmp_path, workers):
 
 def test_a_stream_reads_one_shard_after_the_other(tmp_path, monkeypatch):
     """Several at once it would read row by row, and sleep for seconds at the end of each pass."""
-    monkeypatch.setattr("ddgan.training.data._SHUFFLE_BLOCK", 4)
+    monkeypatch.setattr("ddgan.training.loading._SHUFFLE_BLOCK", 4)
     folder = make_dataset(tmp_path / "streamed", 8, shards=2)
     first, second = ([n % 2 for n in numbers(b)] for b in islice(stream(folder).batches(0, 2, None), 2))
     assert sorted([first, second]) == [[0] * 4, [1] * 4]

@@ -16,15 +16,15 @@ from torch import nn
 
 from ddgan import DDGANPipeline, DDGANScheduler
 from ddgan.evaluation.coverage import gaussian_coverage, gaussian_grid
-from ddgan.training.adversarial import Adversaries, DiscriminatorObjective, GeneratorObjective
-from ddgan.training.objectives import Samples
+from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
+from ddgan.training.objectives.denoising import MicroBatch
 
 CENTRES, STD = gaussian_grid(), 0.1
 TIMESTEPS, WAVES, WIDTH, BATCH, STEPS = 4, 32, 128, 256, 800
 
 
 class BatchDraws:
-    """`Draws` with one generator for the whole batch: for points it would take longer than the networks."""
+    """`PerSampleRNG` with one generator for the whole batch: for points it would take longer than the networks."""
 
     device = torch.device("cpu")
 
@@ -79,7 +79,7 @@ class PointDiscriminator(nn.Module):
 def test_a_generator_of_four_steps_reaches_the_25_gaussians():
     torch.manual_seed(0)
     generator, discriminator, scheduler = PointGenerator(), PointDiscriminator(), DDGANScheduler(TIMESTEPS)
-    adversaries = Adversaries(generator, discriminator, scheduler)
+    adversaries = GANSetup(generator, discriminator, scheduler)
     objectives = DiscriminatorObjective(adversaries, r1_gamma=0.05, lazy_reg=15), GeneratorObjective(adversaries)
     players = [(n, torch.optim.Adam(n.parameters(), 1e-3, (0.5, 0.9))) for n in (discriminator, generator)]
     averaged = EMAModel(generator.parameters(), decay=0.99)
@@ -88,7 +88,7 @@ def test_a_generator_of_four_steps_reaches_the_25_gaussians():
         modes = torch.randint(len(CENTRES), (BATCH,), generator=random)
         points = CENTRES[modes].float() + STD * torch.randn(BATCH, 2, generator=random)
         for stream, ((network, optimizer), objective) in enumerate(zip(players, objectives, strict=True)):
-            samples = Samples(points.view(BATCH, 2, 1, 1), None, BatchDraws(2 * step + stream), step)
+            samples = MicroBatch(points.view(BATCH, 2, 1, 1), None, BatchDraws(2 * step + stream), step)
             optimizer.zero_grad()
             objective(network, samples)["loss"].mean().backward(inputs=list(network.parameters()))
             optimizer.step()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddgan.training.objectives import ClassConditionalObjective, DenoisingObjective, Samples
-from ddgan.training.randomness import Draws
+from ddgan.training.objectives.denoising import ClassConditionalObjective, DenoisingObjective, MicroBatch
+from ddgan.training.randomness import PerSampleRNG
 
 IMAGES = torch.linspace(-1, 1, 16 * 3 * 8 * 8).view(16, 3, 8, 8)
 KINDS = ["epsilon", "sample", "v_prediction"]
@@ -13,14 +13,14 @@ KINDS = ["epsilon", "sample", "v_prediction"]
 
 def noising(scheduler: DDPMScheduler) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The timesteps and noise that the objective draws for keys 0..15, and their signal level."""
-    draws = Draws(range(16), torch.device("cpu"))
+    draws = PerSampleRNG(range(16), torch.device("cpu"))
     timesteps = draws.integers(1000)
     return timesteps, draws.normal(3, 8, 8), scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
 
 
 def loss(scheduler: DDPMScheduler, output: torch.Tensor, gamma: float | None = None) -> torch.Tensor:
     network = lambda noisy, timesteps, return_dict: (output,)  # noqa: E731
-    samples = Samples(IMAGES, None, Draws(range(16), torch.device("cpu")), step=0)
+    samples = MicroBatch(IMAGES, None, PerSampleRNG(range(16), torch.device("cpu")), step=0)
     return DenoisingObjective(scheduler, gamma)(network, samples)["loss"]
 
 
@@ -67,7 +67,7 @@ def test_logit_normal_timesteps_have_a_standard_normal_logit():
         return (noisy,)
 
     count = 4000
-    samples = Samples(torch.zeros(count, 1, 1, 1), None, Draws(range(count), torch.device("cpu")), step=0)
+    samples = MicroBatch(torch.zeros(count, 1, 1, 1), None, PerSampleRNG(range(count), torch.device("cpu")), step=0)
     DenoisingObjective(DDPMScheduler(100), timestep_sampling="logit_normal")(network, samples)
     assert seen[0].min() >= 0 and seen[0].max() <= 99
     logits = ((seen[0] + 0.5) / 100).logit()
@@ -84,8 +84,8 @@ def labels_seen(keys, labels, class_dropout: float) -> list[int]:
         seen.extend(class_labels.tolist())
         return (noisy,)
 
-    draws = Draws(keys, torch.device("cpu"))
-    samples = Samples(torch.zeros(len(keys), 1, 1, 1), torch.tensor(labels), draws, step=0)
+    draws = PerSampleRNG(keys, torch.device("cpu"))
+    samples = MicroBatch(torch.zeros(len(keys), 1, 1, 1), torch.tensor(labels), draws, step=0)
     ClassConditionalObjective(DDPMScheduler(), 10, class_dropout)(network, samples)
     return seen
 
@@ -103,7 +103,7 @@ def test_the_null_class_stands_in_for_a_class_as_often_as_asked_for_and_depends_
 
 def test_draws_depend_on_the_key_alone_and_streams_are_independent():
     device = torch.device("cpu")
-    both, one = Draws([3, 4], device), Draws([4], device)
+    both, one = PerSampleRNG([3, 4], device), PerSampleRNG([4], device)
     assert torch.equal(both.normal(5)[1:], one.normal(5))
     assert torch.equal(both.integers(1000)[1:], one.integers(1000))
-    assert not torch.equal(Draws([4], device, stream=1).normal(5), Draws([4], device).normal(5))
+    assert not torch.equal(PerSampleRNG([4], device, stream=1).normal(5), PerSampleRNG([4], device).normal(5))

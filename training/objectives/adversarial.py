@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..models.discriminator_ddgan import DDGANDiscriminator
-from ..models.unet_ncsnpp import NCSNpp
-from ..schedulers.scheduling_ddgan import DDGANScheduler
-from .augmentation import DifferentiableAugmentation
-from .objectives import Samples
+from ...models.discriminator_ddgan import DDGANDiscriminator
+from ...models.unet_ncsnpp import NCSNpp
+from ...schedulers.scheduling_ddgan import DDGANScheduler
+from ..augmentation import DifferentiableAugmentation
+from .denoising import MicroBatch
 
 
 @dataclass
-class Adversaries:
+class GANSetup:
     """What both objectives share.
 
     Args:
@@ -29,21 +29,23 @@ class Adversaries:
     scheduler: DDGANScheduler
     augment: Sequence[str] = ()
 
-    def real_pair(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def real_pair(self, samples: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Timesteps (B,), and of each picture the less noisy and the noisier sample."""
         t = samples.draws.integers(self.scheduler.config.num_train_timesteps)
         shape = samples.images.shape[1:]
         noise = samples.draws.normal(*shape), samples.draws.normal(*shape)
         return t, *self.scheduler.add_noise_pair(samples.images, t, noise=noise)
 
-    def fake(self, generator: torch.nn.Module, samples: Samples, t: torch.Tensor, noisier: torch.Tensor):
+    def fake(self, generator: torch.nn.Module, samples: MicroBatch, t: torch.Tensor, noisier: torch.Tensor):
         """The generator's less noisy sample below a noisier one: from the posterior given the picture it predicts."""
         z = samples.draws.normal(self.generator.config.latent_dim)
         predicted = generator(noisier, t, z, samples.labels, return_dict=False)[0]
         noise = samples.draws.normal(*noisier.shape[1:])
         return self.scheduler.step(predicted, t, noisier, variance_noise=noise, return_dict=False)[0]
 
-    def judge(self, discriminator, samples: Samples, t: torch.Tensor, less_noisy: torch.Tensor, noisier: torch.Tensor):
+    def judge(
+        self, discriminator, samples: MicroBatch, t: torch.Tensor, less_noisy: torch.Tensor, noisier: torch.Tensor
+    ):
         """The discriminator's logits, (B,) in float32, of augmented pairs."""
         if self.augment:
             augment = DifferentiableAugmentation(self.augment, samples.draws, *noisier.shape[2:])
@@ -63,10 +65,10 @@ class DiscriminatorObjective:
         lazy_reg: R1 is in the loss of every step that this divides, counting from 0.
     """
 
-    def __init__(self, adversaries: Adversaries, r1_gamma: float, lazy_reg: int):
+    def __init__(self, adversaries: GANSetup, r1_gamma: float, lazy_reg: int):
         self.adversaries, self.r1_gamma, self.lazy_reg = adversaries, r1_gamma, lazy_reg
 
-    def __call__(self, discriminator: torch.nn.Module, samples: Samples) -> dict[str, torch.Tensor]:
+    def __call__(self, discriminator: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
         """`loss`, D's logits on `real` and `fake` pairs, and the term `r1` where it is due, each (B,)."""
         ours = self.adversaries
         t, less_noisy, noisier = ours.real_pair(samples)
@@ -105,10 +107,10 @@ class GeneratorObjective:
     pass, as the training loop does.
     """
 
-    def __init__(self, adversaries: Adversaries):
+    def __init__(self, adversaries: GANSetup):
         self.adversaries = adversaries
 
-    def __call__(self, generator: torch.nn.Module, samples: Samples) -> dict[str, torch.Tensor]:
+    def __call__(self, generator: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
         """`loss`, (B,)."""
         ours = self.adversaries
         t, _, noisier = ours.real_pair(samples)

@@ -33,11 +33,11 @@ from ddgan import (
     GuidedPipeline,
     NCSNpp,
 )
-from ddgan.hub import folders as mechanism
-from ddgan.hub.folders import complete_in_itself, draw_samples
+from ddgan.core.files import replace_tree
+from ddgan.hub import export as mechanism
+from ddgan.hub.export import draw_samples, self_contained
 from ddgan.hub.publication import snapshot
 from ddgan.sampling.pipelines import load_pipeline
-from ddgan.training.checkpoints import replace_tree
 
 SCRIPT = ROOT / "tests/in_a_fresh_process.py"
 COMMIT = "1234567890" * 4
@@ -96,7 +96,7 @@ def saved(tmp_path_factory) -> Path:
 
     changed = other_version(ROOT / "pipelines/pipeline_ddgan.py", code, "images / 2", "images / 4")
     network = other_version(ROOT / "models/unet_ncsnpp.py", code, "eps=1e-8", "eps=1e-0")
-    changed = pipeline(complete_in_itself(changed.DDGANPipeline), network.NCSNpp)
+    changed = pipeline(self_contained(changed.DDGANPipeline), network.NCSNpp)
     changed.save_pretrained(home / "other_version")
     expect(home / "other_version", changed)
 

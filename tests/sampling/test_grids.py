@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddgan.sampling.pictures import GUTTER, LEGIBLE_SIDE, before_after, image_grid, steps_strip, to_pil
+from ddgan.sampling.grids import (
+    GUTTER,
+    LEGIBLE_SIDE,
+    before_after,
+    image_grid,
+    steps_strip,
+    to_pil,
+)
 
 COLOURS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200)]
 WHITE = (255, 255, 255)

@@ -6,13 +6,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageMode
+from PIL import ExifTags, Image, ImageMode
 from torchvision.transforms.v2 import functional as TF
 
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+CHANNEL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_TURNS = {  # what sets a picture upright, by its orientation in EXIF; at 1 it is
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 RESIZE = "bicubic, antialiased, of 8-bit values (torchvision)"
 
 
-def open_picture(cell: Any) -> Image.Image:
+def open_image(cell: Any) -> Image.Image:
     """Open a picture from its path, its encoded bytes (a cell of `datasets`: `{"bytes", "path"}`), or its pixels."""
     if isinstance(cell, dict):
         cell = io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]
@@ -20,7 +31,7 @@ def open_picture(cell: Any) -> Image.Image:
 
 
 def file_bytes(cell: Any) -> bytes:
-    """What is encoded in a cell as of `open_picture`, or the bytes of its pixels; none of one that cannot be read."""
+    """What is encoded in a cell as of `open_image`, or the bytes of its pixels; none of one that cannot be read."""
     if isinstance(cell, dict):
         cell = cell["bytes"] or cell["path"]
     if isinstance(cell, (str, Path)):
@@ -53,3 +64,17 @@ def resized(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
     """The 8-bit values of images in [-1, 1]."""
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as its camera was held; one whose EXIF cannot be read counts as upright."""
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow's readers of metadata raise whatever they stumble over
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+class BrokenImageError(Exception):
+    """An image of the data cannot be read; the message says why."""

@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 SAMPLES = "card_samples.png"
 
 
-def complete_in_itself(pipeline_class: type) -> type:
+def self_contained(pipeline_class: type) -> type:
     """
     Class decorator: `save_pretrained` and `push_to_hub` of this pipeline give folders that load anywhere.
 
@@ -73,7 +73,7 @@ def complete_in_itself(pipeline_class: type) -> type:
 
         module, class_name = sys.modules[type(self).__module__], type(self).__name__
         this_file = ""
-        if module.__name__ != complete_in_itself.__module__:
+        if module.__name__ != self_contained.__module__:
             this_file = f"\n\n{Path(__file__).read_text(encoding='utf-8')}\n\ncomplete_in_itself({class_name})\n"
         index["_class_name"] = [_add_code(folder, module, class_name, this_file), class_name]
         _write(Path(json_file_path), _json_text(index))

@@ -7,7 +7,7 @@ from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .arguments import LearningRateArguments
 
 

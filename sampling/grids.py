@@ -1,7 +1,8 @@
 """Pictures laid out for people to look at: grids, before and after, the way from noise to picture."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -61,3 +62,16 @@ def steps_strip(timesteps: Sequence[int], noisy: Sequence[Image.Image], clean: S
     """The way to one picture: noisy samples, below each the clean image predicted from it, above it the timestep."""
     labels = [f"t = {timestep}" for timestep in timesteps]
     return image_grid([*noisy, *clean], len(timesteps), labels, row_labels=("noisy", "predicted"))
+
+
+def rows_by_class(
+    num_samples: int, classes: Sequence[str]
+) -> tuple[list[int], Callable[[list[Image.Image]], Image.Image]]:
+    """What a job shows of its classes: a row for each, in order, with its name; at least so many pictures in all.
+
+    Returns:
+        `labels` and `grid` of a `TrainingJob`.
+    """
+    columns = -(-num_samples // len(classes))
+    labels = [label for label in range(len(classes)) for _ in range(columns)]
+    return labels, partial(image_grid, columns=columns, row_labels=classes)

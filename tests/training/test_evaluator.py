@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from tiny import ROOT, finetune_flags, make_dataset, run_ranks, write_images
 
 from ddgan import train_class_conditional, train_ddgan
-from ddgan.errors import InputError, RunError
+from ddgan.core.errors import InputError, RunError
+from ddgan.core.files import replace_folder
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import ClassifierFeatures
 from ddgan.scripts import evaluate
-from ddgan.training.checkpoints import load_state, remove_leftovers, replace_folder
+from ddgan.training.checkpoints import load_state, remove_leftovers
 from ddgan.training.tracking import read_metrics
 
 NAMES = ("fid", "kid", "precision", "recall", "density", "coverage", "classifier_score")
@@ -61,7 +62,7 @@ def kinds(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     """Where features of references are kept."""
-    monkeypatch.setattr("ddgan.training.evaluation.CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr("ddgan.training.evaluator.CACHE_DIR", tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -347,7 +348,7 @@ def test_a_stream_is_not_measured_against(finetune, classifier, tmp_path):
 def test_broken_training_images_are_left_out_of_the_reference_as_they_are_of_training(
     finetune, classifier, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ddgan.training.data._CHECKED_IMAGES", 1)
+    monkeypatch.setattr("ddgan.training.loading._CHECKED_IMAGES", 1)
     folder = write_images(tmp_path / "images", 14)
     (folder / "013.png").write_bytes(b"not an image")
     with pytest.raises(RunError, match=r"cannot be read: .*013\.png"):

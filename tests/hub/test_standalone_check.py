@@ -15,7 +15,7 @@ from ddgan import (
     GuidedPipeline,
     NCSNpp,
 )
-from ddgan.hub.folders import sample_arguments
+from ddgan.hub.export import sample_arguments
 
 SIZES = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 BLOCKS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}

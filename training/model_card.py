@@ -7,15 +7,14 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..errors import InputError, RunError
+from ..core.errors import InputError, RunError
+from ..core.files import link_or_copy, replace_file, replace_folder
 from ..evaluation.report import eval_results, number, title
 from ..hub.cards import CARD_NAME, CardFacts, card_text, is_repo_id
-from ..hub.folders import code_files
-from ..hub.publication import link_or_copy
+from ..hub.export import code_files
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
 from .arguments import RunArguments
-from .checkpoints import replace_file, replace_folder
-from .evaluation import Evaluations
+from .evaluator import EvaluationHistory
 
 # what is the user's own affair: places on the machine, and where the model goes
 _PRIVATE = {"output_dir", "train_data_dir", "resume_from_checkpoint", "hub_model_id", "hub_private", "push_to_hub"}
@@ -46,7 +45,7 @@ def write_card(folder: Path, card: CardFacts, facts: dict[str, Any]) -> None:
     }
     if facts["broken"]:
         training["images left out as broken"] = facts["broken"]
-    known: Evaluations = facts["evaluations"]
+    known: EvaluationHistory = facts["evaluations"]
     if known.last:
         training["evaluations"] = f"{known.count}, which took {known.seconds / 60:.1f} minutes together"
         card = replace(card, **_evaluation_for_card(known, facts["steps"]))
@@ -83,7 +82,7 @@ def _grid_for_card(folder: Path, step: int) -> dict[str, str]:
     return {f"samples/{grid.name}": f"{caption}."}
 
 
-def _evaluation_for_card(known: Evaluations, step: int) -> dict[str, Any]:
+def _evaluation_for_card(known: EvaluationHistory, step: int) -> dict[str, Any]:
     """What a card tells of the newest evaluation; its numbers are the model's own if they are of its step."""
     last, best = known.last, known.best
     table = {
@@ -119,7 +118,7 @@ def write_best(folder: Path, pipeline: DiffusionPipeline, card: CardFacts, facts
 
 def report(folder: Path, facts: dict[str, Any]) -> None:
     """Print where things are."""
-    known: Evaluations = facts["evaluations"]
+    known: EvaluationHistory = facts["evaluations"]
     trust = ", trust_remote_code=True" if code_files(folder) else ""
     lines = [
         f"\nStep {facts['steps']} of {facts['total_steps']} reached after {facts['seconds'] / 60:.1f} minutes.",

@@ -10,16 +10,19 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from ..errors import InputError, RunError
+from ..core.errors import InputError, RunError
+from ..core.files import fingerprint
+from ..data.preprocessing import Preprocessing
+from ..data.sources import FolderImages
 from ..evaluation import report
 from ..evaluation.extractors import INCEPTION, ClassifierFeatures, load_extractor
-from ..evaluation.features import Features, collect, fingerprint
-from ..evaluation.metrics import Measure
-from ..evaluation.references import CACHE_DIR, measure_reference
+from ..evaluation.features import Features, extract_features
+from ..evaluation.metrics import MIN_IMAGES, MetricValue
+from ..evaluation.references import CACHE_DIR, ReferenceImages, measure_reference
 from ..evaluation.results import Results, evaluate
-from ..sampling.pipelines import in_equal_batches
-from .arguments import MIN_IMAGES, EvaluationArguments, RunArguments
-from .data import ComparedImages, ImageFolder, Preprocessing, TrainingData
+from ..sampling.pipelines import sample_in_full_batches
+from .arguments import EvaluationArguments, RunArguments
+from .loading import TrainingData
 
 AT_ONCE = 64  # pictures that are drawn at once at most
 REFERENCE_IMAGES = 100_000  # training images that are measured at most, drawn at random; their features are in memory
@@ -40,8 +43,8 @@ class Evaluation:
     """
 
     step: int
-    measures: dict[str, Measure]
-    floors: dict[str, Measure]
+    measures: dict[str, MetricValue]
+    floors: dict[str, MetricValue]
     protocol: dict[str, str]
     alike: str
     dataset: str
@@ -68,11 +71,11 @@ class Evaluation:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Evaluation":
         parts = ("measures", "floors")
-        return cls(**values | {part: {k: Measure(**m) for k, m in values[part].items()} for part in parts})
+        return cls(**values | {part: {k: MetricValue(**m) for k, m in values[part].items()} for part in parts})
 
 
 @dataclass
-class Evaluations:
+class EvaluationHistory:
     """What a run knows of its evaluations; the same in every process, and kept in checkpoints.
 
     Attributes:
@@ -104,7 +107,7 @@ class Evaluations:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Evaluations":
+    def from_json(cls, values: dict[str, Any]) -> "EvaluationHistory":
         parts = ("last", "best")
         return cls(**values | {part: Evaluation.from_json(values[part]) for part in parts if values.get(part)})
 
@@ -143,8 +146,8 @@ class Evaluator:
         try:
             with accelerator.main_process_first():  # the others find what it has downloaded
                 self.extractor = load_extractor(args.feature_extractor or INCEPTION, args.extractor_weights)
-            images = ComparedImages(data.source, data.args.skip_broken_images)
-            split = "all" if isinstance(data.source, ImageFolder) else data.args.split
+            images = ReferenceImages(data.source, data.args.skip_broken_images)
+            split = "all" if isinstance(data.source, FolderImages) else data.args.split
             with self._extractor_on_the_device():
                 self.reference = measure_reference(
                     *(images, data.name, split, self.size, self.extractor, AT_ONCE, accelerator, CACHE_DIR),
@@ -160,7 +163,7 @@ class Evaluator:
         told_apart = isinstance(self.extractor, ClassifierFeatures) and self.extractor.network.class_names == classes
         self.judge = self.extractor if told_apart else None
 
-    def due(self, step: int, last: int, known: Evaluations) -> bool:
+    def due(self, step: int, last: int, known: EvaluationHistory) -> bool:
         """Whether a step is to be evaluated and has not been yet."""
         wanted = step > 0 and (step == last or step % self.args.eval_every == 0)
         return wanted and (known.last is None or known.last.step != step)
@@ -192,13 +195,13 @@ class Evaluator:
             return draw([self.run.seed + i for i in numbers], labels)
 
         def measured(numbers: range) -> Features:
-            drawn = in_equal_batches(pictures, numbers, self.at_once)
+            drawn = sample_in_full_batches(pictures, numbers, self.at_once)
             found = self.extractor(torch.stack([preprocessing.load(picture) for picture in drawn]))
             return {**found, "classes": found["logits"].argmax(1)} if self.judge else found
 
         with self._extractor_on_the_device():
             rounded_up = -(-count // whole) * whole
-            features = collect(
+            features = extract_features(
                 *(rounded_up, self.at_once, measured, self.accelerator), description="evaluating", between=between
             )
         found = [None]

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
-from .randomness import Draws
+from ..randomness import PerSampleRNG
 
 
 @dataclass
-class Samples:
+class MicroBatch:
     """A micro-batch as an objective sees it.
 
     Attributes:
@@ -24,7 +24,7 @@ class Samples:
 
     images: torch.Tensor
     labels: torch.Tensor | None
-    draws: Draws
+    draws: PerSampleRNG
     step: int
 
 
@@ -50,7 +50,7 @@ class DenoisingObjective:
         self.min_snr_gamma = min_snr_gamma
         self.timestep_sampling = timestep_sampling
 
-    def __call__(self, network: torch.nn.Module, samples: Samples) -> dict[str, torch.Tensor]:
+    def __call__(self, network: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
         """Mean squared error of each sample: `loss`, (B,)."""
         images, draws = samples.images, samples.draws
         timesteps = self._timesteps(draws)
@@ -75,7 +75,7 @@ class DenoisingObjective:
         divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[kind]
         return {"loss": loss * snr.clamp(max=self.min_snr_gamma) / divisor}
 
-    def _timesteps(self, draws: Draws) -> torch.Tensor:
+    def _timesteps(self, draws: PerSampleRNG) -> torch.Tensor:
         count = self.scheduler.config.num_train_timesteps
         if self.timestep_sampling == "uniform":
             return draws.integers(count)
@@ -99,7 +99,7 @@ class ClassConditionalObjective(DenoisingObjective):
         self.num_classes = num_classes
         self.class_dropout = class_dropout
 
-    def __call__(self, network: torch.nn.Module, samples: Samples) -> dict[str, torch.Tensor]:
+    def __call__(self, network: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
         """Mean squared error of each sample: `loss`, (B,)."""
         labels = samples.labels.masked_fill(samples.draws.uniform() < self.class_dropout, self.num_classes)
         return super().__call__(partial(network, class_labels=labels), samples)

@@ -1,6 +1,6 @@
-"""Draws one picture of a pipeline with nothing but Diffusers, to see what people will meet who load it.
+"""Smoke test: load a pipeline with nothing but Diffusers and sample one image.
 
-    python -P alone.py <folder or repository> <picture.npy> <revision, or nothing> <folder for samples, or nothing>
+    python -P standalone_check.py <folder or repository> <image.npy> <revision or ""> <sample folder or "">
 
 hub/upload.py starts it as a process of its own. The picture is that of seed 0 after two steps, (H, W, C) in [0, 1].
 """
@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 if __name__ == "__main__":
     place, picture, revision, samples = sys.argv[1:]
     sys.modules["ddgan"] = None  # where this package is installed, it must not be needed either
-    folders = runpy.run_path(str(Path(__file__).with_name("folders.py")))
+    folders = runpy.run_path(str(Path(__file__).with_name("export.py")))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several might sum in another order
     pipe = DiffusionPipeline.from_pretrained(place, revision=revision or None, trust_remote_code=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import ROOT
 
 from ddgan import train_class_conditional, train_ddgan
-from ddgan.errors import InputError
+from ddgan.core.errors import InputError
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.hub.publication import pipeline_files
 from ddgan.scripts import convert_ddgan_checkpoint, push_to_hub
@@ -47,7 +47,7 @@ def python_of(card: str) -> str:
 @pytest.fixture
 def measured(tmp_path, monkeypatch) -> list:
     """Flags of a run that is measured at steps of which there is no grid of samples."""
-    monkeypatch.setattr("ddgan.training.evaluation.CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr("ddgan.training.evaluator.CACHE_DIR", tmp_path / "cache")
     ImageClassifier(8, 3, 2, (8, 16), dict(enumerate("xy"))).save_pretrained(tmp_path / "classifier")
     flags = ["--eval_every", 3, "--eval_images", 13, "--feature_extractor", tmp_path / "classifier"]
     return [*flags, "--log_samples_every", 2]
@@ -143,7 +143,7 @@ def test_a_run_ends_well_whatever_the_uploads_do_and_says_how_to_finish_them(loc
     command = re.search(r"python scripts/push_to_hub\.py (.*)", said)[1].split()
     assert command == ["--folder", str(run), "--repo_id", "ann/run", "--private"]
     local_hub.faults.clear()
-    monkeypatch.setattr(push_to_hub, "draw_alone", lambda *_, **__: b"drawn elsewhere")
+    monkeypatch.setattr(push_to_hub, "sample_standalone", lambda *_, **__: b"drawn elsewhere")
     push_to_hub.main(command)
     assert set(pipeline_files(run)) < local_hub.files("ann/run").keys()
     push_to_hub.main(["--folder", str(run), "--repo_id", "ann/again"])

@@ -1,0 +1,1 @@
+"""Shared by every command: user errors, argument parsing, files."""
