@@ -1,6 +1,7 @@
 """The two ways in which a command of this project ends early, each with one paragraph for the user."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -23,6 +24,8 @@ def run_command(main: Callable[[], None]) -> None:
     Run a command line's `main`; an `InputError` (exit code 2) or `RunError` (1) ends as one paragraph, and so does a
     file or a folder that the file system refuses (1).
     """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ddgan").setLevel(logging.INFO)
     try:
         main()
     except (InputError, RunError, OSError) as error:

@@ -12,6 +12,7 @@ from torchvision.datasets.mnist import FashionMNIST
 
 from ..core.errors import InputError
 from ..core.files import fingerprint
+from ..core.run_files import is_run_folder
 from .images import IMAGE_SUFFIXES, file_bytes
 
 EMBEDDED_DATASET = Path(__file__).parent.parent / "examples" / "data" / "twemoji-32"
@@ -51,8 +52,7 @@ def _is_left_out(folder: Path) -> bool:
         return True
     if folder.is_symlink() and any(part.resolve().is_relative_to(folder.resolve()) for part in folder.parents):
         return True  # the link leads back to a folder that it lies in
-    # a run, whose grids of samples are no images to train on
-    return (folder / "config.yaml").is_file() and any((folder / n).exists() for n in ("samples", "model_index.json"))
+    return is_run_folder(folder)
 
 
 class FolderImages:
