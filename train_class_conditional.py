@@ -99,8 +99,8 @@ class ClassConditionalArguments:
             raise InputError("--block_out_channels needs at least one width.")
         if self.guidance_scale > 1 and not self.class_dropout:
             raise InputError(
-                f"--guidance_scale {self.guidance_scale} needs a null class for the unconditional prediction: train with "
-                "--class_dropout 0.1, or sample with --guidance_scale 1."
+                f"--guidance_scale {self.guidance_scale} needs a null class for the unconditional prediction: train "
+                "with --class_dropout 0.1, or sample with --guidance_scale 1."
             )
 
 

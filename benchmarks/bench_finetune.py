@@ -28,6 +28,7 @@ from datasets import load_dataset
 from ddgan import finetune_model
 from ddgan.data.sources import EMBEDDED_DATASET
 from ddgan.sampling.pipelines import load_pipeline
+from ddgan.training import session
 from ddgan.training.loop import Trainer
 
 UNTRAINED = finetune_model.EMBEDDED_MODEL / "recipe" / "untrained.py"
@@ -113,9 +114,9 @@ def this_loop(model: Path, steps: int, flags: str, beside: Iterator[None] | None
 
     class TimedTrainer(Trainer):
         def _train_step(self, batches):
-            if self.step:
+            if self.progress.step:
                 ours.stop()  # with what the loop does between two steps: progress, logging
-                waited[self.step] = self.clock.waited
+                waited[self.progress.step] = self.progress.clock.waited
             if beside:
                 plain.start()
                 next(beside)
@@ -123,7 +124,7 @@ def this_loop(model: Path, steps: int, flags: str, beside: Iterator[None] | None
             ours.start()
             super()._train_step(batches)
 
-    finetune_model.Trainer = TimedTrainer
+    session.Trainer = TimedTrainer
     never = "--log_samples_every 0 --save_model_every 0 --checkpointing_steps 0 --report_to none"
     small = f"--num_samples 1 --sample_steps 1 --batch_size {BATCH_SIZE} --max_train_steps {WARM_UP + steps + 1}"
     with TemporaryDirectory() as folder:

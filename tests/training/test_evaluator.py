@@ -21,7 +21,8 @@ from ddgan.core.files import replace_folder
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import ClassifierFeatures
 from ddgan.scripts import evaluate
-from ddgan.training.checkpoints import load_state, remove_leftovers
+from ddgan.training.checkpoints import load_state
+from ddgan.training.run_folder import RunFolder
 from ddgan.training.tracking import read_metrics
 
 NAMES = ("fid", "kid", "precision", "recall", "density", "coverage", "classifier_score")
@@ -246,8 +247,8 @@ def test_the_numbers_and_their_protocol_are_on_the_cards(run):
         assert f"pipeline run, step {step}, weights" in card.content
         assert str(run.parent) not in card.content
     card = ModelCard.load(run / "README.md").content
-    assert f"after {best} steps: `best/`" in card and "![Measured along the run.](eval.png)" in card
-    assert "| evaluations | 6, which took" in card
+    assert f"after {best} steps: `best/`" in card and "![Evaluations during training.](eval.png)" in card
+    assert "| evaluations | 6, " in card
     best_card = (run / "best" / "README.md").read_text()
     assert "# run, best checkpoint" in best_card and 'from_pretrained("best")' in best_card
     assert f"{best} of 6 optimizer steps" in best_card
@@ -284,7 +285,7 @@ def test_a_best_that_cannot_be_written_whole_leaves_the_one_before(tmp_path):
         with nullcontext() if files == 3 else pytest.raises(OSError):
             replace_folder(best, lambda folder, weights=weights, files=files: write(folder, weights, files))
     assert {path.read_text() for path in (best / "unet").iterdir()} == {"second"}
-    remove_leftovers(tmp_path)
+    RunFolder(tmp_path).remove_leftovers()
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 

@@ -70,7 +70,7 @@ def test_a_card_shows_the_newest_grid_and_says_of_which_step_it_is(finetune, mea
     best = (run / "best" / "README.md").read_text()
     step = re.search(r"\| trained for \| (\d) of 4", best)[1]
     caption, grid = {
-        "3": ("Samples after 2 steps; the weights here are those of step 3.", "samples/step-00000002.png"),
+        "3": ("Samples after 2 steps; these weights are from step 3.", "samples/step-00000002.png"),
         "4": ("Samples after 4 steps.", "samples/step-00000004.png"),
     }[step]
     assert f"![{caption}]({grid})\n\n*{caption}*" in best
