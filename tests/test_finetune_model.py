@@ -67,8 +67,14 @@ for loader in (DDPMPipeline, DiffusionPipeline):
     image = pipe(num_inference_steps=40, generator=torch.Generator().manual_seed(0)).images[0]
     print(type(pipe).__name__, image.size)
 """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", program, str(run)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, str(run)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout.split("\n")[:2] == ["DDPMPipeline (8, 8)"] * 2, done.stderr
 
