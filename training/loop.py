@@ -177,19 +177,22 @@ class Trainer:
         self.progress.clock.start(self.plan.images_seen(self.progress.step))
 
     def _run_steps(self) -> None:
+        """Train to the last step, with all that is due along the way.
+
+        Whatever writes files first calls `_log`, which raises if a loss is not finite, so that nothing is overwritten.
+        """
         args = self.args
         if self._samples_due() and not self.folder.grid(self.progress.step).exists():
             self._save_samples()
         batches = self.data.batches(self.progress.step, self.total_steps, self.position.value)
         with closing(batches), self._progress_bar() as self.bar:  # closing ends the processes that read images ahead
             try:
-                if self._evaluation_due():  # at the step of the checkpoint: a stop came before it
+                if self._evaluation_due():  # the run was stopped at this step, before or during its evaluation
                     self._evaluate()
                 while self.progress.step < self.total_steps:
                     self._train_step(batches)
                     self.bar.update()
                     self.stop.raise_if_requested()
-                    # each of these logs the steps so far first, so nothing is saved after a loss that is not finite
                     if self._due(_LOG_EVERY):
                         self._log()
                     if self._samples_due():  # before the evaluation, whose best pipeline is shown with this grid

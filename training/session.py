@@ -91,9 +91,15 @@ class Session:
             seed=self.run.seed,
         )
 
-    def train(self, job: TrainingJob, data: TrainingData, evaluation: EvaluationArguments) -> FinishedRun:
-        """Train a job to its end; for errors, see `Trainer.train`."""
-        evaluator = open_evaluator(evaluation, self.run, data, self.accelerator)
+    def train(
+        self, job: TrainingJob, data: TrainingData, evaluation: EvaluationArguments | None = None
+    ) -> FinishedRun:
+        """Train a job to its end, with evaluations if there are arguments for them.
+
+        Raises:
+            InputError, RunError, RunStopped: see `Evaluator` and `Trainer.train`.
+        """
+        evaluator = open_evaluator(evaluation, self.run, data, self.accelerator) if evaluation else None
         return Trainer(job, data, self.run, self.accelerator, evaluator, self.repo_id).train()
 
 
