@@ -30,7 +30,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	PYTHONPATH=.venv/typing $(BIN)/lint-imports --no-cache
+	$(BIN)/lint-imports --no-cache
 
 bench: .venv/installed
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
