@@ -8,15 +8,16 @@ BIN := .venv/bin
 help:
 	@echo "make demo   fine-tune the embedded model on the embedded images; results in demo/"
 	@echo "make test   the whole test suite"
-	@echo "make lint   ruff: lint and format"
+	@echo "make lint   ruff, the type checker and the import rules"
 	@echo "make bench  speed and memory, as ratios; minutes"
 	@echo "make clean  remove the virtual environment and the demo"
 
-.venv/installed: setup.py
+.venv/installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
 	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	@mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/ddgan # lets type checkers and editors find the package
 	@touch $@
 
 demo: .venv/installed
@@ -28,6 +29,8 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-cache
 
 bench: .venv/installed
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
