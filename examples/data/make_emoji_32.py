@@ -26,8 +26,8 @@ LEFT_OUT += ["bouncing ball", "cartwheel", "playing", "middle finger extended"]
 TWEMOJI = """"Twemoji" by Twitter, Inc and other contributors (<https://github.com/twitter/twemoji>, now maintained at
 <https://github.com/jdecked/twemoji>), as packed in the npm package
 emoji-datasource-twitter 16.0.0. The graphics are licensed
-under [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), and so is this dataset. They are provided as is,
-without warranties. Neither Twitter, Inc nor the other contributors endorse this dataset."""
+under [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), and so is this dataset. They come as they are, without
+warranties. Neither Twitter, Inc nor the other contributors endorse this dataset."""
 NOTO = """Noto Emoji by Google (<https://github.com/googlefonts/noto-emoji>), as packed in the npm package
 emoji-datasource-google 16.0.0, under the Apache
 License 2.0."""
@@ -49,17 +49,17 @@ configs:
 
 | Column | Content |
 |---|---|
-| `image` | the image, PNG |
-| `label` | its category, one of nine, four of which occur here: {parts} |
+| `image` | the picture, PNG |
+| `label` | its category, one of nine names of which four occur here: {parts} |
 | `name` | its Unicode name |
 
-## Credits and license
+## Credits and licence
 
 {credits}
 
-Changes: the 64x64 images were placed on a white background, downscaled to 32x32 (Lanczos filter) and saved as PNG.
-{count} of {total} were selected; flags, objects, places, activities, signs and near-duplicates were excluded.
-`make_emoji_32.py` of diffusers-ddgan creates this folder, including this file.
+Changes: the 64x64 pictures were put on a white background, scaled down to 32x32 (Lanczos filter) and saved as PNG;
+{count} of {total} were chosen, with flags, objects, places, activities, signs and near-duplicates left out.
+`make_emoji_32.py` of diffusers-ddgan makes this folder, this file included.
 """
 
 
