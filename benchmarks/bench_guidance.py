@@ -92,7 +92,7 @@ def compare_scales(
 
 
 def compare_losses(folder: Path | None) -> None:
-    """Print losses with and without guidance; the range of the color loss is 0 to 2, as of pixel values in [-1, 1]."""
+    """Print losses with and without guidance; a color loss is at most 2, since pixel values are in [-1, 1]."""
     compare_scales(EMOJI, GREEN, folder, "guidance_scales.png")
     compare_scales(CLASSES, GREEN, folder, "guidance_classes.png")
     compare_scales(DIGITS, SymmetryLoss(), folder, "guidance_digits.png", load_extractor(str(CLASSIFIER)))
