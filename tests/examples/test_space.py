@@ -39,7 +39,9 @@ TIMEOUT = 120  # seconds; generous, for a busy machine
 
 def save_models(folder: Path) -> list[Path]:
     """Save two tiny pipelines: an unconditional color one, and a class-conditional one with names and a null class."""
-    DDPMPipeline(tiny_unet().eval(), DDPMScheduler(prediction_type="v_prediction")).save_pretrained(folder / "rgb-model")
+    DDPMPipeline(tiny_unet().eval(), DDPMScheduler(prediction_type="v_prediction")).save_pretrained(
+        folder / "rgb-model"
+    )
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     sizes = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
