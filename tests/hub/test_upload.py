@@ -347,7 +347,7 @@ def test_the_wait_that_the_hub_asks_for_is_kept(local_hub, folder, waits, patter
 def test_waits_grow_and_end(local_hub, folder, waits):
     repository = opened()
     local_hub.fail(COMMIT, times=100, instead=503)
-    with pytest.raises(RunError, match=r"The upload to ann/model failed: .*This does not work just now"):
+    with pytest.raises(RunError, match=r"The upload to ann/model failed: .*Temporarily unavailable"):
         repository.upload(folder, "first")
     assert waits == [1, 2, 4, 8, 16] and not there(local_hub)
     local_hub.faults.clear()
