@@ -22,8 +22,9 @@ from ddgan.core.files import replace_file
 from ddgan.data.images import CHANNEL_MODES
 from ddgan.data.preprocessing import Preprocessing
 from ddgan.hub.cards import CardFacts, license_of
+from ddgan.sampling.generation import PipelineSampler
 from ddgan.sampling.grids import before_after
-from ddgan.sampling.pipelines import SCHEDULERS, PipelineSampler, load_pipeline
+from ddgan.sampling.loading import SCHEDULERS, load_pipeline
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
 from ddgan.training.evaluator import open_evaluator
 from ddgan.training.job import TrainedNetwork, TrainingJob

@@ -27,7 +27,7 @@ from datasets import load_dataset
 
 from ddgan import finetune_model
 from ddgan.data.sources import EMBEDDED_DATASET
-from ddgan.sampling.pipelines import load_pipeline
+from ddgan.sampling.loading import load_pipeline
 from ddgan.training.loop import Trainer
 
 UNTRAINED = finetune_model.EMBEDDED_MODEL / "recipe" / "untrained.py"

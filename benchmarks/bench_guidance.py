@@ -32,7 +32,7 @@ from ddgan.data.images import to_bytes
 from ddgan.evaluation.extractors import ClassifierFeatures, load_extractor
 from ddgan.pipelines.pipeline_guided import SCALE_SCHEDULES
 from ddgan.sampling.grids import image_grid
-from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "examples" / "models"

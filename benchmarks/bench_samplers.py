@@ -21,8 +21,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from ddgan import ClassConditionalPipeline
 from ddgan.evaluation.extractors import FeatureExtractor, load_extractor
 from ddgan.evaluation.metrics import Gaussian, floor, frechet_distance
+from ddgan.sampling.generation import sample, sample_in_full_batches
 from ddgan.sampling.grids import image_grid, steps_strip
-from ddgan.sampling.pipelines import intermediates, load_pipeline, sample, sample_in_full_batches, with_scheduler
+from ddgan.sampling.loading import load_pipeline, with_scheduler
+from ddgan.sampling.traces import intermediates
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "models" / "mnist-28"

@@ -31,7 +31,7 @@ from ddgan.core.errors import InputError, run_command
 from ddgan.guidance.clip import DEFAULT_MODEL
 from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
 from ddgan.sampling.grids import image_grid
-from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 
 EMBEDDED = Path(__file__).parent / "models" / "noto-emoji-32"
 LOSSES = {

@@ -24,8 +24,8 @@ from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file, replace_tree
 from ddgan.hub.cards import CARD_NAME, CardFacts, card_text
 from ddgan.hub.export import code_files
+from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import image_grid
-from ddgan.sampling.pipelines import sample
 
 RECIPES = {
     "cifar10": {"image_size": 32, "ch_mult": [1, 2, 2, 2], "num_timesteps": 4},

@@ -26,16 +26,10 @@ from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
 from ddgan.guidance.clip import DEFAULT_MODEL
+from ddgan.sampling.generation import sample, sample_in_full_batches
 from ddgan.sampling.grids import image_grid, steps_strip
-from ddgan.sampling.pipelines import (
-    SCHEDULERS,
-    intermediates,
-    load_pipeline,
-    pipeline_hash,
-    sample,
-    sample_in_full_batches,
-    with_scheduler,
-)
+from ddgan.sampling.loading import SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
+from ddgan.sampling.traces import intermediates
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SETTINGS = "generate.json"

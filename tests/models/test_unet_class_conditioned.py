@@ -198,9 +198,9 @@ def test_the_wrapped_network_stays_on_one_device():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.tensor([0.0, 1.0, 2.0]), "one integer for each of the 3 pictures"),
+        (torch.tensor([0.0, 1.0, 2.0]), "one integer for each of the 3 images"),
         (torch.tensor([0, 1]), r"shape \(2,\), but must hold one integer for each of the 3"),
-        (torch.eye(3), "one integer for each of the 3 pictures"),
+        (torch.eye(3), "one integer for each of the 3 images"),
     ],
     ids=["floats", "too few", "a matrix"],
 )

@@ -272,7 +272,7 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
 
 def test_pictures_of_another_size_are_refused():
     sample, t, labels = inputs(height=16)
-    with pytest.raises(ValueError, match=r"16x16 pixels.*8x8 alone"):
+    with pytest.raises(ValueError, match=r"16x16 pixels.*8x8 only"):
         tiny()(sample, t, labels)
 
 
@@ -281,7 +281,7 @@ def test_pictures_of_another_size_are_refused():
     [
         ({"n_feat": 12}, "multiple of 8"),
         ({"height": 18}, "multiple of 4"),
-        ({"sample_size": 16}, "`sample_size` is 16 and `height` 8"),
+        ({"sample_size": 16}, "`sample_size` is 16 and `height` is 8"),
         ({"class_dropout": -0.1}, r"class_dropout.*\[0, 1\)"),
         ({"id2label": ["hero", "food"]}, r"names the labels \[0, 1\].*each of the 3 classes, 0 to 2"),
     ],

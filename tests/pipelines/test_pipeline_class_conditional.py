@@ -369,10 +369,10 @@ def test_on_a_gpu_the_pictures_are_those_of_the_cpu_also_when_offloaded(offload)
         ),
         ({"class_labels": [0, 1], "batch_size": 3}, "2 entries, but `batch_size` is 3"),
         ({"class_labels": 0, "batch_size": 0}, "`batch_size` is 0"),
-        ({"generator": [torch.Generator()] * 3}, "list of 3, .* each of the 2 pictures"),
-        ({"class_labels": 0, "generator": [torch.Generator()] * 3}, "list of 3, .* each of the 1 pictures"),
-        ({"latents": torch.zeros(2, 1, 12, 8)}, r"\(2, 1, 12, 8\), but must have \(2, 1, 8, 12\)"),
-        ({"latents": torch.zeros(3, 1, 8, 12)}, r"\(3, 1, 8, 12\), but must have \(2, 1, 8, 12\)"),
+        ({"generator": [torch.Generator()] * 3}, "list of 3, .* each of the 2 images"),
+        ({"class_labels": 0, "generator": [torch.Generator()] * 3}, "list of 3, .* each of the 1 images"),
+        ({"latents": torch.zeros(2, 1, 12, 8)}, r"\(2, 1, 12, 8\), but must have shape \(2, 1, 8, 12\)"),
+        ({"latents": torch.zeros(3, 1, 8, 12)}, r"\(3, 1, 8, 12\), but must have shape \(2, 1, 8, 12\)"),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
         ({"output_type": "jpg"}, "'jpg', but must be 'pil', 'np', 'pt' or 'latent'"),
         ({"callback_on_step_end_tensor_inputs": ["z"]}, r"only \['latents', 'class_labels'\]"),
@@ -387,11 +387,11 @@ def test_arguments_that_do_not_fit_are_refused(arguments, said):
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (torch.zeros(2, 4), r"context of shape \(2, 4\), but must be a matrix of 3 columns"),
-        ([0.5, 0.5], r"context of shape \(2,\), but must be a matrix of 3 columns"),
+        (torch.zeros(2, 4), r"context of shape \(2, 4\), but must have one column for each of the 3 classes"),
+        ([0.5, 0.5], r"context of shape \(2,\), but must have one column for each of the 3 classes"),
         (torch.zeros(1, 2, 3), r"context of shape \(1, 2, 3\)"),
         ([0, 5], "holds 5, but .* 3 classes, whose labels are 0 to 2, and 3 for the null class"),
-        ("hero", r"\['hero'\] were given, but this network knows none .* labels from 0 to 2"),
+        ("hero", r"\['hero'\] were passed, but this network has none .* labels from 0 to 2"),
     ],
     ids=str,
 )
@@ -416,7 +416,7 @@ def test_a_network_without_null_class_cannot_be_guided(unet):
 
 def test_a_scheduler_of_flow_matching_is_refused():
     pipe = ClassConditionalPipeline(class_conditioned(), FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match=r"A FlowMatchEulerDiscreteScheduler cannot sample here: .* DDIM"):
+    with pytest.raises(ValueError, match=r"A FlowMatchEulerDiscreteScheduler cannot be used here: .* DDIM"):
         latents(pipe, [0, 1])
 
 

@@ -225,12 +225,12 @@ def test_on_a_gpu_the_pictures_are_those_of_the_cpu_also_when_offloaded(offload)
         ({"class_labels": ["a", "b"]}, r"`class_labels` is \['a', 'b'\]"),
         ({"class_labels": "01"}, "`class_labels` is 01"),
         ({"generator": [torch.Generator()] * 3}, "list of 3, .* 2 images"),
-        ({"latents": torch.zeros(2, 3, 12, 8)}, r"\(2, 3, 12, 8\), but must have \(2, 3, 8, 12\)"),
+        ({"latents": torch.zeros(2, 3, 12, 8)}, r"\(2, 3, 12, 8\), but must have shape \(2, 3, 8, 12\)"),
         ({"output_type": "jpg"}, "'jpg', but must be 'pil', 'np', 'pt' or 'latent'"),
         ({"callback_on_step_end_tensor_inputs": ["z"]}, r"only \['latents'\]"),
         ({"num_inference_steps": 5}, "use 1 to 4"),
         ({"timesteps": [0, 3]}, "must descend"),
-        ({"num_inference_steps": 2, "timesteps": [3, 0]}, "Only one of"),
+        ({"num_inference_steps": 2, "timesteps": [3, 0]}, "only one of"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, said):

@@ -552,8 +552,8 @@ def test_classes_are_passed_on(kind, labels):
     assert torch.equal(two, draw(pipe, seeds=(0, 1), class_labels=[2, 2])[0])
     one_and_two, _ = draw(pipe, seeds=(0, 1), class_labels=[1, 2])
     assert torch.equal(one_and_two[1], two[1]) and not torch.allclose(one_and_two[0], two[0], atol=1e-3)
-    many = [([2], "are 1"), (3, "0 to 2"), ([-1, 0], "0 to 2"), ([[0], [1]], "one integer an image")]
-    for wrong, said in [*many, ([0.5, 1.0], "takes 3" if kind == "context" else "one integer an image")]:
+    many = [([2], "has 1 entries"), (3, "0 to 2"), ([-1, 0], "0 to 2"), ([[0], [1]], "one integer per image")]
+    for wrong, said in [*many, ([0.5, 1.0], "must have 3 columns" if kind == "context" else "one integer per image")]:
         with pytest.raises(ValueError, match=said):
             draw(pipe, seeds=(0, 1), class_labels=wrong)
     with pytest.raises(ValueError, match="class_labels"):
@@ -694,7 +694,7 @@ def test_networks_that_need_more_are_refused():
 
 def test_pipelines_of_latents_are_refused():
     own = LDMPipeline(VQModel(norm_num_groups=4, block_out_channels=(8,)), tiny_unet(), DDIMScheduler())
-    with pytest.raises(ValueError, match=r"vqvae.*pictures themselves"):
+    with pytest.raises(ValueError, match=r"vqvae.*images themselves"):
         GuidedPipeline.from_pipe(own)
 
 

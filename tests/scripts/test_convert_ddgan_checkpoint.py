@@ -20,8 +20,8 @@ from ddgan.conversion.ddgan_checkpoints import (
     generator_config,
 )
 from ddgan.core.errors import InputError
+from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import image_grid
-from ddgan.sampling.pipelines import sample
 from ddgan.scripts.convert_ddgan_checkpoint import RECIPES, main
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"

@@ -11,14 +11,9 @@ from tiny import tiny_unet
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, DDGANScheduler
 from ddgan.core.errors import InputError
-from ddgan.sampling.pipelines import (
-    SCHEDULERS,
-    intermediates,
-    load_pipeline,
-    sample,
-    trace_steps,
-    with_scheduler,
-)
+from ddgan.sampling.generation import sample
+from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.sampling.traces import intermediates, trace_steps
 
 # networks sum in another order in batches of another size; that may tip the rounding to 256 levels
 ONE_LEVEL = 1
