@@ -78,7 +78,7 @@ def test_distances_to_a_colour_are_in_the_units_of_images():
 
 @pytest.mark.parametrize("target", ["teel", "#12345", (0.1, 0.2), (10, 200, 30), (-0.1, 0, 0)])
 def test_what_is_no_colour_is_said(target):
-    with pytest.raises(InputError, match="colour"):
+    with pytest.raises(InputError, match="color"):
         ColorLoss(target)
 
 
