@@ -1,4 +1,4 @@
-"""Claims about drawing pictures from a finished pipeline."""
+"""Loading a pipeline, sampling it from seeds, and recording intermediate steps."""
 
 import json
 
@@ -15,7 +15,7 @@ from ddgan.sampling.generation import sample
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 from ddgan.sampling.traces import intermediates, trace_steps
 
-# networks sum in another order in batches of another size; that may tip the rounding to 256 levels
+# networks sum in another order for other batch sizes, which can change the rounding to 256 levels
 ONE_LEVEL = 1
 
 CUSTOM_PIPELINE = '''
@@ -25,7 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class ShadePipeline(DiffusionPipeline):
-    """Noise around a grey level that the class says."""
+    """Noise around a gray level that depends on the class."""
 
     def __init__(self, scheduler):
         super().__init__()
@@ -45,14 +45,14 @@ def pipeline(scheduler=None, **unet) -> DDPMPipeline:
 
 
 def difference(a: Image.Image, b: Image.Image) -> int:
-    """Of the pixels that differ most, by how many levels."""
+    """Return the largest difference of two pixels in levels."""
     assert a.mode == b.mode and a.size == b.size
     return np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()
 
 
 @pytest.fixture
 def custom_folder(tmp_path):
-    """A pipeline that brings its own code."""
+    """A pipeline folder with custom code."""
     DDPMScheduler().save_pretrained(tmp_path / "scheduler")
     index = {"_class_name": ["pipeline_shade", "ShadePipeline"], "scheduler": ["diffusers", "DDPMScheduler"]}
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "_diffusers_version": "0.42.1"}))
@@ -62,7 +62,7 @@ def custom_folder(tmp_path):
 
 @pytest.mark.parametrize("kind", [DDPMPipeline, DDIMPipeline])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_draws_a_picture_from_its_seed(kind, name):
+def test_every_scheduler_generates_an_image_from_its_seed(kind, name):
     pipe = with_scheduler(kind(tiny_unet().eval(), DDPMScheduler()), name)
     assert isinstance(pipe.scheduler, SCHEDULERS[name])
     first, second = sample(pipe, [3, 4], 5)
@@ -73,25 +73,25 @@ def test_every_scheduler_draws_a_picture_from_its_seed(kind, name):
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_pictures_are_those_of_the_pipeline_itself(name):
+def test_images_are_those_of_the_pipeline_itself(name):
     pipe = with_scheduler(pipeline(), name)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     expected = pipe(batch_size=2, generator=generators, num_inference_steps=6).images
     assert [difference(a, b) for a, b in zip(sample(pipe, [3, 4], 6), expected, strict=True)] == [0, 0]
 
 
-def test_deterministic_schedulers_find_the_same_picture_with_many_steps():
+def test_deterministic_schedulers_converge_to_the_same_image():
     pipe = pipeline(DDPMScheduler(clip_sample=False))
     expected, *others = (
         np.asarray(sample(with_scheduler(pipe, name), [0], 100)[0]).astype(float)
         for name in ("ddim", "dpmsolver", "unipc", "euler")
     )
-    # all solve one differential equation; what is left is the size of the steps
+    # all solve the same differential equation, with errors due to the step size
     assert [np.abs(other - expected).mean() < 3 for other in others] == [True] * 3
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_picture_does_not_depend_on_its_neighbours(name):
+def test_an_image_does_not_depend_on_its_batch(name):
     pipe = with_scheduler(pipeline(), name)
     assert difference(sample(pipe, [3, 5], 5)[1], sample(pipe, [7, 5], 5)[1]) == 0
     assert difference(sample(pipe, [3, 5], 5)[1], sample(pipe, [5, 3], 5)[0]) == 0
@@ -99,7 +99,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(name):
 
 @pytest.mark.parametrize("name", ["dpmsolver", "unipc"])
 @pytest.mark.parametrize("clips", [True, False])
-def test_solvers_for_latents_clip_where_the_saved_scheduler_clips(name, clips):
+def test_solvers_for_latents_clip_if_the_saved_scheduler_clips(name, clips):
     scheduler = with_scheduler(pipeline(DDPMScheduler(clip_sample=clips)), name).scheduler
     scheduler.set_timesteps(5)
     far = torch.full((1, 3, 8, 8), 9.0)
@@ -108,14 +108,14 @@ def test_solvers_for_latents_clip_where_the_saved_scheduler_clips(name, clips):
     assert (predicted_clean.abs().max() <= 1) == clips
 
 
-def test_choosing_a_scheduler_leaves_the_pipeline_as_it_was():
+def test_with_scheduler_does_not_change_the_pipeline():
     pipe = pipeline()
     other = with_scheduler(pipe, "euler")
     assert type(pipe.scheduler) is DDPMScheduler and other.unet is pipe.unet
     assert with_scheduler(pipe, "as-saved") is pipe
 
 
-def test_a_noise_process_of_its_own_is_not_replaced():
+def test_a_custom_noise_process_is_not_replaced():
     pipe = pipeline(DDGANScheduler())
     with pytest.raises(InputError, match="DDGANScheduler"):
         with_scheduler(pipe, "ddim")
@@ -129,26 +129,26 @@ def test_a_saved_scheduler_whose_step_takes_no_generator_works():
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
 def test_channels_become_modes(channels, mode):
-    (picture,) = sample(pipeline(in_channels=channels, out_channels=channels), [0], 2)
-    assert picture.mode == mode
+    (image,) = sample(pipeline(in_channels=channels, out_channels=channels), [0], 2)
+    assert image.mode == mode
 
 
-def test_rectangles_have_their_height_first():
-    (picture,) = sample(pipeline(sample_size=(8, 16)), [0], 2)
-    assert (picture.height, picture.width) == (8, 16)
+def test_rectangles_are_height_by_width():
+    (image,) = sample(pipeline(sample_size=(8, 16)), [0], 2)
+    assert (image.height, image.width) == (8, 16)
 
 
 @pytest.mark.parametrize(("dtype", "levels"), [(torch.float16, 4), (torch.bfloat16, 32)])  # 11 and 8 bits of 24
-def test_half_precision_draws_nearly_the_same_picture(dtype, levels, tmp_path):
+def test_half_precision_generates_nearly_the_same_image(dtype, levels, tmp_path):
     whole = pipeline()
     whole.save_pretrained(tmp_path)
     half = load_pipeline(str(tmp_path), dtype)
     assert half.unet.dtype == dtype
-    # the noise is drawn and the sample kept in float32, so that only the network's output is rounded
+    # noise and sample stay in float32, so that only the network's output is rounded
     assert difference(sample(half, [5], 10)[0], sample(whole, [5], 10)[0]) <= levels
 
 
-def test_a_network_of_classes_draws_the_class_it_is_told():
+def test_class_labels_determine_the_class():
     pipe = pipeline(num_class_embeds=3)
     torch.nn.init.normal_(pipe.unet.class_embedding.weight, std=20)
     zero, one, one_alone = *sample(pipe, [5, 5], 5, [0, 1]), *sample(pipe, [5], 5, [1])
@@ -157,7 +157,7 @@ def test_a_network_of_classes_draws_the_class_it_is_told():
 
 
 @pytest.mark.parametrize("labels", [None, [3], [-1]])
-def test_a_network_of_classes_asks_for_labels_it_knows(labels):
+def test_missing_and_unknown_labels_are_refused(labels):
     with pytest.raises(InputError, match="from 0 to 2"):
         sample(pipeline(num_class_embeds=3), [5], 5, labels)
 
@@ -168,12 +168,12 @@ def test_an_unconditional_network_refuses_labels():
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_learned_variance_may_ride_along(name):
+def test_learned_variance_is_supported(name):
     pipe = pipeline(DDPMScheduler(variance_type="learned_range"), out_channels=6)
     assert sample(with_scheduler(pipe, name), [0], 3)[0].mode == "RGB"
 
 
-def test_what_only_other_pipelines_take_is_refused():
+def test_options_of_other_pipelines_are_refused():
     with pytest.raises(InputError, match="DDPMPipeline takes no loss"):
         sample(pipeline(), [0], loss=torch.mean)
 
@@ -183,7 +183,7 @@ def test_more_steps_than_trained_are_refused():
         sample(pipeline(DDPMScheduler(num_train_timesteps=10)), [0], 11)
 
 
-def test_without_a_number_a_ddpm_takes_all_its_steps_and_others_at_most_fifty():
+def test_default_is_all_steps_for_ddpm_and_at_most_fifty_for_others():
     pipe = pipeline(DDPMScheduler(num_train_timesteps=60))
     assert len(intermediates(pipe, 0, 100)[0]) == 60
     assert len(intermediates(with_scheduler(pipe, "ddim"), 0, 100)[0]) == 50
@@ -191,7 +191,7 @@ def test_without_a_number_a_ddpm_takes_all_its_steps_and_others_at_most_fifty():
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_intermediates_end_in_the_picture(name, kind):
+def test_intermediates_end_in_the_final_image(name, kind):
     pipe = with_scheduler(pipeline(DDPMScheduler(prediction_type=kind)), name)
     timesteps, noisy, clean = intermediates(pipe, 5, 4, 9)
     assert len(timesteps) == len(noisy) == len(clean) == 4
@@ -200,7 +200,7 @@ def test_intermediates_end_in_the_picture(name, kind):
     assert difference(clean[0], clean[-1]) > 10
 
 
-def test_intermediates_start_in_the_noise_that_the_network_sees():
+def test_intermediates_start_in_the_initial_noise():
     expected = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     expected = ((expected / 2 + 0.5).clamp(0, 1) * 255)[0].permute(1, 2, 0).numpy()
     for name in SCHEDULERS:
@@ -208,7 +208,7 @@ def test_intermediates_start_in_the_noise_that_the_network_sees():
         assert np.abs(np.asarray(noisy[0]) - expected).max() <= ONE_LEVEL
 
 
-def test_sampling_can_be_watched_and_ended_from_there():
+def test_traced_sampling_can_be_ended_by_an_exception():
     pipe, seen = pipeline(), []
 
     def watch(step):
@@ -223,14 +223,14 @@ def test_sampling_can_be_watched_and_ended_from_there():
     assert "step" not in vars(pipe.scheduler)
 
 
-def test_intermediates_of_a_ddgan_are_all_its_steps():
+def test_intermediates_of_a_ddgan_hold_all_steps():
     pipe = pipeline(DDGANScheduler(num_train_timesteps=4))
     timesteps, _, clean = intermediates(pipe, 5, 10)
     assert timesteps == [3, 2, 1, 0]
     assert difference(clean[-1], sample(pipe, [5])[0]) == 0
 
 
-def test_custom_code_runs_only_when_it_is_trusted(custom_folder):
+def test_custom_code_runs_only_if_trusted(custom_folder):
     with pytest.raises(InputError, match="--trust_remote_code"):
         load_pipeline(str(custom_folder))
     pipe = load_pipeline(str(custom_folder), trust_remote_code=True)
@@ -241,7 +241,7 @@ def test_custom_code_runs_only_when_it_is_trusted(custom_folder):
         sample(pipe, [0], num_inference_steps=5)
 
 
-def test_a_pipeline_of_classes_is_told_them_by_number_or_name():
+def test_classes_can_be_given_by_label_or_name():
     unet = ClassConditionedUnet(
         sample_size=8,
         num_classes=3,
@@ -284,7 +284,7 @@ def test_a_folder_without_a_pipeline_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "./nothing", "a/b/c"])
-def test_what_is_found_nowhere_says_where_it_was_looked_for(name):
+def test_a_missing_pipeline_is_reported_with_the_places_searched(name):
     with pytest.raises(InputError, match=rf"No pipeline {name} .*folder.*Hub") as error:
         load_pipeline(name)
     assert "\n" not in str(error.value)
@@ -297,12 +297,12 @@ def test_a_broken_pipeline_folder_is_not_looked_for_on_the_hub(tmp_path):
         load_pipeline(str(tmp_path))
 
 
-def test_ddim_pipelines_load_and_draw(tmp_path):
+def test_ddim_pipelines_load_and_sample(tmp_path):
     DDIMPipeline(tiny_unet().eval(), DDIMScheduler()).save_pretrained(tmp_path)
     assert sample(load_pipeline(str(tmp_path)), [0], 4)[0].size == (8, 8)
 
 
-def test_of_a_gated_repository_it_is_said_how_to_get_in(local_hub):
+def test_a_gated_repository_is_reported_with_the_steps_to_get_access(local_hub):
     local_hub.add("bob/faces", **{"model_index.json": b'{"_class_name": "DDPMPipeline"}'})
     local_hub.repos["model", "bob/faces"].gated = True
     with pytest.raises(InputError, match=r"bob/faces is gated\. Accept its terms"):
