@@ -239,18 +239,17 @@ class GuidedPipeline(DiffusionPipeline):
         latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
         takes_z = "z" in _forward_parameters(self.unet)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_options = {"generator": generator} if takes_generator else {}
+        step_kwargs = {"generator": generator} if takes_generator else {}
 
         per_image_loss = _PerImageLoss(loss)
         guidance_losses = torch.full((len(alpha_bars), batch_size), torch.nan)
-        first_guided = round(guidance_start * len(alpha_bars))
-        end_guided = round(guidance_end * len(alpha_bars))
+        guided_steps = range(round(guidance_start * len(alpha_bars)), round(guidance_end * len(alpha_bars)))
 
         with _frozen(self.unet), self.progress_bar(total=len(alpha_bars)) as progress_bar:
             for i, (t, alpha_bar) in enumerate(zip(self.scheduler.timesteps, alpha_bars, strict=True)):
                 if self.interrupt:
                     continue
-                guided = first_guided <= i < end_guided
+                guided = i in guided_steps
 
                 # 2. prediction of the network, from the sample at the scale of its input
                 if takes_z:
@@ -283,7 +282,7 @@ class GuidedPipeline(DiffusionPipeline):
                 output = output.detach()
                 if not isinstance(self.scheduler, DDPMScheduler):
                     output = output[:, :channels]
-                latents = self.scheduler.step(output, t, latents, **step_options).prev_sample
+                latents = self.scheduler.step(output, t, latents, **step_kwargs).prev_sample
 
                 if callback_on_step_end is not None:
                     available = {"latents": latents}

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
@@ -35,6 +35,12 @@ def tiny_unet(**changes) -> UNet2DModel:
         "norm_num_groups": 4,
     }
     return UNet2DModel(**{**config, **changes})
+
+
+def tiny_pipeline(scheduler: SchedulerMixin | None = None, **unet) -> DDPMPipeline:
+    pipe = DDPMPipeline(tiny_unet(**unet).eval(), scheduler or DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int] = (8, 8)) -> Path:
@@ -123,3 +129,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def level_difference(a: Image.Image, b: Image.Image) -> int:
+    """Return the largest difference between two images, in levels of 0 to 255."""
+    assert a.mode == b.mode and a.size == b.size
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()

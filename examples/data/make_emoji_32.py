@@ -26,8 +26,8 @@ EXCLUDED += ["bouncing ball", "cartwheel", "playing", "middle finger extended"]
 TWEMOJI = """"Twemoji" by Twitter, Inc and other contributors (<https://github.com/twitter/twemoji>, now maintained at
 <https://github.com/jdecked/twemoji>), as packed in the npm package
 emoji-datasource-twitter 16.0.0. The graphics are licensed
-under [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), and so is this dataset. They are provided as is, without
-warranties. Neither Twitter, Inc nor the other contributors endorse this dataset."""
+under [CC-BY 4.0](https://creativecommons.org/licenses/by/4.0/), and so is this dataset. They are provided as is,
+without warranties. Neither Twitter, Inc nor the other contributors endorse this dataset."""
 NOTO = """Noto Emoji by Google (<https://github.com/googlefonts/noto-emoji>), as packed in the npm package
 emoji-datasource-google 16.0.0, under the Apache
 License 2.0."""

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 from tiny import tiny_unet
-from tiny_clip import MEAN, VISION_TOWER, STD, TOWER, save_clip
+from tiny_clip import MEAN, STD, TOWER, VISION_TOWER, save_clip
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import (
     CLIPImageProcessor,

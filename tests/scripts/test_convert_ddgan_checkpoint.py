@@ -1,97 +1,21 @@
-"""The conversion of official checkpoints. That converted networks have the same outputs is tested in tests/models."""
+"""scripts/convert_ddgan_checkpoint.py, through its command line."""
 
 import argparse
 import json
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image, ImageChops
 
-from ddgan import DDGANDiscriminator, DDGANPipeline, NCSNpp
-from ddgan.conversion.ddgan_checkpoints import (
-    COMMON_ARGUMENTS,
-    PUBLISHED_MODELS,
-    convert_discriminator,
-    convert_generator,
-    generator_arguments,
-    generator_config,
-)
+from ddgan import DDGANDiscriminator, DDGANPipeline
 from ddgan.core.errors import InputError
 from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import image_grid
 from ddgan.sampling.loading import load_pipeline
 from ddgan.scripts.convert_ddgan_checkpoint import main
-
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
-CONVERT = {
-    "generator_a": convert_generator,
-    "generator_c": convert_generator,
-    "generator_e_cat": convert_generator,
-    "discriminator_small": convert_discriminator,
-}
-
-
-def checkpoint(name):
-    arrays = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
-    prefix = "state_dict/"
-    state_dict = {
-        key.removeprefix(prefix): torch.from_numpy(arrays[key]) for key in arrays.files if key.startswith(prefix)
-    }
-    return state_dict, json.loads(str(arrays["config_json"]))
-
-
-@pytest.mark.parametrize("name", CONVERT)
-def test_prefix_and_inferable_arguments_may_be_missing(name):
-    state_dict, config = checkpoint(name)
-    full = CONVERT[name](state_dict, config)
-    bare = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    converted = CONVERT[name](bare, {"image_size": config["image_size"]})
-    assert converted.config == full.config
-    expected = full.state_dict()
-    assert converted.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[key]) for key, value in converted.state_dict().items())
-
-
-@pytest.mark.parametrize("name", ["c_fir_noconv", "d", "e_sum", "f_nofir", "h", "j_fourier", "l_unconditional"])
-def test_every_argument_with_parameters_is_inferred(golden, name):
-    _, config, state_dict = golden(f"generator_{name}")
-    arguments = generator_arguments(state_dict, {"image_size": config["image_size"]})
-    assert arguments == {key: config[key] for key in arguments}
-    assert {"ch_mult", "num_res_blocks", "attn_resolutions", "nz", "n_mlp"} <= set(arguments)
-
-
-@pytest.mark.parametrize("name", CONVERT)
-def test_every_parameter_is_converted_exactly_once(name):
-    state_dict, config = checkpoint(name)
-    converted = CONVERT[name](state_dict, config).state_dict()
-    assert sum(p.numel() for p in converted.values()) == sum(p.numel() for p in state_dict.values())
-
-
-@pytest.mark.parametrize("name", CONVERT)
-def test_unknown_and_missing_keys_are_listed(name):
-    state_dict, config = checkpoint(name)
-    del state_dict[list(state_dict)[-1]]
-    state_dict["module.other.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError, match="unknown: other") as error:
-        CONVERT[name](state_dict, config)
-    assert "missing: " in str(error.value)
-
-
-def test_arguments_that_contradict_the_checkpoint_are_refused():
-    state_dict, config = checkpoint("generator_a")
-    with pytest.raises(ValueError, match="does not fit the configuration"):
-        convert_generator(state_dict, {**config, "attn_resolutions": [8]})
-    with pytest.raises(ValueError, match="of shape"):
-        convert_generator(state_dict, {**config, "ch_mult": [1, 2, 4]})
-    with pytest.raises(ValueError, match="fir_kernel"):
-        convert_generator(state_dict, {**config, "fir_kernel": [1, 2, 1]})
-
-
-# ---- the command line
 
 
 def arguments_of(config):
@@ -104,8 +28,8 @@ def run(*flags):
 
 @pytest.mark.parametrize("training_state", [False, True])
 def test_a_checkpoint_becomes_a_pipeline_folder(tmp_path, golden, training_state):
-    generator, config = checkpoint("generator_a")
-    discriminator, d_config = checkpoint("discriminator_small")
+    _, config, generator = golden("generator_a")
+    _, d_config, discriminator = golden("discriminator_small")
     path, output = tmp_path / "state.pth", tmp_path / "ddgan-small"
     if training_state:
         arguments = argparse.Namespace(**arguments_of({**d_config, **config}), exp="a run", lr_g=1.6e-4)
@@ -148,26 +72,9 @@ def test_a_checkpoint_becomes_a_pipeline_folder(tmp_path, golden, training_state
         assert file in card.split("## Code")[1]
 
 
-def test_recipes_describe_the_published_models():
-    for name, width, z_layers, timesteps in (("cifar10", 128, 4, 4), ("celebahq_256", 64, 3, 2)):
-        config = {
-            **COMMON_ARGUMENTS,
-            **PUBLISHED_MODELS[name],
-            "num_channels_dae": width,
-            "n_mlp": z_layers,
-            "nz": 100,
-            "z_emb_dim": 256,
-        }
-        with torch.device("meta"):
-            network = NCSNpp(**generator_config(config))
-        assert len(network.config.block_out_channels) == len(PUBLISHED_MODELS[name]["ch_mult"])
-        assert config["num_timesteps"] == timesteps
-    assert sum(p.numel() for p in network.parameters()) > 30e6
-
-
-def test_invalid_input_is_refused_before_anything_is_written(tmp_path):
-    generator, _ = checkpoint("generator_a")
-    discriminator, _ = checkpoint("discriminator_small")
+def test_invalid_input_is_refused_before_anything_is_written(tmp_path, golden):
+    _, _, generator = golden("generator_a")
+    _, _, discriminator = golden("discriminator_small")
     path = tmp_path / "netG.pth"
 
     def refused(match, state, *more):

@@ -187,6 +187,15 @@ def test_guided_images_are_closer_to_the_color(tiny_model, tmp_path):
     assert stronger < guided - 5 and guided < unguided - 5
 
 
+def test_towards_guides_like_the_other_flags(tiny_model, tmp_path):
+    generate.main(flags(tiny_model, tmp_path / "color", "--color", "teal"))
+    generate.main(flags(tiny_model, tmp_path / "towards", "--towards", "color:teal"))
+    generate.main(flags(tiny_model, tmp_path / "twice", "--towards", "2*color:teal"))
+    assert images(tmp_path / "towards") == images(tmp_path / "color") != images(tmp_path / "twice")
+    settings = json.loads((tmp_path / "towards" / "generate.json").read_text())
+    assert settings["towards"] == ["color:teal"]
+
+
 def test_an_interrupted_guided_run_continues_with_the_same_images(wide_model, clip, tmp_path):
     generate.main(flags(wide_model, tmp_path / "whole", *guidance(clip), "--num_images", 4))
     generate.main(flags(wide_model, tmp_path / "parts", *guidance(clip), "--num_images", 1))
@@ -251,6 +260,14 @@ def test_grid_and_intermediates_are_saved_next_to_the_images(tiny_model, whole, 
     assert grid.crop((4, 4, 100, 100)).tobytes() == first.tobytes()
     last = strip.crop((strip.width - 100, strip.height - 100, strip.width - 4, strip.height - 4))
     assert last.tobytes() == first.tobytes()  # the last prediction is the first image
+
+
+def test_a_run_of_a_version_without_towards_continues(tiny_model, whole):
+    settings = json.loads((whole / "generate.json").read_text())
+    del settings["towards"]
+    (whole / "generate.json").write_text(json.dumps(settings))
+    generate.main(flags(tiny_model, whole, "--num_images", 9))
+    assert len(images(whole)) == 9
 
 
 def test_settings_are_saved(whole):
