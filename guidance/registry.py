@@ -55,12 +55,15 @@ def parse_loss(
             loss = LOSSES[name](argument) if colon else LOSSES[name]()
         elif name in CLIP_LOSSES:
             if not argument:
-                raise InputError(f"{name} needs an argument, as in {name}:<argument>.")
+                raise InputError(f"{name} needs an argument.")
             loss = CLIP_LOSSES[name](argument, *clip_model_names(clip_model), device=device)
         else:
             raise InputError(f"there is no loss {name!r}. Choose from {', '.join([*LOSSES, *CLIP_LOSSES])}.")
         return float(weight) * loss if star else loss
-    except (OSError, TypeError, ValueError) as error:
+    except TypeError as error:  # of a constructor without parameters, or with required ones
+        reason = f"{name} {'takes no' if colon else 'needs an'} argument."
+        raise InputError(f"The guidance loss {text!r} is invalid: {reason}") from error
+    except (OSError, ValueError) as error:
         raise InputError(f"The guidance loss {text!r} is invalid: {error}") from error
 
 
