@@ -19,7 +19,8 @@ from diffusers import UNet2DModel
 from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts, license_of
-from ddgan.sampling.pipelines import SCHEDULERS, PipelineSampler
+from ddgan.sampling.generation import PipelineSampler
+from ddgan.sampling.loading import SCHEDULERS
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
 from ddgan.training.ema import EMA
 from ddgan.training.job import TrainedNetwork, TrainingJob

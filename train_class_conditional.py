@@ -21,8 +21,8 @@ from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
 from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts
+from ddgan.sampling.generation import PipelineSampler
 from ddgan.sampling.grids import rows_by_class
-from ddgan.sampling.pipelines import PipelineSampler
 from ddgan.training.arguments import (
     DataArguments,
     EvaluationArguments,

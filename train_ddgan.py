@@ -18,8 +18,8 @@ from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts
+from ddgan.sampling.generation import PipelineSampler
 from ddgan.sampling.grids import image_grid, rows_by_class
-from ddgan.sampling.pipelines import PipelineSampler
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
 from ddgan.training.ema import EMA
 from ddgan.training.job import TrainedNetwork, TrainingJob

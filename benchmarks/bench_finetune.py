@@ -24,7 +24,7 @@ from datasets import load_dataset
 
 from ddgan import finetune_model
 from ddgan.data.sources import EMBEDDED_DATASET
-from ddgan.sampling.pipelines import load_pipeline
+from ddgan.sampling.loading import load_pipeline
 from ddgan.training import session
 from ddgan.training.loop import Trainer
 

@@ -31,7 +31,7 @@ from ddgan.data.images import to_bytes
 from ddgan.evaluation.extractors import ClassifierFeatures, load_extractor
 from ddgan.pipelines.pipeline_guided import SCALE_SCHEDULES
 from ddgan.sampling.grids import image_grid
-from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 
 EMOJI, CLASSES, DIGITS = MODELS / "noto-emoji-32", MODELS / "noto-emoji-classes-32", MODELS / "mnist-28"
 GREEN = ColorLoss((0.1, 0.9, 0.5))

@@ -23,7 +23,7 @@ from torchvision.datasets import MNIST
 
 from ddgan import ClassConditionalPipeline, train_class_conditional
 from ddgan.evaluation.extractors import load_extractor
-from ddgan.sampling.pipelines import load_pipeline, with_scheduler
+from ddgan.sampling.loading import load_pipeline, with_scheduler
 
 NETWORK = "--block_out_channels 32 64 64 --layers_per_block 2 --attention_levels 1 2"
 # name: flags, and the time of a step relative to one of the recipe

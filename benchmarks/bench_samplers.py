@@ -20,7 +20,8 @@ from torchvision.datasets import MNIST
 from ddgan.evaluation.extractors import load_extractor
 from ddgan.evaluation.metrics import Gaussian, floor, frechet_distance
 from ddgan.sampling.grids import image_grid, steps_strip
-from ddgan.sampling.pipelines import intermediates, load_pipeline, with_scheduler
+from ddgan.sampling.loading import load_pipeline, with_scheduler
+from ddgan.sampling.traces import intermediates
 
 STEPS = (10, 20, 50, 100, 250, 1000)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ddgan.evaluation.extractors import FeatureExtractor
-from ddgan.sampling.pipelines import sample, sample_in_full_batches
+from ddgan.sampling.generation import sample, sample_in_full_batches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parents[1]

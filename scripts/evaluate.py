@@ -48,17 +48,10 @@ from ddgan.evaluation.references import (
 )
 from ddgan.evaluation.results import Results, evaluate
 from ddgan.hub.cards import CARD_NAME
-from ddgan.sampling.pipelines import (
-    SCHEDULERS,
-    load_pipeline,
-    pipeline_hash,
-    sample,
-    sample_in_full_batches,
-    with_scheduler,
-)
+from ddgan.sampling.generation import sample, sample_in_full_batches
+from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
 from ddgan.training.arguments import DataArguments
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DRAWN = 10_000  # pictures of a pipeline, if nothing else is said; below that the bias of FID is large
 TABLES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}
 

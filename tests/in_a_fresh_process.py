@@ -84,7 +84,7 @@ def without_package(folders: list[Path], output: Path):
 
 def with_package(folders: list[Path], output: Path):
     from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
-    from ddgan.sampling.pipelines import load_pipeline
+    from ddgan.sampling.loading import load_pipeline
 
     def check(pipe, expected):
         assert (type(pipe), type(pipe.unet), type(pipe.scheduler)) == (DDGANPipeline, NCSNpp, DDGANScheduler)

@@ -20,8 +20,9 @@ from torchvision.datasets import MNIST
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, train_class_conditional
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import InputError
+from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import image_grid
-from ddgan.sampling.pipelines import sample, with_scheduler
+from ddgan.sampling.loading import with_scheduler
 from ddgan.train_class_conditional import RECIPES, ClassConditionalArguments, build
 from ddgan.training.arguments import DataArguments
 from ddgan.training.tracking import read_metrics

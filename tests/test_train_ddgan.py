@@ -226,8 +226,8 @@ def test_a_class_conditional_run_generates_each_class(train, kinds):
     [
         (["--diffaug", "colour"], "colour: choose from color, translation, cutout"),
         (["--variance_schedule", "geometric"], "Possible values: 0 <= eps < 1 and 0 < beta_min"),
-        (["--block_out_channels", "8", "8", "8", "8", "8"], "too many to halve a picture of 8x8"),
-        (["--discriminator", "large"], "too often for pictures of 8x8"),
+        (["--block_out_channels", "8", "8", "8", "8", "8"], "too many to halve images of 8x8"),
+        (["--discriminator", "large"], "too often for images of 8x8"),
         (["--class_conditional"], "is in no sub-folder"),
         (["--lr_g", "0"], "--lr_g is 0.0; it must be greater than 0"),
         (["--lr_g", "5e-6"], "--lr_min is 1e-05, the final value of --lr_g 5e-06 and .* must not be greater"),

@@ -20,7 +20,7 @@ from ..evaluation.features import Features, extract_features
 from ..evaluation.metrics import MIN_IMAGES, MetricValue
 from ..evaluation.references import CACHE_DIR, ReferenceImages, measure_reference
 from ..evaluation.results import Results, evaluate
-from ..sampling.pipelines import sample_in_full_batches
+from ..sampling.generation import sample_in_full_batches
 from .arguments import EvaluationArguments, RunArguments
 from .loading import TrainingData
 

@@ -10,8 +10,8 @@ from PIL import Image
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..hub.cards import CardFacts
+from ..sampling.generation import PipelineSampler
 from ..sampling.grids import image_grid
-from ..sampling.pipelines import PipelineSampler
 from .ema import EMA
 from .objectives.denoising import MicroBatch
 

@@ -7,7 +7,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ..core.errors import InputError
 from ..data.images import CHANNEL_MODES
-from ..sampling.pipelines import load_pipeline
+from ..sampling.loading import load_pipeline
 
 
 def load_start_model(

@@ -22,16 +22,10 @@ from ddgan import ClassConditionalPipeline, CLIPLoss, ColorLoss, DDGANPipeline, 
 from ddgan.core.errors import InputError, RunError
 from ddgan.guidance.clip import DEFAULT_MODEL
 from ddgan.hub.upload import SPACE_VARIABLE
+from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import steps_strip
-from ddgan.sampling.pipelines import (
-    SCHEDULERS,
-    DenoisingTrace,
-    Step,
-    load_pipeline,
-    sample,
-    trace_steps,
-    with_scheduler,
-)
+from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.sampling.traces import DenoisingTrace, Step, trace_steps
 
 CLIP_VARIABLE = "DDGAN_CLIP"  # environment variable that names the CLIP model
 EMBEDDED_MODELS = Path(__file__).resolve().parents[1] / "models"

@@ -7,7 +7,7 @@ from tiny import ROOT
 
 from ddgan.evaluation.extractors import load_extractor
 from ddgan.hub.export import code_files
-from ddgan.sampling.pipelines import load_pipeline, with_scheduler
+from ddgan.sampling.loading import load_pipeline, with_scheduler
 
 MODELS = ROOT / "examples" / "models"
 

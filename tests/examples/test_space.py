@@ -28,7 +28,7 @@ from tiny_clip import save_clip
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, DDGANPipeline, GuidedPipeline
 from ddgan.core.errors import InputError, RunError
 from ddgan.hub.upload import Repository, upload_space
-from ddgan.sampling.pipelines import sample
+from ddgan.sampling.generation import sample
 
 SPACE = ROOT / "examples" / "space"
 DDGAN = ROOT / "examples" / "models" / "ddgan-mnist-16"

@@ -37,7 +37,7 @@ from ddgan.core.files import replace_tree
 from ddgan.hub import export as mechanism
 from ddgan.hub.export import draw_samples, self_contained
 from ddgan.hub.publication import snapshot
-from ddgan.sampling.pipelines import load_pipeline
+from ddgan.sampling.loading import load_pipeline
 
 SCRIPT = ROOT / "tests/in_a_fresh_process.py"
 COMMIT = "1234567890" * 4

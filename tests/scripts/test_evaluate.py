@@ -543,7 +543,7 @@ def test_some_of_the_images_are_drawn_at_random(run, folders, tmp_path):
 
 def test_a_guided_pipeline_cannot_be_measured_without_its_loss(run, folders, tmp_path):
     GuidedPipeline.from_pipe(DDPMPipeline.from_pretrained(folders["model"])).save_pretrained(tmp_path / "guided")
-    with pytest.raises(InputError, match="A GuidedPipeline draws nothing without its loss"):
+    with pytest.raises(InputError, match="A GuidedPipeline cannot be called without loss"):
         run("--pipeline", tmp_path / "guided", *SHORT)
 
 

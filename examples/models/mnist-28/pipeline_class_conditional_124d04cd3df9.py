@@ -323,7 +323,6 @@ but Diffusers can be saved and pushed the same way, any number of times. It need
 """
 
 import hashlib
-import inspect
 import json
 import os
 import re
