@@ -51,6 +51,7 @@ class ClassConditionalArguments:
     """The class-conditional network, and its loss."""
 
     _argument_group_name = "class conditioning"
+    _alternatives = ({"dataset", "dataset_name", "train_data_dir"},)
 
     dataset: Literal[tuple(DATASETS)] | None = option(
         None, "images in --data_dir, downloaded if missing (default: mnist, unless other images are named)"

@@ -14,6 +14,7 @@ class DataArguments:
     """The training images, and how they are resized and cropped."""
 
     _argument_group_name = "data"
+    _alternatives = ({"image_size", "resolution"}, {"dataset_name", "train_data_dir"})
 
     dataset_name: str | None = option(
         None, "dataset on the Hub, or a local folder that `datasets.load_dataset` reads (default: the embedded emoji)"
@@ -56,6 +57,7 @@ class RunArguments:
     """The training run: its length, its optimizer, what it logs and what it saves."""
 
     _argument_group_name = "run"
+    _alternatives = ({"num_epochs", "max_train_steps"},)
     _default_output_dir: ClassVar = "finetuned"
 
     output_dir: str | None = option(None, "the run folder (default: --model_save_name)")
