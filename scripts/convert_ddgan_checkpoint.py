@@ -24,7 +24,7 @@ from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file, replace_tree
 from ddgan.hub.cards import CARD_NAME, CardFacts, card_text
-from ddgan.hub.export import code_files
+from ddgan.hub.folders import code_files
 from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import image_grid
 
@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         f"converted to Diffusers. It generates an image of {size}x{size} pixels in {arguments['num_timesteps']} "
         "network evaluations.",
         usage=USAGE.format(model=output.resolve().name),
-        origin="Conversion",
-        pictures={"samples.png": f"Seeds 0 to {len(images) - 1}, nothing left out."} if images else {},
+        training_heading="Conversion",
+        images={"samples.png": f"Seeds 0 to {len(images) - 1}, nothing left out."} if images else {},
         training={"checkpoint": Path(args.checkpoint_path).name, "discriminator": "yes" if discriminator else "no"},
         settings={
             name: arguments[name] for name in sorted({*COMMON_ARGUMENTS, "image_size", "ch_mult", "num_timesteps"})

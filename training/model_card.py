@@ -15,7 +15,7 @@ from ..core.errors import InputError, RunError
 from ..core.files import link_or_copy, replace_file, replace_folder
 from ..evaluation.report import eval_results, number, title
 from ..hub.cards import CardFacts, card_text, is_repo_id
-from ..hub.export import code_files
+from ..hub.folders import code_files
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
 from .arguments import RunArguments
 from .evaluator import EvaluationHistory
@@ -123,10 +123,10 @@ def settings_for_card(*arguments: Any) -> dict[str, Any]:
 
 def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
     """Write the model card of a run: what the script knows about the model, and the facts of the run."""
-    images = f"{facts.num_images:,} images" if facts.num_images else "a stream"
+    data = f"{facts.num_images:,} images" if facts.num_images else "a stream"
     processes = "one process" if facts.processes == 1 else f"{facts.processes} processes"
     training = {
-        "data": f"{card.dataset}, {images}",
+        "data": f"{card.dataset}, {data}",
         "trained for": f"{facts.step:,} of {facts.total_steps:,} optimizer steps"
         + (f", {facts.epochs:.1f} passes over the data" if facts.num_images else ""),
         "images per step": f"{facts.global_batch_size}, {processes}",
@@ -146,12 +146,12 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
         folder.loss_plot: "Training loss.",
         folder.eval_plot: "Evaluations during training.",
     }
-    pictures = {
+    images = {
         path.relative_to(folder.path).as_posix(): caption
         for path, caption in images_by_caption.items()
         if path.exists()
     }
-    text = card_text(replace(card, training=training, pictures=pictures, code=code_files(folder.path)))
+    text = card_text(replace(card, training=training, images=images, code=code_files(folder.path)))
     replace_file(folder.card, lambda path: path.write_text(text, encoding="utf-8"))
 
 

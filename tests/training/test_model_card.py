@@ -149,9 +149,9 @@ def test_failed_uploads_do_not_harm_a_run_that_prints_how_to_finish_them(local_h
 
 
 def test_problems_with_the_hub_are_reported_before_training(local_hub, finetune, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"--push_to_hub: You have no right to write to bob/mine"):
+    with pytest.raises(InputError, match=r"--push_to_hub: You have no write access to bob/mine"):
         finetune("run", "--push_to_hub", "--hub_model_id", "bob/mine")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(InputError, match="--push_to_hub: The Hub does not take this token"):
+    with pytest.raises(InputError, match="--push_to_hub: The Hub rejects this token"):
         finetune("run", "--push_to_hub")
     assert not (tmp_path / "run").exists()
