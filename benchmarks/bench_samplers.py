@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ddgan import ClassConditionalPipeline
 from ddgan.evaluation.extractors import FeatureExtractor, load_extractor
-from ddgan.evaluation.metrics import Gaussian, floor, frechet_distance
+from ddgan.evaluation.metrics import Gaussian, frechet_distance, reference_baseline
 from ddgan.sampling.grids import image_grid, steps_strip
 from ddgan.sampling.pipelines import intermediates, load_pipeline, sample, sample_in_full_batches, with_scheduler
 
@@ -66,7 +66,7 @@ def compare(model: str, data_dir: str, count: int, folder: Path | None) -> None:
     print(
         f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}, {count} pictures"
     )
-    least = floor(real, count)["fid"].value
+    least = reference_baseline(real, count)["fid"].value
     print(f"Frechet distance of {count} real images to {len(real) // 2:,} others: {least:.2f}\n")
     print(
         "| sampler | steps | seconds a picture | Frechet distance | read as asked |\n|---|--:|--:|--:|--:|", flush=True

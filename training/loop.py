@@ -35,12 +35,12 @@ from .randomness import PerSampleRNG, fold_in
 from .sharding import local, reshard, whole, whole_pipeline
 from .stopping import RunStopped, StopRequest
 from .tracking import (
-    Metrics,
+    MetricsFile,
+    log_image,
     plot_evaluations,
     plot_losses,
     read_metrics,
     start_trackers,
-    track_picture,
     tracker_names,
 )
 
@@ -162,7 +162,7 @@ class Trainer:
         start_trackers(accelerator, args, {k: v for part in job.arguments for k, v in vars(part).items()})
         if accelerator.is_main_process:
             replace_file(self.folder / _CONFIG, lambda path: write_config(path, *job.arguments))
-        self.metrics = Metrics(self.folder / "metrics.csv", self.step) if accelerator.is_main_process else None
+        self.metrics = MetricsFile(self.folder / "metrics.csv", self.step) if accelerator.is_main_process else None
         self.upload = BackgroundUpload(self.folder, repo_id) if repo_id else None
         self.pending = []  # what `_train_step` leaves of the steps not yet logged
         self.skipped = 0  # steps, one after the other, with a gradient that is not finite
@@ -368,7 +368,7 @@ class Trainer:
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             best = ", the best so far" if is_best else f" (best: step {self.evaluations.best.step})"
-            progress.write(f"step {self.step}: {found.in_words()}{best}; it took {seconds:.0f} s")
+            progress.write(f"step {self.step}: {found.summary()}{best}; it took {seconds:.0f} s")
             if self.evaluations.count == 1:
                 for warning in found.warnings:
                     progress.write(f"warning: {warning}")
@@ -396,7 +396,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             grid = self.job.grid([drawn[number] for number in numbers])
             replace_file(self.sample_path(self.step), grid.save)
-            track_picture(self.accelerator, "samples", grid, self.step)
+            log_image(self.accelerator, "samples", grid, self.step)
 
     def sample_path(self, step: int) -> Path:
         return self.folder / "samples" / f"step-{step:08d}.png"

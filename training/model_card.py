@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from ..core.errors import InputError, RunError
 from ..core.files import link_or_copy, replace_file, replace_folder
-from ..evaluation.report import eval_results, number, title
+from ..evaluation.reporting import format_value, metric_title, model_index_entries
 from ..hub.cards import CARD_NAME, CardFacts, card_text, is_repo_id
 from ..hub.export import code_files
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
@@ -86,18 +86,18 @@ def _evaluation_for_card(known: EvaluationHistory, step: int) -> dict[str, Any]:
     """What a card tells of the newest evaluation; its numbers are the model's own if they are of its step."""
     last, best = known.last, known.best
     table = {
-        title(key): number(measure)
-        + (f" (training images: {number(last.floors[name])})" if name in last.floors else "")
-        for key, measure in last.measures.items()
+        metric_title(key): format_value(metric)
+        + (f" (training images: {format_value(last.floors[name])})" if name in last.floors else "")
+        for key, metric in last.metrics.items()
         for name in [key.partition("@")[0]]
     }
     if best.step != step:
-        table["best in the run"] = f"{best.in_words()}, after {best.step:,} steps: `best/` in the run folder"
+        table["best in the run"] = f"{best.summary()}, after {best.step:,} steps: `best/` in the run folder"
     words = [f"{part.replace('_', ' ').capitalize()}: {text}." for part, text in last.protocol.items()]
     about = ["In brackets is what one half of the training images gives against the other."]
     if last.step != step:
         about.append(f"These are numbers of step {last.step:,}, not of the weights here.")
-    results = eval_results(last.measures, last.dataset, last.split, last.protocol) if last.step == step else []
+    results = model_index_entries(last.metrics, last.dataset, last.split, last.protocol) if last.step == step else []
     return {"evaluation": table, "protocol": " ".join(about + words), "results": results}
 
 
@@ -132,7 +132,7 @@ def report(folder: Path, facts: dict[str, Any]) -> None:
             for name, file in (("before, after", "before_after.png"), ("loss", "loss.png"), ("measured", "eval.png"))
             if (folder / file).exists()
         ),
-        f"best model     {folder / 'best'}: step {known.best.step}, {known.best.in_words()}" if known.best else None,
+        f"best model     {folder / 'best'}: step {known.best.step}, {known.best.summary()}" if known.best else None,
         f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(folder)!r}{trust})",
     ]
     print("\n".join(line for line in lines if line is not None))
