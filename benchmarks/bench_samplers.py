@@ -18,7 +18,7 @@ from diffusers.utils.logging import disable_progress_bar
 from torchvision.datasets import MNIST
 
 from ddgan.evaluation.extractors import load_extractor
-from ddgan.evaluation.metrics import Gaussian, floor, frechet_distance
+from ddgan.evaluation.metrics import Gaussian, frechet_distance, reference_baseline
 from ddgan.sampling.grids import image_grid, steps_strip
 from ddgan.sampling.loading import load_pipeline, with_scheduler
 from ddgan.sampling.traces import intermediates
@@ -42,7 +42,7 @@ def compare(model: str, data_dir: str, count: int, folder: Path | None) -> None:
     gaussian = Gaussian.of(real)
     pipe = load_pipeline(model, device=DEVICE)
     print(f"{hardware()}, {count} images")
-    baseline = floor(real, count)["fid"].value
+    baseline = reference_baseline(real, count)["fid"].value
     print(f"Frechet distance of {count} real images to {len(real) // 2:,} others (baseline): {baseline:.2f}\n")
     print(
         "| sampler | steps | seconds per image | Frechet distance | class accuracy |\n|---|--:|--:|--:|--:|",

@@ -29,7 +29,7 @@ from ddgan.data.images import BrokenImageError, to_bytes
 from ddgan.data.preprocessing import Preprocessing, read_image
 from ddgan.data.sources import ImageSource, MissingSplitError, open_source
 from ddgan.evaluation.classifier import NORM_GROUPS, ImageClassifier
-from ddgan.evaluation.references import ReferenceImages, look, spread
+from ddgan.evaluation.references import ReferenceImages, describe_images, evenly_spaced
 from ddgan.hub.cards import CARD_NAME, is_repo_id
 
 HELD_OUT = 0.1  # share of the images, if there is no test split
@@ -185,7 +185,7 @@ def load_data(args: ClassifierArguments) -> tuple[LabelledImages, LabelledImages
         raise InputError(f"A classifier needs at least two classes; the data has {', '.join(names) or 'none'}.")
     images = ReferenceImages(source)
     size = args.image_size or min(images.image(0).size)
-    channels = look([images.image(i) for i in spread(len(source))])["channels"]
+    channels = describe_images([images.image(i) for i in evenly_spaced(len(source))]).channels
     preprocessing = Preprocessing(channels, size, size, center_crop=True)
     data = LabelledImages(read_all(source, preprocessing), torch.tensor(labels.numbers))
     if test_source:

@@ -2,8 +2,8 @@
 
     python in_a_fresh_process.py without_package|with_package <folder of pipeline folders> <folder to save in>
 
-Beside each pipeline folder `name` lies `name.pt`, the images that it is expected to generate. `user/name` on the Hub is
-the same pipeline.
+Beside each pipeline folder `name` lies `name.pt`, the images that it is expected to generate. `user/name` on the Hub
+is the same pipeline.
 """
 
 import re

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from ..core.cli import option, require_above, require_at_least
 from ..core.errors import InputError
-from ..evaluation.metrics import MIN_IMAGES
+from ..evaluation.metrics import METRICS, MIN_IMAGES
 
 
 @dataclass
@@ -124,13 +124,16 @@ class EvaluationArguments:
     eval_every: int = option(0, "optimizer steps between evaluations; the last step is always evaluated; 0: none")
     eval_images: int = option(1000, "samples in an evaluation")
     feature_extractor: str | None = option(
-        None, "inception-v3-compat (default), dinov2, or a classifier folder from scripts/train_classifier.py"
+        None, "inception-v3-compat (default), dinov2, pixels-8x8, or a classifier folder (scripts/train_classifier.py)"
     )
     extractor_weights: str | None = option(
         None, "file (inception-v3-compat) or folder (dinov2) with the weights of the extractor"
     )
+    best_metric: str = option("fid", f"metric that decides which evaluation is kept in best/: {', '.join(METRICS)}")
 
     def __post_init__(self):
+        if self.best_metric not in METRICS:
+            raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRICS)}.")
         require_at_least(0, self, "eval_every")
         require_at_least(MIN_IMAGES, self, "eval_images")
 

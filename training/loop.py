@@ -39,7 +39,7 @@ from .sample_grids import sample_grid, save_before_after
 from .sharding import full_tensor, gather_pipeline
 from .step_log import StepLog
 from .stopping import RunStopped, StopRequest
-from .tracking import Metrics, plot_evaluations, plot_losses, start_trackers, track_picture
+from .tracking import MetricsFile, log_image, plot_evaluations, plot_losses, start_trackers
 
 _LOG_EVERY = 10  # optimizer steps whose numbers are read back from the device together
 
@@ -123,7 +123,7 @@ class Trainer:
         )
         self.step_log = StepLog(accelerator, self.plan, self.checkpoints)
         # opened by `train`, the first two in the main process alone
-        self.metrics: Metrics | None = None
+        self.metrics: MetricsFile | None = None
         self.upload: BackgroundUpload | None = None
         self.stop: StopRequest
         self.bar: tqdm
@@ -172,7 +172,7 @@ class Trainer:
         start_trackers(self.accelerator, args, {k: v for part in self.job.arguments for k, v in vars(part).items()})
         if is_main:
             replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))
-            self.metrics = Metrics(self.folder.metrics, self.progress.step)
+            self.metrics = MetricsFile(self.folder.metrics, self.progress.step)
         self.upload = BackgroundUpload(self.folder.path, self.repo_id) if self.repo_id else None
         self.progress.clock.start(self.plan.images_seen(self.progress.step))
 
@@ -328,7 +328,7 @@ class Trainer:
                 grid = sample_grid(self.job, self.args, self.accelerator)
             if grid is not None:
                 replace_file(self.folder.grid(step), grid.save)
-                track_picture(self.accelerator, "samples", grid, step)
+                log_image(self.accelerator, "samples", grid, step)
 
     def _evaluate(self) -> None:
         """Measure samples of the EMA weights, log the results, and keep the pipeline if it is the best so far.
@@ -362,7 +362,7 @@ class Trainer:
             self.accelerator.wait_for_everyone()
         if is_main:
             best = ", the best so far" if is_best else f" (best: step {evaluations.best.step})"
-            self.bar.write(f"step {step}: {evaluation.in_words()}{best}; it took {seconds:.0f} s")
+            self.bar.write(f"step {step}: {evaluation.summary()}{best}; it took {seconds:.0f} s")
             for warning in evaluation.warnings if evaluations.count == 1 else ():
                 self.bar.write(f"warning: {warning}")
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from ..core.errors import InputError, RunError
 from ..core.files import link_or_copy, replace_file, replace_folder
-from ..evaluation.report import eval_results, number, title
+from ..evaluation.reporting import format_value, metric_title, model_index_entries
 from ..hub.cards import CardFacts, card_text, is_repo_id
 from ..hub.folders import code_files
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
@@ -171,18 +171,18 @@ def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str,
     """Return the fields of a card about the newest evaluation; it is the model's own if it is of the same step."""
     last, best = evaluations.last, evaluations.best
     table = {
-        title(key): number(measure)
-        + (f" (training images: {number(last.floors[name])})" if name in last.floors else "")
-        for key, measure in last.measures.items()
+        metric_title(key): format_value(measure)
+        + (f" (training images: {format_value(last.floors[name])})" if name in last.floors else "")
+        for key, measure in last.metrics.items()
         for name in [key.partition("@")[0]]
     }
     if best.step != step:
-        table["best in the run"] = f"{best.in_words()}, after {best.step:,} steps: `best/` in the run folder"
+        table["best in the run"] = f"{best.summary()}, after {best.step:,} steps: `best/` in the run folder"
     protocol = [f"{part.replace('_', ' ').capitalize()}: {text}." for part, text in last.protocol.items()]
     notes = ["In parentheses: one half of the training images measured against the other half."]
     if last.step != step:
         notes.append(f"These numbers are from step {last.step:,}, not from the weights here.")
-    results = eval_results(last.measures, last.dataset, last.split, last.protocol) if last.step == step else []
+    results = model_index_entries(last.metrics, last.dataset, last.split, last.protocol) if last.step == step else []
     return {"evaluation": table, "protocol": " ".join(notes + protocol), "results": results}
 
 
@@ -222,7 +222,7 @@ def print_summary(run: FinishedRun) -> None:
     lines += ["", f"model folder   {run.folder}"]
     lines += [f"{name:<14} {path}" for name, path in files.items() if path.exists()]
     if best := evaluations.best:
-        lines.append(f"best model     {folder.best}: step {best.step}, {best.in_words()}")
+        lines.append(f"best model     {folder.best}: step {best.step}, {best.summary()}")
     lines.append(f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(run.folder)!r}{trust})")
     if run.upload:
         lines.append(run.upload)
