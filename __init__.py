@@ -10,6 +10,7 @@ _EXPORTS = {
     "DDGANSchedulerOutput": ".schedulers.scheduling_ddgan",
     "NCSNpp": ".models.unet_ncsnpp",
     "DDGANDiscriminator": ".models.discriminator_ddgan",
+    "UNetDiscriminator": ".models.discriminator_unet",
     "ClassConditionedUnet": ".models.unet_class_conditioned",
     "ContextUnet": ".models.unet_context",
     "DDGANPipeline": ".pipelines.pipeline_ddgan",

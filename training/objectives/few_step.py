@@ -1,0 +1,218 @@
+"""Losses that turn a pretrained diffusion network into a sampler of a few posterior steps, with a discriminator."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+
+from ...models.discriminator_unet import UNetDiscriminator
+from ..augmentation import DifferentiableAugmentation
+from .denoising import MicroBatch
+
+CLEAN = -1  # the timestep of images without noise
+
+
+class Transition(NamedTuple):
+    """One posterior step per sample: the timesteps before and after it, (B,), and the noisier image x_t."""
+
+    t: torch.Tensor
+    s: torch.Tensor
+    noisier: torch.Tensor
+
+
+class FewStepProcess:
+    """The transitions of samplers that take a few steps of q(x_s | x_t, x_0) along a DDPM noise process.
+
+    They are the steps of `DDPMScheduler` with `variance_type="fixed_small"` and without clipping: from each of its
+    timesteps to the next, and from the last to clean images.
+
+    Args:
+        scheduler: the noise process, the spacing of timesteps, and what the network predicts.
+        step_counts: numbers of steps of the samplers, each at most `num_train_timesteps`.
+    """
+
+    def __init__(self, scheduler: DDPMScheduler, step_counts: Sequence[int]):
+        self.prediction_type = scheduler.config.prediction_type
+        self.top = scheduler.config.num_train_timesteps - 1
+        self.alphas_cumprod = scheduler.alphas_cumprod.double()
+        transitions = []
+        for count in step_counts:
+            scheduler.set_timesteps(count)
+            timesteps = [*scheduler.timesteps.tolist(), CLEAN]
+            transitions += pairwise(timesteps)
+        self.transitions = torch.tensor(transitions)
+
+    def add_noise(self, images: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """sqrt(alphas_cumprod) images + sqrt(1 - alphas_cumprod) noise; the images themselves at `CLEAN`."""
+        signal = self._alphas_cumprod(timesteps)
+        return _scale(signal.sqrt(), images) + _scale((1 - signal).sqrt(), noise)
+
+    def predicted_image(self, output: torch.Tensor, noisier: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_0 from the network's output at x_t."""
+        signal = self._alphas_cumprod(t)
+        if self.prediction_type == "sample":
+            return output
+        if self.prediction_type == "epsilon":
+            return _scale(signal.rsqrt(), noisier) - _scale(((1 - signal) / signal).sqrt(), output)
+        return _scale(signal.sqrt(), noisier) - _scale((1 - signal).sqrt(), output)
+
+    def posterior_sample(self, image: torch.Tensor, transition: Transition, noise: torch.Tensor) -> torch.Tensor:
+        """x_s from q(x_s | x_t, x_0), equation (7) of arXiv 2006.11239 for steps of any size."""
+        signal_t, signal_s = self._alphas_cumprod(transition.t), self._alphas_cumprod(transition.s)
+        alpha = signal_t / signal_s
+        mean = _scale(signal_s.sqrt() * (1 - alpha) / (1 - signal_t), image)
+        mean = mean + _scale(alpha.sqrt() * (1 - signal_s) / (1 - signal_t), transition.noisier)
+        return mean + _scale(((1 - signal_s) / (1 - signal_t) * (1 - alpha)).sqrt(), noise)
+
+    def signal(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """alphas_cumprod, (B,) in float32: the share of the image in the variance; 0 at the noisiest timestep,
+        where samplers begin with noise alone."""
+        return self._alphas_cumprod(timesteps).float().masked_fill(timesteps == self.top, 0)
+
+    def _alphas_cumprod(self, timesteps: torch.Tensor) -> torch.Tensor:
+        table = torch.cat([self.alphas_cumprod, torch.ones_like(self.alphas_cumprod[:1])])  # the last is CLEAN's
+        return table.to(timesteps.device)[timesteps]
+
+
+@dataclass
+class FewStepSetup:
+    """What both objectives share.
+
+    Args:
+        generator: the pretrained network.
+        discriminator: judges images at a noise level.
+        process: the transitions to learn.
+        augment: names of the differentiable augmentations that real and generated images pass before they are judged.
+        instance_noise: how often clean images are judged with noise instead, at a timestep of the lowest quarter, so
+            that the discriminator cannot tell them apart by details too early (arXiv 2405.14867).
+        null_class: the label for classifier-free guidance, where there is one.
+        class_dropout: how often it replaces the class.
+    """
+
+    generator: torch.nn.Module
+    discriminator: UNetDiscriminator
+    process: FewStepProcess
+    augment: Sequence[str] = ()
+    instance_noise: float = 0.5
+    null_class: int | None = None
+    class_dropout: float = 0.0
+
+    def conditions(self, samples: MicroBatch) -> dict[str, torch.Tensor]:
+        """The class labels as keyword arguments of both networks; none for unconditional ones."""
+        if samples.labels is None:
+            return {}
+        labels = samples.labels
+        if self.null_class is not None:
+            labels = labels.masked_fill(samples.draws.uniform() < self.class_dropout, self.null_class)
+        return {"class_labels": labels}
+
+    def transition(self, samples: MicroBatch) -> Transition:
+        """A random transition for each sample, with x_t made from its image."""
+        transitions = self.process.transitions.to(samples.images.device)
+        t, s = transitions[samples.draws.integers(len(transitions))].unbind(1)
+        noise = samples.draws.normal(*samples.images.shape[1:])
+        noisier = self.process.add_noise(samples.images, t, noise)
+        return Transition(t, s, torch.where(_per_image(t == self.process.top), noise, noisier))
+
+    def generate(
+        self, generator: torch.nn.Module, samples: MicroBatch, transition: Transition, conditions: dict
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The image that the generator predicts, and x_s given that image."""
+        output = generator(transition.noisier, transition.t, **conditions, return_dict=False)[0].float()
+        output = output[:, : samples.images.shape[1]]  # without a learned variance
+        image = self.process.predicted_image(output, transition.noisier, transition.t)
+        noise = samples.draws.normal(*image.shape[1:])
+        return image, self.process.posterior_sample(image, transition, noise)
+
+    def real(self, samples: MicroBatch, transition: Transition) -> torch.Tensor:
+        """x_s of the forward process."""
+        return self.process.add_noise(samples.images, transition.s, samples.draws.normal(*samples.images.shape[1:]))
+
+    def prepare(self, samples: MicroBatch, s: torch.Tensor, *images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Timesteps and images as they are judged: augmented alike, with independent instance noise."""
+        draws, shape = samples.draws, images[0].shape[1:]
+        if self.augment:
+            augment = DifferentiableAugmentation(self.augment, draws, *shape[1:])
+            images = tuple(augment(part) for part in images)
+        noised = (draws.uniform() < self.instance_noise) & (s == CLEAN)
+        timesteps = torch.where(noised, draws.integers((self.process.top + 1) // 4), s)
+        images = tuple(
+            torch.where(_per_image(noised), self.process.add_noise(part, timesteps, draws.normal(*shape)), part)
+            for part in images
+        )
+        return timesteps.clamp(min=0), *images
+
+
+class DiscriminatorObjective:
+    """softplus(-D(real)) + softplus(D(generated)) with the gradient penalties R1 and R2, in every step.
+
+    gamma / 2 |dD/dx|^2 is estimated for real and generated images as gamma / (2 step^2) |D(x + step noise) - D(x)|^2
+    (arXiv 2501.08316), which needs no second derivative.
+
+    Args:
+        gamma: weight of the penalties.
+        step: standard deviation of the noise, for images in [-1, 1].
+    """
+
+    def __init__(self, setup: FewStepSetup, gamma: float, step: float = 0.02):
+        self.setup, self.gamma, self.step = setup, gamma, step
+
+    def __call__(self, discriminator: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
+        """`loss`, the mean logits of `real` and `fake` images, the `penalty`, and `accuracy`, each (B,).
+
+        `accuracy` is 1 where the real image has the higher logit. It is 0.5 on average for a discriminator that cannot
+        tell them apart, also where the penalties keep its logits close to zero.
+        """
+        setup = self.setup
+        conditions = setup.conditions(samples)
+        transition = setup.transition(samples)
+        with torch.no_grad():
+            _, generated = setup.generate(setup.generator, samples, transition, conditions)
+        timesteps, real, fake = setup.prepare(samples, transition.s, setup.real(samples, transition), generated)
+        noise = [self.step * samples.draws.normal(*real.shape[1:]) for _ in range(2)]
+        images = torch.cat([real, fake, real + noise[0], fake + noise[1]])
+        conditions = {name: labels.repeat(4) for name, labels in conditions.items()}
+        real, fake, *shifted = discriminator(images, timesteps.repeat(4), **conditions).float().chunk(4)
+        change = torch.stack([(shifted[0] - real).mean(1), (shifted[1] - fake).mean(1)])
+        penalty = self.gamma / (2 * self.step**2) * change.square().sum(0)
+        loss = (F.softplus(-real) + F.softplus(fake)).mean(1) + penalty
+        real, fake = real.mean(1), fake.mean(1)
+        return {"loss": loss, "real": real, "fake": fake, "penalty": penalty, "accuracy": (real > fake).float()}
+
+
+class GeneratorObjective:
+    """softplus(-D(generated)), and the distance of the predicted image to the one that x_t was made from.
+
+    The distance is weighted by the share of that image in x_t, and left out where x_t is noise alone.
+
+    Args:
+        reconstruction_weight: weight of the mean squared distance.
+    """
+
+    def __init__(self, setup: FewStepSetup, reconstruction_weight: float):
+        self.setup, self.reconstruction_weight = setup, reconstruction_weight
+
+    def __call__(self, generator: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
+        """`loss` and its parts `adversarial` and `reconstruction`, each (B,)."""
+        setup = self.setup
+        conditions = setup.conditions(samples)
+        transition = setup.transition(samples)
+        image, generated = setup.generate(generator, samples, transition, conditions)
+        timesteps, generated = setup.prepare(samples, transition.s, generated)
+        adversarial = F.softplus(-setup.discriminator(generated, timesteps, **conditions).float()).mean(1)
+        distance = (image - samples.images).square().mean(dim=(1, 2, 3))
+        reconstruction = setup.process.signal(transition.t) * distance
+        loss = adversarial + self.reconstruction_weight * reconstruction
+        return {"loss": loss, "adversarial": adversarial, "reconstruction": reconstruction}
+
+
+def _per_image(values: torch.Tensor) -> torch.Tensor:
+    return values[:, None, None, None]
+
+
+def _scale(factors: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    return _per_image(factors.to(images.dtype)) * images
