@@ -56,8 +56,7 @@ def sample(
     classifier: ClassifierFeatures | None = None,
     **options,
 ) -> list[Image.Image]:
-    """
-    Sample `count` images, cycling through the classes, and print the mean and standard deviation of their losses, and
+    """Sample `count` images, cycling through the classes, and print the mean and standard deviation of their losses, and
     their class accuracy if there is a classifier.
 
     Returns:

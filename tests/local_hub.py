@@ -71,8 +71,7 @@ class Repo:
 
 
 class LocalHub:
-    """
-    The server, which runs until the `with` block ends.
+    """The server, which runs until the `with` block ends.
 
     Attributes:
         users: (name, role) by token.

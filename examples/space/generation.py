@@ -154,8 +154,7 @@ class GenerationResult:
 
 
 class StepProgress:
-    """
-    Reports each denoising step to the page, and stops a request that takes too long.
+    """Reports each denoising step to the page, and stops a request that takes too long.
 
     Args:
         progress: called with (step, number of steps) and a description.
@@ -166,8 +165,7 @@ class StepProgress:
         self.progress, self.seconds, self.deadline = progress, seconds, time.monotonic() + seconds
 
     def report(self, step: Step, description: str) -> None:
-        """
-        Report one step.
+        """Report one step.
 
         Raises:
             RunError: if the time limit has passed.
@@ -181,8 +179,7 @@ class StepProgress:
 
 
 def load_models() -> dict[str, Model]:
-    """
-    Load the pipelines that `DDGAN_PIPELINE` names (comma-separated folders or Hub repositories), or the embedded ones.
+    """Load the pipelines that `DDGAN_PIPELINE` names (comma-separated folders or Hub repositories), or the embedded ones.
 
     Returns:
         The models by name, color models first.
@@ -228,8 +225,7 @@ def load_model(place: str, name: str) -> Model:
 
 
 def find_clip() -> tuple[str | None, str]:
-    """
-    Find the CLIP model for text guidance: the one `DDGAN_CLIP` names, or the default model if the Hub's cache has it.
+    """Find the CLIP model for text guidance: the one `DDGAN_CLIP` names, or the default model if the Hub's cache has it.
 
     Returns:
         The `model` argument of `CLIPLoss` and an empty string, or None and the reason to show on the page.
@@ -250,8 +246,7 @@ def find_clip() -> tuple[str | None, str]:
 
 
 def guidance_loss(kind: str, target: str, clip: str | None) -> GuidanceLoss:
-    """
-    Return the loss of a guidance tab.
+    """Return the loss of a guidance tab.
 
     Args:
         kind: `color` or `prompt`.
@@ -272,8 +267,7 @@ def guidance_loss(kind: str, target: str, clip: str | None) -> GuidanceLoss:
 def generate(
     model: Model, request: GenerationRequest, progress: StepProgress, class_guidance: float = 1.0
 ) -> GenerationResult:
-    """
-    Generate images without a guidance loss.
+    """Generate images without a guidance loss.
 
     Args:
         class_guidance: scale of classifier-free guidance; ignored by models that were not trained for it.
@@ -299,8 +293,7 @@ def generate_guided(
     gradient: str,
     description: str = "guided",
 ) -> GenerationResult:
-    """
-    Generate images guided by a loss; for `loss`, `scale` and `gradient` see `GuidedPipeline`.
+    """Generate images guided by a loss; for `loss`, `scale` and `gradient` see `GuidedPipeline`.
 
     Raises:
         InputError, RunError: see `generate`.
