@@ -69,8 +69,9 @@ class FewStepProcess:
         return mean + _scale(((1 - signal_s) / (1 - signal_t) * (1 - alpha)).sqrt(), noise)
 
     def signal(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """alphas_cumprod, (B,) in float32: the share of the image in the variance; 0 at the noisiest timestep,
-        where samplers begin with noise alone.
+        """Return alphas_cumprod, (B,) in float32: the share of the image in the variance.
+
+        It is 0 at the noisiest timestep, where samplers begin with noise alone.
         """
         return self._alphas_cumprod(timesteps).float().masked_fill(timesteps == self.top, 0)
 
