@@ -52,6 +52,7 @@ class ClassConditionalArguments:
     """Which network learns to draw by class, and towards which loss."""
 
     _argument_group_name = "class conditioning"
+    _alternatives = ({"dataset", "dataset_name", "train_data_dir"},)
 
     dataset: Literal[tuple(DATASETS)] | None = option(
         None, "images in --data_dir, downloaded where they are not there (default: mnist, where no others are named)"

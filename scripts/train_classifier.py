@@ -42,7 +42,9 @@ NOISE = 0.1  # standard deviation at most, where black is -1 and white 1
 class ClassifierArguments:
     """What the classifier learns from, its size, and how long it learns."""
 
-    dataset_name: str | None = option(None, "dataset on the Hub, or a local folder that `load_dataset` reads")
+    _alternatives = ({"dataset_name", "train_data_dir"},)
+
+    dataset_name: str | None = option(None, "dataset on the Hub, or a local file or folder of one")
     dataset_config: str | None = option(None, "configuration of that dataset, where it has several")
     split: str = option("train", "split of the dataset to learn from")
     test_split: str | None = option(

@@ -14,6 +14,7 @@ class DataArguments:
     """Which images are trained on and how they are cut to size."""
 
     _argument_group_name = "data"
+    _alternatives = ({"image_size", "resolution"}, {"dataset_name", "train_data_dir"})
 
     dataset_name: str | None = option(
         None, "dataset on the Hub, or a local folder that `datasets.load_dataset` reads (default: the embedded emoji)"
@@ -58,6 +59,7 @@ class RunArguments:
     """How a training run goes: its length, its optimizer, what it shows and what it keeps."""
 
     _argument_group_name = "run"
+    _alternatives = ({"num_epochs", "max_train_steps"},)
     _default_output_dir: ClassVar = "finetuned"
 
     output_dir: str | None = option(None, "the run folder (default: --model_save_name)")
