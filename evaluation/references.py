@@ -15,6 +15,7 @@ from ..core.errors import RunError
 from ..core.files import fingerprint
 from ..data.images import RESIZE, color_channels, open_image, to_bytes
 from ..data.preprocessing import Preprocessing, read_image
+from ..data.sources import ImageSource
 from . import metrics
 from .extractors import FeatureExtractor
 from .features import Features, cached_features
@@ -25,41 +26,42 @@ LOOKED_AT = 100  # images whose size, channels and file format stand for all
 
 
 class ReferenceImages:
-    """The images of a source as samples are compared with them, the `ReferenceImages` of `evaluation/`.
+    """The images of a source, as samples are compared with them.
 
     Args:
-        skip_broken: where an image cannot be read, take the next one in its place, as training does.
+        skip_broken: read the next image in place of one that cannot be read, as training does.
 
     Raises:
-        RunError: from its methods, at an image that cannot be read.
+        RunError: from `image` and `pixels`, at an image that cannot be read.
     """
 
-    def __init__(self, source, skip_broken: bool = False):
+    def __init__(self, source: ImageSource, skip_broken: bool = False):
         self.source, self.skip_broken = source, skip_broken
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def fingerprint(self, chosen: Sequence[int]) -> str:
-        return self.source.fingerprint(chosen)
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        return self.source.fingerprint(indices)
 
-    def picture(self, i: int) -> Image.Image:
-        """Image i, not yet decoded."""
-        return self._readable(i, open_image)
+    def image(self, i: int) -> Image.Image:
+        """Return image i, not yet decoded."""
+        return self._read(i, open_image)
 
     def pixels(self, i: int, channels: int, height: int, width: int) -> torch.Tensor:
-        """Image i at this size, cropped at its centre: uint8, (channels, height, width)."""
+        """Return image i at this size, center-cropped: uint8, (channels, height, width)."""
         preprocessing = Preprocessing(channels, height, width, center_crop=True)
-        loaded = self._readable(i, lambda cell: read_image(cell, preprocessing))
+        loaded = self._read(i, lambda cell: read_image(cell, preprocessing))
         return to_bytes(preprocessing.finish(loaded, sample_key=0))
 
-    def _readable(self, i: int, read: Callable[[Any], Any]) -> Any:
-        for number in range(i, i + (len(self) if self.skip_broken else 1)):
+    def _read(self, i: int, read: Callable[[Any], Any]) -> Any:
+        message = ""
+        for index in range(i, i + (len(self) if self.skip_broken else 1)):
             try:
-                return read(self.source[number % len(self)])
-            except Exception as error:  # BrokenImageError, or what Pillow's readers stumble over
-                said = f"An image cannot be read: {self.source.name(number % len(self))}: {error}."
-        raise RunError(f"{said} Repair or remove it.")
+                return read(self.source[index % len(self)])
+            except Exception as error:  # BrokenImageError, or almost anything from Pillow's decoders
+                message = f"An image cannot be read: {self.source.name(index % len(self))}: {error}."
+        raise RunError(f"{message} Repair or remove it.")
 
 
 class Reference:
@@ -112,7 +114,7 @@ def measure_reference(
     """
     count = min(count or len(images), len(images))
     chosen = some_of(len(images), count)
-    seen = look([images.picture(chosen[i]) for i in spread(count)])
+    seen = look([images.image(chosen[i]) for i in spread(count)])
     seen["channels"] = channels or seen["channels"]
     contents = [images.fingerprint(chosen) if accelerator.is_main_process else None]  # which reads them once
     broadcast_object_list(contents)

@@ -18,20 +18,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZipFile
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 
 from ddgan.core.cli import option, parse_arguments, require_at_least
-from ddgan.core.errors import InputError, RunError, run_command
+from ddgan.core.errors import InputError, RunError, naming_file, run_command
 from ddgan.core.files import fingerprint, replace_file
 from ddgan.data.images import color_channels
 from ddgan.data.preprocessing import Preprocessing
-from ddgan.data.sources import DatasetImages, FolderImages, IdxImages, open_images
+from ddgan.data.sources import open_source, read_arrays
 from ddgan.evaluation import report
 from ddgan.evaluation.coverage import STACKED_MNIST_SAMPLES
 from ddgan.evaluation.extractors import INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
@@ -56,11 +55,9 @@ from ddgan.sampling.pipelines import (
     sample_in_full_batches,
     with_scheduler,
 )
-from ddgan.training.arguments import DataArguments
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DRAWN = 10_000  # pictures of a pipeline, if nothing else is said; below that the bias of FID is large
-TABLES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}
 
 
 @dataclass
@@ -264,7 +261,7 @@ class StoredSamples:
     """Pictures that are there, all of one size."""
 
     def __init__(self, args: EvaluateArguments):
-        self.source, _ = open_source(args.images, "train", args)
+        self.source = open_source(args.images, image_column=args.image_column)
         self.images = ReferenceImages(self.source)
         self.count = args.num_images or len(self.source)
         if self.count > len(self.source):
@@ -275,16 +272,16 @@ class StoredSamples:
             "contents": self.source.fingerprint(self.chosen),
             "images": self.count,
             "class_labels": args.class_labels,
-            **look([self.images.picture(self.chosen[i]) for i in spread(self.count)]),
+            **look([self.images.image(self.chosen[i]) for i in spread(self.count)]),
         }
-        first = self.images.picture(self.chosen[0])
+        first = self.images.image(self.chosen[0])
         self.preprocessing = Preprocessing(self.facts["channels"], first.height, first.width)
 
     def batch(self, indices: range) -> torch.Tensor:
         channels, height, width = self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width
         numbers = [self.chosen[i] for i in indices]
         for number in numbers:
-            size = self.images.picture(number).size
+            size = self.images.image(number).size
             if size != (width, height):
                 raise RunError(
                     f"The pictures are not of one size: {self.source.name(self.chosen[0])} is {width}x{height}, "
@@ -345,7 +342,7 @@ def load_reference(
     """
     height, width = samples.preprocessing.height, samples.preprocessing.width
     if given.endswith(".safetensors") and Path(given).is_file():
-        with naming(given):
+        with naming_file(given, SafetensorError):
             facts = read_protocol(Path(given))
         if facts.get("extractor_digest") != extractor.digest:
             raise InputError(
@@ -354,7 +351,7 @@ def load_reference(
             )
         return Reference(facts, read_features(Path(given)) if accelerator.is_main_process else None)
     if given.endswith(".npz") and Path(given).is_file():
-        with naming(given), ZipFile(given) as file:
+        with naming_file(given), ZipFile(given) as file:
             names = {Path(name).stem for name in file.namelist()}
         if "arr_0" not in names and {"mu", "sigma"} <= names:
             arrays = read_arrays(Path(given))
@@ -369,11 +366,11 @@ def load_reference(
             facts = {"name": name_of(given), "statistics": "mu and sigma, of unknown protocol"}
             return Reference(facts, None, Gaussian(mean, covariance))
     with accelerator.main_process_first():
-        source, split = open_source(given, split, args)
+        source = open_source(given, split, config=args.reference_config, image_column=args.image_column)
     images = ReferenceImages(source)
     kept = Path(args.cache_dir)
     return measure_reference(
-        *(images, name_of(given), split, (height, width), extractor, args.batch_size, accelerator, kept, count)
+        *(images, name_of(given), source.split, (height, width), extractor, args.batch_size, accelerator, kept, count)
     )
 
 
@@ -382,78 +379,6 @@ def require_images(least: int, given: str, reference: Reference) -> None:
     count = reference.facts.get("images", least)
     if count < least:
         raise InputError(f"{given} has {count} images; there must be at least {least} to measure against.")
-
-
-class ImageStack(IdxImages):
-    """Images (N, H, W) or (N, H, W, C), uint8, in the array `arr_0` of an .npz file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        arrays = read_arrays(path)
-        if "arr_0" not in arrays or arrays["arr_0"].dtype != np.uint8 or arrays["arr_0"].ndim not in (3, 4):
-            raise InputError(f"{path} must hold images (N, H, W, C) as 8-bit integers in an array arr_0.")
-        self.images = arrays["arr_0"]
-        if self.images.shape[-1] == 1 and self.images.ndim == 4:
-            self.images = self.images[..., 0]
-
-
-@contextmanager
-def naming(file: str | Path, *more: type[Exception]):
-    """What a library says of a file that is damaged, or not what its suffix says, ends the command naming the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, BadZipFile, SafetensorError, *more) as error:
-        said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{file} cannot be read as a {Path(file).suffix} file; is it whole? ({said[0]})") from error
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file.
-
-    Raises:
-        InputError: if it is not one.
-    """
-    with naming(path), open(path, "rb") as file:
-        if not is_zipfile(file):  # NumPy would take it for a pickle
-            raise ValueError("it is no archive of arrays")
-        with np.load(path) as arrays:
-            return dict(arrays)
-
-
-def open_source(given: str, split: str, args: EvaluateArguments):
-    """Open images by what they are named by: a file of them, a folder of them, a dataset folder, or the Hub's.
-
-    Returns:
-        also the split that they are, `all` of a file or folder without splits.
-
-    Raises:
-        InputError: if there are none.
-    """
-    path = Path(given)
-    if path.suffix == ".npz":
-        if not path.is_file():
-            raise InputError(f"{given}: there is no such file (looked for at {path.resolve()}).")
-        return ImageStack(path), "all"
-    if path.suffix == ".parquet":
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetGenerationError
-
-        if not path.is_file():
-            raise InputError(f"{given}: there is no such file (looked for at {path.resolve()}).")
-        with naming(path, DatasetGenerationError):
-            table = load_dataset("parquet", data_files=str(path), split="train")
-        return DatasetImages(table, args.image_column), "all"
-    is_folder_of_images = path.is_dir() and not any(file.suffix in TABLES for file in path.rglob("*"))
-    if is_folder_of_images:
-        has_splits = (path / split).is_dir()
-        source = open_images(DataArguments(train_data_dir=str(path / split if has_splits else path), split=split))
-        return source, split if has_splits or not isinstance(source, FolderImages) else "all"
-    data_args = DataArguments(
-        dataset_name=given, dataset_config=args.reference_config, split=split, image_column=args.image_column
-    )
-    return open_images(data_args), split
 
 
 def name_of(given: str) -> str:

@@ -12,6 +12,7 @@ import math
 import shlex
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,14 +24,13 @@ from tqdm import tqdm
 
 from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
-from ddgan.core.files import replace_tree
+from ddgan.core.files import location_name, replace_tree
 from ddgan.data.images import BrokenImageError, to_bytes
 from ddgan.data.preprocessing import Preprocessing, read_image
-from ddgan.data.sources import IdxImages, open_images
+from ddgan.data.sources import ImageSource, MissingSplitError, open_source
 from ddgan.evaluation.classifier import NORM_GROUPS, ImageClassifier
 from ddgan.evaluation.references import ReferenceImages, look, spread
 from ddgan.hub.cards import CARD_NAME, is_repo_id
-from ddgan.training.arguments import DataArguments
 
 HELD_OUT = 0.1  # of the images, where there is no test split
 WARMUP = 0.05  # of the optimizer steps
@@ -53,7 +53,7 @@ class ClassifierArguments:
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     label_column: str | None = option(None, "column with the labels (default: the first class-label column)")
     train_data_dir: str | None = option(
-        None, "folder of images with one sub-folder for each class, or torchvision's MNIST-style folder"
+        None, "folder or .zip of images with a sub-folder for each class, MNIST-style folder, or .npz file"
     )
     image_size: int | None = option(None, "height and width of the network's input (default: the first image's)")
     augmentation: float = option(1.0, "how far images are moved, turned, scaled and made noisy; 0: not at all")
@@ -174,8 +174,8 @@ def load_data(args: ClassifierArguments) -> tuple[LabelledImages, LabelledImages
     if len(names) < 2:
         raise InputError(f"A classifier needs at least two classes; the data has {', '.join(names) or 'none'}.")
     images = ReferenceImages(source)
-    size = args.image_size or min(images.picture(0).size)
-    channels = look([images.picture(i) for i in spread(len(source))])["channels"]
+    size = args.image_size or min(images.image(0).size)
+    channels = look([images.image(i) for i in spread(len(source))])["channels"]
     preprocessing = Preprocessing(channels, size, size, center_crop=True)
     data = LabelledImages(read_all(source, preprocessing), torch.tensor(labels.numbers))
     if test_source:
@@ -191,38 +191,28 @@ def load_data(args: ClassifierArguments) -> tuple[LabelledImages, LabelledImages
     return train, test, names, "held out"
 
 
-def open_splits(args: ClassifierArguments) -> tuple:
-    """The images to learn from and those of the test split, which is None where there is no such split."""
-
-    def opened(split: str, folder: Path | None = None):
-        return open_images(
-            DataArguments(
-                dataset_name=args.dataset_name,
-                dataset_config=args.dataset_config,
-                split=split,
-                image_column=args.image_column,
-                train_data_dir=folder and str(folder),
-            )
-        )
-
-    if args.train_data_dir:
-        folder = Path(args.train_data_dir)
-        test_split = args.test_split or "test"
-        if (folder / args.split).is_dir() and (folder / test_split).is_dir():
-            return opened(args.split, folder / args.split), opened(test_split, folder / test_split)
-        source = opened("train", folder)
-        return source, opened("test", folder) if isinstance(source, IdxImages) else None
-    source = opened(args.split)
-    if args.test_split is None:
-        from datasets import get_dataset_split_names
-
-        if "test" not in get_dataset_split_names(args.dataset_name, args.dataset_config):
-            return source, None
-    return source, opened(args.test_split or "test")
+def open_splits(args: ClassifierArguments) -> tuple[ImageSource, ImageSource | None]:
+    """Open the images to learn from, and those of the test split; None if there is no such split."""
+    open_split = partial(
+        open_source,
+        args.train_data_dir or args.dataset_name,
+        config=args.dataset_config,
+        image_column=args.image_column,
+        folder_as="images" if args.train_data_dir else "dataset",
+    )
+    source = open_split(args.split)
+    if source.split == "all":
+        return source, None
+    try:
+        return source, open_split(args.test_split or "test")
+    except MissingSplitError:
+        if args.test_split:
+            raise
+        return source, None
 
 
-def read_all(source, preprocessing: Preprocessing) -> torch.Tensor:
-    """All images of a source, (N, C, H, W), uint8."""
+def read_all(source: ImageSource, preprocessing: Preprocessing) -> torch.Tensor:
+    """Read all images of a source, (N, C, H, W), uint8."""
     images = torch.empty(
         len(source), preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8
     )
@@ -250,8 +240,7 @@ def card_text(
     minutes: float,
 ) -> str:
     """The card as Markdown: accuracy, data, settings, use."""
-    given = args.dataset_name or args.train_data_dir
-    dataset = Path(given).resolve().name if Path(given).exists() else given
+    dataset = location_name(args.dataset_name or args.train_data_dir)
     title = Path(args.output_dir).resolve().name
     size, channels = model.config.sample_size, model.config.in_channels
     result = EvalResult(

@@ -1,11 +1,13 @@
 """Tiny real components that the tests share, and runs on them."""
 
+import io
 import multiprocessing
 import os
 import runpy
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -55,6 +57,20 @@ def make_dataset(folder: Path, count: int, shards: int = 1) -> Path:
         table = datasets.Dataset.from_dict({"number": range(len(rows)), "picture": rows}, features=features)
         table.to_parquet(folder / "data" / f"train-{shard:05d}-of-{shards:05d}.parquet")
     return folder
+
+
+def write_shard(archive: Path, values: range) -> Path:
+    """A WebDataset shard of gray images, with their parity as the class."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w") as file:
+        for value in values:
+            encoded = io.BytesIO()
+            Image.new("L", (8, 8), value).save(encoded, "PNG")
+            for suffix, content in (("png", encoded.getvalue()), ("cls", str(value % 2).encode())):
+                member = tarfile.TarInfo(f"{value:05d}.{suffix}")
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+    return archive
 
 
 def finetune_flags(model: Path, images: Path, output: Path, *flags) -> list[str]:

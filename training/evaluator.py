@@ -13,7 +13,6 @@ from PIL import Image
 from ..core.errors import InputError, RunError
 from ..core.files import fingerprint
 from ..data.preprocessing import Preprocessing
-from ..data.sources import FolderImages
 from ..evaluation import report
 from ..evaluation.extractors import INCEPTION, ClassifierFeatures, load_extractor
 from ..evaluation.features import Features, extract_features
@@ -129,7 +128,7 @@ class Evaluator:
     """
 
     def __init__(self, args: EvaluationArguments, run: RunArguments, data: TrainingData, accelerator: Accelerator):
-        if data.args.streaming:
+        if data.source is None:
             raise InputError(
                 "--eval_every measures against the training images, which a stream does not hold. Leave it out, and "
                 "measure the finished model with scripts/evaluate.py; or train without --streaming."
@@ -147,10 +146,10 @@ class Evaluator:
             with accelerator.main_process_first():  # the others find what it has downloaded
                 self.extractor = load_extractor(args.feature_extractor or INCEPTION, args.extractor_weights)
             images = ReferenceImages(data.source, data.args.skip_broken_images)
-            split = "all" if isinstance(data.source, FolderImages) else data.args.split
             with self._extractor_on_the_device():
                 self.reference = measure_reference(
-                    *(images, data.name, split, self.size, self.extractor, AT_ONCE, accelerator, CACHE_DIR),
+                    *(images, data.name, data.source.split, self.size, self.extractor, AT_ONCE, accelerator),
+                    cache_dir=CACHE_DIR,
                     count=REFERENCE_IMAGES,
                     channels=self.channels,
                 )
