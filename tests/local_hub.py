@@ -1,7 +1,7 @@
-"""A small Hugging Face Hub on this machine that the real client talks to over HTTP, and that can be told to fail.
+"""A small local stand-in for the Hugging Face Hub, which the real client uses over HTTP and which can be made to fail.
 
-It has users, repositories of all types, commits, branches, pull requests and large files (git-LFS). It holds all of it
-in memory, also while it is down.
+It has users, repositories of all types, commits, branches, pull requests and large files (git-LFS). It keeps them in
+memory, even while it is down.
 """
 
 import base64
@@ -17,29 +17,33 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-LARGE = 100_000  # bytes from which a file is a large one, beside all weights
+LARGE = 100_000  # bytes from which on a file is stored as a large one; weights always are
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "openrail", "other", "unknown")
 NOW = "2026-01-01T00:00:00.000Z"
 
 
 class Refused(Exception):
-    """An answer other than 200."""
+    """A response with a status other than 200."""
 
     def __init__(self, status: int, message: str = "", code: str = "", **more: str):
         self.status, self.message, self.code, self.more = status, message, code, more
 
 
 class Cut(Exception):
-    """The connection ends here, without an answer."""
+    """The connection is closed without a response."""
 
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that a pattern matches, written as `POST /api/...`.
+    """An error in the next `times` requests that match a pattern such as `POST /api/...`.
 
-    They are answered with a status `instead` of being handled; or they are handled, and the answer is `lost`, or cut
-    in its middle (`halved`), or comes after so many seconds (`late`); or the server `dies` when it has read that many
-    bytes of one.
+    Attributes:
+        instead: status that is returned instead of handling the request.
+        headers: headers of that response.
+        lost: the request is handled, but there is no response.
+        halved: the request is handled, but the response ends in the middle.
+        late: the request is handled, but the response comes after this many seconds.
+        dies: the server stops after reading this many bytes of the request.
     """
 
     pattern: str
@@ -65,15 +69,15 @@ class Repo:
 
 
 class LocalHub:
-    """
-    Serves until the `with` block ends.
+    """A server that runs until the end of the `with` block.
 
     Attributes:
         users: name and role by token.
         repos: by type and id.
-        requests: what was asked for, as `POST /api/...`.
-        faults: what is to go wrong.
-        shares_names: whether a model cannot have the name of a dataset or a Space; on the real Hub it can.
+        large: contents of large files by their SHA-256.
+        requests: requests so far, as `POST /api/...`.
+        faults: errors to come.
+        shares_names: whether models, datasets and Spaces share one namespace; on the real Hub they do not.
     """
 
     def __init__(self):
@@ -120,8 +124,8 @@ class LocalHub:
         self.commit(repo, "main", {".gitattributes": b"*.safetensors filter=lfs\n", **files})
 
     def commit(self, repo: Repo, ref: str, files: dict[str, bytes]) -> str:
-        said = repr((len(repo.commits), ref, sorted((name, blob_id(content)) for name, content in files.items())))
-        oid = hashlib.sha1(said.encode()).hexdigest()
+        state = repr((len(repo.commits), ref, sorted((name, blob_id(content)) for name, content in files.items())))
+        oid = hashlib.sha1(state.encode()).hexdigest()
         repo.commits[oid] = files
         repo.refs[ref].append(oid)
         return oid
@@ -143,7 +147,7 @@ def is_large(path: str, size: int) -> bool:
 
 
 def entry(path: str, content: bytes) -> dict:
-    """A file as the Hub lists it."""
+    """Return a file as the Hub lists it."""
     if not is_large(path, len(content)):
         return {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
     digest = hashlib.sha256(content).hexdigest()
@@ -153,33 +157,33 @@ def entry(path: str, content: bytes) -> dict:
 
 
 def card_errors(text: str) -> list[str]:
-    """What the Hub refuses in the metadata of a card, as far as it says so in its documentation."""
+    """Return what the Hub rejects in the metadata of a card, as far as its documentation states it."""
     match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
         data = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError as error:
         return [f"bad YAML: {error}"]
-    found = []
+    errors = []
     if (name := data.get("license")) not in (*LICENSES, None):
-        found.append(f'"license" must be one of the known ones, not {name}')
+        errors.append(f'"license" must be one of the known ones, not {name}')
     if data.get("license") != "other" and ("license_name" in data or "license_link" in data):
-        found.append('"license_name" and "license_link" go with "license: other"')
+        errors.append('"license_name" and "license_link" go with "license: other"')
     for name in ("base_model", "datasets"):
         values = data.get(name, [])
         for value in [values] if isinstance(values, str) else values:
             if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-                found.append(f'"{name}" must be the id of a repository, not {value}')
+                errors.append(f'"{name}" must be the id of a repository, not {value}')
     if data.get("base_model_relation") not in ("finetune", "adapter", "merge", "quantized", None):
-        found.append('"base_model_relation" is not one of the known ones')
+        errors.append('"base_model_relation" is not one of the known ones')
     if not all(isinstance(tag, str) for tag in data.get("tags", [])):
-        found.append('"tags" must be strings')
+        errors.append('"tags" must be strings')
     for model in data.get("model-index", []):
         for result in model["results"]:
             if "type" not in result["task"] or not {"name", "type"} <= result["dataset"].keys():
-                found.append('"model-index": a result needs a task.type, a dataset.name and a dataset.type')
+                errors.append('"model-index": a result needs a task.type, a dataset.name and a dataset.type')
             if not all({"type", "value"} <= metric.keys() for metric in result["metrics"]):
-                found.append('"model-index": a metric needs a type and a value')
-    return found
+                errors.append('"model-index": a metric needs a type and a value')
+    return errors
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -276,8 +280,8 @@ class Handler(BaseHTTPRequestHandler):
             if verb == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, self.place)):
                 named = match.groupdict()
                 named["kind"] = kinds[(named.get("kind") or "models").strip("/")]
-                given = [named[name] for name in ("kind", "repo", "rest") if name in named and "repo" in named]
-                result = getattr(self, action)(*given)
+                args = [named[name] for name in ("kind", "repo", "rest") if name in named and "repo" in named]
+                result = getattr(self, action)(*args)
                 return result if isinstance(result, tuple) else (json.dumps(result).encode(), {})
         raise Refused(404, f"no such page: {self.command} {self.place}", "EntryNotFound")
 
@@ -294,20 +298,20 @@ class Handler(BaseHTTPRequestHandler):
         return {"errors": [], "warnings": []}
 
     def create(self):
-        asked = json.loads(self.body)
+        request = json.loads(self.body)
         name, role = self.user()
-        owner, kind = asked.get("organization") or name, asked.get("type", "model")
-        repo_id = f"{owner}/{asked['name']}"
+        owner, kind = request.get("organization") or name, request.get("type", "model")
+        repo_id = f"{owner}/{request['name']}"
         if name is None or owner != name or role == "read":
             raise Refused(403, f"You do not have the rights to create a {kind} under the namespace {owner}")
-        taken = [there for there, other in self.hub.repos if other == repo_id]
-        taken = [there for there in taken if there == kind or self.hub.shares_names]
+        taken = [existing for existing, other in self.hub.repos if other == repo_id]
+        taken = [existing for existing in taken if existing == kind or self.hub.shares_names]
         if taken:
             raise Refused(409, f"You already created this {taken[0]} repo", url=self.address(taken[0], repo_id))
-        if kind == "space" and not asked.get("sdk"):
+        if kind == "space" and not request.get("sdk"):
             raise Refused(400, "a Space needs an sdk")
-        self.hub.add(repo_id, kind, private=asked.get("visibility") == "private" or bool(asked.get("private")))
-        self.hub.repos[kind, repo_id].settings = asked
+        self.hub.add(repo_id, kind, private=request.get("visibility") == "private" or bool(request.get("private")))
+        self.hub.repos[kind, repo_id].settings = request
         return {"url": self.address(kind, repo_id)}
 
     def address(self, kind, repo_id):
@@ -337,11 +341,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, kind, repo_id, revision):
         repo = self.repo(kind, repo_id, to_write="create_pr" not in self.query)
-        there, answers = repo.commits[self.at(repo, revision)], []
+        files, answers = repo.commits[self.at(repo, revision)], []
         for file in json.loads(self.body)["files"]:
             path, large = file["path"], is_large(file["path"], file["size"])
-            same = entry(path, there[path]) if path in there else {}
-            oid = same.get("lfs", same).get("oid")
+            existing = entry(path, files[path]) if path in files else {}
+            oid = existing.get("lfs", existing).get("oid")
             mode = "lfs" if large else "regular"
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": answers}
@@ -357,13 +361,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def store(self, _kind, _storage, oid):
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise Refused(400, "the content is not what it was announced to be")
+            raise Refused(400, "the content does not match its SHA-256")
         self.hub.large[oid] = self.body
         return {}
 
     def verify(self, _kind, _storage, oid):
         if oid not in self.hub.large or len(self.hub.large[oid]) != json.loads(self.body)["size"]:
-            raise Refused(404, "the object is not there")
+            raise Refused(404, "the object does not exist")
         return {}
 
     def commit(self, kind, repo_id, revision):
@@ -403,13 +407,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def discussions(self, kind, repo_id):
         author = self.query.get("author", [None])[0]
-        found = [about for about in self.repo(kind, repo_id).requests if about["author"]["name"] == author]
-        return {"count": len(found), "start": 0, "discussions": found}
+        requests = [about for about in self.repo(kind, repo_id).requests if about["author"]["name"] == author]
+        return {"count": len(requests), "start": 0, "discussions": requests}
 
     def set_variable(self, kind, repo_id):
         variables = self.repo(kind, repo_id, to_write=True).variables
-        asked = json.loads(self.body)
-        variables[asked["key"]] = {"value": asked["value"]}
+        request = json.loads(self.body)
+        variables[request["key"]] = {"value": request["value"]}
         return {name: {"key": name, **value} for name, value in variables.items()}
 
     def resolve(self, kind, repo_id, rest):
