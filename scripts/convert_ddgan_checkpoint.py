@@ -23,7 +23,7 @@ from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file, replace_tree
 from ddgan.hub.cards import CARD_NAME, CardFacts, card_text
-from ddgan.hub.export import code_files
+from ddgan.hub.folders import code_files
 from ddgan.sampling.grids import image_grid
 from ddgan.sampling.pipelines import sample
 
@@ -103,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         f"converted to Diffusers: it draws a picture of {size}x{size} pixels in {config['num_timesteps']} evaluations "
         "of its network.",
         usage=USAGE.format(model=output.resolve().name),
-        origin="Conversion",
-        pictures={"samples.png": f"Seeds 0 to {len(pictures) - 1}, nothing left out."} if pictures else {},
+        training_heading="Conversion",
+        images={"samples.png": f"Seeds 0 to {len(pictures) - 1}, nothing left out."} if pictures else {},
         training={"checkpoint": Path(args.checkpoint_path).name, "discriminator": "yes" if discriminator else "no"},
         settings={name: config[name] for name in sorted({*COMMON, "image_size", "ch_mult", "num_timesteps"})},
         license="other",

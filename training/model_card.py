@@ -11,7 +11,7 @@ from ..core.errors import InputError, RunError
 from ..core.files import link_or_copy, replace_file, replace_folder
 from ..evaluation.report import eval_results, number, title
 from ..hub.cards import CARD_NAME, CardFacts, card_text, is_repo_id
-from ..hub.export import code_files
+from ..hub.folders import code_files
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
 from .arguments import RunArguments
 from .evaluator import EvaluationHistory
@@ -56,7 +56,7 @@ def write_card(folder: Path, card: CardFacts, facts: dict[str, Any]) -> None:
         "eval.png": "Measured along the run.",
     }
     there = {name: caption for name, caption in pictures.items() if (folder / name).exists()}
-    text = card_text(replace(card, training=training, pictures=there, code=code_files(folder)))
+    text = card_text(replace(card, training=training, images=there, code=code_files(folder)))
     replace_file(folder / CARD_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
