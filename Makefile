@@ -3,14 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo models test lint bench clean
 
 help:
-	@echo "make demo   fine-tune the embedded model on the embedded images; results in demo/"
-	@echo "make test   the whole test suite"
-	@echo "make lint   ruff: lint and format"
-	@echo "make bench  speed and memory, as ratios; minutes"
-	@echo "make clean  remove the virtual environment and the demo"
+	@echo "make demo    fine-tune the embedded model on the embedded images; results in demo/"
+	@echo "make models  save the configs of the embedded models again with the current classes"
+	@echo "make test    the whole test suite"
+	@echo "make lint    ruff: lint and format"
+	@echo "make bench   speed and memory, as ratios; minutes"
+	@echo "make clean   remove the virtual environment and the demo"
 
 .venv/installed: setup.py
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
@@ -21,6 +22,9 @@ help:
 
 demo: .venv/installed
 	$(BIN)/python finetune_model.py --resume_from_checkpoint latest
+
+models: .venv/installed
+	$(BIN)/python examples/models/save_models.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
