@@ -27,8 +27,7 @@ class ImageClassifierBlock(nn.Module):
 
 
 class ImageClassifier(ModelMixin, ConfigMixin):
-    """
-    A residual network in the style of [He et al. 2016](https://arxiv.org/abs/1512.03385), small enough for a CPU.
+    """A residual network in the style of [He et al. 2016](https://arxiv.org/abs/1512.03385), small enough for a CPU.
 
     Every block but the first halves height and width; global average pooling gives the feature vector. With group
     normalization, the features of an image do not depend on the rest of the batch, not even in training mode.
@@ -72,8 +71,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def features(self, sample: torch.Tensor) -> torch.Tensor:
-        """
-        Compute the penultimate layer, `(batch_size, widths[-1])`, nonnegative; `head` maps it to logits.
+        """Compute the penultimate layer, `(batch_size, widths[-1])`, nonnegative; `head` maps it to logits.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): in [-1, 1].
@@ -93,8 +91,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         return hidden_states.mean((2, 3))
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """
-        Compute the logits `(batch_size, num_classes)`.
+        """Compute the logits `(batch_size, num_classes)`.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): in [-1, 1].
