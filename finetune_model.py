@@ -60,7 +60,9 @@ class FinetuneArguments:
     min_snr_gamma: float | None = option(
         None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)"
     )
-    freeze: Literal[tuple(TRAINED_PARTS)] = option("none", "which part of the UNet to freeze")
+    freeze: Literal["none", "all_but_attention", "all_but_norms", "all_but_up_blocks"] = option(
+        "none", "which part of the UNet to freeze"
+    )
     sample_scheduler: Literal[tuple(SCHEDULERS)] = option("ddim", "scheduler for the sample grids")
     sample_steps: int = option(40, "sampling steps for these grids")
 
