@@ -189,23 +189,33 @@ class GeneratorObjective:
 
     The distance is weighted by the share of that image in x_t, and left out where x_t is noise alone.
 
+    A network that has predicted the noise so far first learns to predict v (arXiv 2202.00512), by regression at the
+    timesteps of the transitions: at high noise levels x_0 computed from the predicted noise multiplies its error, by
+    157 at the last timestep of DDPM's schedule.
+
     Args:
         reconstruction_weight: weight of the mean squared distance.
+        conversion_steps: optimizer steps of that regression, before the adversarial ones.
     """
 
-    def __init__(self, setup: FewStepSetup, reconstruction_weight: float):
+    def __init__(self, setup: FewStepSetup, reconstruction_weight: float, conversion_steps: int = 0):
         self.setup, self.reconstruction_weight = setup, reconstruction_weight
+        self.conversion_steps = conversion_steps
 
     def __call__(self, generator: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
-        """`loss` and its parts `adversarial` and `reconstruction`, each (B,)."""
+        """`loss` and its parts, `adversarial` (NaN in the regression) and `reconstruction`, each (B,)."""
         setup = self.setup
         conditions = setup.conditions(samples)
         transition = setup.transition(samples)
         image, generated = setup.generate(generator, samples, transition, conditions)
+        distance = (image - samples.images).square().mean(dim=(1, 2, 3))
+        signal = setup.process.signal(transition.t)
+        if samples.step < self.conversion_steps:
+            loss = distance / (1 - signal)  # the mean squared error of v
+            return {"loss": loss, "adversarial": torch.full_like(loss, torch.nan), "reconstruction": loss.detach()}
         timesteps, generated = setup.prepare(samples, transition.s, generated)
         adversarial = F.softplus(-setup.discriminator(generated, timesteps, **conditions).float()).mean(1)
-        distance = (image - samples.images).square().mean(dim=(1, 2, 3))
-        reconstruction = setup.process.signal(transition.t) * distance
+        reconstruction = signal * distance
         loss = adversarial + self.reconstruction_weight * reconstruction
         return {"loss": loss, "adversarial": adversarial, "reconstruction": reconstruction}
 
