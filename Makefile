@@ -3,24 +3,29 @@ PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo models test lint bench clean
 
 help:
-	@echo "make demo   fine-tune the embedded model on the embedded images; results in demo/"
-	@echo "make test   the whole test suite"
-	@echo "make lint   ruff: lint and format"
-	@echo "make bench  speed and memory, as ratios; minutes"
-	@echo "make clean  remove the virtual environment and the demo"
+	@echo "make demo    fine-tune the embedded model on the embedded images; results in demo/"
+	@echo "make models  save the configs of the embedded models again with the current classes"
+	@echo "make test    the whole test suite"
+	@echo "make lint    ruff, the type checker and the import rules"
+	@echo "make bench   speed and memory, as ratios; minutes"
+	@echo "make clean   remove the virtual environment and the demo"
 
-.venv/installed: setup.py
+.venv/installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
 	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	@mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/ddgan # lets type checkers and editors find the package
 	@touch $@
 
 demo: .venv/installed
 	$(BIN)/python finetune_model.py --resume_from_checkpoint latest
+
+models: .venv/installed
+	$(BIN)/python examples/models/save_models.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
@@ -28,6 +33,8 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-cache
 
 bench: .venv/installed
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done

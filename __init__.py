@@ -1,9 +1,10 @@
-"""Diffusers extended by Denoising Diffusion GANs, fine-tuning and guided sampling. Importing this is cheap."""
+"""An extension of Diffusers: fine-tuning, Denoising Diffusion GANs, class-conditional models and guided sampling."""
 
 from importlib import import_module
 
 __version__ = "0.1.0"
 
+# imported on first access, so that `import ddgan` is fast
 _EXPORTS = {
     "DDGANScheduler": ".schedulers.scheduling_ddgan",
     "DDGANSchedulerOutput": ".schedulers.scheduling_ddgan",

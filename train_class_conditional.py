@@ -1,8 +1,9 @@
-"""Train a network that draws the class it is told: handwritten digits, or any images with class labels.
+"""Train a class-conditional diffusion model: on handwritten digits, or any images with class labels.
 
     accelerate launch train_class_conditional.py --recipe fast --dataset mnist --data_dir data
 
-Where no --recipe or --config is named it is `--recipe tutorial`, and where no data are named they are MNIST.
+Without --recipe or --config it follows `--recipe tutorial`, and without data it trains on MNIST.
+From Python, call `train_class_conditional`.
 """
 
 import json
@@ -19,10 +20,9 @@ from torchvision.datasets import MNIST, FashionMNIST
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
 from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
 from ddgan.core.errors import InputError, run_command
-from ddgan.data.preprocessing import Preprocessing
 from ddgan.hub.cards import CardFacts
+from ddgan.sampling.generation import PipelineSampler
 from ddgan.sampling.grids import rows_by_class
-from ddgan.sampling.pipelines import PipelineSampler
 from ddgan.training.arguments import (
     DataArguments,
     EvaluationArguments,
@@ -30,13 +30,12 @@ from ddgan.training.arguments import (
     LearningRateArguments,
     RunArguments,
 )
-from ddgan.training.evaluator import open_evaluator
+from ddgan.training.ema import EMA
 from ddgan.training.job import TrainedNetwork, TrainingJob
-from ddgan.training.loading import TrainingData
-from ddgan.training.loop import Trainer, prepare_accelerator
-from ddgan.training.lr_schedules import schedule
-from ddgan.training.model_card import repository_for, settings_for_card
+from ddgan.training.lr_schedules import lr_schedule
+from ddgan.training.model_card import FinishedRun, print_summary, settings_for_card
 from ddgan.training.objectives.denoising import ClassConditionalObjective
+from ddgan.training.session import Session
 
 RECIPES = {
     name: Path(__file__).parent / "examples" / "recipes" / f"class_conditional_{name}.yaml"
@@ -44,45 +43,53 @@ RECIPES = {
 }
 DATASETS = {"mnist": MNIST, "fashion_mnist": FashionMNIST}
 NUM_TRAIN_TIMESTEPS = 1000
-MIN_WIDTH = 8  # channels of one head of attention in the blocks of Diffusers
+MIN_WIDTH = 8  # channels of one attention head in the blocks of Diffusers
 
 
 @dataclass
 class ClassConditionalArguments:
-    """Which network learns to draw by class, and towards which loss."""
+    """The class-conditional network, and its loss."""
 
     _argument_group_name = "class conditioning"
+    _alternatives = ({"dataset", "dataset_name", "train_data_dir"},)
 
     dataset: Literal[tuple(DATASETS)] | None = option(
-        None, "images in --data_dir, downloaded where they are not there (default: mnist, where no others are named)"
+        None, "images in --data_dir, downloaded if missing (default: mnist, unless other images are named)"
     )
     data_dir: str = option("data", "folder with torchvision's MNIST/raw or FashionMNIST/raw")
 
     unet: Literal["class_conditioned", "context"] = option(
-        "class_conditioned", "the class as further channels of the input, or as factors of the features"
+        "class_conditioned", "pass the class as extra input channels, or as factors of the features"
     )
-    image_channels: Literal[1, 2, 3, 4] = option(1, "channels of the images: grey, grey and alpha, RGB, RGBA")
+    image_channels: Literal[1, 2, 3, 4] = option(1, "channels of the images: gray, gray and alpha, RGB, RGBA")
     class_dropout: float = option(
-        0.0, "how often the null class stands in for the class; above 0 allows classifier-free guidance"
+        0.0, "probability of the null class in training; above 0 allows classifier-free guidance"
     )
     block_out_channels: list[int] = field(
         default_factory=lambda: [32, 64, 64],
-        metadata={"help": "width of each level, finest first; of the context network the finest alone"},
+        metadata={"help": "channels of each level, highest resolution first; context: only the first is used"},
     )
-    class_emb_size: int = option(4, "class_conditioned: length of the embedding of a class; 0: one-hot vectors")
-    layers_per_block: int = option(2, "class_conditioned: residual blocks a level")
+    class_emb_size: int = option(4, "class_conditioned: size of the class embedding; 0: one-hot vectors")
+    layers_per_block: int = option(2, "class_conditioned: residual blocks per level")
     attention_levels: list[int] = field(
-        default_factory=lambda: [1, 2], metadata={"help": "class_conditioned: levels with attention, 0 the finest"}
+        default_factory=lambda: [1, 2],
+        metadata={"help": "class_conditioned: levels with attention; 0 is the highest resolution"},
     )
-    norm_num_groups: int = option(32, "class_conditioned: groups of the group norms; must divide every width")
+    norm_num_groups: int = option(
+        32, "class_conditioned: groups of the group norms; must divide the channels of every level"
+    )
 
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("epsilon", "what the network predicts")
-    min_snr_gamma: float | None = option(None, "weigh the loss by min(SNR, gamma); 5 is usual (default: no weights)")
-    timestep_sampling: Literal["uniform", "logit_normal"] = option(
-        "uniform", "how timesteps are drawn: all alike, or those in the middle more often"
+    min_snr_gamma: float | None = option(
+        None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)"
     )
-    sample_steps: int = option(50, "network evaluations (DDIM) for a sample in the grids")
-    guidance_scale: float = option(1.0, "classifier-free guidance of those samples; above 1 needs --class_dropout")
+    timestep_sampling: Literal["uniform", "logit_normal"] = option(
+        "uniform", "distribution of the timesteps: uniform, or more often in the middle"
+    )
+    sample_steps: int = option(50, "DDIM steps for the sample grids")
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance scale for these grids; above 1 needs --class_dropout"
+    )
 
     def __post_init__(self):
         require_at_least(1, self, "layers_per_block", "norm_num_groups", "sample_steps")
@@ -93,25 +100,25 @@ class ClassConditionalArguments:
             raise InputError("--block_out_channels needs at least one width.")
         if self.guidance_scale > 1 and not self.class_dropout:
             raise InputError(
-                f"--guidance_scale {self.guidance_scale} needs a null class to guide away from: train one with "
-                "--class_dropout 0.1, or sample with --guidance_scale 1."
+                f"--guidance_scale {self.guidance_scale} needs a null class for the unconditional prediction: train "
+                "with --class_dropout 0.1, or sample with --guidance_scale 1."
             )
 
 
 @dataclass
 class ClassConditionalLearningRateArguments(LearningRateArguments):
-    """How fast the network learns, and when."""
+    """The learning rate and its schedule."""
 
     learning_rate: float = option(1e-3, "peak learning rate (Adam)")
 
 
 @dataclass
 class ClassConditionalRunArguments(RunArguments):
-    """How a training run goes: its length, what it shows and what it keeps."""
+    """The training run: its length, what it logs and what it saves."""
 
     _default_output_dir: ClassVar = "class-conditional"
 
-    num_samples: int = option(80, "images in a grid of samples, rounded up to full rows, one for each class")
+    num_samples: int = option(80, "images in a sample grid with one row per class, rounded up to full rows")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,37 +135,38 @@ def main(argv: list[str] | None = None) -> None:
         argv=argv,
         recipes=RECIPES,
     )
-    run, rate, data_args, label_args, eval_args, args = arguments
-    accelerator = prepare_accelerator(run)
-    if accelerator.is_fsdp2:
-        raise InputError("A class-conditional network trains on several processes with --multi_gpu; it needs no FSDP.")
-    repo_id = repository_for(run) if run.push_to_hub and accelerator.is_main_process else None
+    print_summary(train_class_conditional(*arguments))
 
-    with accelerator.main_process_first():  # the others find what it has downloaded
-        data_args = choose_data(args, data_args)
+
+def train_class_conditional(
+    run: ClassConditionalRunArguments,
+    learning_rate: ClassConditionalLearningRateArguments,
+    data_args: DataArguments,
+    label_args: LabelArguments,
+    evaluation: EvaluationArguments,
+    args: ClassConditionalArguments,
+) -> FinishedRun:
+    """Train a class-conditional network from scratch with the denoising loss and Adam.
+
+    Raises:
+        InputError: if something in the arguments cannot be used.
+        RunError: if the run fails after it has started.
+    """
+    session = Session.open(run)
+    with session.accelerator.main_process_first():  # the other processes find what it has downloaded
+        chosen_data = choose_data(args, data_args)
     size = data_args.resolution or [data_args.image_size or 28] * 2
-    preprocessing = Preprocessing(args.image_channels, *size, data_args.center_crop, data_args.random_flip)
-    data = TrainingData(
-        data_args,
-        preprocessing,
-        accelerator.process_index,
-        label_args,
-        batch_size=run.batch_size,
-        accumulation=run.grad_accumulation_steps,
-        processes=accelerator.num_processes,
-        seed=run.seed,
-    )
+    data = session.load_data(chosen_data, args.image_channels, size, label_args)
     classes = data.classes
     labels, grid = rows_by_class(run.num_samples, classes)
-    run.num_samples = len(labels)
-    torch.manual_seed(run.seed)  # the network begins the same in every process and every run of this seed
+    run = session.run = replace(run, num_samples=len(labels))  # full rows
+    torch.manual_seed(run.seed)  # the same initial weights in every process and every run with this seed
     unet = build(args, size, classes)
+    if run.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     scheduler = DDPMScheduler(
         NUM_TRAIN_TIMESTEPS, beta_schedule="squaredcos_cap_v2", prediction_type=args.prediction_type
     )
-    if run.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.Adam(unet.parameters(), lr=rate.learning_rate, fused=True)
     objective = ClassConditionalObjective(
         scheduler,
         len(classes),
@@ -167,10 +175,11 @@ def main(argv: list[str] | None = None) -> None:
         timestep_sampling=args.timestep_sampling,
     )
 
+    arguments = (run, learning_rate, data_args, label_args, evaluation, args)
     card = CardFacts(
         title=run.model_save_name,
-        summary=f"A diffusion model that draws by class, trained on {data.name}, for pictures of {size[0]}x{size[1]} "
-        f"pixels. Its {len(classes)} classes are {', '.join(classes)}; the grid has a row for each.",
+        summary=f"A class-conditional diffusion model trained on {data.name}, for images of {size[0]}x{size[1]} "
+        f"pixels. Its {len(classes)} classes are {', '.join(classes)}; the sample grid has one row per class.",
         usage=USAGE.format(
             model=Path(run.output_dir).resolve().name,
             name=json.dumps(classes[0], ensure_ascii=False),
@@ -183,21 +192,31 @@ def main(argv: list[str] | None = None) -> None:
     )
     pipeline = ClassConditionalPipeline(unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    player = TrainedNetwork("", unet, objective, optimizer, partial(schedule, args=rate))
-    sampler = PipelineSampler("ddim", args.sample_steps, {"guidance_scale": args.guidance_scale})
-    evaluator = open_evaluator(eval_args, run, data, accelerator)
-    job = TrainingJob([player], pipeline, unet, sampler, card, arguments, labels, grid)
-    trainer = Trainer(job, data, run, accelerator, repo_id, evaluator)
-    trainer.run()
-    if accelerator.is_main_process:
-        trainer.finish()
+    job = TrainingJob(
+        networks=[
+            TrainedNetwork(
+                network=unet,
+                objective=objective,
+                optimizer=torch.optim.Adam(unet.parameters(), lr=learning_rate.learning_rate, fused=True),
+                lr_schedule=partial(lr_schedule, args=learning_rate),
+            )
+        ],
+        pipeline=pipeline,
+        ema=EMA(unet, run),
+        sampler=PipelineSampler("ddim", args.sample_steps, {"guidance_scale": args.guidance_scale}),
+        labels=labels,
+        grid=grid,
+        card=card,
+        arguments=arguments,
+    )
+    return session.train(job, data, evaluation)
 
 
 def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> DataArguments:
-    """The arguments with the folder of `--dataset` as `--train_data_dir`, downloaded where it is not there.
+    """Return data arguments in which `--dataset` is replaced by its folder, downloaded if it is missing.
 
     Raises:
-        InputError: if other data are named too, or the folder is not there and cannot be downloaded.
+        InputError: if other data are named too, or the download fails.
     """
     other = data_args.dataset_name or data_args.train_data_dir
     if args.dataset and other:
@@ -213,19 +232,19 @@ def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> Da
             dataset_class(args.data_dir, download=True)
         except (OSError, RuntimeError) as error:
             raise InputError(
-                f"The images of {dataset_class.__name__} are not in {folder} (looked for "
-                f"{' and '.join(file.name for file in files)} in its folder raw), and downloading them failed: "
-                f"{' '.join(str(error).split())} Name the folder that holds {dataset_class.__name__} with --data_dir, "
-                "or other images with --dataset_name or --train_data_dir."
+                f"The images of {dataset_class.__name__} are not in {folder} (expected "
+                f"{' and '.join(file.name for file in files)} in its subfolder raw), and downloading them failed: "
+                f"{' '.join(str(error).split())} Set --data_dir to the folder that contains {dataset_class.__name__}, "
+                "or name other images with --dataset_name or --train_data_dir."
             ) from error
     return replace(data_args, train_data_dir=str(folder))
 
 
 def build(args: ClassConditionalArguments, size: list[int], classes: list[str]) -> ClassConditionedUnet | ContextUnet:
-    """A new network for pictures of this height and width and these classes.
+    """Return a new network for images of this height and width and these classes.
 
     Raises:
-        InputError: if it cannot be like that.
+        InputError: if the arguments do not fit together.
     """
     widths = args.block_out_channels
     shared = {
@@ -237,7 +256,7 @@ def build(args: ClassConditionalArguments, size: list[int], classes: list[str]) 
     try:
         if args.unet == "context":
             if size[0] != size[1]:
-                raise InputError(f"The context network draws squares; {size[0]} x {size[1]} is none.")
+                raise InputError(f"The context network generates square images; {size[0]} x {size[1]} is not square.")
             return ContextUnet(
                 n_feat=widths[0],
                 n_cfeat=len(classes),
@@ -248,13 +267,13 @@ def build(args: ClassConditionalArguments, size: list[int], classes: list[str]) 
         factor = 2 ** (len(widths) - 1)
         if any(side % factor for side in size):
             raise InputError(
-                f"--block_out_channels {' '.join(map(str, widths))} halves the picture {len(widths) - 1} times, so "
+                f"--block_out_channels {' '.join(map(str, widths))} halves the image {len(widths) - 1} times, so "
                 f"height and width must be multiples of {factor}; {size[0]} x {size[1]} is not."
             )
         if unknown := set(args.attention_levels) - set(range(len(widths))):
             raise InputError(
                 f"--attention_levels {' '.join(map(str, sorted(unknown)))}: the levels of this network are 0 to "
-                f"{len(widths) - 1}, one for each of --block_out_channels."
+                f"{len(widths) - 1}, one for each value of --block_out_channels."
             )
         attention = ["Attn" if level in args.attention_levels else "" for level in range(len(widths))]
         return ClassConditionedUnet(

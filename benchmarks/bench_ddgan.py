@@ -1,25 +1,22 @@
-"""Speed and memory of training and sampling a Denoising Diffusion GAN, beside fixed work of Diffusers' own UNet.
+"""Speed and memory of training and sampling a Denoising Diffusion GAN, relative to a Diffusers UNet of the same size.
 
     python benchmarks/bench_ddgan.py
 
-The yardstick is a UNet2DModel of about the same size: one forward and backward pass, and four forward passes. It and
-the DDGAN take turns, and ratios are taken between neighbours, so that what else the machine does weighs on both.
-Memory is that of a process of its own for each configuration. The matrix rate, of which an iteration's multiplications
-and additions are a share, is that of one large matrix product in the same arithmetic.
+The reference is a UNet2DModel: one forward and backward pass for training, four forward passes for sampling. DDGAN and
+reference alternate, and each ratio is taken between neighboring measurements, so that other load on the machine
+affects both. Peak memory is measured in a separate process for each variant. Utilization is the rate of
+floating-point operations of an iteration, as a share of the rate of one large matrix product at the same precision.
 """
 
 import argparse
 import json
 import os
-import resource
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from statistics import median
 
 import torch
+from common import DEVICE, hardware, peak_memory, run_in_subprocess, synchronized_time
 from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,15 +25,13 @@ from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSet
 from ddgan.training.objectives.denoising import MicroBatch
 from ddgan.training.randomness import PerSampleRNG
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-# channels, widths of yardstick and generator, batch size, width of the discriminator
+# channels, widths of the reference and the generator, batch size, width of the discriminator
 CONFIGURATIONS = {
     "cifar10": (3, (128, 256, 256, 256), 4 if DEVICE == "cpu" else 64, 64),
     "small": (1, (32, 64, 64), 32, 32),
 }
-# at most these, in the yardstick's units: an iteration without and with R1, and a sample in four steps
-WANTED = {"cifar10": (2.3, 2.9, 1.15), "small": (3.0, 4.2, 1.2)}
+# upper limits of the ratios on a CPU: iteration, iteration with R1, sampling in four steps
+TARGETS = {"cifar10": (2.3, 2.9, 1.15), "small": (3.0, 4.2, 1.2)}
 
 VARIANTS = {
     "float32": {},
@@ -47,13 +42,13 @@ VARIANTS = {
     "compiled": {"compiled": True},
     "bf16, channels_last, compiled": {"autocast": True, "channels_last": True, "compiled": True},
 }
-MATRIX = 1024 if DEVICE == "cpu" else 8192  # rows and columns
-# on a CPU without bfloat16 arithmetic the others take longer than all the rest, and so does compiling: name them
+MATRIX_SIZE = 1024 if DEVICE == "cpu" else 8192
+# bfloat16 (on CPUs that emulate it) and compiling are too slow for the default run on a CPU; --variant measures them
 COMPARED = ("float32", "channels_last") if DEVICE == "cpu" else tuple(VARIANTS)
 
 
 class DDGAN:
-    """A configuration with its networks and optimizers, as train_ddgan.py has them."""
+    """The networks, objectives and optimizers of train_ddgan.py in one configuration."""
 
     def __init__(
         self,
@@ -78,51 +73,53 @@ class DDGAN:
             if compiled:
                 network.compile()
         self.networks = discriminator, generator
-        adversaries = GANSetup(generator, discriminator, DDGANScheduler())
-        self.objectives = DiscriminatorObjective(adversaries, 0.05, lazy_reg=2), GeneratorObjective(adversaries)
-        self.optimizers = [torch.optim.Adam(n.parameters(), 1e-4, (0.5, 0.9), fused=True) for n in self.networks]
+        gan = GANSetup(generator, discriminator, DDGANScheduler())
+        self.objectives = DiscriminatorObjective(gan, 0.05, lazy_reg=2), GeneratorObjective(gan)
+        self.optimizers = [
+            torch.optim.Adam(network.parameters(), 1e-4, (0.5, 0.9), fused=True) for network in self.networks
+        ]
         images = torch.rand(self.batch_size, channels, 32, 32, device=DEVICE) * 2 - 1
         self.images = images.contiguous(memory_format=self.memory_format)
         self.pipeline = DDGANPipeline(generator, DDGANScheduler())
         self.pipeline.set_progress_bar_config(disable=True)
 
     @contextmanager
-    def arithmetic(self):
-        """Inside, a GPU multiplies as this variant does; outside as the first one."""
-        round_inputs("tf32" if self.tf32 else "ieee")
+    def precision(self):
+        """Use the precision of this variant, and restore float32 afterwards."""
+        set_float32_precision("tf32" if self.tf32 else "ieee")
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.autocast):
             yield
-        round_inputs("ieee")
+        set_float32_precision("ieee")
 
     def iteration(self, penalized: bool) -> None:
-        """One update of the discriminator, with or without R1, and one of the generator."""
+        """Update the discriminator, with or without R1, and then the generator."""
         step = 0 if penalized else 1
         for i, (objective, optimizer) in enumerate(zip(self.objectives, self.optimizers, strict=True)):
             for parameter in self.networks[1 - i].parameters():
                 parameter.requires_grad_(False)
-            samples = MicroBatch(self.images, None, PerSampleRNG(range(self.batch_size), self.images.device, i), step)
-            with self.arithmetic():
-                objective(self.networks[i], samples)["loss"].mean().backward()
+            batch = MicroBatch(self.images, None, PerSampleRNG(range(self.batch_size), self.images.device, i), step)
+            with self.precision():
+                objective(self.networks[i], batch)["loss"].mean().backward()
             for parameter in self.networks[1 - i].parameters():
                 parameter.requires_grad_(True)
             optimizer.step()
             optimizer.zero_grad()
 
     def sample(self) -> None:
-        """A batch of pictures in four steps."""
-        with self.arithmetic():
+        """Sample a batch of images in four steps."""
+        with self.precision():
             self.pipeline(self.batch_size, output_type="pt")
 
     def matrix_rate(self, rounds: int) -> float:
-        """Multiplications and additions a second of a product of two large matrices."""
-        a, b = torch.randn(2, MATRIX, MATRIX, device=DEVICE)
-        with self.arithmetic():
+        """Return the floating-point operations per second of one large matrix product."""
+        a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=DEVICE)
+        with self.precision():
             a @ b
-            return 2 * MATRIX**3 / median(seconds(lambda: a @ b) for _ in range(rounds))
+            return 2 * MATRIX_SIZE**3 / median(seconds(lambda: a @ b) for _ in range(rounds))
 
 
-class Yardstick:
-    """Fixed work at the same batch size."""
+class ReferenceUNet:
+    """A fixed amount of work to compare with, at the same batch size."""
 
     def __init__(self, name: str):
         channels, widths, batch_size, _ = CONFIGURATIONS[name]
@@ -152,88 +149,76 @@ class Yardstick:
             self.unet(self.x, self.t)
 
 
-def round_inputs(precision: str) -> None:
-    """To `tf32` before a GPU multiplies float32 numbers, or not (`ieee`); PyTorch does in convolutions by default."""
+def set_float32_precision(precision: str) -> None:
+    """Set the float32 precision of a GPU to `tf32` or `ieee`; by default PyTorch uses TF32 in convolutions."""
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision
 
 
 def seconds(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
+    start = synchronized_time()
     work()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak_memory() -> float:
-    """Of the GPU, or of this process with all that it has loaded, in GiB."""
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+    return synchronized_time() - start
 
 
 def measure(name: str, variant: str, rounds: int) -> dict[str, float]:
-    """Ratios to the yardstick, medians over neighbouring pairs, and what the DDGAN took in absolute terms."""
-    round_inputs("ieee")
+    """Return ratios to the reference (medians over neighboring pairs), and absolute times and memory of the DDGAN."""
+    set_float32_precision("ieee")
     ddgan = DDGAN(name, **VARIANTS[variant])
     ddgan.sample()
-    after_sampling = peak_memory()
-    for _ in range(2):  # the second one after the first gradients are there
+    sampling_peak = peak_memory() / 2**30
+    for _ in range(2):  # from the second iteration on, optimizer states and gradients exist
         ddgan.iteration(True)
         ddgan.iteration(False)
-    after_training = peak_memory()
-    yardstick = Yardstick(name)
+    training_peak = peak_memory() / 2**30
+    reference = ReferenceUNet(name)
     pairs = {
-        "iteration": (lambda: ddgan.iteration(False), yardstick.forward_backward),
-        "iteration with R1": (lambda: ddgan.iteration(True), yardstick.forward_backward),
-        "sample": (ddgan.sample, yardstick.four_forwards),
+        "iteration": (lambda: ddgan.iteration(False), reference.forward_backward),
+        "iteration with R1": (lambda: ddgan.iteration(True), reference.forward_backward),
+        "sample": (ddgan.sample, reference.four_forwards),
     }
-    result = {"training GiB": after_training, "sampling GiB": after_sampling}
-    plain = DDGAN(name)  # what is compiled is not counted
+    result = {"training GiB": training_peak, "sampling GiB": sampling_peak}
+    plain = DDGAN(name)  # FlopCounterMode does not see compiled modules
     with FlopCounterMode(display=False) as counter:
         plain.iteration(False)
     del plain
-    for what, (ours, theirs) in pairs.items():
-        theirs()
-        taken = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
-        result[what] = median(a / b for a, b in taken)
-        result[f"{what}, s"] = median(a for a, _ in taken)
+    for task, (ddgan_work, reference_work) in pairs.items():
+        reference_work()
+        times = [(seconds(ddgan_work), seconds(reference_work)) for _ in range(rounds)]
+        result[task] = median(a / b for a, b in times)
+        result[f"{task}, s"] = median(a for a, _ in times)
     rate = ddgan.matrix_rate(rounds)
-    result["of the matrix rate"] = counter.get_total_flops() / result["iteration, s"] / rate
+    result["utilization"] = counter.get_total_flops() / result["iteration, s"] / rate
     return result
 
 
 def compare(rounds: int) -> None:
-    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{hardware}, torch {torch.__version__}; medians of {rounds} rounds\n")
+    print(f"{hardware()}; medians of {rounds} rounds\n")
     print(
-        "| | iteration | with R1 | sample | peak GiB, training | sampling | iterations/s | of the matrix rate "
-        "| images/s sampled |"
+        "| | iteration | with R1 | sample | peak GiB, training | sampling | iterations/s | utilization "
+        "| images/s, sampling |"
     )
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name, (_, _, batch_size, _) in CONFIGURATIONS.items():
         for variant in COMPARED:
-            command = [sys.executable, __file__, "--variant", name, variant, "--rounds", str(rounds)]
-            command += ["--threads", str(torch.get_num_threads())]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{name}, {variant} failed:\n{done.stderr}")
-            found = json.loads(done.stdout.splitlines()[-1])
-            ratios = " | ".join(f"{found[what]:.2f}" for what in ("iteration", "iteration with R1", "sample"))
-            memory = f"{found['training GiB']:.2f} | {found['sampling GiB']:.2f}"
-            speed = f"{1 / found['iteration, s']:.2f} | {found['of the matrix rate']:.0%}"
-            speed += f" | {batch_size / found['sample, s']:.1f}"
+            flags = ["--rounds", str(rounds), "--threads", str(torch.get_num_threads())]
+            result = run_in_subprocess(__file__, "--variant", name, variant, *flags)
+            ratios = " | ".join(f"{result[task]:.2f}" for task in ("iteration", "iteration with R1", "sample"))
+            memory = f"{result['training GiB']:.2f} | {result['sampling GiB']:.2f}"
+            speed = f"{1 / result['iteration, s']:.2f} | {result['utilization']:.0%}"
+            speed += f" | {batch_size / result['sample, s']:.1f}"
             print(f"| {name}, batch {batch_size}, {variant} | {ratios} | {memory} | {speed} |", flush=True)
         if DEVICE == "cpu":
-            print(f"| *wanted at most* | {' | '.join(f'*{limit}*' for limit in WANTED[name])} | *2.1* | | | | |")
+            print(f"| *target, at most* | {' | '.join(f'*{limit}*' for limit in TARGETS[name])} | *2.1* | | | | |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="neighbouring pairs of each measurement")
-    parser.add_argument("--variant", nargs=2, metavar=("CONFIGURATION", "VARIANT"), help="measure this one alone")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads on a CPU")
+    parser.add_argument("--rounds", type=int, default=9, help="pairs of measurements per variant")
+    parser.add_argument(
+        "--variant", nargs=2, metavar=("CONFIGURATION", "VARIANT"), help="measure only this variant, in this process"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="number of CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.variant:

@@ -1,20 +1,16 @@
-"""Speed and memory of the training loop, beside the plainest loop over the same UNet and images.
+"""Speed and memory of the training loop, relative to a minimal loop over the same UNet and images.
 
     python benchmarks/bench_finetune.py
 
-Every variant runs in a fresh process, and all take turns in each round. In that process a step of the plain loop
-follows each step of the variant: what else the machine does weighs on both alike, so that the ratio of their times
-holds while the speeds come and go. For its peak memory each runs alone.
+Each variant runs in a fresh process, and the variants alternate in each round. In that process a step of the plain
+loop follows each step of the variant, so that other load on the machine affects both and the ratio of their times is
+robust. Peak memory is measured in separate runs without the plain loop.
 """
 
 import argparse
 import json
-import os
-import resource
 import runpy
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -23,17 +19,18 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import DEVICE, hardware, peak_memory, run_in_subprocess, synchronized_time
 from datasets import load_dataset
 
 from ddgan import finetune_model
 from ddgan.data.sources import EMBEDDED_DATASET
-from ddgan.sampling.pipelines import load_pipeline
+from ddgan.sampling.loading import load_pipeline
+from ddgan.training import session
 from ddgan.training.loop import Trainer
 
 UNTRAINED = finetune_model.EMBEDDED_MODEL / "recipe" / "untrained.py"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH_SIZE = 16
-WARM_UP = 50  # steps before the timed ones: more than an epoch, whose short last batch is compiled anew
+WARM_UP = 50  # untimed steps: more than an epoch, since its short last batch is compiled again
 PLAIN, LOOP, NO_EMA = "plain loop", "this loop", "--ema_decay 0"
 FLAGS = {
     LOOP: "",
@@ -41,7 +38,7 @@ FLAGS = {
     "--cache_images": "--cache_images",
     "--channels_last": "--channels_last",
 }
-if DEVICE == "cuda":  # on a CPU without bfloat16 arithmetic, either takes longer than the rest together
+if DEVICE == "cuda":  # too slow on a CPU: compiling, and bfloat16 where it is emulated
     FLAGS |= {
         "--mixed_precision bf16": "--mixed_precision bf16",
         "--compile": "--compile",
@@ -50,36 +47,22 @@ if DEVICE == "cuda":  # on a CPU without bfloat16 arithmetic, either takes longe
 
 
 class Stopwatch:
-    """Adds up the times between `start` and `stop`, but those of the warm-up."""
+    """Sums the times between `start` and `stop`, except during the warm-up."""
 
     def __init__(self):
         self.steps, self.seconds = 0, 0.0
 
     def start(self) -> None:
-        self.started = _now()
+        self.started = synchronized_time()
 
     def stop(self) -> None:
         self.steps += 1
         if self.steps > WARM_UP:
-            self.seconds += _now() - self.started
-
-
-def _now() -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else _peak_resident()
-
-
-def _peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            self.seconds += synchronized_time() - self.started
 
 
 def plain_loop(model: Path) -> Iterator[None]:
-    """What one would write down first: a DataLoader, AdamW and the mean squared error. Each `next` is a step."""
+    """Train with a DataLoader, AdamW and the mean squared error; each `next` takes one step."""
     pipeline = load_pipeline(str(model), device=DEVICE)
     unet, scheduler = pipeline.unet.train(), pipeline.scheduler
 
@@ -104,18 +87,18 @@ def plain_loop(model: Path) -> Iterator[None]:
 
 
 def this_loop(model: Path, steps: int, flags: str, beside: Iterator[None] | None) -> dict[str, float]:
-    """finetune_model.py with those flags; its samples and saves lie before and after the steps that are timed.
+    """Run finetune_model.py with `flags` and time its steps; it samples and saves only before and after these.
 
     Args:
-        beside: a loop that takes a step after each step of this one, timed by itself.
+        beside: another loop, which takes a step after each step of this one and is timed separately.
     """
     ours, plain, waited = Stopwatch(), Stopwatch(), {}
 
     class TimedTrainer(Trainer):
         def _train_step(self, batches):
-            if self.step:
+            if self.progress.step:
                 ours.stop()  # with what the loop does between two steps: progress, logging
-                waited[self.step] = self.clock.waited
+                waited[self.progress.step] = self.progress.clock.waited
             if beside:
                 plain.start()
                 next(beside)
@@ -123,23 +106,20 @@ def this_loop(model: Path, steps: int, flags: str, beside: Iterator[None] | None
             ours.start()
             super()._train_step(batches)
 
-    finetune_model.Trainer = TimedTrainer
+    session.Trainer = TimedTrainer
     never = "--log_samples_every 0 --save_model_every 0 --checkpointing_steps 0 --report_to none"
     small = f"--num_samples 1 --sample_steps 1 --batch_size {BATCH_SIZE} --max_train_steps {WARM_UP + steps + 1}"
     with TemporaryDirectory() as folder:
         start = ["--start_model", str(model), "--output_dir", f"{folder}/run"]
         finetune_model.main([*start, *never.split(), *small.split(), *flags.split()])
     share = (waited[WARM_UP + steps] - waited[WARM_UP]) / ours.seconds
-    return {"ours": ours.seconds / steps, "plain": plain.seconds / (steps + 1), "waited": share, "peak": _peak()}
+    return {"ours": ours.seconds / steps, "plain": plain.seconds / (steps + 1), "waited": share, "peak": peak_memory()}
 
 
 def measure(variant: str, model: Path, steps: int, beside: bool) -> dict[str, float]:
-    """The result of a variant, from a fresh process."""
-    command = [sys.executable, __file__, "--steps", str(steps), f"--variant={variant}", "--model", str(model)]
-    done = subprocess.run(command + ["--beside"] * beside, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{variant} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """Measure a variant in a fresh process."""
+    flags = ["--steps", str(steps), f"--variant={variant}", "--model", str(model), *["--beside"] * beside]
+    return run_in_subprocess(__file__, *flags)
 
 
 def compare(steps: int, rounds: int) -> None:
@@ -149,38 +129,39 @@ def compare(steps: int, rounds: int) -> None:
         sys.argv = [str(UNTRAINED), str(model)]
         runpy.run_path(str(UNTRAINED))
         for _ in range(rounds):
-            for variant, measured in results.items():
-                measured.append(measure(variant, model, steps, beside=True))
+            for variant, runs in results.items():
+                runs.append(measure(variant, model, steps, beside=True))
         peaks = {variant: measure(variant, model, 1, beside=False)["peak"] for variant in (PLAIN, *FLAGS)}
 
-    def times(variant: str) -> list[float]:
+    def ratios(variant: str) -> list[float]:
         return [result["ours"] / result["plain"] for result in results[variant]]
 
-    def speed(measured: list[dict[str, float]], loop: str) -> str:
-        return f"{BATCH_SIZE / median(result[loop] for result in measured):.1f}"
+    def speed(runs: list[dict[str, float]], loop: str) -> str:
+        return f"{BATCH_SIZE / median(result[loop] for result in runs):.1f}"
 
-    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {os.cpu_count()} cores"
-    print(f"{hardware}, torch {torch.__version__}; {rounds} rounds of {steps} steps, batch {BATCH_SIZE}\n")
+    print(f"{hardware()}; {rounds} rounds of {steps} steps, batch {BATCH_SIZE}\n")
     memory = "GPU memory" if DEVICE == "cuda" else "memory"
-    print(f"| | images/s | time of a step beside the plain loop | waiting for data | peak {memory}, MiB |")
+    print(f"| | images/s | step time relative to the plain loop | waiting for data | peak {memory}, MiB |")
     print("|---|--:|--:|--:|--:|")
     print(f"| {PLAIN} | {speed(results[LOOP], 'plain')} | | | {peaks[PLAIN] / 2**20:.0f} |")
     for variant in results:
-        ratios = ", ".join(f"{ratio:.3f}" for ratio in times(variant))
+        step_times = ", ".join(f"{ratio:.3f}" for ratio in ratios(variant))
         waited = median(result["waited"] for result in results[variant])
         images = speed(results[variant], "ours")
-        print(f"| {variant} | {images} | {ratios} | {waited:.1%} | {peaks[variant] / 2**20:.0f} |")
-    overhead, without = median(times(LOOP)) - 1, median(times(NO_EMA)) - 1
-    print(f"\nThe loop takes {overhead:.1%} longer than the plain one, {without:.1%} without EMA (wanted: under 3 %).")
+        print(f"| {variant} | {images} | {step_times} | {waited:.1%} | {peaks[variant] / 2**20:.0f} |")
+    overhead, without = median(ratios(LOOP)) - 1, median(ratios(NO_EMA)) - 1
+    print(f"\nThe loop takes {overhead:.1%} longer than the plain loop, {without:.1%} without EMA (target: under 3%).")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="timed optimizer steps of each run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant")
-    parser.add_argument("--variant", choices=[PLAIN, *FLAGS], help="measure this one alone, in this process")
-    parser.add_argument("--model", type=Path, help="the pipeline folder for --variant")
-    parser.add_argument("--beside", action="store_true", help="with a step of the plain loop after each of its steps")
+    parser.add_argument("--variant", choices=[PLAIN, *FLAGS], help="measure only this variant, in this process")
+    parser.add_argument("--model", type=Path, help="pipeline folder for --variant")
+    parser.add_argument(
+        "--beside", action="store_true", help="take a step of the plain loop after each step of the variant"
+    )
     args = parser.parse_args()
     if not args.variant:
         compare(args.steps, args.rounds)
@@ -188,7 +169,7 @@ if __name__ == "__main__":
         loop = plain_loop(args.model)
         for _ in range(WARM_UP + args.steps):
             next(loop)
-        print(json.dumps({"peak": _peak()}))
+        print(json.dumps({"peak": peak_memory()}))
     else:
         beside = plain_loop(args.model) if args.beside else None
         print(json.dumps(this_loop(args.model, args.steps, FLAGS[args.variant], beside)))

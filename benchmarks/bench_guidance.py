@@ -1,21 +1,20 @@
-"""What guidance does and what it costs: distance to a colour by scale; time and memory of the two kinds of gradient.
+"""Effect and cost of guidance: loss by guidance scale, and time and memory of the two kinds of gradient.
 
     python benchmarks/bench_guidance.py
     python benchmarks/bench_guidance.py --pictures docs/images
 
-On the embedded models, with DDIM. Time and memory are taken in a process of its own for each variant, and all variants
-take turns in each round: the ratios hold while the machine does other things, too.
+It uses the embedded models with DDIM. Time and memory are measured on one CPU thread, or the GPU, in a separate
+process for each variant, and the variants alternate in each round, so that the ratios are robust to other load on the
+machine.
 """
 
 import argparse
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from statistics import median
 
 import torch
+from common import CLASSIFIER, DEVICE, MODELS, class_accuracy, hardware, run_in_subprocess, synchronized_time
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
@@ -32,18 +31,14 @@ from ddgan.data.images import to_bytes
 from ddgan.evaluation.extractors import ClassifierFeatures, load_extractor
 from ddgan.pipelines.pipeline_guided import SCALE_SCHEDULES
 from ddgan.sampling.grids import image_grid
-from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 
-ROOT = Path(__file__).parents[1]
-MODELS = ROOT / "examples" / "models"
 EMOJI, CLASSES, DIGITS = MODELS / "noto-emoji-32", MODELS / "noto-emoji-classes-32", MODELS / "mnist-28"
-CLASSIFIER = ROOT / "tests" / "fixtures" / "classifiers" / "mnist"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEN = ColorLoss((0.1, 0.9, 0.5))
 SCALES = (5, 20, 40, 100)
 STEPS = 40
 IMAGES = 32
-COLUMNS = 6  # pictures of a row that are shown
+COLUMNS = 6  # images in a row of a grid
 VARIANTS = ("unguided", "sample", "model", "model, checkpointing")
 
 
@@ -53,19 +48,19 @@ def load(scheduler: str = "ddim", model: Path = EMOJI) -> GuidedPipeline:
     return pipe
 
 
-def draw(
+def sample(
     pipe: GuidedPipeline,
     loss: GuidanceLoss,
     scale: float,
     count: int = IMAGES,
-    judge: ClassifierFeatures | None = None,
+    classifier: ClassifierFeatures | None = None,
     **options,
 ) -> list[Image.Image]:
-    """
-    Draw `count` pictures, of the classes in turn, and print their losses and how many `judge` reads as asked.
+    """Sample `count` images, cycling through the classes, and print the mean and standard deviation of their losses, and
+    their class accuracy if there is a classifier.
 
     Returns:
-        the first of them, as many as there are classes, or `COLUMNS`.
+        The first images for a grid: one of each class, or `COLUMNS` of an unconditional model.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
     options = {"batch_size": count, "num_inference_steps": STEPS, "generator": generators, **options}
@@ -73,48 +68,47 @@ def draw(
         options["class_labels"] = [i % classes for i in range(count)]
     images = pipe(loss, scale, output_type="pt", **options).images
     losses = loss(images * 2 - 1)
-    print(f"{losses.mean():.3f} ± {losses.std():.3f}", end="\n" if judge is None else ", ", flush=True)
-    if judge:
-        seen = judge(to_bytes(images * 2 - 1))["logits"].argmax(1)
-        right = seen == torch.tensor(options["class_labels"])
-        print(f"read as asked: {right.double().mean():.0%}", flush=True)
+    print(f"{losses.mean():.3f} ± {losses.std():.3f}", end="\n" if classifier is None else ", ", flush=True)
+    if classifier:
+        accuracy = class_accuracy(classifier(to_bytes(images * 2 - 1))["logits"], classes)
+        print(f"class accuracy: {accuracy:.0%}", flush=True)
     return pipe.numpy_to_pil(images[: classes or COLUMNS].permute(0, 2, 3, 1).cpu().numpy())
 
 
-def by_scale(
-    model: Path, loss: GuidanceLoss, folder: Path | None, name: str, judge: ClassifierFeatures | None = None
+def compare_scales(
+    model: Path, loss: GuidanceLoss, folder: Path | None, name: str, classifier: ClassifierFeatures | None = None
 ) -> None:
-    """Print the mean and standard deviation of the loss over the images, for each scale and kind of gradient."""
+    """Print and save the results of each guidance scale and kind of gradient."""
     pipe = load(model=model)
     print(f"{model.name}, unguided", end=": ")
-    rows, labels = draw(pipe, loss, 0.0, judge=judge), ["unguided"]
+    rows, labels = sample(pipe, loss, 0.0, classifier=classifier), ["unguided"]
     for gradient in ("sample", "model"):
         for scale in SCALES:
             print(f"{model.name}, gradient {gradient}, scale {scale}", end=": ")
-            rows += draw(pipe, loss, scale, judge=judge, gradient=gradient)
+            rows += sample(pipe, loss, scale, classifier=classifier, gradient=gradient)
             labels.append(f"{gradient} {scale}")
     save(rows, labels, folder, name)
 
 
-def distances(folder: Path | None) -> None:
-    """Print what guidance does to the losses: of colour from 0 to 2, as all differences of pixels."""
-    by_scale(EMOJI, GREEN, folder, "guidance_scales.png")
-    by_scale(CLASSES, GREEN, folder, "guidance_classes.png")
-    by_scale(DIGITS, SymmetryLoss(), folder, "guidance_digits.png", load_extractor(str(CLASSIFIER)))
+def compare_losses(folder: Path | None) -> None:
+    """Print losses with and without guidance; a color loss is at most 2, since pixel values are in [-1, 1]."""
+    compare_scales(EMOJI, GREEN, folder, "guidance_scales.png")
+    compare_scales(CLASSES, GREEN, folder, "guidance_classes.png")
+    compare_scales(DIGITS, SymmetryLoss(), folder, "guidance_digits.png", load_extractor(str(CLASSIFIER)))
 
     pipe = load()
     for schedule in SCALE_SCHEDULES:
         print(f"gradient sample, scale 100, {schedule}", end=": ")
-        draw(pipe, GREEN, 100, scale_schedule=schedule)
+        sample(pipe, GREEN, 100, scale_schedule=schedule)
     for scheduler in SCHEDULERS:
         print(f"gradient sample, scale 40, {scheduler}", end=": ")
-        draw(load(scheduler), GREEN, 40)
+        sample(load(scheduler), GREEN, 40)
 
     reference = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
     rows, labels = [], []
     for label, loss, scale in (
         ("unguided", GREEN, 0),
-        ("grey", SaturationLoss(0.0), 100),
+        ("gray", SaturationLoss(0.0), 100),
         ("saturated", SaturationLoss(1.0), 100),
         ("smooth", TotalVariationLoss(), 40),
         ("symmetric", SymmetryLoss(), 100),
@@ -122,39 +116,37 @@ def distances(folder: Path | None) -> None:
         ("green, symmetric", GREEN + 2 * SymmetryLoss(), 40),
     ):
         print(f"{label}, scale {scale}", end=": ")
-        rows += draw(pipe, loss, scale, COLUMNS)
+        rows += sample(pipe, loss, scale, COLUMNS)
         labels.append(label)
     save(rows, labels, folder, "guidance_losses.png")
 
 
-def save(pictures: list[Image.Image], labels: list[str], folder: Path | None, name: str) -> None:
+def save(images: list[Image.Image], labels: list[str], folder: Path | None, name: str) -> None:
     if folder:
-        image_grid(pictures, len(pictures) // len(labels), row_labels=labels).save(folder / name, optimize=True)
+        image_grid(images, len(images) // len(labels), row_labels=labels).save(folder / name, optimize=True)
 
 
 def measure(variant: str, steps: int = 3) -> tuple[float, float]:
-    """Seconds a step, and MB above those of the loaded model, at the peak of some steps with `IMAGES` images."""
+    """Return seconds per step with `IMAGES` images, and the peak memory in MB above that of the loaded model."""
     torch.set_num_threads(1)
     pipe = load()
     if variant == "model, checkpointing":
         pipe.unet.enable_gradient_checkpointing()
-    marks = []
+    times = []
 
     def callback(pipe, i, t, tensors):
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
+        times.append(synchronized_time())
         return {}
 
     options = {"guidance_end": 0.0} if variant == "unguided" else {"gradient": variant.split(",")[0]}
     options |= {"num_inference_steps": 1 + steps, "callback_on_step_end": callback, "output_type": "latent"}
-    before = memory(reset=True)
+    start = peak_memory_mb(reset=True)
     pipe(GREEN, 40.0, batch_size=IMAGES, **options)
-    return (marks[-1] - marks[0]) / steps, memory() - before
+    return (times[-1] - times[0]) / steps, peak_memory_mb() - start
 
 
-def memory(reset: bool = False) -> float:
-    """The peak in MB since it was last reset, on a CPU by what Linux counts for the process."""
+def peak_memory_mb(reset: bool = False) -> float:
+    """Return the peak memory in MB since the last reset: of the GPU, or (Linux only) of this process."""
     if DEVICE == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -165,31 +157,30 @@ def memory(reset: bool = False) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
-def costs(rounds: int) -> None:
-    """Print seconds a step, ratios to the unguided, and peak memory."""
-    found = {variant: [] for variant in VARIANTS}
+def compare_costs(rounds: int) -> None:
+    """Print seconds per step and peak memory of each variant, with their ratios to unguided sampling."""
+    results = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant in VARIANTS:
-            command = [sys.executable, __file__, "--variant", variant]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[variant].append(json.loads(done.stdout.splitlines()[-1]))
-    for variant, runs in found.items():
+            results[variant].append(run_in_subprocess(__file__, "--variant", variant))
+    unguided_seconds, unguided_peaks = zip(*results["unguided"], strict=True)
+    for variant, runs in results.items():
         seconds, peaks = zip(*runs, strict=True)
-        ratio = median(s / free for s, (free, _) in zip(seconds, found["unguided"], strict=True))
-        growth = median(peaks) / median(peak for _, peak in found["unguided"])
-        print(f"{variant}: {median(seconds):.3f} s a step ({ratio:.2f}), peak {median(peaks):.0f} MB ({growth:.2f})")
+        ratio = median(a / b for a, b in zip(seconds, unguided_seconds, strict=True))
+        growth = median(peaks) / median(unguided_peaks)
+        print(f"{variant}: {median(seconds):.3f} s per step ({ratio:.2f}), peak {median(peaks):.0f} MB ({growth:.2f})")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, help="folder for grids of the pictures")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--variant", choices=VARIANTS, help="measure this one alone, in this process")
+    parser.add_argument("--pictures", type=Path, help="existing folder to save image grids in")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of time and memory per variant")
+    parser.add_argument("--variant", choices=VARIANTS, help="measure only this variant, in this process")
     args = parser.parse_args()
     disable_progress_bar()
     if args.variant:
         print(json.dumps(measure(args.variant)))
     else:
-        print(f"on {torch.cuda.get_device_name() if DEVICE == 'cuda' else 'a CPU'}, torch {torch.__version__}")
-        costs(args.rounds)
-        distances(args.pictures)
+        print(hardware())
+        compare_costs(args.rounds)
+        compare_losses(args.pictures)

@@ -1,1 +1,1 @@
-"""Conversion of published checkpoints."""
+"""Conversion of published checkpoints to the models of this package."""

@@ -1,10 +1,15 @@
-"""Official checkpoints of Denoising Diffusion GANs as `NCSNpp` and `DDGANDiscriminator`."""
+"""Convert official checkpoints of Denoising Diffusion GANs to `NCSNpp` and `DDGANDiscriminator`.
+
+"Reference" is NVIDIA's implementation (https://github.com/NVlabs/denoising-diffusion-gan). Its networks are described
+by command-line arguments, here called arguments, and its generator keeps all layers in one list, `all_modules`.
+"""
 
 import argparse
 import pickle
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,8 @@ from ..core.errors import InputError
 from ..models.discriminator_ddgan import DDGANDiscriminator
 from ..models.unet_ncsnpp import NCSNpp
 
-# Names inside one entry of `all_modules`, theirs to ours. NIN layers are handled by `convert_layer`.
-RESNET = {
+# layer names inside one entry of `all_modules`, from the reference's to those of this package
+_RESNET = {
     "GroupNorm_0": "norm1",
     "Conv_0": "conv1",
     "Dense_0": "time_emb_proj",
@@ -24,12 +29,19 @@ RESNET = {
     "Conv_2": "conv_shortcut",
     "NIN_0": "conv_shortcut",
 }
-ATTENTION = {"GroupNorm_0": "group_norm", "NIN_0": "to_q", "NIN_1": "to_k", "NIN_2": "to_v", "NIN_3": "to_out"}
-RESAMPLER = {"Conv_0": "conv", "Conv2d_0": "conv"}
-COMBINER = {"Conv_0": ""}
-PLAIN = {"": ""}
-# the reference's arguments for the published checkpoints, beside which all three have those of COMMON
-COMMON = {
+_ATTENTION = {"GroupNorm_0": "group_norm", "NIN_0": "to_q", "NIN_1": "to_k", "NIN_2": "to_v", "NIN_3": "to_out"}
+_RESAMPLER = {"Conv_0": "conv", "Conv2d_0": "conv"}
+_COMBINER = {"Conv_0": ""}
+_PLAIN = {"": ""}
+
+# arguments in which the published models differ
+PUBLISHED_MODELS = {
+    "cifar10": {"image_size": 32, "ch_mult": [1, 2, 2, 2], "num_timesteps": 4},
+    "celebahq_256": {"image_size": 256, "ch_mult": [1, 1, 2, 2, 4, 4], "num_timesteps": 2},
+    "lsun_church_256": {"image_size": 256, "ch_mult": [1, 1, 2, 2, 4, 4], "num_timesteps": 4},
+}
+# arguments that all published models share
+COMMON_ARGUMENTS = {
     "num_channels": 3,
     "centered": True,
     "num_res_blocks": 2,
@@ -52,281 +64,322 @@ COMMON = {
     "use_geometric": False,
 }
 
+Arguments = Mapping[str, Any]
+State = Mapping[str, torch.Tensor]
 
-def read_checkpoint(path: Path) -> tuple[dict, dict | None, dict | None]:
-    """State of the generator, and of the discriminator and the arguments where they are in there too.
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The contents of a checkpoint.
+
+    Attributes:
+        generator: Parameters of the generator.
+        discriminator: Parameters of the discriminator, if the file has them.
+        arguments: The arguments of the training run, if the file has them.
+    """
+
+    generator: dict[str, torch.Tensor]
+    discriminator: dict[str, torch.Tensor] | None
+    arguments: dict[str, Any] | None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read the weights of a generator (netG_*.pth) or a whole training state (content.pth).
 
     Raises:
-        InputError: if the file is not there, holds more than tensors and plain values, or no generator.
+        InputError: If there is no such file, it holds anything but tensors and plain values, or it has no generator.
     """
     if not path.is_file():
-        raise InputError(f"--checkpoint_path {path}: there is no such file.")
+        raise InputError(f"There is no checkpoint {path}.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"--checkpoint_path {path} cannot be read as tensors and plain values: {reason}") from error
+        raise InputError(f"The checkpoint {path} cannot be read as tensors and plain values: {reason}") from error
     if not isinstance(content, dict):
-        raise InputError(f"--checkpoint_path {path} holds a {type(content).__name__} and not a state of networks.")
-    parts = [content, *content.values()]
-    states = [part for part in parts if isinstance(part, dict) and any(map(torch.is_tensor, part.values()))]
+        raise InputError(f"The checkpoint {path} holds a {type(content).__name__} instead of a state dict.")
+    values = [content, *content.values()]
+    states = [value for value in values if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))]
 
-    def holding(mark: str) -> dict | None:
-        return next((state for state in states if any(mark in key for key in state)), None)
+    def find_state(key_part: str) -> dict[str, torch.Tensor] | None:
+        return next((state for state in states if any(key_part in key for key in state)), None)
 
-    generator, discriminator = holding("all_modules."), holding("start_conv.")
+    generator = find_state("all_modules.")
     if generator is None:
-        raise InputError(f"--checkpoint_path {path} holds no generator: it has {', '.join(map(str, content))[:300]}.")
-    arguments = next((vars(part) for part in parts if isinstance(part, argparse.Namespace)), None)
-    return generator, discriminator, arguments
+        keys = ", ".join(map(str, content))[:300]
+        raise InputError(f"The checkpoint {path} holds no generator: its keys are {keys}.")
+    arguments = next((vars(value) for value in values if isinstance(value, argparse.Namespace)), None)
+    return Checkpoint(generator, find_state("start_conv."), arguments)
 
 
-def generator_modules(config: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
-    """Our module for each of the reference's `all_modules`, in order, with the names inside it."""
-    levels = len(config["ch_mult"])
-    ddpm = config["resblock_type"] == "ddpm"
-    with_attention = [config["image_size"] >> level in config["attn_resolutions"] for level in range(levels)]
+def _generator_modules(arguments: Arguments) -> list[tuple[str, dict[str, str]]]:
+    """Return the `NCSNpp` module for each entry of `all_modules`, in order, with its layer names."""
+    levels = len(arguments["ch_mult"])
+    ddpm = arguments["resblock_type"] == "ddpm"
+    image_size, attention_resolutions = arguments["image_size"], arguments["attn_resolutions"]
+    with_attention = [image_size >> level in attention_resolutions for level in range(levels)]
     modules = []
 
     # 1. embeddings
-    if config["embedding_type"] == "fourier":
-        modules.append(("time_proj", PLAIN))
-    if config["conditional"]:
-        modules += [("time_embedding.linear_1", PLAIN), ("time_embedding.linear_2", PLAIN)]
+    if arguments["embedding_type"] == "fourier":
+        modules.append(("time_proj", _PLAIN))
+    if arguments["conditional"]:
+        modules += [("time_embedding.linear_1", _PLAIN), ("time_embedding.linear_2", _PLAIN)]
 
     # 2. down
-    modules.append(("conv_in", PLAIN))
+    modules.append(("conv_in", _PLAIN))
     for level in range(levels):
         block = f"down_blocks.{level}"
-        for i in range(config["num_res_blocks"]):
-            modules.append((f"{block}.resnets.{i}", RESNET))
+        for i in range(arguments["num_res_blocks"]):
+            modules.append((f"{block}.resnets.{i}", _RESNET))
             if with_attention[level]:
-                modules.append((f"{block}.attentions.{i}", ATTENTION))
+                modules.append((f"{block}.attentions.{i}", _ATTENTION))
         if level < levels - 1:
-            modules.append((f"{block}.downsampler", RESAMPLER if ddpm else RESNET))
-            if config["progressive_input"] == "input_skip":
-                modules.append((f"{block}.pyramid_conv", COMBINER))
-            elif config["progressive_input"] == "residual":
-                modules.append((f"{block}.pyramid_downsampler", RESAMPLER))
+            modules.append((f"{block}.downsampler", _RESAMPLER if ddpm else _RESNET))
+            if arguments["progressive_input"] == "input_skip":
+                modules.append((f"{block}.pyramid_conv", _COMBINER))
+            elif arguments["progressive_input"] == "residual":
+                modules.append((f"{block}.pyramid_downsampler", _RESAMPLER))
 
     # 3. middle
-    modules += [("mid_block.resnets.0", RESNET), ("mid_block.attention", ATTENTION), ("mid_block.resnets.1", RESNET)]
+    modules += [
+        ("mid_block.resnets.0", _RESNET),
+        ("mid_block.attention", _ATTENTION),
+        ("mid_block.resnets.1", _RESNET),
+    ]
 
     # 4. up
     for index, level in enumerate(reversed(range(levels))):
         block = f"up_blocks.{index}"
-        modules += [(f"{block}.resnets.{i}", RESNET) for i in range(config["num_res_blocks"] + 1)]
+        modules += [(f"{block}.resnets.{i}", _RESNET) for i in range(arguments["num_res_blocks"] + 1)]
         if with_attention[level]:
-            modules.append((f"{block}.attention", ATTENTION))
-        if config["progressive"] == "output_skip" or (config["progressive"] == "residual" and index == 0):
-            modules += [(f"{block}.pyramid_norm", PLAIN), (f"{block}.pyramid_conv", PLAIN)]
-        elif config["progressive"] == "residual":
-            modules.append((f"{block}.pyramid_upsampler", RESAMPLER))
+            modules.append((f"{block}.attention", _ATTENTION))
+        if arguments["progressive"] == "output_skip" or (arguments["progressive"] == "residual" and index == 0):
+            modules += [(f"{block}.pyramid_norm", _PLAIN), (f"{block}.pyramid_conv", _PLAIN)]
+        elif arguments["progressive"] == "residual":
+            modules.append((f"{block}.pyramid_upsampler", _RESAMPLER))
         if level > 0:
-            modules.append((f"{block}.upsampler", RESAMPLER if ddpm else RESNET))
+            modules.append((f"{block}.upsampler", _RESAMPLER if ddpm else _RESNET))
 
     # 5. out
-    if config["progressive"] != "output_skip":
-        modules += [("conv_norm_out", PLAIN), ("conv_out", PLAIN)]
+    if arguments["progressive"] != "output_skip":
+        modules += [("conv_norm_out", _PLAIN), ("conv_out", _PLAIN)]
     return modules
 
 
-def generator_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`NCSNpp`'s arguments for the reference's."""
-    if list(config["fir_kernel"]) != [1, 3, 3, 1]:
-        raise ValueError(f"`fir_kernel` is {config['fir_kernel']}, but only [1, 3, 3, 1] is supported.")
+def generator_config(arguments: Arguments) -> dict[str, Any]:
+    """Return the config of `NCSNpp` for the reference's arguments.
+
+    Raises:
+        `ValueError`: If `fir_kernel` is not [1, 3, 3, 1].
+    """
+    if list(arguments["fir_kernel"]) != [1, 3, 3, 1]:
+        raise ValueError(f"`fir_kernel` is {arguments['fir_kernel']}, but only [1, 3, 3, 1] is supported.")
     return {
-        "sample_size": config["image_size"],
-        "in_channels": config["num_channels"],
-        "out_channels": config["num_channels"],
-        "block_out_channels": [config["num_channels_dae"] * multiplier for multiplier in config["ch_mult"]],
-        "base_channels": config["num_channels_dae"],
-        "layers_per_block": config["num_res_blocks"],
-        "attention_resolutions": list(config["attn_resolutions"]),
-        "latent_dim": config["nz"],
-        "latent_embed_dim": config["z_emb_dim"],
-        "latent_mapping_layers": config["n_mlp"],
-        "resnet_type": config["resblock_type"],
-        "fir": config["fir"],
-        "resample_with_conv": config["resamp_with_conv"],
-        "progressive_input": config["progressive_input"],
-        "progressive_combine": config["progressive_combine"],
-        "progressive_output": config["progressive"],
-        "time_conditioning": config["conditional"],
-        "time_embedding_type": config["embedding_type"],
-        "fourier_scale": config["fourier_scale"],
-        "skip_rescale": config["skip_rescale"],
-        "center_input_sample": not config["centered"],
-        "tanh_output": not config["not_use_tanh"],
-        "dropout": config["dropout"],
+        "sample_size": arguments["image_size"],
+        "in_channels": arguments["num_channels"],
+        "out_channels": arguments["num_channels"],
+        "block_out_channels": [arguments["num_channels_dae"] * multiplier for multiplier in arguments["ch_mult"]],
+        "base_channels": arguments["num_channels_dae"],
+        "layers_per_block": arguments["num_res_blocks"],
+        "attention_resolutions": list(arguments["attn_resolutions"]),
+        "latent_dim": arguments["nz"],
+        "latent_embed_dim": arguments["z_emb_dim"],
+        "latent_mapping_layers": arguments["n_mlp"],
+        "resnet_type": arguments["resblock_type"],
+        "fir": arguments["fir"],
+        "resample_with_conv": arguments["resamp_with_conv"],
+        "progressive_input": arguments["progressive_input"],
+        "progressive_combine": arguments["progressive_combine"],
+        "progressive_output": arguments["progressive"],
+        "time_conditioning": arguments["conditional"],
+        "time_embedding_type": arguments["embedding_type"],
+        "fourier_scale": arguments["fourier_scale"],
+        "skip_rescale": arguments["skip_rescale"],
+        "center_input_sample": not arguments["centered"],
+        "tanh_output": not arguments["not_use_tanh"],
+        "dropout": arguments["dropout"],
     }
 
 
-def discriminator_config(config: Mapping[str, Any], large: bool) -> dict[str, Any]:
-    """`DDGANDiscriminator`'s arguments for the reference's small or large discriminator."""
+def _discriminator_config(arguments: Arguments, large: bool) -> dict[str, Any]:
+    """Return the config of `DDGANDiscriminator` for the reference's small or large discriminator."""
     multipliers = (4, 8, 8, 8, 8, 8) if large else (2, 4, 8, 8)
     return {
-        "sample_size": config["image_size"],
-        "in_channels": config["nc"] // 2,
-        "base_channels": 2 * config["ngf"],
-        "block_out_channels": [multiplier * config["ngf"] for multiplier in multipliers],
+        "sample_size": arguments["image_size"],
+        "in_channels": arguments["nc"] // 2,
+        "base_channels": 2 * arguments["ngf"],
+        "block_out_channels": [multiplier * arguments["ngf"] for multiplier in multipliers],
         "down_blocks": [large or i > 0 for i in range(len(multipliers))],
-        "time_embed_dim": config["t_emb_dim"],
+        "time_embed_dim": arguments["t_emb_dim"],
         "near_zero_conv_out": not large,
     }
 
 
-def convert_generator(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> NCSNpp:
-    """
-    The reference's generator as an `NCSNpp` that computes the same.
+def convert_generator(state_dict: State, arguments: Arguments) -> NCSNpp:
+    """Convert the reference's generator to an `NCSNpp` with the same outputs.
 
     Args:
-        state_dict: its parameters, with or without the prefix `module.`.
-        config: the reference's arguments by their own names; those that `generator_arguments` gives may be missing.
+        state_dict: Parameters of the generator, with or without the prefix `module.`.
+        arguments: Arguments of the reference; those that `generator_arguments` can complete may be missing.
 
     Raises:
-        `ValueError`: with the list of keys that do not fit.
-        `KeyError`: if an argument is missing that neither the keys tell nor all published checkpoints share.
+        ValueError: If the parameters do not fit the arguments; the message lists all keys concerned.
+        KeyError: If an argument is missing that can neither be inferred nor is common to the published models.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    config = generator_arguments(state_dict, config)
-    modules = generator_modules(config)
+    arguments = generator_arguments(state_dict, arguments)
+    modules = _generator_modules(arguments)
     converted, unknown = {}, []
     for key, value in state_dict.items():
         if match := re.fullmatch(r"all_modules\.(\d+)\.(.+)", key):
-            number, rest = int(match[1]), match[2]
-            theirs, leaf = rest.rpartition(".")[::2]
-            layer, _, inner = theirs.partition(".")
-            if number >= len(modules) or layer not in modules[number][1]:
+            index, path = int(match[1]), match[2]
+            layer_path, _, parameter = path.rpartition(".")
+            layer, _, inner = layer_path.partition(".")
+            if index >= len(modules) or layer not in modules[index][1]:
                 unknown.append(key)
                 continue
-            ours, names = modules[number]
-            if layer == "Dense_0" and not config["conditional"]:
+            module, layer_names = modules[index]
+            if layer == "Dense_0" and not arguments["conditional"]:
                 continue
-            name = ".".join(part for part in (ours, names[layer], inner) if part)
-            if leaf in ("W", "b") and layer.startswith("NIN"):
-                value = value.T if leaf == "W" else value
-                if leaf == "W" and names is RESNET:
+            name = ".".join(part for part in (module, layer_names[layer], inner) if part)
+            if parameter == "W" and layer.startswith("NIN"):  # "network in network": a 1x1 convolution, transposed
+                value = value.T
+                if layer_names is _RESNET:
                     value = value[:, :, None, None]
-            leaf = {"W": "weight", "b": "bias"}.get(leaf, leaf)
-            converted[f"{name}.{leaf}"] = value.contiguous()
+            parameter = {"W": "weight", "b": "bias"}.get(parameter, parameter)
+            converted[f"{name}.{parameter}"] = value.contiguous()
         elif match := re.fullmatch(r"z_transform\.(\d+)\.(weight|bias)", key):
-            # entry 0 is the normalisation, then a linear layer and an activation in turn
+            # entry 0 is the normalization, followed by alternating linear layers and activations
             converted[f"latent_mapping.{int(match[1]) // 2}.{match[2]}"] = value
         else:
             unknown.append(key)
-    model = NCSNpp(**generator_config(config))
-    load(model, converted, unknown)
+    model = NCSNpp(**generator_config(arguments))
+    _load_converted(model, converted, unknown)
     return model
 
 
-def convert_discriminator(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> DDGANDiscriminator:
-    """
-    The reference's small or large discriminator (its number of blocks tells which) as a `DDGANDiscriminator`.
+def convert_discriminator(state_dict: State, arguments: Arguments) -> DDGANDiscriminator:
+    """Convert the reference's discriminator, small or large by its number of blocks, to a `DDGANDiscriminator`.
 
-    Arguments and errors as for `convert_generator`.
+    Args:
+        state_dict: Parameters of the discriminator, with or without the prefix `module.`.
+        arguments: Arguments of the reference; only `image_size` is not inferred from the parameters.
+
+    Raises:
+        ValueError: If the parameters do not fit; the message lists all keys concerned.
+        KeyError: If an argument is missing.
     """
     names = {"start_conv": "conv_in", "final_conv": "conv_out", "end_linear": "linear_out"}
     names |= {"t_embed.main.0": "time_linear_1", "t_embed.main.2": "time_linear_2"}
     for i in range(6):
-        inner = {"conv1.0": "conv1", "conv2.0": "conv2", "dense_t1": "time_emb_proj", "skip.0": "conv_shortcut"}
-        names |= {f"conv{i + 1}.{theirs}": f"blocks.{i}.{ours}" for theirs, ours in inner.items()}
+        layers = {"conv1.0": "conv1", "conv2.0": "conv2", "dense_t1": "time_emb_proj", "skip.0": "conv_shortcut"}
+        names |= {f"conv{i + 1}.{layer}": f"blocks.{i}.{name}" for layer, name in layers.items()}
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     converted, unknown = {}, []
     for key, value in state_dict.items():
-        layer, _, leaf = key.rpartition(".")
+        layer, _, parameter = key.rpartition(".")
         if layer in names:
-            converted[f"{names[layer]}.{leaf}"] = value
+            converted[f"{names[layer]}.{parameter}"] = value
         else:
             unknown.append(key)
     shapes = {}
     if "start_conv.weight" in state_dict and "t_embed.main.0.weight" in state_dict:
         width, channels = state_dict["start_conv.weight"].shape[:2]
         shapes = {"nc": channels, "ngf": width // 2, "t_emb_dim": state_dict["t_embed.main.0.weight"].shape[1]}
-    model = DDGANDiscriminator(**discriminator_config({**config, **shapes}, large="conv5.skip.0.weight" in state_dict))
-    load(model, converted, unknown)
+    large = "conv5.skip.0.weight" in state_dict
+    model = DDGANDiscriminator(**_discriminator_config({**arguments, **shapes}, large))
+    _load_converted(model, converted, unknown)
     return model
 
 
-def generator_arguments(state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    The arguments of the reference's generator: those given, else as keys and shapes tell, else as usual (`COMMON`).
+def generator_arguments(state_dict: State, arguments: Arguments) -> dict[str, Any]:
+    """Complete the arguments of the reference's generator.
 
-    The keys tell of its widths, depth, blocks, attention, embeddings and pyramids; not of what has no parameters, such
-    as `image_size` (which `attn_resolutions` needs too), `skip_rescale` or `num_timesteps`.
+    Missing arguments are inferred from keys and shapes: widths, depth, blocks, attention, embeddings and pyramids.
+    What leaves no trace in the parameters, such as `skip_rescale`, defaults to `COMMON_ARGUMENTS`. `image_size`
+    (which `attn_resolutions` depends on) and `num_timesteps` are not completed.
 
     Args:
-        state_dict: its parameters, with or without the prefix `module.`.
-        config: the arguments given.
+        state_dict: Parameters of the generator, with or without the prefix `module.`.
+        arguments: Known arguments, which take precedence.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    found, entries = {}, {}
+    inferred, entries = {}, {}
     if "z_transform.1.weight" in state_dict:
-        found["z_emb_dim"], found["nz"] = state_dict["z_transform.1.weight"].shape
-        found["n_mlp"] = sum(bool(re.fullmatch(r"z_transform\.\d+\.weight", key)) for key in state_dict) - 1
+        inferred["z_emb_dim"], inferred["nz"] = state_dict["z_transform.1.weight"].shape
+        inferred["n_mlp"] = sum(bool(re.fullmatch(r"z_transform\.\d+\.weight", key)) for key in state_dict) - 1
     for key, value in state_dict.items():
         if match := re.fullmatch(r"all_modules\.(\d+)\.(.+)", key):
             entries.setdefault(int(match[1]), {})[match[2]] = value
-    modules = [entries.get(number, {}) for number in range(max(entries, default=-1) + 1)]  # some have no parameters
-    with suppress(KeyError, ValueError, IndexError):  # where keys are missing: which ones, the conversion tells
-        found |= structure(modules, config.get("image_size"))
-    return {**COMMON, **found, **config}
+    modules = [entries.get(index, {}) for index in range(max(entries, default=-1) + 1)]  # some have no parameters
+    with suppress(KeyError, ValueError, IndexError):  # if keys are missing, the conversion lists them
+        inferred |= infer_arguments(modules, arguments.get("image_size"))
+    return {**COMMON_ARGUMENTS, **inferred, **arguments}
 
 
-def structure(modules: list[dict[str, torch.Tensor]], image_size: int | None) -> dict[str, Any]:
-    """What the reference's `all_modules`, each with its parameters, tell of its arguments."""
-    kinds = [kind_of(module) for module in modules]
+def infer_arguments(modules: list[dict[str, torch.Tensor]], image_size: int | None) -> dict[str, Any]:
+    """Infer arguments of the reference from the parameters of each entry of `all_modules`.
+
+    Args:
+        modules: The parameters of each entry by their names inside it.
+        image_size: Height and width of the images; without it `attn_resolutions` is not inferred.
+
+    Raises:
+        KeyError, ValueError, IndexError: If parameters are missing.
+    """
+    kinds = [_module_kind(module) for module in modules]
     first, last = kinds.index("conv"), len(kinds) - 1 - kinds[::-1].index("resnet")
     width, channels = modules[first]["weight"].shape[:2]
-    found = {"num_channels_dae": width, "num_channels": channels}
-    found["embedding_type"] = "fourier" if "fourier" in kinds else "positional"
-    found["conditional"] = "linear" in kinds
+    arguments: dict[str, Any] = {"num_channels_dae": width, "num_channels": channels}
+    arguments["embedding_type"] = "fourier" if "fourier" in kinds else "positional"
+    arguments["conditional"] = "linear" in kinds
 
     blocks = [module for module, kind in zip(modules, kinds, strict=True) if kind == "resnet"]
     ddpm = any("NIN_0.W" in block for block in blocks)
     one_norm = any("GroupNorm_1.weight" in block for block in blocks)
-    found["resblock_type"] = "ddpm" if ddpm else "biggan_oneadagn" if one_norm else "biggan"
+    arguments["resblock_type"] = "ddpm" if ddpm else "biggan_oneadagn" if one_norm else "biggan"
 
-    # 1. where the resolution changes, on the way down and as often on the way up: at the first of the modules between
-    # two ddpm blocks, or at a biggan block whose shortcut changes no width
+    # 1. levels: find the modules that change the resolution, as many in the decoder as in the encoder. For ddpm this
+    # is the first module between two blocks, for biggan a block whose shortcut does not change the width.
     if ddpm:
         inside = [kind in ("resnet", "attention") for kind in kinds]
         changes = [i for i in range(first + 2, last) if inside[i - 1] and not inside[i]]
     else:
-        changes = [i for i, module in enumerate(modules) if is_resampling(module)]
+        changes = [i for i, module in enumerate(modules) if _is_resampling(module)]
     downs = changes[: len(changes) // 2]
     starts = [first + 1] + [kinds.index("resnet", down + 1) for down in downs]
     levels = len(starts)
-    found["num_res_blocks"] = (len(blocks) - (0 if ddpm else len(changes)) - 2 - levels) // (2 * levels)
-    found["ch_mult"] = [modules[start]["Conv_0.weight"].shape[0] // width for start in starts]
+    arguments["num_res_blocks"] = (len(blocks) - (0 if ddpm else len(changes)) - 2 - levels) // (2 * levels)
+    arguments["ch_mult"] = [modules[start]["Conv_0.weight"].shape[0] // width for start in starts]
     if image_size is not None:
         attention = [level for level, start in enumerate(starts) if kinds[start + 1] == "attention"]
-        found["attn_resolutions"] = [image_size >> level for level in attention]
+        arguments["attn_resolutions"] = [image_size >> level for level in attention]
 
     # 2. pyramids
     if downs:
-        after = downs[0] + 1  # the pyramid's module, if it has one
-        pyramid = kinds[after]
-        found["progressive_input"] = {"combiner": "input_skip", "resampler": "residual"}.get(pyramid, "none")
+        pyramid_index = downs[0] + 1  # if there is a pyramid
+        pyramid = kinds[pyramid_index]
+        arguments["progressive_input"] = {"combiner": "input_skip", "resampler": "residual"}.get(pyramid, "none")
         if pyramid == "combiner":
-            summed = modules[starts[1]]["Conv_0.weight"].shape[1] == modules[after]["Conv_0.weight"].shape[0]
-            found["progressive_combine"] = "sum" if summed else "cat"
+            summed = modules[starts[1]]["Conv_0.weight"].shape[1] == modules[pyramid_index]["Conv_0.weight"].shape[0]
+            arguments["progressive_combine"] = "sum" if summed else "cat"
         if ddpm:
-            found["resamp_with_conv"] = bool(modules[downs[0]])
-    found["progressive"] = "none"
-    if kinds.count("norm") > 1:  # the first one is followed by what makes a picture, or features
-        is_picture = modules[kinds.index("norm") + 1]["weight"].shape[0] == channels
-        found["progressive"] = "output_skip" if is_picture else "residual"
+            arguments["resamp_with_conv"] = bool(modules[downs[0]])
+    arguments["progressive"] = "none"
+    if kinds.count("norm") > 1:  # the first one precedes the output convolution of a pyramid
+        makes_image = modules[kinds.index("norm") + 1]["weight"].shape[0] == channels
+        arguments["progressive"] = "output_skip" if makes_image else "residual"
 
     resamplers = [module for module, kind in zip(modules, kinds, strict=True) if module and kind == "resampler"]
     if resamplers:
-        found["fir"] = any("Conv2d_0.weight" in module for module in resamplers)
-    return found
+        arguments["fir"] = any("Conv2d_0.weight" in module for module in resamplers)
+    return arguments
 
 
-def kind_of(module: Mapping[str, torch.Tensor]) -> str:
-    """What one of the reference's `all_modules` is, by the names and shapes of its parameters."""
+def _module_kind(module: State) -> str:
+    """Classify an entry of `all_modules` by the names and shapes of its parameters."""
     if "NIN_3.W" in module:
         return "attention"
     if "Conv_1.weight" in module:
@@ -337,18 +390,18 @@ def kind_of(module: Mapping[str, torch.Tensor]) -> str:
         return {1: "norm", 2: "linear", 4: "conv"}.get(module["weight"].ndim, "unknown")
     if "Conv_0.weight" in module and module["Conv_0.weight"].shape[-1] == 1:
         return "combiner"
-    return "resampler"  # it may have no parameters
+    return "resampler"  # possibly without parameters
 
 
-def is_resampling(module: Mapping[str, torch.Tensor]) -> bool:
-    """Whether it is a biggan block that changes the resolution: its shortcut changes no width."""
+def _is_resampling(module: State) -> bool:
+    """Return whether a module is a biggan block that resamples: it has a shortcut that does not change the width."""
     return "Conv_2.weight" in module and module["Conv_2.weight"].shape[0] == module["Conv_2.weight"].shape[1]
 
 
-def load(model: torch.nn.Module, converted: Mapping[str, torch.Tensor], unknown: list[str]):
-    """Loads the converted parameters, or raises with all that are unknown, missing, or of another shape."""
+def _load_converted(model: torch.nn.Module, converted: State, unknown: list[str]) -> None:
+    """Load the converted parameters, or raise with all keys that are unknown, missing or of another shape."""
     expected = model.state_dict()
-    problems = [f"not understood: {key}" for key in unknown]
+    problems = [f"unknown: {key}" for key in unknown]
     problems += [f"missing: {key}" for key in expected.keys() - converted.keys()]
     for key, value in converted.items():
         if key not in expected:
@@ -357,7 +410,7 @@ def load(model: torch.nn.Module, converted: Mapping[str, torch.Tensor], unknown:
             problems.append(f"of shape {list(value.shape)} instead of {list(expected[key].shape)}: {key}")
     if problems:
         raise ValueError(
-            "The checkpoint does not fit the configuration; compare the arguments it was trained with. Keys:\n  "
+            "The checkpoint does not fit the configuration: check the arguments that it was trained with. Keys:\n  "
             + "\n  ".join(sorted(problems))
         )
     model.load_state_dict(converted)

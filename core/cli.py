@@ -1,5 +1,6 @@
 """Command-line arguments: dataclasses read from flags and YAML files."""
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -7,38 +8,32 @@ import sys
 from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 from .errors import InputError
 
-# of each group a flag that is given takes the place of those that a file names
-ALTERNATIVES = (
-    {"image_size", "resolution"},
-    {"dataset", "dataset_name", "train_data_dir"},
-    {"num_epochs", "max_train_steps"},
-)
-
 
 def option(default: Any, help: str) -> Any:
+    """Return a dataclass field with a default and a `--help` text."""
     return field(default=default, metadata={"help": help})
 
 
-def require_at_least(least: int, arguments: Any, *names: str) -> None:
-    """Refuse numbers that are too small, alone or in a list.
+def require_at_least(minimum: float, arguments: Any, *names: str) -> None:
+    """Check that the named numbers, single ones or lists, are not below a minimum; None passes.
 
     Raises:
-        InputError: which one, and what it may be.
+        InputError: if one is; the message names its flag.
     """
     for name, value in _numbers(arguments, names):
-        if not value >= least:
-            raise InputError(f"--{name} is {value}; it must be at least {least}.")
+        if not value >= minimum:
+            raise InputError(f"--{name} is {value}; it must be at least {minimum}.")
 
 
-def require_above(bound: int, arguments: Any, *names: str) -> None:
-    """`require_at_least`, without the bound itself."""
+def require_above(bound: float, arguments: Any, *names: str) -> None:
+    """Check, like `require_at_least`, that the named numbers are greater than a bound."""
     for name, value in _numbers(arguments, names):
         if not value > bound:
             raise InputError(f"--{name} is {value}; it must be greater than {bound}.")
@@ -55,54 +50,44 @@ def parse_arguments(
 ) -> tuple:
     """Read the command line into one instance of each dataclass.
 
-    `--config file.yaml` gives values that flags override; the file is flat, its keys are the flags' names. A flag also
-    overrides what a file says of its `ALTERNATIVES`.
+    `--config file.yaml` gives values that flags override. The file is flat: its keys are the names of the flags.
+
+    A dataclass may have a class attribute `_alternatives`, sets of flags that exclude each other. A flag on the
+    command line then also overrides its alternatives in the file.
 
     Args:
-        recipes: such files that come with a script, by the names with which `--recipe` asks for them; `--config`
-            overrides their values.
+        recipes: YAML files of the script by name. `--recipe NAME` reads one; `--config` and flags override it.
 
     Raises:
-        InputError: for an unknown flag or key (the nearest one is named), a value of the wrong kind, or an
-            `--output_dir` that Python would import in place of this package.
+        InputError: for an unknown flag or key (the message suggests the closest one), a value of the wrong type, or
+            an `--output_dir` that Python would import in place of this package.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
-    for action in parser._actions:
-        if action.nargs == "+":
-            action.nargs = "*"  # a list may be empty, on the command line and in a file
-    parser.add_argument("--config", help="YAML file with values for any of these flags; flags override it")
-    if recipes:
-        parser.add_argument("--recipe", choices=recipes, help="values that belong together; the others override them")
+    parser = _parser(dataclass_types, recipes)
+    known_flags = {flag for action in parser._actions for flag in action.option_strings}
+    alternatives = [group for kind in dataclass_types for group in getattr(kind, "_alternatives", ())]
 
-    def fail(message):
-        raise InputError(f"{message[0].upper()}{message[1:]}. --help lists the flags.")
-
-    parser.error = fail
-    known = {option for action in parser._actions for option in action.option_strings}
-    config, _ = parser.parse_known_args([token for token in argv if token not in ("-h", "--help")])
-    defaults = _read_config(config.config, known, argv) if config.config else []
-    if recipes and config.recipe:
-        defaults = _read_config(str(recipes[config.recipe]), known, defaults + argv) + defaults
+    files, _ = parser.parse_known_args([token for token in argv if token not in ("-h", "--help")])
+    defaults: list[str] = []
+    if files.config:
+        defaults = _read_config(files.config, parser, alternatives, argv)
+    if recipes and files.recipe:
+        defaults = _read_config(str(recipes[files.recipe]), parser, alternatives, defaults + argv) + defaults
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         defaults + argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise InputError(f"{_unknown(unknown[0].split('=')[0], known)} --help lists the flags.")
-    for folder in (Path(part.output_dir).resolve() for part in parsed if getattr(part, "output_dir", None)):
-        # an editable installation is found after all folders
-        if folder.name == "ddgan" and str(folder.parent) in (os.getcwd(), *sys.path):
-            raise InputError(
-                f"--output_dir {folder}: Python would import a folder of that name here in place of this package. "
-                "Give it another name."
-            )
+        raise InputError(f"{_unknown_flag(unknown[0].split('=')[0], known_flags)} --help lists the flags.")
+    for arguments in parsed:
+        if getattr(arguments, "output_dir", None):
+            _check_output_dir(Path(arguments.output_dir))
     return tuple(parsed)
 
 
 def write_config(path: Path, *arguments: Any) -> None:
     """Write every argument in force to a YAML file that `--config` reads back."""
     values = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
-    values.pop("resume_from_checkpoint")  # a run that is repeated starts anew
+    values.pop("resume_from_checkpoint")  # repeating a run starts from step 0
     path.write_text(
         "# every argument of this run: pass this file back with --config to repeat it\n"
         + yaml.safe_dump({name: value for name, value in values.items() if value is not None}, sort_keys=False),
@@ -110,9 +95,26 @@ def write_config(path: Path, *arguments: Any) -> None:
     )
 
 
-def _read_config(path: str, known: set[str], overriding: list[str]) -> list[str]:
-    given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in overriding if token.startswith("--")}
-    overridden = {name for group in ALTERNATIVES if group & given for name in group - given}
+def _parser(dataclass_types: tuple[type, ...], recipes: dict[str, Path] | None) -> HfArgumentParser:
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    for action in parser._actions:
+        if action.nargs == "+":
+            action.nargs = "*"  # a list may be empty, on the command line and in a file
+    parser.add_argument("--config", help="YAML file with values for any of these flags; flags override it")
+    if recipes:
+        parser.add_argument("--recipe", choices=recipes, help="predefined values; --config and flags override them")
+
+    def fail(message: str) -> NoReturn:
+        raise InputError(f"{message[0].upper()}{message[1:]}. --help lists the flags.")
+
+    parser.error = fail
+    return parser
+
+
+def _read_config(
+    path: str, parser: argparse.ArgumentParser, alternatives: list[set[str]], overriding: list[str]
+) -> list[str]:
+    """Read a YAML file as command-line tokens, without the flags whose alternatives are among the overriding ones."""
     if not Path(path).is_file():
         raise InputError(f"--config {path}: there is no such file.")
     try:
@@ -121,17 +123,32 @@ def _read_config(path: str, known: set[str], overriding: list[str]) -> list[str]
         raise InputError(f"--config {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path} must hold one `flag: value` a line, like the config.yaml of a run folder.")
+
+    actions = {flag: action for action in parser._actions for flag in action.option_strings}
+    named = {token.split("=")[0].lstrip("-").replace("-", "_") for token in overriding if token.startswith("--")}
+    overridden = {name for group in alternatives if group & named for name in group - named}
     tokens = []
     for name, value in values.items():
-        if f"--{name}" not in known:
-            raise InputError(f"--config {path}: {_unknown(f'--{name}', known)}")
-        if name == "mixed_precision" and value is False:  # as YAML reads a plain no
+        action = actions.get(f"--{name}")
+        if action is None:
+            raise InputError(f"--config {path}: {_unknown_flag(f'--{name}', set(actions))}")
+        if value is False and "no" in (action.choices or ()):  # YAML reads an unquoted no as false
             value = "no"
         if value is not None and name not in overridden:
             tokens += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return tokens
 
 
-def _unknown(flag: str, known: set[str]) -> str:
-    nearest = difflib.get_close_matches(flag, known, n=1)
-    return f"There is no flag {flag}." + (f" Did you mean {nearest[0]}?" if nearest else "")
+def _unknown_flag(flag: str, known_flags: set[str]) -> str:
+    closest = difflib.get_close_matches(flag, known_flags, n=1)
+    return f"There is no flag {flag}." + (f" Did you mean {closest[0]}?" if closest else "")
+
+
+def _check_output_dir(folder: Path) -> None:
+    """Refuse a folder `ddgan` on the import path: Python would find it before an editable installation."""
+    folder = folder.resolve()
+    if folder.name == "ddgan" and str(folder.parent) in (os.getcwd(), *sys.path):
+        raise InputError(
+            f"--output_dir {folder}: Python would import a folder of that name here in place of this package. "
+            "Give it another name."
+        )

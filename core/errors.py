@@ -1,36 +1,63 @@
-"""The two ways in which a command of this project ends early, each with one paragraph for the user."""
+"""User-facing errors: each ends a command with one paragraph in place of a traceback."""
 
 import errno
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from zipfile import BadZipFile
 
-# what the file system refuses, which no part of a command can do anything about
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-_REFUSED |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+# errors of the file system that only the user can resolve: no space, no permission, something in the way
+_USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says what was found, what was expected and what to do."""
+    """Unusable input from the user; the message says what was found, what was expected and what to do."""
 
 
 class RunError(RuntimeError):
-    """A run could not go on; the message says why and where its last good state lies."""
+    """A run that cannot continue; the message says why, and where its last good state is."""
+
+
+@contextmanager
+def naming_file(path: str | Path, *more_errors: type[Exception]) -> Iterator[None]:
+    """Turn a library's error about a damaged or mislabeled file or folder into one that names it.
+
+    Args:
+        more_errors: further exceptions that the library raises, besides OSError, ValueError and BadZipFile.
+
+    Raises:
+        InputError: in place of these exceptions.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, BadZipFile, *more_errors) as error:
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        as_kind = f" as a {Path(path).suffix} file" if Path(path).suffix else ""
+        raise InputError(f"{path} cannot be read{as_kind}; is it complete? ({reason[0]})") from error
 
 
 def run_command(main: Callable[[], None]) -> None:
+    """Run the `main` of a script and print its user-facing errors as one paragraph.
+
+    The exit code is 2 after an `InputError`, and 1 after a `RunError` or when the file system refuses a file or
+    folder.
     """
-    Run a command line's `main`; an `InputError` (exit code 2) or `RunError` (1) ends as one paragraph, and so does a
-    file or a folder that the file system refuses (1).
-    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ddgan").setLevel(logging.INFO)
     try:
         main()
     except (InputError, RunError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _REFUSED:
+        if isinstance(error, OSError) and error.errno not in _USER_ERRNOS:
             raise
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             print(f"\nerror: {error}", file=sys.stderr)
-        elif not isinstance(error, InputError):  # bad input is the same in every process, a run's end may not be
+        elif not isinstance(error, InputError):  # bad input is the same in every process, a failure may not be
             print(f"\nerror in process {rank}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

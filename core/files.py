@@ -1,4 +1,4 @@
-"""Atomic writes, links and content hashes."""
+"""Atomic writes, links, names and content hashes."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, sync it and rename it over `path`."""
+    """Write a file under a temporary name, sync it and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")  # the suffix stays: writers go by it
+    temporary = path.with_name(f".tmp-{path.name}")  # keeps the suffix, from which writers infer the format
     write(temporary)
     sync(temporary)
     os.replace(temporary, path)
@@ -20,9 +20,9 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:
-    """Write files into a temporary folder, then rename each over its place in `folder`, those at its top last.
+    """Write files into a temporary folder, then rename each of them into `folder`; other files there are kept.
 
-    JSON files come after those beside them, which they may name. Other files that are there stay.
+    Files at the top are renamed last, and JSON files after those beside them, since they may refer to them.
     """
     temporary = folder / ".tmp-files"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -39,40 +39,54 @@ def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder under a temporary name, sync it and rename it into the place of `folder`, which leaves whole."""
-    temporary, leaving = (folder.with_name(f".tmp-{kind}{folder.name}") for kind in ("", "old-"))
-    for path in (temporary, leaving):
+    """Write a folder under a temporary name, sync it and rename it to `folder`, replacing all that was in it."""
+    temporary, replaced = (folder.with_name(f".tmp-{prefix}{folder.name}") for prefix in ("", "old-"))
+    for path in (temporary, replaced):
         shutil.rmtree(path, ignore_errors=True)
     write(temporary)
     for path in temporary.rglob("*"):
         sync(path)
     if folder.exists():
-        os.replace(folder, leaving)
+        os.replace(folder, replaced)
     os.replace(temporary, folder)
     sync(folder.parent)
-    shutil.rmtree(leaving, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def copy_folder(folder: Path, target: Path) -> None:
-    """A folder once more: hard links, or copies where the filesystem has none."""
+    """Copy a folder with hard links, or with real copies where the file system has none."""
     shutil.copytree(folder, target, copy_function=lambda file, copy: link_or_copy(Path(file), Path(copy)))
 
 
 def link_or_copy(file: Path, target: Path) -> None:
-    """A hard link, which a file that is renamed over `file` does not touch, or a copy where there are no links."""
+    """Create a hard link to a file, or a copy where the file system has no hard links.
+
+    The link keeps its contents when `file` is replaced by renaming another file to it.
+    """
     try:
         os.link(file.resolve(), target)
     except OSError:
         shutil.copyfile(file, target)
 
 
+def location_name(location: str) -> str:
+    """Return the bare name of a local file or folder; a name on the Hub stays as it is."""
+    return Path(location).resolve().name if Path(location).exists() else location
+
+
 def fingerprint(facts: Any) -> str:
-    """A short name for facts that JSON can hold."""
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+    """Return a short hash of facts that JSON can hold."""
+    return fingerprint_bytes(json.dumps(facts, sort_keys=True).encode())
+
+
+def fingerprint_bytes(content: bytes) -> str:
+    """Return a short hash of bytes: 24 hexadecimal digits of BLAKE2b."""
+    return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
 def sync(path: Path) -> None:
-    if os.name == "nt":  # which syncs only what is open for writing
+    """Flush a file or folder to disk."""
+    if os.name == "nt":  # Windows can only sync files that are open for writing
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Pictures as arrays that a network takes: reading, channels, size."""
+"""Images as people store them: opening, EXIF orientation, channels, resizing, 8-bit values."""
 
 import io
 from pathlib import Path
@@ -11,7 +11,9 @@ from torchvision.transforms.v2 import functional as TF
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CHANNEL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-_TURNS = {  # what sets a picture upright, by its orientation in EXIF; at 1 it is
+RESIZE = "bicubic, antialiased, of 8-bit values (torchvision)"
+
+_UPRIGHT = {  # EXIF orientation -> the transposition that undoes it; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -20,18 +22,26 @@ _TURNS = {  # what sets a picture upright, by its orientation in EXIF; at 1 it i
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-RESIZE = "bicubic, antialiased, of 8-bit values (torchvision)"
+
+
+class BrokenImageError(Exception):
+    """An image that cannot be read; the message says why."""
 
 
 def open_image(cell: Any) -> Image.Image:
-    """Open a picture from its path, its encoded bytes (a cell of `datasets`: `{"bytes", "path"}`), or its pixels."""
+    """Open an image without decoding it.
+
+    Args:
+        cell: an item of an image source: a path, encoded bytes as `datasets` keeps them (`{"bytes": ..., "path":
+            ...}`), an image, or pixels (H, W) or (H, W, C).
+    """
     if isinstance(cell, dict):
         cell = io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]
     return Image.open(cell) if isinstance(cell, (str, Path, io.BytesIO)) else Image.fromarray(np.asarray(cell))
 
 
 def file_bytes(cell: Any) -> bytes:
-    """What is encoded in a cell as of `open_image`, or the bytes of its pixels; none of one that cannot be read."""
+    """Return the encoded bytes of a cell (see `open_image`) or those of its pixels; b"" if it cannot be read."""
     if isinstance(cell, dict):
         cell = cell["bytes"] or cell["path"]
     if isinstance(cell, (str, Path)):
@@ -44,37 +54,33 @@ def file_bytes(cell: Any) -> bytes:
     return cell if isinstance(cell, bytes) else np.asarray(cell).tobytes()
 
 
-def color_channels(picture: Image.Image) -> int:
-    """1 for a grey picture of any depth, 3 for one with colours; transparency does not count."""
-    return 1 if ImageMode.getmode(picture.mode).basemode == "L" else 3
+def upright(image: Image.Image) -> Image.Image:
+    """Undo the EXIF orientation of an image; one whose EXIF data cannot be read counts as upright."""
+    image.load()
+    try:
+        transposition = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged metadata make Pillow raise almost anything
+        return image
+    return image if transposition is None else image.transpose(transposition)
+
+
+def color_channels(image: Image.Image) -> int:
+    """Return 1 for a gray image of any bit depth and 3 for a color image; transparency does not count."""
+    return 1 if ImageMode.getmode(image.mode).basemode == "L" else 3
 
 
 def with_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
-    """Images (N, C, H, W), uint8, C = 1 or 3, as grey (luma of ITU-R 601) or with grey repeated as RGB."""
+    """Convert images (N, C, H, W), uint8, C = 1 or 3, to gray (ITU-R 601 luma) or to RGB by repeating gray."""
     if images.shape[1] == channels:
         return images
     return TF.rgb_to_grayscale(images) if channels == 1 else images.expand(-1, channels, -1, -1)
 
 
 def resized(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Images (N, C, H, W), uint8, whole and without regard to their aspect, by the filter `RESIZE`."""
+    """Resize images (N, C, H, W), uint8, with the filter `RESIZE` and without keeping their aspect ratio."""
     return TF.resize(images, [height, width], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
-    """The 8-bit values of images in [-1, 1]."""
+    """Convert images in [-1, 1] to 8-bit values."""
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The picture as its camera was held; one whose EXIF cannot be read counts as upright."""
-    image.load()
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # Pillow's readers of metadata raise whatever they stumble over
-        return image
-    return image if turn is None else image.transpose(turn)
-
-
-class BrokenImageError(Exception):
-    """An image of the data cannot be read; the message says why."""

@@ -1,22 +1,39 @@
-"""Image sources: folders, idx files, datasets."""
+"""Image sources: image folders, arrays, archives, and whatever the `datasets` library reads.
 
-import hashlib
+`open_source` serves training, evaluation and the classifier script alike. To add a kind of source, write a class with
+the methods of `ImageSource` and a function that opens it, and add the function to `KINDS`.
+"""
+
 import os
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import lru_cache
+from pathlib import Path, PurePath, PurePosixPath
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 from torchvision.datasets.mnist import FashionMNIST
 
-from ..core.errors import InputError
-from ..core.files import fingerprint
-from .images import IMAGE_SUFFIXES, file_bytes
+from ..core.errors import InputError, naming_file
+from ..core.files import fingerprint, fingerprint_bytes
+from ..core.run_files import is_run_folder
+from .images import IMAGE_SUFFIXES, BrokenImageError, file_bytes
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
 
 EMBEDDED_DATASET = Path(__file__).parent.parent / "examples" / "data" / "twemoji-32"
-_MOST_UNUSED = 10  # labels up to so many times those that occur are classes; more are years, say, or identifiers
-_FEW_CLASSES = 100  # so many may be classes in any case
+
+_SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
+_IDX_PREFIXES = {"train": "train", "test": "t10k"}  # split -> prefix of torchvision's files
+_FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`, for single files
+_DATASET_SUFFIXES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}  # files that make a folder a dataset
+_MAX_LABEL_GAP = 10  # classes per label that occurs; with more, the numbers are years or identifiers, not classes
+_FEW_CLASSES = 100  # up to this many classes are accepted whatever the gap
 
 
 @dataclass(frozen=True)
@@ -24,52 +41,73 @@ class Labels:
     """The class of each image.
 
     Attributes:
-        classes: names of the classes, in order of their numbers.
-        numbers: class of image i; None for a stream, whose rows carry theirs.
+        classes: names of the classes, in the order of their numbers.
+        numbers: class of image i; None for a stream, whose rows carry their labels.
     """
 
     classes: list[str]
     numbers: Sequence[int] | None
 
 
-def _fingerprint(cells: Iterable[Any]) -> str:
-    """A fingerprint of images in their order; copies of them, wherever they are, have the same."""
-    return fingerprint([hashlib.blake2b(file_bytes(cell), digest_size=12).hexdigest() for cell in cells])
+class ImageSource(Protocol):
+    """A sequence of images that are opened one by one.
+
+    Attributes:
+        split: the split that the images are, "all" where the source has no splits.
+    """
+
+    split: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Any:
+        """Return image i in a form that `images.open_image` takes.
+
+        Raises:
+            BrokenImageError: if it cannot be read from where it is stored.
+        """
+
+    def name(self, i: int) -> str:
+        """Return how messages name image i."""
+
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        """Return a hash of the contents of these images; copies in another place have the same one."""
+
+    def labels(self, column: str | None) -> Labels:
+        """Return the classes of the images.
+
+        Args:
+            column: the column with the labels, for sources that have columns; None finds it.
+
+        Raises:
+            InputError: if there are no labels, or they cannot be classes.
+        """
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """Image files below a folder and in folders linked into it; none that are hidden, none of runs in sub-folders."""
-    found = []
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _is_left_out(Path(here, name))]
-        found += [Path(here, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+class MissingSplitError(InputError):
+    """A source has splits, but not the requested one."""
 
 
-def _is_left_out(folder: Path) -> bool:
-    if folder.name.startswith("."):
-        return True
-    if folder.is_symlink() and any(part.resolve().is_relative_to(folder.resolve()) for part in folder.parents):
-        return True  # the link leads back to a folder that it lies in
-    # a run, whose grids of samples are no images to train on
-    return (folder / "config.yaml").is_file() and any((folder / n).exists() for n in ("samples", "model_index.json"))
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and archives of image files
 
 
 class FolderImages:
-    """
-    The image files below a folder, in the order of their paths. Links to folders are followed; hidden files and
-    folders and the folders of runs are left out.
+    """The image files below a folder, in the order of their paths; each sub-folder is a class.
+
+    Links to folders are followed. Hidden files, hidden folders and run folders are ignored.
 
     Raises:
         InputError: if there are none.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.paths = folder, _image_files(folder)
+    def __init__(self, folder: Path, split: str = "all"):
+        self.folder, self.split = folder, split
+        self.paths = _image_files(folder)
         if not self.paths:
             raise InputError(
-                f"There is no image in {folder} or its sub-folders. Files that end in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))} count, and torchvision's raw/train-images-idx3-ubyte."
+                f"There is no image in {folder} or its sub-folders. Image files end in "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}; torchvision's raw/train-images-idx3-ubyte is read too."
             )
 
     def __len__(self) -> int:
@@ -81,51 +119,133 @@ class FolderImages:
     def name(self, i: int) -> str:
         return str(self.paths[i])
 
-    def fingerprint(self, chosen: Sequence[int]) -> str:
-        """Tells these of the images from others, by the bytes of their files."""
-        return _fingerprint(self.paths[i] for i in chosen)
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        return _fingerprint(self.paths[i] for i in indices)
 
     def labels(self, column: str | None) -> Labels:
-        """A class for each sub-folder, in the order of their names."""
-        names = [path.relative_to(self.folder).parts[0] for path in self.paths]
-        classes = sorted(set(names))
-        if any((self.folder / name).is_file() for name in classes):
-            raise InputError(
-                f"The images in {self.folder} have no class labels: {self.paths[0]} is in no sub-folder. Put the "
-                "images of each class into a sub-folder that bears its name."
-            )
-        numbers = {name: number for number, name in enumerate(classes)}
-        return Labels(classes, [numbers[name] for name in names])
+        return _folder_labels([path.relative_to(self.folder) for path in self.paths], self.folder)
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    """The bytes in a file of MNIST's idx format, (N, ...), left on the disk.
+class ZipImages:
+    """The image files in a .zip archive, in the order of their paths; each folder is a class.
+
+    Paths count from the deepest folder that holds all images. Below it, there may be a folder for each split.
 
     Raises:
-        InputError: for a file that is cut off, or empty.
-    """
-    try:
-        with open(path, "rb") as file:  # two zeros, the kind of number, the number of dimensions, the dimensions
-            shape = [int.from_bytes(file.read(4), "big") for _ in range(file.read(4)[3])]
-            values = np.memmap(path, np.uint8, "r", file.tell(), tuple(shape))
-    except (IndexError, ValueError):
-        values = np.empty(0)
-    if not values.size:
-        raise InputError(f"{path} is cut off or empty: download it again.")
-    return values
-
-
-class IdxImages:
-    """
-    Images (N, H, W) or (N, H, W, C) from a file in MNIST's idx format, as torchvision lays them out.
-
-    Raises:
-        InputError: for a file that is cut off, or holds no images.
+        InputError: if there are none, or the file is no archive.
+        MissingSplitError: if there are splits, but not this one.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, split: str = "train"):
         self.path = path
-        self.images = _read_idx(path)
+        with naming_file(path), ZipFile(path) as archive:
+            members = [PurePosixPath(name) for name in archive.namelist()]
+        members = [m for m in members if m.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(m)]
+        if not members:
+            raise InputError(f"There is no image in {path}. Image files end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        self.root = PurePosixPath(os.path.commonpath([member.parent for member in members]))
+        folders = {parts[0] for m in members if len(parts := m.relative_to(self.root).parts) > 1}
+        split_folder = _find_split(folders, split, path)
+        self.split = split_folder or "all"
+        self.root /= split_folder or ""
+        self.members = sorted(member for member in members if member.is_relative_to(self.root))
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        try:
+            archive = _open_zip_file(self.path, os.getpid())
+            return {"bytes": archive.read(str(self.members[i])), "path": str(self.members[i])}
+        except (BadZipFile, OSError, RuntimeError, zlib.error) as error:  # RuntimeError: it is encrypted
+            raise BrokenImageError(str(error)) from error
+
+    def name(self, i: int) -> str:
+        return f"{self.members[i]} in {self.path}"
+
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        return _fingerprint(self._cell_or_none(i) for i in indices)
+
+    def labels(self, column: str | None) -> Labels:
+        return _folder_labels([member.relative_to(self.root) for member in self.members], self.path)
+
+    def _cell_or_none(self, i: int) -> dict[str, Any] | None:
+        with suppress(BrokenImageError):
+            return self[i]
+        return None
+
+
+@lru_cache(maxsize=8)
+def _open_zip_file(path: Path, _process: int) -> ZipFile:
+    """Open an archive once per process: forked workers must not share the position in the file."""
+    return ZipFile(path)
+
+
+def _fingerprint(cells: Iterable[Any]) -> str:
+    return fingerprint([fingerprint_bytes(file_bytes(cell)) for cell in cells])
+
+
+def _image_files(folder: Path) -> list[Path]:
+    paths = []
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _is_ignored(Path(root, name))]
+        paths += [Path(root, name) for name in files if not name.startswith(".")]
+    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+def _is_ignored(folder: Path) -> bool:
+    if folder.name.startswith("."):
+        return True
+    if folder.is_symlink() and any(parent.resolve().is_relative_to(folder.resolve()) for parent in folder.parents):
+        return True  # a link to a folder that contains it
+    return is_run_folder(folder)
+
+
+def _is_hidden(path: PurePath) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _find_split(folders: set[str], split: str, location: Path) -> str | None:
+    """Return the sub-folder that holds a split, or None if the sub-folders are not splits.
+
+    A class may be called `train`, and nobody may have asked for that split, since it is the default. So a sub-folder
+    `train` is a split only if it is the only one, or another one has the name of a split too.
+
+    Raises:
+        MissingSplitError: if the sub-folders are splits, but none of them is this one.
+    """
+    split_names = folders & _SPLIT_NAMES
+    has_splits = "train" in folders and (split_names == folders or len(split_names) > 1)
+    if split in folders and (has_splits or split != "train"):
+        return split
+    if has_splits:
+        raise MissingSplitError(f"{location} has no split {split}: its splits are {', '.join(sorted(split_names))}.")
+    return None
+
+
+def _folder_labels(paths: Sequence[PurePath], location: Path) -> Labels:
+    """A class for each sub-folder, in the order of their names; the paths are relative to `location`."""
+    for path in paths:
+        if len(path.parts) == 1:
+            raise InputError(
+                f"The images in {location} have no class labels: {path} is in no sub-folder. Put the images of each "
+                "class into a sub-folder that is named after it."
+            )
+    names = [path.parts[0] for path in paths]
+    classes = sorted(set(names))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return Labels(classes, [numbers[name] for name in names])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+class _ArrayImages:
+    """Images (N, H, W) or (N, H, W, C), uint8, in an array."""
+
+    def __init__(self, path: Path, images: np.ndarray, split: str):
+        self.path, self.images, self.split = path, images, split
 
     def __len__(self) -> int:
         return len(self.images)
@@ -136,142 +256,209 @@ class IdxImages:
     def name(self, i: int) -> str:
         return f"image {i} of {self.path}"
 
-    def fingerprint(self, chosen: Sequence[int]) -> str:
-        """Tells these of the images from others, by their contents."""
-        return hashlib.blake2b(self.images[chosen].tobytes(), digest_size=12).hexdigest()
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        return fingerprint_bytes(self.images[indices].tobytes())
+
+
+class IdxImages(_ArrayImages):
+    """Images in a file in MNIST's idx format, as torchvision lays them out; the labels are in a file beside it.
+
+    Raises:
+        InputError: for a file that is truncated or has no images.
+    """
+
+    def __init__(self, path: Path, split: str = "train"):
+        super().__init__(path, _read_idx(path), split)
 
     def labels(self, column: str | None) -> Labels:
-        """From the file of labels beside the images."""
         path = self.path.with_name(self.path.name.replace("images-idx3", "labels-idx1"))
         if not path.is_file():
             raise InputError(f"The images in {self.path} have no class labels: there is no {path.name} beside them.")
         numbers = _read_idx(path).tolist()
-        if len(numbers) != len(self):
-            raise InputError(f"{self.path} has {len(self)} images, but {path.name} beside it {len(numbers)} labels.")
+        _check_label_count(self, numbers, path.name)
         names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else range(max(numbers) + 1)
         return Labels([str(name) for name in names], numbers)
 
 
-class DatasetImages:
-    """The image column of a dataset of the `datasets` library."""
+class NpzImages(_ArrayImages):
+    """Images in the array `arr_0` of an .npz file; their labels, where there are any, are the integers in `arr_1`.
 
-    def __init__(self, dataset, column: str | None):
-        self.table, self.column = dataset, _image_column(dataset, column)
-        self.dataset = _undecoded(dataset, [self.column])
+    Raises:
+        InputError: if the file is damaged or has no such array.
+    """
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.dataset[i][self.column]
-
-    def name(self, i: int) -> str:
-        return f"row {i} ({_file_name(self[i])})"
-
-    def fingerprint(self, chosen: Sequence[int]) -> str:
-        """Tells these of the images from others, by the bytes of their files."""
-        return _fingerprint(row[self.column] for row in self.dataset.select(chosen))
+    def __init__(self, path: Path):
+        arrays = read_arrays(path)
+        images = arrays.get("arr_0")
+        if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4):
+            raise InputError(f"{path} must hold images (N, H, W, C) as 8-bit integers in an array arr_0.")
+        super().__init__(path, images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images, "all")
+        self._label_array = arrays.get("arr_1")
 
     def labels(self, column: str | None) -> Labels:
-        """From the label column: class labels, or integers from 0 on, or names.
+        array = self._label_array
+        if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
+            raise InputError(
+                f"The images in {self.path} have no class labels: there is no array arr_1 of integers (N,)."
+            )
+        numbers = array.tolist()
+        _check_label_count(self, numbers, "arr_1")
+        return _integer_labels(numbers, None, f"array arr_1 of {self.path}")
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of an .npz file.
+
+    Raises:
+        InputError: if it is damaged or not an .npz file.
+    """
+    with naming_file(path), open(path, "rb") as file:
+        if not is_zipfile(file):  # NumPy would try to unpickle it
+            raise ValueError("it is not an archive of arrays")
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """Map the bytes of a file in MNIST's idx format, (N, ...), from disk."""
+    try:
+        with open(path, "rb") as file:  # two zeros, the data type, the number of dimensions, the dimensions
+            shape = [int.from_bytes(file.read(4), "big") for _ in range(file.read(4)[3])]
+            values = np.memmap(path, np.uint8, "r", file.tell(), tuple(shape))
+    except (IndexError, ValueError):
+        values = np.empty(0)
+    if not values.size:
+        raise InputError(f"{path} is truncated or empty: download it again.")
+    return values
+
+
+def _check_label_count(source: _ArrayImages, numbers: list[int], name: str) -> None:
+    if len(numbers) != len(source):
+        raise InputError(f"{source.path} has {len(source)} images, but there are {len(numbers)} labels in {name}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets of the `datasets` library
+
+
+class DatasetImages:
+    """The image column of a dataset of the `datasets` library.
+
+    Args:
+        column: the column with the images; None finds it.
+    """
+
+    def __init__(self, rows: "Dataset", column: str | None, split: str = "train"):
+        self.rows, self.split = rows, split
+        self.column = _image_column(rows, column)
+        self._encoded = _undecoded(rows, [self.column])
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __getitem__(self, i: int) -> Any:
+        return self._encoded[i][self.column]
+
+    def name(self, i: int) -> str:
+        return f"row {i} ({file_name(self[i])})"
+
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        return _fingerprint(row[self.column] for row in self._encoded.select(indices))
+
+    def labels(self, column: str | None) -> Labels:
+        """Return the classes in the label column: a `ClassLabel`, integers that count from 0, or names.
 
         Raises:
-            InputError: there is no such column, or a label in it is missing or cannot be a class.
+            InputError: if there is no such column, or a label in it is missing or cannot be a class.
         """
-        column = _label_column(self.table.features, column)
-        values = self.table[column][:]
-        classes = getattr(self.table.features[column], "names", None)
+        column = _label_column(self.rows.features, column)
+        values = self.rows[column][:]
+        classes = getattr(self.rows.features[column], "names", None)
         if classes is None and all(isinstance(value, str) for value in values):
             classes = sorted(set(values))
             numbers = {name: number for number, name in enumerate(classes)}
             return Labels(classes, [numbers[value] for value in values])
-        wrong = [value for value in values if not isinstance(value, int) or value < 0]
-        if wrong:
-            raise InputError(
-                f"The label column {column!r} must hold a class for every image: a name, or an integer from 0 on. It "
-                f"holds {None if None in wrong else wrong[0]!r}."
-            )
-        distinct = len(set(values))
-        if classes is None and max(values) >= max(_FEW_CLASSES, _MOST_UNUSED * distinct):
-            raise InputError(
-                f"The label column {column!r} holds {distinct} different labels, up to {max(values)}. Labels must "
-                f"count from 0, here to {distinct - 1}: number them anew, or give them as names."
-            )
-        classes = classes or [str(number) for number in range(max(values) + 1)]
-        if max(values) >= len(classes):
-            raise InputError(
-                f"The label column {column!r} holds the label {max(values)}, but names {len(classes)} classes, whose "
-                f"labels are 0 to {len(classes) - 1}."
-            )
-        return Labels(classes, [int(value) for value in values])  # of a column of booleans too
+        return _integer_labels(values, classes, f"label column {column!r}")
 
 
-def open_images(args: Any):
-    """Open what the arguments name: an image source, or with `--streaming` an iterable dataset.
+class ImageStream:
+    """The rows of a dataset, read in their order without a copy on disk.
 
-    Raises:
-        InputError: what is named is not found, holds no image or several sets of them, or has no such split,
-            configuration or column.
+    Args:
+        image_column: the column with the images; None finds it.
     """
-    if args.train_data_dir:
-        folder = Path(args.train_data_dir)
-        if not folder.is_dir():
-            raise InputError(f"--train_data_dir {folder}: there is no such folder (looked for at {folder.resolve()}).")
-        part = "t10k" if args.split == "test" else "train"
-        arrays = [*folder.glob(f"raw/{part}-images-idx3-ubyte"), *folder.glob(f"*/raw/{part}-images-idx3-ubyte")]
-        if not arrays:
-            return FolderImages(folder)
-        if args.split not in ("train", "test"):
-            raise InputError(f"{arrays[0].parent} has no split {args.split}: its splits are train and test.")
-        if len(arrays) > 1:
-            sets = ", ".join(sorted(str(path.parent.parent) for path in arrays))
-            raise InputError(f"--train_data_dir {folder} holds several sets of images. Name one of them: {sets}.")
-        return IdxImages(arrays[0])
-    dataset = _load_dataset(args)
-    if args.streaming:
-        return dataset
-    if len(dataset) == 0:
-        raise InputError(f"The dataset {args.dataset_name}, split {args.split}, is empty.")
-    return DatasetImages(dataset, args.image_column)
+
+    def __init__(self, rows: "IterableDataset", image_column: str | None):
+        self.rows, self.image_column = rows, _image_column(rows, image_column)
+
+    def label_column(self, column: str | None) -> str:
+        """Return the name of the column with the class labels; None finds it."""
+        return _label_column(self.rows.features or {}, column)
+
+    def labels(self, column: str) -> Labels:
+        """Return the classes of a label column, without the labels of the rows.
+
+        Raises:
+            InputError: if it is not of the type `ClassLabel`.
+        """
+        classes = getattr((self.rows.features or {}).get(column), "names", None)
+        if classes is None:
+            raise InputError(
+                f"The column {column!r} of the stream does not declare its classes: a stream needs a column of type "
+                "ClassLabel. Without --streaming, names and integers work too."
+            )
+        return Labels(classes, None)
+
+    def select(self, columns: list[str]) -> "IterableDataset":
+        """Return the rows with these columns alone, images as encoded bytes."""
+        return _undecoded(self.rows, columns)
 
 
-def _load_dataset(args: Any):
-    try:
-        import datasets
-    except ImportError:
+def file_name(cell: Any) -> str:
+    """Return the file name that a cell of a dataset carries, if it does."""
+    return (isinstance(cell, dict) and cell["path"]) or "no file name"
+
+
+def _integer_labels(values: list[Any], classes: list[str] | None, place: str) -> Labels:
+    """Check labels that should be integers from 0 on, and name the classes after them unless they have names."""
+    wrong = [value for value in values if not isinstance(value, int) or value < 0]
+    if wrong:
         raise InputError(
-            "Reading a dataset needs the package `datasets`: pip install 'diffusers-ddgan[train]'. A folder of images "
-            "can be read without it: --train_data_dir FOLDER."
-        ) from None
-    name = args.dataset_name or str(EMBEDDED_DATASET)
-    try:
-        return datasets.load_dataset(name, args.dataset_config, split=args.split, streaming=args.streaming)
-    except Exception as error:  # the library raises ValueError, OSError, its own and its builders' errors
-        looked = f"local folder {Path(name).resolve()}: {'there' if Path(name).exists() else 'not there'}"
+            f"The {place} must hold a class for every image: a name, or an integer from 0 on. It holds "
+            f"{None if None in wrong else wrong[0]!r}."
+        )
+    distinct = len(set(values))
+    if classes is None and max(values) >= max(_FEW_CLASSES, _MAX_LABEL_GAP * distinct):
         raise InputError(
-            f"The dataset {name} (split {args.split}) could not be loaded. Looked for: {looked}; then {name} on the "
-            f"Hugging Face Hub. The datasets library says: {type(error).__name__}: {error}"
-        ) from error
+            f"The {place} holds {distinct} different labels, up to {max(values)}. Labels must count from 0, here to "
+            f"{distinct - 1}: renumber them, or give them as names."
+        )
+    classes = classes or [str(number) for number in range(max(values) + 1)]
+    if max(values) >= len(classes):
+        raise InputError(
+            f"The {place} holds the label {max(values)}, but names {len(classes)} classes, whose labels are 0 to "
+            f"{len(classes) - 1}."
+        )
+    return Labels(classes, [int(value) for value in values])  # booleans are labels too
 
 
-def _undecoded(dataset, columns: list[str]):
-    """These columns of the dataset, images as encoded bytes."""
+def _undecoded(rows: Any, columns: list[str]) -> Any:
     from datasets import Image as ImageFeature
 
     for column in columns:
-        if dataset.features and isinstance(dataset.features[column], ImageFeature):
-            dataset = dataset.cast_column(column, ImageFeature(decode=False))
-    return dataset.select_columns(columns)
+        if rows.features and isinstance(rows.features[column], ImageFeature):
+            rows = rows.cast_column(column, ImageFeature(decode=False))
+    return rows.select_columns(columns)
 
 
-def _image_column(dataset, column: str | None) -> str:
+def _image_column(rows: "Dataset | IterableDataset", column: str | None) -> str:
     from datasets import Image as ImageFeature
 
-    features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
-    found = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
-    found += [name for name in ("image", "img") if name in features and name not in found]
-    column = column or (found[0] if found else None)
-    if column not in features:
+    features = rows.features or dict.fromkeys(next(iter(rows), {}))
+    candidates = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
+    candidates += [name for name in ("image", "img") if name in features]
+    column = column or next(iter(candidates), None)
+    if column is None or column not in features:
         raise InputError(
             f"The dataset has no {'image column' if column is None else f'column {column!r}'}. Its columns are: "
             f"{', '.join(features) or 'none (it is empty)'}. Name the one with the images with --image_column."
@@ -279,18 +466,13 @@ def _image_column(dataset, column: str | None) -> str:
     return column
 
 
-def _label_column(features, column: str | None) -> str:
-    """The column with the class labels.
-
-    Raises:
-        InputError: if there is none.
-    """
+def _label_column(features: "Features | dict", column: str | None) -> str:
     from datasets import ClassLabel
 
-    found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    found += [name for name in ("label", "labels") if name in features and name not in found]
-    column = column or (found[0] if found else None)
-    if column not in features:
+    candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    candidates += [name for name in ("label", "labels", "cls") if name in features]  # cls: WebDataset's
+    column = column or next(iter(candidates), None)
+    if column is None or column not in features:
         raise InputError(
             f"The dataset has no {'column of class labels' if column is None else f'column {column!r}'}. Its columns "
             f"are: {', '.join(features)}. Name the one with the labels with --label_column."
@@ -298,15 +480,220 @@ def _label_column(features, column: str | None) -> str:
     return column
 
 
-def _stream_labels(dataset, column: str) -> Labels:
-    names = getattr((dataset.features or {}).get(column), "names", None)
-    if names is None:
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `open_source`."""
+
+    location: str
+    split: str
+    config: str | None
+    image_column: str | None
+    folder_as: Literal["images", "dataset"] | None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.location)
+
+
+def open_source(
+    location: str,
+    split: str = "train",
+    *,
+    config: str | None = None,
+    image_column: str | None = None,
+    folder_as: Literal["images", "dataset"] | None = None,
+) -> ImageSource:
+    """Open images by where they are.
+
+    | location | images |
+    |---|---|
+    | an .npz file | the array `arr_0`, uint8, (N, H, W) or (N, H, W, C) |
+    | a .zip file | its image files, of one split if it has a folder for each |
+    | a .parquet, .arrow or .tar file | as `datasets` reads it, a .tar file as WebDataset |
+    | a folder from `Dataset.save_to_disk` or `DatasetDict.save_to_disk` | its rows |
+    | a folder with `raw/train-images-idx3-ubyte`, or a sub-folder that has it | MNIST's idx format |
+    | a folder of images | its image files, of one split if it has a sub-folder for each |
+    | any other folder, or a name on the Hub | as `datasets.load_dataset` reads it |
+
+    Args:
+        split: the split to read, where there are several; datasets also take slices such as `train[:10%]`.
+        config: configuration of a dataset that has several.
+        image_column: the column of a dataset with the images; None finds it.
+        folder_as: how to read a folder that could be both. "images": as image files if it has any. "dataset": with
+            `datasets`, also if it only has image files. None: with `datasets` if it has .parquet, .arrow, .jsonl,
+            .csv or .tar files.
+
+    Raises:
+        InputError: if nothing is found there, it is damaged, it has no images or several sets of them, or it has no
+            such configuration or column.
+        MissingSplitError: if it has splits, but not this one.
+    """
+    request = _Request(location, split, config, image_column, folder_as)
+    return next(source for open_kind in KINDS if (source := open_kind(request)) is not None)
+
+
+def open_stream(
+    location: str, split: str = "train", *, config: str | None = None, image_column: str | None = None
+) -> ImageStream:
+    """Open a dataset on the Hub, or a local one (see `open_source`), to read its rows without a copy on disk.
+
+    Raises:
+        InputError: if it is not found, is no dataset, or has no such split, configuration or column.
+    """
+    request = _Request(location, split, config, image_column, "dataset")
+    if request.path.suffix in (".npz", ".zip") and not request.path.is_dir():
+        raise InputError(f"{location} cannot be streamed: {request.path.suffix} files are read without --streaming.")
+    rows, _ = _load_dataset(request, streaming=True)
+    return ImageStream(rows, image_column)
+
+
+def _open_npz(request: _Request) -> ImageSource | None:
+    return NpzImages(_existing_file(request.path)) if _is_file(request.path, ".npz") else None
+
+
+def _open_zip(request: _Request) -> ImageSource | None:
+    return ZipImages(_existing_file(request.path), request.split) if _is_file(request.path, ".zip") else None
+
+
+def _open_idx_folder(request: _Request) -> ImageSource | None:
+    folder = request.path
+    if request.folder_as != "images" and _has_dataset_files(folder):
+        return None
+    files = {
+        split: [*folder.glob(f"raw/{prefix}-images-idx3-ubyte"), *folder.glob(f"*/raw/{prefix}-images-idx3-ubyte")]
+        for split, prefix in _IDX_PREFIXES.items()
+    }
+    if not any(files.values()):
+        return None
+    paths = files.get(request.split)
+    if not paths:
+        raw = next(path.parent for paths in files.values() for path in paths)
+        splits = [split for split, paths in files.items() if paths]
+        raise MissingSplitError(f"{raw} has no split {request.split}: its splits are {' and '.join(splits)}.")
+    if len(paths) > 1:
+        sets = ", ".join(sorted(str(path.parent.parent) for path in paths))
+        raise InputError(f"{request.location} holds several sets of images. Name one of them: {sets}.")
+    return IdxImages(paths[0], request.split)
+
+
+def _open_image_folder(request: _Request) -> ImageSource | None:
+    folder = request.path
+    if request.folder_as == "images" and not folder.exists():
+        raise InputError(f"{folder}: there is no such folder (looked for at {folder.resolve()}).")
+    if not folder.is_dir() or request.folder_as == "dataset":
+        return None
+    if request.folder_as is None and _has_dataset_files(folder):
+        return None
+    sub_folders = {child.name for child in folder.iterdir() if child.is_dir() and not _is_ignored(child)}
+    split = _find_split(sub_folders, request.split, folder)
+    try:
+        return FolderImages(folder / split, split) if split else FolderImages(folder)
+    except InputError:
+        if _has_dataset_files(folder):
+            return None
+        raise
+
+
+def _open_dataset(request: _Request) -> ImageSource:
+    rows, split = _load_dataset(request, streaming=False)
+    if len(rows) == 0:
+        raise InputError(f"The dataset {request.location}, split {split}, is empty.")
+    return DatasetImages(rows, request.image_column, split)
+
+
+# tried in this order; each returns None for a location of another kind
+KINDS: tuple[Callable[[_Request], ImageSource | None], ...] = (
+    _open_npz,
+    _open_zip,
+    _open_idx_folder,
+    _open_image_folder,
+    _open_dataset,
+)
+
+
+def _is_file(path: Path, *suffixes: str) -> bool:
+    """Whether a location names a file of this kind, existing or not."""
+    return path.suffix in suffixes and not path.is_dir()
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file (looked for at {path.resolve()}).")
+    return path
+
+
+def _has_dataset_files(folder: Path) -> bool:
+    return folder.is_dir() and any(path.suffix in _DATASET_SUFFIXES for path in folder.rglob("*"))
+
+
+def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
+    """Load a dataset with `datasets`.
+
+    Returns:
+        the dataset, and the split that it is; "all" for a single file and for a dataset that was saved without splits.
+    """
+    datasets = _import_datasets()
+    path = request.path
+    if _is_file(path, *_FILE_BUILDERS):
+        files = [_existing_file(path)]
+    elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():  # Dataset.save_to_disk
+        files = sorted(path.glob("*.arrow"))
+    elif (path / "dataset_dict.json").is_file() and not streaming:  # DatasetDict.save_to_disk
+        return _load_saved_split(datasets, request), request.split
+    else:
+        return _load_by_name(datasets, request, streaming), request.split
+    with naming_file(path, Exception):  # the errors of many libraries
+        if path.is_dir() and not streaming:
+            return datasets.load_from_disk(str(path)), "all"
+        builder, data_files = _FILE_BUILDERS[files[0].suffix], [str(file) for file in files]
+        return datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming), "all"
+
+
+def _load_saved_split(datasets: ModuleType, request: _Request) -> "Dataset":
+    with naming_file(request.location, Exception):
+        splits = datasets.load_from_disk(request.location)
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(request.split).to_absolute(lengths)
+    except ValueError as error:
+        names = ", ".join(lengths)
+        raise MissingSplitError(f"{request.location} has no split {request.split}: its splits are {names}.") from error
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "Dataset | IterableDataset":
+    location, path = request.location, request.path
+    try:
+        return datasets.load_dataset(location, request.config, split=request.split, streaming=streaming)
+    except Exception as error:  # from `datasets`, the libraries behind its builders, or the client of the Hub
+        kind = MissingSplitError if isinstance(error, ValueError) and _lacks_split(datasets, request) else InputError
+        folder = path.resolve()
+        place = folder if path.exists() else f"the Hugging Face Hub, since there is no local folder {folder}"
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        raise kind(
+            f"The dataset {location} (split {request.split}) could not be loaded from {place}. The datasets library "
+            f"reports: {type(cause or error).__name__}: {cause or error}"
+        ) from error
+
+
+def _lacks_split(datasets: ModuleType, request: _Request) -> bool:
+    with suppress(Exception):  # then something else is wrong
+        names = datasets.get_dataset_split_names(request.location, request.config)
+        return request.split.partition("[")[0] not in names
+    return False
+
+
+def _import_datasets() -> ModuleType:
+    try:
+        import datasets
+        import datasets.exceptions
+    except ImportError:
         raise InputError(
-            f"The column {column!r} of the stream does not say which classes there are: a stream needs a column of "
-            "type ClassLabel. Without --streaming, names and integers do as well."
-        )
-    return Labels(names, None)
-
-
-def _file_name(cell: Any) -> str:
-    return (isinstance(cell, dict) and cell["path"]) or "no file name"
+            "Reading a dataset needs the package `datasets`: pip install 'diffusers-ddgan[train]'. A folder of images "
+            "can be read without it."
+        ) from None
+    return datasets

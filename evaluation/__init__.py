@@ -1,1 +1,1 @@
-"""Measuring pictures: features, distances between distributions, coverage, and the protocol beside each number."""
+"""Evaluation: features of images, metrics on them, and the protocol that makes each number reproducible."""

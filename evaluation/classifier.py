@@ -1,4 +1,4 @@
-"""A small image classifier: its classes judge conditional samples, its penultimate layer is a feature space."""
+"""A small image classifier, for the class accuracy of conditional samples and as a feature extractor."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ NORM_GROUPS = 8
 
 
 class ImageClassifierBlock(nn.Module):
-    """Two 3x3 convolutions, each normalised, with a shortcut around them; the first has the stride."""
+    """A residual block: two 3x3 convolutions with group normalization, the first one strided, and a 1x1 shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -27,11 +27,10 @@ class ImageClassifierBlock(nn.Module):
 
 
 class ImageClassifier(ModelMixin, ConfigMixin):
-    """
-    A residual network of the kind of [He et al. 2016](https://arxiv.org/abs/1512.03385), small enough for a CPU.
+    """A residual network in the style of [He et al. 2016](https://arxiv.org/abs/1512.03385), small enough for a CPU.
 
-    Every block but the first halves height and width; the mean over what is left is the feature vector. Group
-    normalisation makes an image's features independent of the images beside it, in training too.
+    Every block but the first halves height and width; global average pooling gives the feature vector. With group
+    normalization, the features of an image do not depend on the rest of the batch, not even in training mode.
 
     Args:
         sample_size (`int`, defaults to 28): height and width of the images.
@@ -39,10 +38,10 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         num_classes (`int`, defaults to 10): number of classes.
         widths (`tuple[int, ...]`, defaults to `(16, 32, 64, 96)`):
             Channels of each block, multiples of 8; the last is the number of features.
-        id2label (`dict[int, str]`, *optional*): names of the classes; without it they are named by their numbers.
+        id2label (`dict[int, str]`, *optional*): names of the classes, by default their numbers.
 
     Raises:
-        `ValueError`: for a width that is no multiple of 8, and for names that are not one for each class.
+        `ValueError`: if a width is not a multiple of 8, or `id2label` does not name every class once.
     """
 
     @register_to_config
@@ -56,28 +55,29 @@ class ImageClassifier(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if not widths or any(width % NORM_GROUPS for width in widths):
-            raise ValueError(f"`widths` is {tuple(widths)}, but must be multiples of {NORM_GROUPS}, at least one.")
-        # JSON, where configs are kept, turns the numbers into text
-        named = {int(label): name for label, name in (id2label or {}).items()}
-        if named and sorted(named) != list(range(num_classes)):
-            raise ValueError(f"`id2label` names the classes {sorted(named)}, but must name 0 to {num_classes - 1}.")
-        self.class_names = [named.get(label, str(label)) for label in range(num_classes)]
+            raise ValueError(
+                f"`widths` is {tuple(widths)}, but must hold at least one width, all multiples of {NORM_GROUPS}."
+            )
+        # configs are saved as JSON, which turns integer keys into strings
+        names = {int(label): name for label, name in (id2label or {}).items()}
+        if names and sorted(names) != list(range(num_classes)):
+            raise ValueError(f"`id2label` names the classes {sorted(names)}, but must name 0 to {num_classes - 1}.")
+        self.class_names = [names.get(label, str(label)) for label in range(num_classes)]
 
         self.blocks = nn.ModuleList(
-            ImageClassifierBlock(before, width, stride=1 if i == 0 else 2)
-            for i, (before, width) in enumerate(zip((in_channels, *widths[:-1]), widths, strict=True))
+            ImageClassifierBlock(previous_width, width, stride=1 if i == 0 else 2)
+            for i, (previous_width, width) in enumerate(zip((in_channels, *widths[:-1]), widths, strict=True))
         )
         self.head = nn.Linear(widths[-1], num_classes)
 
     def features(self, sample: torch.Tensor) -> torch.Tensor:
-        """
-        The penultimate layer, `(batch_size, widths[-1])`, at least 0; `head` makes the logits of it.
+        """Compute the penultimate layer, `(batch_size, widths[-1])`, nonnegative; `head` maps it to logits.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): in [-1, 1].
 
         Raises:
-            `ValueError`: for images of another size or with other channels.
+            `ValueError`: for images of another size or number of channels.
         """
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if sample.shape[1:] != expected:
@@ -91,10 +91,12 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         return hidden_states.mean((2, 3))
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """
-        Logits `(batch_size, num_classes)` of images `(batch_size, in_channels, sample_size, sample_size)` in [-1, 1].
+        """Compute the logits `(batch_size, num_classes)`.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): in [-1, 1].
 
         Raises:
-            `ValueError`: for images of another size or with other channels.
+            `ValueError`: for images of another size or number of channels.
         """
         return self.head(self.features(sample))

@@ -1,32 +1,37 @@
-"""Networks whose features stand for images when distributions of images are compared."""
+"""Feature extractors: the networks in whose feature space distributions of images are compared."""
 
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from ..core.extras import missing_extra
 from ..data.images import RESIZE, resized, with_channels
 from .classifier import ImageClassifier
+from .facts import ExtractorFacts
 
-INCEPTION, DINOV2 = "inception-v3-compat", "dinov2"
-DINOV2_WEIGHTS = "facebook/dinov2-large"  # the one of arXiv 2306.04675
+INCEPTION, DINOV2, PIXELS = "inception-v3-compat", "dinov2", "pixels-8x8"
+DINOV2_WEIGHTS = "facebook/dinov2-large"  # the model of arXiv 2306.04675
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FeatureExtractor(nn.Module):
-    """
-    Images `(N, C, H, W)`, uint8, C = 1 or 3, of any size, to their features `(N, D)` and, if it is a classifier, the
+    """Maps images `(N, C, H, W)`, uint8, C = 1 or 3, of any size, to features `(N, D)` and, if it is a classifier, to
     logits `(N, classes)`, both float32.
 
     Attributes:
-        name: which network.
+        name: name of the network.
         digest: fingerprint of its weights.
-        channels: 1 or 3; grey images are repeated for 3, others turned grey for 1.
-        resize: how images become as large as it needs them, in words.
+        channels: 1 or 3; gray images are repeated for 3, color images converted to gray for 1.
+        resize: how images are resized to the input of the network.
+        logits_input: attribute of `MetricInputs` that its logits are; None if it has none.
     """
+
+    logits_input: str | None = None
 
     def __init__(self, name: str, network: nn.Module, channels: int, resize: str):
         super().__init__()
@@ -36,132 +41,148 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`features` and, of a classifier, `logits`."""
-        device = next(self.network.parameters()).device
-        found = self.measure(with_channels(images, self.channels).to(device))
-        return {name: tensor.float().cpu() for name, tensor in found.items()}
+        """Return `features` and, from a classifier, `logits`, on the CPU."""
+        weights = next(self.network.parameters(), None)
+        images = with_channels(images, self.channels).to("cpu" if weights is None else weights.device)
+        return {name: tensor.float().cpu() for name, tensor in self.extract(images).items()}
 
-    def measure(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute `features` and, in a classifier, `logits` of images with `channels` channels, uint8."""
         raise NotImplementedError
 
     @property
-    def protocol(self) -> dict[str, Any]:
-        """What has to be the same for two sets of features to be compared."""
-        return {"extractor": self.name, "extractor_digest": self.digest, "resize": self.resize}
+    def facts(self) -> ExtractorFacts:
+        """The facts that two sets of features must share to be comparable."""
+        return ExtractorFacts(self.name, self.digest, self.resize)
 
 
 class InceptionV3Compat(FeatureExtractor):
-    """The Inception network of the original FID, as torch-fidelity has it: pool3's 2,048 features, 1,008 logits."""
+    """The Inception network of the original FID, from torch-fidelity: 2,048 pool3 features and 1,008 logits."""
+
+    logits_input = "inception_logits"
 
     def __init__(self, network: nn.Module):
         super().__init__(INCEPTION, network, 3, "to 299x299, bilinear like TensorFlow 1, not antialiased")
 
-    def measure(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(("features", "logits"), self.network(images), strict=True))
 
 
 class Dinov2(FeatureExtractor):
-    """A DINOv2 transformer: its normalised class token."""
+    """A DINOv2 transformer; its features are the normalized class token."""
 
     def __init__(self, network: nn.Module, name: str):
         self.size = 16 * network.config.patch_size
         super().__init__(f"{DINOV2} ({name})", network, 3, f"to {self.size}x{self.size}, {RESIZE}")
 
-    def measure(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         images = resized(images, self.size, self.size).float() / 255
         mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
         return {"features": self.network((images - mean) / std).pooler_output}
 
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+class Pixels8x8(FeatureExtractor):
+    """The image itself at 8x8, RGB in [0, 1], averaged over areas: 192 features, without weights to download.
+
+    Distances in this space compare with one another, not with a published FID.
+    """
+
+    def __init__(self):
+        super().__init__(PIXELS, nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten()), 3, "to 8x8, area-averaged")
+
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"features": self.network(images.float() / 255)}
 
 
 class ClassifierFeatures(FeatureExtractor):
     """The penultimate layer and the logits of an `ImageClassifier`."""
 
+    logits_input = "classifier_logits"
+
     def __init__(self, network: ImageClassifier, name: str):
         self.size = network.config.sample_size
         super().__init__(name, network, network.config.in_channels, f"to {self.size}x{self.size}, {RESIZE}")
 
-    def measure(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         features = self.network.features(resized(images, self.size, self.size).float() / 127.5 - 1)
         return {"features": features, "logits": self.network.head(features)}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
 def load_extractor(name: str, weights: str | None = None, device: str | torch.device = "cpu") -> FeatureExtractor:
-    """Load an extractor by its name.
+    """Load a feature extractor.
 
     Args:
-        name: `inception-v3-compat`, `dinov2`, or the folder of an `ImageClassifier`.
+        name: a key of `EXTRACTORS`, or the folder of an `ImageClassifier`.
         weights:
-            For the Inception network a file (.pth or .safetensors) with torch-fidelity's weights in place of their
-            download; for DINOv2 a folder or repository in place of facebook/dinov2-large.
+            For inception-v3-compat a file (.pth or .safetensors) with torch-fidelity's weights, instead of downloading
+            them; for dinov2 a folder or repository, instead of facebook/dinov2-large.
 
     Raises:
-        ValueError: if there is no such network, or its weights cannot be had or do not fit.
+        ValueError: if there is no such extractor, or its weights cannot be loaded or do not fit.
     """
-    if name == INCEPTION:
-        extractor = InceptionV3Compat(_inception(weights))
-    elif name == DINOV2:
-        extractor = Dinov2(_dinov2(weights or DINOV2_WEIGHTS), Path(weights or DINOV2_WEIGHTS).name)
-    else:
-        extractor = ClassifierFeatures(load_classifier(name), Path(name).resolve().name)
-    return extractor.to(device)
+    if name in EXTRACTORS:
+        return EXTRACTORS[name](weights).to(device)
+    return ClassifierFeatures(load_classifier(name), Path(name).resolve().name).to(device)
 
 
 def load_classifier(folder: str) -> ImageClassifier:
-    """The `ImageClassifier` of a folder.
+    """Load the `ImageClassifier` in a folder.
 
     Raises:
         ValueError: if there is none.
     """
     config = Path(folder) / "config.json"
-    found = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
-    if found != ImageClassifier.__name__:
+    class_name = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
+    if class_name != ImageClassifier.__name__:
         raise ValueError(
-            f"{folder} is neither {INCEPTION} nor {DINOV2}, nor the folder of a classifier that "
-            f"scripts/train_classifier.py wrote ({f'it holds a {found}' if found else f'there is no {config}'})."
+            f"{folder} is neither one of the extractors {', '.join(EXTRACTORS)} nor the folder of a classifier that "
+            f"scripts/train_classifier.py wrote "
+            f"({f'it holds a {class_name}' if class_name else f'there is no {config}'})."
         )
     return ImageClassifier.from_pretrained(folder)
 
 
 def weights_digest(network: nn.Module) -> str:
-    """A fingerprint of a network's weights."""
-    found = hashlib.blake2b(digest_size=8)
+    """Return a fingerprint of a network's weights."""
+    digest = hashlib.blake2b(digest_size=8)
     for name, tensor in network.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-def _inception(weights: str | None) -> nn.Module:
+def _load_inception(weights: str | None) -> InceptionV3Compat:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise ValueError(
-            f"{INCEPTION} is torch-fidelity's, which is not installed: pip install 'diffusers-ddgan[eval]'."
-        ) from None
+        raise ValueError(f"{INCEPTION} needs a package: {missing_extra('torch-fidelity', 'eval')}.") from None
     layers = ["2048", "logits_unbiased"]
     try:
         if weights is None:
-            return FeatureExtractorInceptionV3(INCEPTION, layers, verbose=False)
-        # torch-fidelity would unpickle anything: what it is given has been read as tensors and nothing else
-        safe = io.BytesIO()
-        torch.save(_tensors(weights), safe)
-        safe.seek(0)
-        return FeatureExtractorInceptionV3(INCEPTION, layers, feature_extractor_weights_path=safe)
-    except Exception as error:  # the network's, the unpickler's, or of weights that do not fit
+            return InceptionV3Compat(FeatureExtractorInceptionV3(INCEPTION, layers, verbose=False))
+        # torch-fidelity would unpickle anything, so it gets a copy of what was read as tensors and nothing else
+        tensors = io.BytesIO()
+        torch.save(_load_tensors(weights), tensors)
+        tensors.seek(0)
+        return InceptionV3Compat(
+            FeatureExtractorInceptionV3(INCEPTION, layers, feature_extractor_weights_path=tensors)
+        )
+    except Exception as error:  # from the network, the unpickler, or weights that do not fit
         reason = str(error).strip().splitlines()[0]
         if weights is None:
             raise ValueError(
                 f"The weights of {INCEPTION} could not be downloaded: {reason}. Download "
-                "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases where there is a network, "
-                "and name that file with --extractor_weights; or measure with a classifier of your own."
+                "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases on a machine with network "
+                f"access and pass the file with --extractor_weights; or use {PIXELS} or a classifier of your own."
             ) from error
         raise ValueError(f"The file {weights} does not hold the weights of {INCEPTION}: {reason}") from error
 
 
-def _tensors(path: str) -> dict[str, torch.Tensor]:
+def _load_tensors(path: str) -> dict[str, torch.Tensor]:
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file
 
@@ -169,14 +190,29 @@ def _tensors(path: str) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _dinov2(weights: str) -> nn.Module:
+def _load_dinov2(weights: str | None) -> Dinov2:
     from transformers import Dinov2Model
 
+    source = weights or DINOV2_WEIGHTS
     try:
-        return Dinov2Model.from_pretrained(weights)
+        network = Dinov2Model.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"The DINOv2 model {weights} could not be loaded: {reason}. Name the folder or repository of one with "
-            "--extractor_weights; or measure with a classifier of your own."
+            f"The DINOv2 model {source} could not be loaded: {reason}. Pass the folder or repository of one with "
+            f"--extractor_weights; or use {PIXELS} or a classifier of your own."
         ) from error
+    return Dinov2(network, Path(source).name)
+
+
+def _load_pixels(weights: str | None) -> Pixels8x8:
+    if weights is not None:
+        raise ValueError(f"{PIXELS} has no weights: leave out --extractor_weights.")
+    return Pixels8x8()
+
+
+EXTRACTORS: dict[str, Callable[[str | None], FeatureExtractor]] = {
+    INCEPTION: _load_inception,
+    DINOV2: _load_dinov2,
+    PIXELS: _load_pixels,
+}

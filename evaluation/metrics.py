@@ -1,41 +1,57 @@
-"""How far two sets of features are apart, and whether samples repeat training images; all in float64.
+"""The table of metrics, `METRICS`, and the functions that compute them, all in float64.
 
-Features are tensors (N, D) on the CPU. No result depends on the order of their rows: where a random part of them is
-taken, they are brought into an order of their own first. Every function raises `ValueError` for features that are not
-finite, not of one dimension, or too few.
+Features are tensors (N, D) on the CPU. No result depends on the order of their rows: where a random subset is taken,
+the rows are first brought into an order of their own. Every function raises `ValueError` for features that are not
+finite, have different dimensions, or are too few.
+
+To add a metric, write a function from `MetricInputs` to a `MetricValue` and add an entry to `METRICS`.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..core.extras import missing_extra
+from .coverage import ModeCoverage, class_accuracies, stacked_mnist_coverage
+
 MIN_IMAGES = 12  # on each side: six in each half
-MANIFOLD_IMAGES = 10_000  # of each side at most; the usual number, and the cost grows with its square
+MANIFOLD_IMAGES = 10_000  # maximum of each side; the usual number, and the cost grows with its square
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 IS_SPLITS = 10
-PRECISION_NEIGHBOURS = 3  # arXiv 1904.06991
-DENSITY_NEIGHBOURS = 5  # arXiv 2002.09797
-CLOSE = 0.01  # part of the held-out images that counts as close to the training images
-MIN_HELD_OUT = 100  # of which that part is one image
-SAME = 1e-5  # part of the length of features below which a distance is rounding
-_ROWS = 2000  # of a matrix of distances that are in memory at once
+PRECISION_NEIGHBORS = 3  # arXiv 1904.06991
+DENSITY_NEIGHBORS = 5  # arXiv 2002.09797
+CLOSE_QUANTILE = 0.01  # fraction of the held-out images that counts as close to the training images
+MIN_HELD_OUT = 100  # of which that fraction is one image
+DISTANCE_EPSILON = 1e-5  # fraction of the length of features below which a distance is rounding error
+_ROWS = 2000  # rows of a distance matrix that are in memory at a time
 
 
 @dataclass
 class MetricValue:
-    """A number with what it takes to compute it again.
+    """The value of a metric with the settings that are needed to reproduce it.
 
     Attributes:
-        spread: standard deviation over subsets or splits, where the metric has one.
+        std: standard deviation over subsets or splits, where the metric has one.
         protocol: settings of the metric.
     """
 
     value: float
-    spread: float | None = None
+    std: float | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "spread": self.std, "protocol": self.protocol}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "MetricValue":
+        return cls(values["value"], values["spread"], values["protocol"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,15 +67,15 @@ class Gaussian:
 
     @classmethod
     def of(cls, features: torch.Tensor) -> "Gaussian":
-        features = _checked(features, least=2).numpy()
-        return cls(features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], -1))
+        array = _checked(features, min_images=2).numpy()
+        return cls(array.mean(0), np.cov(array, rowvar=False).reshape(array.shape[1], -1))
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), the Frechet distance of arXiv 1706.08500, equation (6).
+    """Compute |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), arXiv 1706.08500, equation (6).
 
     With S = R R^T the trace of the root is the sum of the singular values of R_a^T R_b. That is exact to rounding for
-    singular covariances too, where roots of the eigenvalues of S_a S_b, torch-fidelity's way, are wrong by about 1e-5.
+    singular covariances too, where torch-fidelity's way, roots of the eigenvalues of S_a S_b, is off by about 1e-5.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"The features have {len(a.mean)} and {len(b.mean)} dimensions: use one extractor for both.")
@@ -76,15 +92,15 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def frechet_bias(samples: torch.Tensor, reference: Gaussian) -> float:
-    """By how much the Frechet distance of these samples exceeds that of infinitely many, from its halves.
+    """Estimate by how much the Frechet distance of these samples exceeds that of infinitely many, from its halves.
 
-    The distance falls like 1 / N with the number of samples (arXiv 1911.07023), so what it loses from N / 2 to N it
-    loses once more from N on.
+    The distance falls like 1 / N with the number of samples (arXiv 1911.07023), so its decrease from N / 2 to N equals
+    its decrease from N to infinity.
     """
-    samples = _checked(samples, least=4)
+    samples = _checked(samples, min_images=4)
     halves = samples[_shuffled_order(samples)].tensor_split(2)
-    of_halves = [frechet_distance(Gaussian.of(half), reference) for half in halves]
-    return float(np.mean(of_halves)) - frechet_distance(Gaussian.of(samples), reference)
+    half_distances = [frechet_distance(Gaussian.of(half), reference) for half in halves]
+    return float(np.mean(half_distances)) - frechet_distance(Gaussian.of(samples), reference)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,17 +110,17 @@ def frechet_bias(samples: torch.Tensor, reference: Gaussian) -> float:
 def kernel_distance(
     samples: torch.Tensor, reference: torch.Tensor, subset_size: int | None = None, subsets: int = KID_SUBSETS
 ) -> MetricValue:
-    """KID of arXiv 1801.01401, through torch-fidelity: mean and spread of the unbiased estimate over random subsets.
+    """Compute the KID of arXiv 1801.01401 with torch-fidelity: the unbiased estimate, averaged over random subsets.
 
-    Without bias, it lies a little below 0 for sets of one distribution.
+    Being unbiased, it can lie slightly below 0 for sets of one distribution.
 
     Args:
         subset_size: None takes 1,000, or half of the smaller set where that is less.
     """
     metric = _torch_fidelity("metric_kid")
-    samples, reference = _pair(samples, reference, least=4)
+    samples, reference = _checked_pair(samples, reference, min_images=4)
     size = subset_size or min(KID_SUBSET_SIZE, min(len(samples), len(reference)) // 2)
-    found = metric.kid_features_to_metric(
+    results = metric.kid_features_to_metric(
         samples[_order(samples)],
         reference[_order(reference)],
         kid_subsets=subsets,
@@ -112,48 +128,47 @@ def kernel_distance(
         verbose=False,
     )
     return MetricValue(
-        found[metric.KEY_METRIC_KID_MEAN],
-        found[metric.KEY_METRIC_KID_STD],
+        results[metric.KEY_METRIC_KID_MEAN],
+        results[metric.KEY_METRIC_KID_STD],
         {"kernel": "polynomial, degree 3", "subsets": subsets, "subset_size": size},
     )
 
 
 def inception_score(logits: torch.Tensor) -> MetricValue:
-    """exp of the mean divergence of p(class | image) from p(class), arXiv 1606.03498, through torch-fidelity.
+    """Compute exp of the mean KL divergence of p(class | image) from p(class), arXiv 1606.03498, with torch-fidelity.
 
     Args:
-        logits: (N, classes), of the Inception network, or of another classifier, which makes it another score.
+        logits: (N, classes), of the Inception network, or of another classifier, which makes it a different score.
     """
     metric = _torch_fidelity("metric_isc")
-    logits = _checked(logits, least=IS_SPLITS)
-    logits = logits[_order(logits)]
-    found = metric.isc_features_to_metric(logits, splits=IS_SPLITS)
-    return MetricValue(found[metric.KEY_METRIC_ISC_MEAN], found[metric.KEY_METRIC_ISC_STD], {"splits": IS_SPLITS})
+    logits = _checked(logits, min_images=IS_SPLITS)
+    results = metric.isc_features_to_metric(logits[_order(logits)], splits=IS_SPLITS)
+    return MetricValue(results[metric.KEY_METRIC_ISC_MEAN], results[metric.KEY_METRIC_ISC_STD], {"splits": IS_SPLITS})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Manifolds of nearest neighbours
+# Manifolds of nearest neighbors
 
 
-def manifold_measures(samples: torch.Tensor, reference: torch.Tensor) -> dict[str, MetricValue]:
-    """Precision, recall (arXiv 1904.06991, through torch-fidelity), density and coverage (arXiv 2002.09797).
+def manifold_metrics(samples: torch.Tensor, reference: torch.Tensor) -> dict[str, MetricValue]:
+    """Compute precision, recall (arXiv 1904.06991, with torch-fidelity), density and coverage (arXiv 2002.09797).
 
-    Both sides have the same number of images: the smaller set's, at most `MANIFOLD_IMAGES`.
+    Both sides have the same number of images: that of the smaller set, at most `MANIFOLD_IMAGES`.
     """
     metric = _torch_fidelity("metric_prc")
-    samples, reference = _pair(samples, reference, least=DENSITY_NEIGHBOURS + 1)
+    samples, reference = _checked_pair(samples, reference, min_images=DENSITY_NEIGHBORS + 1)
     count = min(len(samples), len(reference), MANIFOLD_IMAGES)
     samples, reference = samples[_shuffled_order(samples)[:count]], reference[_shuffled_order(reference)[:count]]
-    found = metric.prc_features_to_metric(
+    results = metric.prc_features_to_metric(
         samples,
         reference,
-        prc_neighborhood=PRECISION_NEIGHBOURS,
+        prc_neighborhood=PRECISION_NEIGHBORS,
         prc_batch_size=_ROWS,
         save_cpu_ram=True,
         verbose=False,
     )
     radii = torch.cat(
-        [torch.cdist(part, reference).kthvalue(DENSITY_NEIGHBOURS + 1).values for part in reference.split(_ROWS)]
+        [torch.cdist(part, reference).kthvalue(DENSITY_NEIGHBORS + 1).values for part in reference.split(_ROWS)]
     )
     inside, nearest = 0, torch.full_like(radii, math.inf)
     for part in samples.split(_ROWS):
@@ -161,100 +176,240 @@ def manifold_measures(samples: torch.Tensor, reference: torch.Tensor) -> dict[st
         inside += (distances <= radii).sum().item()
         nearest = torch.minimum(nearest, distances.amin(0))
     values = {
-        "precision": (found[metric.KEY_METRIC_PRECISION], PRECISION_NEIGHBOURS),
-        "recall": (found[metric.KEY_METRIC_RECALL], PRECISION_NEIGHBOURS),
-        "density": (inside / (DENSITY_NEIGHBOURS * count), DENSITY_NEIGHBOURS),
-        "coverage": ((nearest <= radii).double().mean().item(), DENSITY_NEIGHBOURS),
+        "precision": (results[metric.KEY_METRIC_PRECISION], PRECISION_NEIGHBORS),
+        "recall": (results[metric.KEY_METRIC_RECALL], PRECISION_NEIGHBORS),
+        "density": (inside / (DENSITY_NEIGHBORS * count), DENSITY_NEIGHBORS),
+        "coverage": ((nearest <= radii).double().mean().item(), DENSITY_NEIGHBORS),
     }
     return {name: MetricValue(value, None, {"neighbours": k, "images": count}) for name, (value, k) in values.items()}
 
 
-def memorisation(samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor) -> dict[str, MetricValue]:
-    """Whether samples lie closer to the training images than images do that the training has not seen.
+def memorization_metrics(
+    samples: torch.Tensor, training: torch.Tensor, held_out: torch.Tensor
+) -> dict[str, MetricValue]:
+    """Compare the distances of samples and of held-out images to the training images.
+
+    At most `MANIFOLD_IMAGES` samples and held-out images are used, and all training images.
 
     Returns:
         `nearest_training_ratio`: the median distance to the nearest training image, of samples over that of held-out
-        images; well below 1 where training images are repeated. `memorised`: the part of the samples that is closer
-        to a training image than the closest 1 % of the held-out images, or as close; about 0.01 where nothing is
-        repeated. At most `MANIFOLD_IMAGES` samples and held-out images are looked at, and all training images.
+        images; well below 1 where training images are repeated. `memorised`: the fraction of samples that are at least
+        as close to a training image as the closest 1 % of the held-out images; about 0.01 where nothing is repeated.
 
     Raises:
-        ValueError: if most held-out images are training images.
+        ValueError: if at least half of the held-out images are training images.
     """
-    samples, training = _pair(samples, training, least=1)
-    held_out, _ = _pair(held_out, training, least=MIN_HELD_OUT)
+    samples, training = _checked_pair(samples, training, min_images=1)
+    held_out, _ = _checked_pair(held_out, training, min_images=MIN_HELD_OUT)
     samples, held_out = (part[_shuffled_order(part)[:MANIFOLD_IMAGES]] for part in (samples, held_out))
-    of_samples, of_held_out = _nearest(samples, training), _nearest(held_out, training)
-    if of_held_out.median() == 0:
+    sample_distances, held_out_distances = _nearest(samples, training), _nearest(held_out, training)
+    if held_out_distances.median() == 0:
         raise ValueError(
-            "At least half of the held-out images are among the training images, so they do not show how close images "
-            "come that the training has not seen. Name others."
+            "At least half of the held-out images are among the training images, so they do not show how close unseen "
+            "images come. Use other held-out images."
         )
-    close = of_held_out.quantile(CLOSE)
+    close = held_out_distances.quantile(CLOSE_QUANTILE)
+    ratio = (sample_distances.median() / held_out_distances.median()).item()
+    memorized = (sample_distances <= close).double().mean().item()
     protocol = {"training_images": len(training), "samples": len(samples), "held_out_images": len(held_out)}
     return {
-        "nearest_training_ratio": MetricValue((of_samples.median() / of_held_out.median()).item(), None, protocol),
-        "memorised": MetricValue((of_samples <= close).double().mean().item(), None, {**protocol, "quantile": CLOSE}),
+        "nearest_training_ratio": MetricValue(ratio, None, protocol),
+        "memorised": MetricValue(memorized, None, {**protocol, "quantile": CLOSE_QUANTILE}),
     }
 
 
 def _nearest(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """The distance from each to the nearest of the others, 0 where that is rounding."""
+    """Return the distance from each row to the nearest of the others, 0 where that is rounding error."""
     rows = max(1, _ROWS * MANIFOLD_IMAGES // max(len(others), MANIFOLD_IMAGES))
-    found = torch.cat([torch.cdist(part, others).amin(1) for part in features.split(rows)])
-    return found.masked_fill(found < SAME * others.norm(dim=1).mean(), 0)
+    distances = torch.cat([torch.cdist(part, others).amin(1) for part in features.split(rows)])
+    return distances.masked_fill(distances < DISTANCE_EPSILON * others.norm(dim=1).mean(), 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of them
+# The table of metrics
 
 
-def distances(
-    samples: torch.Tensor, reference: torch.Tensor, gaussian: Gaussian | None = None
-) -> dict[str, MetricValue]:
-    """`fid`, `kid`, `precision`, `recall`, `density` and `coverage` of samples against a reference.
+@dataclass(frozen=True)
+class MetricInputs:
+    """What metrics are computed from; inputs that an evaluation does not have are None.
 
-    Args:
-        gaussian: the reference's, where it is known already.
+    Attributes:
+        features: (N, D), of the samples.
+        reference: (M, D), features of the reference images.
+        reference_gaussian: mean and covariance of the reference features.
+        held_out: (K, D), features of images that the training has not seen.
+        inception_logits: (N, classes), of the samples, from the Inception network.
+        classifier_logits: (N, classes), of the samples, from another classifier.
+        digits: (N, 3), the digit in each channel of the samples.
+        confusion: (classes, classes), the confusion matrix of conditional samples.
     """
-    return {
-        "fid": MetricValue(frechet_distance(Gaussian.of(samples), gaussian or Gaussian.of(reference))),
-        "kid": kernel_distance(samples, reference),
-        **manifold_measures(samples, reference),
-    }
+
+    features: torch.Tensor
+    reference: torch.Tensor | None = None
+    reference_gaussian: Gaussian | None = None
+    held_out: torch.Tensor | None = None
+    inception_logits: torch.Tensor | None = None
+    classifier_logits: torch.Tensor | None = None
+    digits: torch.Tensor | None = None
+    confusion: torch.Tensor | None = None
+
+    @property
+    def available(self) -> set[str]:
+        """Names of the inputs that are present."""
+        return {field.name for field in fields(self) if getattr(self, field.name) is not None}
+
+    # results that several metrics share
+
+    @cached_property
+    def manifold_metrics(self) -> dict[str, MetricValue]:
+        return manifold_metrics(self.features, self.reference)
+
+    @cached_property
+    def memorization_metrics(self) -> dict[str, MetricValue]:
+        return memorization_metrics(self.features, self.reference, self.held_out)
+
+    @cached_property
+    def mode_coverage(self) -> ModeCoverage:
+        return stacked_mnist_coverage(self.digits)
 
 
-def floor(reference: torch.Tensor, count: int, logits: torch.Tensor | None = None) -> dict[str, MetricValue]:
-    """`distances` of one half of a reference to the other: what samples cannot fall below but by chance.
+@dataclass(frozen=True)
+class Metric:
+    """An entry of `METRICS`.
+
+    Attributes:
+        title: name in tables, plots and model cards.
+        needs: attributes of `MetricInputs` without which the metric is left out.
+        compute: the function that computes it.
+        lower_is_better: the direction in which a model improves.
+        panel: panel of the evaluation plot of a run; metrics with the same one share it, None is not plotted.
+        is_headline: whether one-line summaries show the metric.
+    """
+
+    title: str
+    needs: frozenset[str]
+    compute: Callable[[MetricInputs], MetricValue]
+    lower_is_better: bool = False
+    panel: str | None = None
+    is_headline: bool = False
+
+    def is_better(self, value: float, other: float) -> bool:
+        return value < other if self.lower_is_better else value > other
+
+
+_REFERENCE = frozenset({"reference"})
+_HELD_OUT = frozenset({"reference", "held_out"})
+
+# keyed by the name in result files, metrics.csv and model-index metadata; results are listed in this order
+METRICS = {
+    "fid": Metric(
+        "FID",
+        frozenset({"reference_gaussian"}),
+        lambda inputs: MetricValue(frechet_distance(Gaussian.of(inputs.features), inputs.reference_gaussian)),
+        lower_is_better=True,
+        panel="fid",
+        is_headline=True,
+    ),
+    "kid": Metric(
+        "KID",
+        _REFERENCE,
+        lambda inputs: kernel_distance(inputs.features, inputs.reference),
+        lower_is_better=True,
+        panel="kid",
+        is_headline=True,
+    ),
+    "precision": Metric(
+        "precision", _REFERENCE, lambda inputs: inputs.manifold_metrics["precision"], panel="fractions"
+    ),
+    "recall": Metric("recall", _REFERENCE, lambda inputs: inputs.manifold_metrics["recall"], panel="fractions"),
+    "density": Metric("density", _REFERENCE, lambda inputs: inputs.manifold_metrics["density"]),
+    "coverage": Metric("coverage", _REFERENCE, lambda inputs: inputs.manifold_metrics["coverage"], panel="fractions"),
+    "nearest_training_ratio": Metric(
+        "distance to training images, ratio to held-out",
+        _HELD_OUT,
+        lambda inputs: inputs.memorization_metrics["nearest_training_ratio"],
+    ),
+    "memorised": Metric(
+        "memorized", _HELD_OUT, lambda inputs: inputs.memorization_metrics["memorised"], lower_is_better=True
+    ),
+    "inception_score": Metric(
+        "Inception score", frozenset({"inception_logits"}), lambda inputs: inception_score(inputs.inception_logits)
+    ),
+    "classifier_score": Metric(
+        "Inception score with a classifier",
+        frozenset({"classifier_logits"}),
+        lambda inputs: inception_score(inputs.classifier_logits),
+    ),
+    "modes": Metric(
+        "modes",
+        frozenset({"digits"}),
+        lambda inputs: MetricValue(inputs.mode_coverage.modes, None, {"of": inputs.mode_coverage.of}),
+    ),
+    "mode_kl": Metric(
+        "KL of modes to uniform",
+        frozenset({"digits"}),
+        lambda inputs: MetricValue(inputs.mode_coverage.kl, None, {"unit": "nats"}),
+        lower_is_better=True,
+    ),
+    "class_accuracy": Metric(
+        "class accuracy",
+        frozenset({"confusion"}),
+        lambda inputs: MetricValue(class_accuracies(inputs.confusion)[0]),
+        panel="fractions",
+        is_headline=True,
+    ),
+}
+
+
+def available_metrics(inputs: Collection[str]) -> list[str]:
+    """Return the keys of the metrics that can be computed from these attributes of `MetricInputs`."""
+    return [key for key, metric in METRICS.items() if metric.needs <= set(inputs)]
+
+
+def compute_metrics(inputs: MetricInputs) -> dict[str, MetricValue]:
+    """Compute every metric for which the inputs suffice."""
+    return {key: METRICS[key].compute(inputs) for key in available_metrics(inputs.available)}
+
+
+def reference_baseline(
+    reference: torch.Tensor,
+    count: int,
+    logits: torch.Tensor | None = None,
+    logits_input: str | None = "inception_logits",
+) -> dict[str, MetricValue]:
+    """Compute the metrics of one half of a reference against the other, the real-vs-real baseline ("floor").
+
+    Samples can fall below these values only by chance.
 
     Args:
         count: images of the first half that stand in for samples, at most all of it.
-        logits: of the reference, (N, classes); with them also the `inception_score` of these images, if they are
-            enough for one.
+        logits: of the reference, (N, classes); adds their score, if there are enough images for one.
+        logits_input: attribute of `MetricInputs` that the logits are.
     """
-    first, second = _shuffled_order(_checked(reference, least=2)).tensor_split(2)
+    first, second = _shuffled_order(_checked(reference, min_images=2)).tensor_split(2)
     first = first[:count]
-    found = distances(reference[first], reference[second])
-    if logits is not None and len(first) >= IS_SPLITS:
-        found["inception_score"] = inception_score(logits[first])
-    for measure in found.values():
-        measure.protocol.update(halves=[len(first), len(second)])
-    return found
+    scored = {logits_input: logits[first]} if logits is not None and len(first) >= IS_SPLITS else {}
+    other_half = reference[second]
+    inputs = MetricInputs(reference[first], other_half, Gaussian.of(other_half), **scored)
+    baseline = compute_metrics(inputs)
+    for value in baseline.values():
+        value.protocol.update(halves=[len(first), len(second)])
+    return baseline
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _checked(features: torch.Tensor, least: int) -> torch.Tensor:
-    """Features as float64.
+def _checked(features: torch.Tensor, min_images: int) -> torch.Tensor:
+    """Return features as float64.
 
     Raises:
-        ValueError: if they are not a finite matrix of at least so many rows.
+        ValueError: if they are not a finite matrix with at least `min_images` rows.
     """
     if features.ndim != 2:
         raise ValueError(f"Features have the shape {tuple(features.shape)}, but must be (images, dimensions).")
-    if len(features) < least:
-        raise ValueError(f"There are features of {len(features)} images; this metric needs at least {least}.")
+    if len(features) < min_images:
+        raise ValueError(f"There are features of {len(features)} images; this metric needs at least {min_images}.")
     broken = (~features.isfinite()).any(1).nonzero().flatten()
     if len(broken):
         raise ValueError(
@@ -264,29 +419,25 @@ def _checked(features: torch.Tensor, least: int) -> torch.Tensor:
     return features.double()
 
 
-def _pair(a: torch.Tensor, b: torch.Tensor, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-    a, b = _checked(a, least), _checked(b, least)
+def _checked_pair(a: torch.Tensor, b: torch.Tensor, min_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    a, b = _checked(a, min_images), _checked(b, min_images)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"The features have {a.shape[1]} and {b.shape[1]} dimensions: use one extractor for both.")
     return a, b
 
 
 def _order(features: torch.Tensor) -> torch.Tensor:
-    """The numbers of the rows, in an order that does not depend on the one they came in."""
+    """Return the indices of the rows in an order that does not depend on the present one."""
     return features.sum(1).argsort(stable=True)
 
 
 def _shuffled_order(features: torch.Tensor) -> torch.Tensor:
-    """The numbers of the rows, in a random order that does not depend on the one they came in."""
+    """Return the indices of the rows in a random order that does not depend on the present one."""
     return _order(features)[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))]
 
 
-def _torch_fidelity(module: str):
-    from importlib import import_module
-
+def _torch_fidelity(module: str) -> ModuleType:
     try:
         return import_module(f"torch_fidelity.{module}")
     except ImportError:
-        raise ImportError(
-            "This metric is computed by torch-fidelity, which is not installed: pip install 'diffusers-ddgan[eval]'."
-        ) from None
+        raise ImportError(f"This metric needs a package: {missing_extra('torch-fidelity', 'eval')}.") from None

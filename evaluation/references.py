@@ -1,6 +1,7 @@
-"""What samples are measured against: features of images, computed once and kept, or their mean and covariance."""
+"""References that samples are compared with: features of images, cached, or saved mean and covariance."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +16,68 @@ from ..core.errors import RunError
 from ..core.files import fingerprint
 from ..data.images import RESIZE, color_channels, open_image, to_bytes
 from ..data.preprocessing import Preprocessing, read_image
-from . import metrics
+from ..data.sources import ImageSource
 from .extractors import FeatureExtractor
+from .facts import ImageProperties, ReferenceFacts
 from .features import Features, cached_features
-from .metrics import Gaussian, MetricValue
+from .metrics import Gaussian, MetricValue, reference_baseline
 
 CACHE_DIR = Path(HF_HOME) / "ddgan-evaluation"
-LOOKED_AT = 100  # images whose size, channels and file format stand for all
+INSPECTED_IMAGES = 100  # images whose size, channels and file format stand for all
 
 
 class ReferenceImages:
-    """The images of a source as samples are compared with them, the `ReferenceImages` of `evaluation/`.
+    """The images of a source, as samples are compared with them.
 
     Args:
-        skip_broken: where an image cannot be read, take the next one in its place, as training does.
+        skip_broken: read the next image in place of one that cannot be read, as training does.
 
     Raises:
-        RunError: from its methods, at an image that cannot be read.
+        RunError: from `image` and `pixels`, at an image that cannot be read.
     """
 
-    def __init__(self, source, skip_broken: bool = False):
+    def __init__(self, source: ImageSource, skip_broken: bool = False):
         self.source, self.skip_broken = source, skip_broken
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def fingerprint(self, chosen: Sequence[int]) -> str:
-        return self.source.fingerprint(chosen)
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        return self.source.fingerprint(indices)
 
-    def picture(self, i: int) -> Image.Image:
-        """Image i, not yet decoded."""
-        return self._readable(i, open_image)
+    def image(self, i: int) -> Image.Image:
+        """Return image i, not yet decoded."""
+        return self._read(i, open_image)
 
     def pixels(self, i: int, channels: int, height: int, width: int) -> torch.Tensor:
-        """Image i at this size, cropped at its centre: uint8, (channels, height, width)."""
+        """Return image i at this size, center-cropped: uint8, (channels, height, width)."""
         preprocessing = Preprocessing(channels, height, width, center_crop=True)
-        loaded = self._readable(i, lambda cell: read_image(cell, preprocessing))
+        loaded = self._read(i, lambda cell: read_image(cell, preprocessing))
         return to_bytes(preprocessing.finish(loaded, sample_key=0))
 
-    def _readable(self, i: int, read: Callable[[Any], Any]) -> Any:
-        for number in range(i, i + (len(self) if self.skip_broken else 1)):
+    def _read(self, i: int, read: Callable[[Any], Any]) -> Any:
+        message = ""
+        for index in range(i, i + (len(self) if self.skip_broken else 1)):
             try:
-                return read(self.source[number % len(self)])
-            except Exception as error:  # BrokenImageError, or what Pillow's readers stumble over
-                said = f"An image cannot be read: {self.source.name(number % len(self))}: {error}."
-        raise RunError(f"{said} Repair or remove it.")
+                return read(self.source[index % len(self)])
+            except Exception as error:  # BrokenImageError, or almost anything from Pillow's decoders
+                message = f"An image cannot be read: {self.source.name(index % len(self))}: {error}."
+        raise RunError(f"{message} Repair or remove it.")
 
 
 class Reference:
-    """What samples are measured against; features are in the main process.
+    """The reference that samples are compared with; features are in the main process only.
 
     Args:
-        facts: where the images are from, how many they are and how they were prepared.
+        facts: where the images are from, their number and how they were prepared.
         features: of the images, if more than their mean and covariance is known.
         gaussian: their mean and covariance, where there are no features.
     """
 
-    def __init__(self, facts: dict[str, Any], features: Features | None = None, gaussian: Gaussian | None = None):
+    def __init__(self, facts: ReferenceFacts, features: Features | None = None, gaussian: Gaussian | None = None):
         self.facts, self.features = facts, features
-        self._gaussian, self._floors = gaussian, {}
+        self._gaussian = gaussian
+        self._baselines: dict[tuple[int, str | None], dict[str, MetricValue]] = {}
 
     @property
     def gaussian(self) -> Gaussian:
@@ -82,11 +86,17 @@ class Reference:
             self._gaussian = Gaussian.of(self.features["features"])
         return self._gaussian
 
-    def floor(self, count: int) -> dict[str, MetricValue]:
-        """`metrics.floor` for so many samples."""
-        if count not in self._floors:
-            self._floors[count] = metrics.floor(self.features["features"], count, self.features.get("logits"))
-        return self._floors[count]
+    def baseline(self, count: int, logits_input: str | None) -> dict[str, MetricValue]:
+        """Return the `reference_baseline` for `count` samples.
+
+        Args:
+            logits_input: see `FeatureExtractor.logits_input`; None leaves out the score of the logits.
+        """
+        key = count, logits_input
+        if key not in self._baselines:
+            logits = self.features.get("logits") if logits_input else None
+            self._baselines[key] = reference_baseline(self.features["features"], count, logits, logits_input)
+        return self._baselines[key]
 
 
 def measure_reference(
@@ -101,59 +111,68 @@ def measure_reference(
     count: int | None = None,
     channels: int | None = None,
 ) -> Reference:
-    """Features of images at the size of the samples, kept under a hash of all that they depend on.
+    """Extract the features of images at the size of the samples, cached under a hash of everything they depend on.
 
     Called by every process.
 
     Args:
+        name: name of the data set.
+        split: its split.
         size: height and width.
-        count: so many of the images, drawn at random; None takes all.
-        channels: 1 or 3; None leaves grey images grey and others in colour.
+        count: number of images, a random subset; None takes all.
+        channels: 1 or 3; None keeps gray images gray and others in color.
     """
     count = min(count or len(images), len(images))
-    chosen = some_of(len(images), count)
-    seen = look([images.picture(chosen[i]) for i in spread(count)])
-    seen["channels"] = channels or seen["channels"]
-    contents = [images.fingerprint(chosen) if accelerator.is_main_process else None]  # which reads them once
+    indices = random_subset(len(images), count)
+    properties = describe_images([images.image(indices[i]) for i in evenly_spaced(count)])
+    properties = replace(properties, channels=channels or properties.channels)
+    contents = [images.fingerprint(indices) if accelerator.is_main_process else None]  # one process reads the files
     broadcast_object_list(contents)
     height, width = size
-    as_they_are = seen["size"] == f"{width}x{height}"
-    facts = {
-        "name": name,
-        "split": split,
-        "contents": contents[0],
-        "images": count,
-        "of": len(images),
-        **seen,
-        "measured_at": f"{width}x{height}",
-        "preparation": "as they are" if as_they_are else f"cropped at the centre, to {width}x{height}, {RESIZE}",
-    }
+    measured_at = f"{width}x{height}"
+    facts = ReferenceFacts(
+        name=name,
+        split=split,
+        contents=contents[0],
+        images=count,
+        of=len(images),
+        size=properties.size,
+        channels=properties.channels,
+        format=properties.format,
+        measured_at=measured_at,
+        # recorded in caches and results: a new wording would make them incomparable with the old ones
+        preparation="as they are"
+        if properties.size == measured_at
+        else f"cropped at the centre, to {measured_at}, {RESIZE}",
+    )
 
-    def measure(indices: range) -> Features:
-        return extractor(torch.stack([images.pixels(chosen[i], seen["channels"], height, width) for i in indices]))
+    def extract(batch: range) -> Features:
+        return extractor(torch.stack([images.pixels(indices[i], properties.channels, height, width) for i in batch]))
 
-    # a GPU's features differ in what it rounds
-    protocol = {**facts, **extractor.protocol, "device": accelerator.device.type}
+    # the device is included because rounding differs between a GPU and a CPU
+    protocol = {**facts.as_dict(), **extractor.facts.as_dict(), "device": accelerator.device.type}
     path = cache_dir / f"{name.replace('/', '-')}-{split}-{fingerprint(protocol)}.safetensors"
-    description = f"measuring {name}, {split}"
-    return Reference(facts, cached_features(path, protocol, count, batch_size, measure, accelerator, description))
+    features = cached_features(
+        path, protocol, count, batch_size, extract, accelerator, description=f"measuring {name}, {split}"
+    )
+    return Reference(facts, features)
 
 
-def some_of(total: int, count: int) -> list[int]:
-    """Numbers of so many of all images, drawn at random, the same each time."""
+def random_subset(total: int, count: int) -> list[int]:
+    """Return `count` of the indices 0 .. total-1, sorted: a random choice, but the same in every call."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].sort().values.tolist()
 
 
-def spread(count: int) -> list[int]:
-    """Numbers of some images, spread evenly."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, LOOKED_AT)})
+def evenly_spaced(count: int) -> list[int]:
+    """Return at most `INSPECTED_IMAGES` of the indices 0 .. count-1, evenly spaced."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, INSPECTED_IMAGES)})
 
 
-def look(pictures: list[Image.Image]) -> dict[str, Any]:
-    """Size, channels and file format of pictures, in words where they differ."""
-    sizes = {f"{picture.width}x{picture.height}" for picture in pictures}
-    return {
-        "size": sizes.pop() if len(sizes) == 1 else "of different sizes",
-        "channels": max(color_channels(picture) for picture in pictures),
-        "format": " and ".join(sorted({picture.format or "8-bit pixels" for picture in pictures})),
-    }
+def describe_images(images: list[Image.Image]) -> ImageProperties:
+    """Describe the size, channels and file format of images."""
+    sizes = {f"{image.width}x{image.height}" for image in images}
+    return ImageProperties(
+        size=sizes.pop() if len(sizes) == 1 else "of different sizes",
+        channels=max(color_channels(image) for image in images),
+        format=" and ".join(sorted({image.format or "8-bit pixels" for image in images})),
+    )

@@ -1,98 +1,137 @@
-"""Every number that can be had from the features of samples, and what there is to know beside them."""
+"""Compute all metrics that the features of samples allow, with their baselines and protocol."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 
-from . import coverage, metrics, report
-from .extractors import INCEPTION, ClassifierFeatures, FeatureExtractor
+from . import metrics
+from .coverage import class_accuracies, confusion_matrix
+from .extractors import ClassifierFeatures, FeatureExtractor
+from .facts import EvaluationProtocol, SampleFacts, package_versions
 from .features import Features
-from .metrics import Gaussian, MetricValue
+from .metrics import MetricInputs, MetricValue
 from .references import Reference
+from .reporting import ENOUGH_FOR_FID, comparability_warnings
 
 
-@dataclass
+@dataclass(frozen=True)
+class ClassResults:
+    """Class accuracy of conditional samples in detail.
+
+    Attributes:
+        names: names of the classes.
+        confusion: (classes, classes), requested classes in rows, predicted ones in columns.
+    """
+
+    names: list[str]
+    confusion: torch.Tensor
+
+    @property
+    def accuracies(self) -> dict[str, float | None]:
+        """Accuracy of each class, None for a class without samples."""
+        return dict(zip(self.names, class_accuracies(self.confusion)[1], strict=True))
+
+
+@dataclass(frozen=True)
 class Results:
-    """All numbers, keyed `name@images`; floors are keyed by name, facts are what else there is to know."""
+    """The results of an evaluation.
 
-    measures: dict[str, MetricValue]
+    Attributes:
+        metrics: keyed `name@images`.
+        floors: the real-vs-real baseline, keyed by name.
+        protocol: what the numbers depend on.
+        warnings: what to keep in mind when comparing the numbers.
+        classes: of conditional samples.
+    """
+
+    metrics: dict[str, MetricValue]
     floors: dict[str, MetricValue]
-    facts: dict[str, Any]
-    picture: Image.Image | None = None
+    protocol: EvaluationProtocol
+    warnings: list[str]
+    classes: ClassResults | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        descriptions = self.protocol.descriptions()
+        entries = {}
+        for key, metric in self.metrics.items():
+            entries[key] = {"value": metric.value}
+            if metric.std is not None:
+                entries[key]["spread"] = metric.std
+            if floor := self.floors.get(key.partition("@")[0]):
+                entries[key]["floor"] = {"value": floor.value, "spread": floor.std, **floor.protocol}
+            entries[key]["protocol"] = {**metric.protocol, **descriptions}
+        classes = {}
+        if self.classes:
+            classes = {"class_accuracies": self.classes.accuracies, "confusion": self.classes.confusion.tolist()}
+        return {"metrics": entries, **classes, **self.protocol.as_dict(), "warnings": self.warnings}
 
 
-def evaluate(
-    samples: dict[str, Any],
-    measured: Features,
+def compute_results(
+    samples: SampleFacts,
+    features: Features,
     extractor: FeatureExtractor,
     reference: Reference | None = None,
     held_out: Reference | None = None,
-    judge: ClassifierFeatures | None = None,
+    classifier: ClassifierFeatures | None = None,
     class_labels: Sequence[int] | None = None,
 ) -> Results:
-    """Every measure that can be had from the features.
+    """Compute every metric for which there are inputs.
 
     Args:
-        samples: how the samples were made: `images` (how many), `size`, `channels`, `format` and more.
-        measured: of each sample `features`, of a classifier its `logits`, and what the judge sees: the `digits` in
-            three channels, or the `classes`.
-        class_labels: the classes that were asked for, in turn.
+        samples: how the samples were made.
+        features: of each sample `features`, from a classifier its `logits`, and the predictions of `classifier`: the
+            `digits` in three channels, or the `classes`.
+        extractor: the network that the features are from.
+        reference: what the samples are compared with.
+        held_out: features of images that the training has not seen.
+        classifier: the network that predicted classes or digits.
+        class_labels: the requested classes, which the samples have in turn.
 
     Raises:
-        ValueError: if they are too few, or the statistics of the reference do not fit them.
+        ValueError: if there are too few images, or the saved statistics of the reference do not fit the features.
     """
-    count = samples["images"]
-    found: dict[str, MetricValue] = {}
+    has_digits = "digits" in features
+    inputs: dict[str, Any] = {}
     floors: dict[str, MetricValue] = {}
-    facts: dict[str, Any] = {}
-    picture = bias = None
-    features = measured["features"]
-    if reference and reference.features:
-        found |= metrics.distances(features, reference.features["features"], reference.gaussian)
-        floors |= reference.floor(count)
-    elif reference:
-        found["fid"] = MetricValue(metrics.frechet_distance(Gaussian.of(features), reference.gaussian))
-    if reference and count < report.ENOUGH_FOR_FID:
-        bias = found["fid"].protocol["estimated_bias"] = metrics.frechet_bias(features, reference.gaussian)
+    if reference:
+        inputs["reference_gaussian"] = reference.gaussian
+        if reference.features:
+            inputs["reference"] = reference.features["features"]
+            floors = reference.baseline(samples.count, None if has_digits else extractor.logits_input)
     if held_out:
-        found |= metrics.memorisation(features, reference.features["features"], held_out.features["features"])
-    if "logits" in measured and "digits" not in measured:
-        name = "inception_score" if extractor.name == INCEPTION else "classifier_score"
-        found[name] = metrics.inception_score(measured["logits"])
-        if "inception_score" in floors:
-            floors[name] = floors.pop("inception_score")
-    if "digits" in measured:
-        covered = coverage.stacked_mnist_coverage(measured["digits"])
-        found["modes"] = MetricValue(covered.modes, None, {"of": covered.of})
-        found["mode_kl"] = MetricValue(covered.kl, None, {"unit": "nats"})
-    elif "classes" in measured:
-        asked = torch.tensor(class_labels).repeat(-(-count // len(class_labels)))[:count]
-        names = judge.network.class_names
-        counts = coverage.confusion(asked, measured["classes"], len(names))
-        accuracy, each = coverage.class_accuracies(counts)
-        found["class_accuracy"] = MetricValue(accuracy)
-        facts["class_accuracies"] = dict(zip(names, each, strict=True))
-        facts["confusion"] = counts.tolist()
-        picture = coverage.confusion_picture(counts, names)
+        inputs["held_out"] = held_out.features["features"]
+    classes = None
+    if has_digits:
+        inputs["digits"] = features["digits"]
+    else:
+        if extractor.logits_input:
+            inputs[extractor.logits_input] = features["logits"]
+        if "classes" in features:
+            repeats = -(-samples.count // len(class_labels))
+            requested = torch.tensor(class_labels).repeat(repeats)[: samples.count]
+            names = classifier.network.class_names
+            classes = ClassResults(names, confusion_matrix(requested, features["classes"], len(names)))
+            inputs["confusion"] = classes.confusion
 
-    facts |= {
-        "samples": samples,
-        "reference": reference and reference.facts,
-        "held_out": held_out and held_out.facts,
-        "extractor": extractor.protocol,
-        "classifier": judge and {"name": judge.name, "digest": judge.digest, "resize": judge.resize},
-        "versions": report.versions(),
-        "warnings": report.warnings(
-            samples,
-            reference and reference.facts,
-            extractor.protocol,
-            extractor.channels,
-            features.shape[1],
-            bias,
-            counts_modes="digits" in measured,
-        ),
-    }
-    return Results({f"{name}@{count}": measure for name, measure in found.items()}, floors, facts, picture)
+    values = metrics.compute_metrics(MetricInputs(features["features"], **inputs))
+    bias = None
+    if reference and samples.count < ENOUGH_FOR_FID:
+        bias = metrics.frechet_bias(features["features"], reference.gaussian)
+        values["fid"].protocol["estimated_bias"] = bias
+
+    protocol = EvaluationProtocol(
+        samples=samples,
+        reference=reference and reference.facts,
+        held_out=held_out and held_out.facts,
+        extractor=extractor.facts,
+        classifier=classifier and classifier.facts,
+        versions=package_versions(),
+    )
+    warnings = comparability_warnings(
+        protocol, extractor.channels, features["features"].shape[1], bias, counts_modes=has_digits
+    )
+    return Results(
+        {f"{name}@{samples.count}": value for name, value in values.items()}, floors, protocol, warnings, classes
+    )

@@ -1,12 +1,12 @@
-"""Pull a pipeline's pictures towards a sum of losses, and see what that did: a grid, the losses, the scale schedules.
+"""Guide a pipeline by a sum of losses and show the effect: an image grid, the losses, the scale schedules.
 
     python examples/guided_sampling.py
     python examples/guided_sampling.py --towards color:teal "0.5*symmetry" --guidance_scale 10 --gradient model
     python examples/guided_sampling.py --pipeline google/ddpm-celebahq-256 --towards "clip:a smiling old man" \
       --guidance_scale 4
 
-Each of `--towards` is a loss, perhaps with a weight before it and what it takes after it: color:#BB2266,
-clip:<sentence>, clip_picture:<picture>, saturation:<0 to 1>, total_variation, symmetry, reference:<picture>.
+Each value of `--towards` is a loss, optionally with a weight in front and an argument behind: color:#BB2266,
+clip:<sentence>, clip_image:<image>, saturation:<0 to 1>, total_variation, symmetry, reference:<image>.
 """
 
 from dataclasses import dataclass
@@ -14,113 +14,72 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 
-from ddgan import (
-    CLIPLoss,
-    ColorLoss,
-    GuidanceLoss,
-    GuidedPipeline,
-    ReferenceLoss,
-    SaturationLoss,
-    SymmetryLoss,
-    TotalVariationLoss,
-)
+from ddgan import GuidanceLoss, GuidedPipeline
 from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
-from ddgan.guidance.clip import DEFAULT_MODEL
+from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
 from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
+from ddgan.sampling.generation import parse_class_labels
 from ddgan.sampling.grids import image_grid
-from ddgan.sampling.pipelines import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 
-EMBEDDED = Path(__file__).parent / "models" / "noto-emoji-32"
-LOSSES = {
-    "color": ColorLoss,
-    "saturation": lambda target: SaturationLoss(float(target)),
-    "total_variation": TotalVariationLoss,
-    "symmetry": SymmetryLoss,
-    "reference": lambda path: ReferenceLoss(Image.open(path)),
-}
+EMBEDDED_MODEL = Path(__file__).parent / "models" / "noto-emoji-32"
+DEFAULT_LOSS = "color:#BB2266"
 
 
 @dataclass
 class Arguments:
-    """What is sampled, and what it is pulled towards."""
+    """The pipeline, the guidance, and the output folder."""
 
-    pipeline: str = option(str(EMBEDDED), "pipeline folder or Hub repository")
-    towards: list[str] = option(None, "losses, each weight*name:what (default: color:#BB2266)")
-    clip_model: list[str] | None = option(
-        None,
-        "what clip and clip_picture see with: Hub id or folder of a model of Transformers, or of open_clip "
-        f"hf-hub:<id>, or the name of an architecture and its pretrained tag (default: {DEFAULT_MODEL})",
+    pipeline: str = option(str(EMBEDDED_MODEL), "pipeline folder or Hub repository")
+    towards: list[str] | None = option(None, f"{TOWARDS_HELP} (default: {DEFAULT_LOSS})")
+    clip_model: list[str] | None = option(None, CLIP_MODEL_HELP)
+    guidance_scale: float = option(40.0, "guidance scale; larger images need a larger one")
+    gradient: Literal["sample", "model"] = option("sample", "model: differentiate through the network too")
+    scale_schedule: Literal[tuple(SCALE_SCHEDULES)] = option(
+        "constant", "factor of the guidance scale as a function of the noise level"
     )
-    guidance_scale: float = option(40.0, "how strongly they pull; larger pictures need more")
-    gradient: Literal["sample", "model"] = option("sample", "through the prediction of x_0, or the network too")
-    scale_schedule: Literal[tuple(SCALE_SCHEDULES)] = option("constant", "how the scale goes with the noise level")
-    guidance_start: float = option(0.0, "share of the steps before which none is guided")
-    guidance_end: float = option(1.0, "share of the steps after which none is guided")
-    max_grad_norm: float | None = option(None, "each image's gradient is scaled down to this norm")
+    guidance_start: float = option(0.0, "fraction of the steps at which guidance starts")
+    guidance_end: float = option(1.0, "fraction of the steps at which guidance ends")
+    max_grad_norm: float | None = option(None, "maximum norm of each image's gradient")
     scheduler: Literal["as-saved", *SCHEDULERS] = option("ddim", "scheduler to sample with")
-    num_inference_steps: int | None = option(None, "network evaluations for a picture (default: 40)")
+    num_inference_steps: int | None = option(None, f"denoising steps (default: {DEFAULT_STEPS})")
     class_labels: list[str] | None = option(
-        None, "class of each picture, used in turn, by number or by name: --class_labels 0 1 Sandal"
+        None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
-    num_images: int = option(8, "pictures, of the seeds from 0 on")
+    num_images: int = option(8, "number of images, with seeds from 0")
     output_dir: str = option("guided", "folder for grid.png, losses.png and schedules.png")
 
     def __post_init__(self):
         require_at_least(1, self, "num_inference_steps", "num_images")
-        self.towards = self.towards or ["color:#BB2266"]
-        self.clip_model = self.clip_model or [DEFAULT_MODEL]
-        if len(self.clip_model) > 2:
-            raise InputError(
-                f"--clip_model {' '.join(self.clip_model)}: it takes one name, or an architecture of open_clip and "
-                "its pretrained tag."
-            )
+        self.towards = self.towards or [DEFAULT_LOSS]
+        self.clip_model = clip_model_names(self.clip_model)
         if self.class_labels:
-            labels = [int(label) if label.isdecimal() else label for label in self.class_labels]
+            labels = parse_class_labels(self.class_labels)
             self.class_labels = [labels[i % len(labels)] for i in range(self.num_images)]
-
-
-def parse_loss(text: str, clip_model: list[str]) -> GuidanceLoss:
-    weight, star, loss = text.partition("*")
-    if not star or ":" in weight:  # a star within a sentence
-        star, loss = "", text
-    name, colon, what = loss.partition(":")
-    losses = {
-        **LOSSES,
-        "clip": lambda prompt: CLIPLoss(prompt, *clip_model),
-        "clip_picture": lambda path: CLIPLoss(Image.open(path), *clip_model),
-    }
-    if name not in losses:
-        raise InputError(f"--towards {text}: there is no loss {name}. There are {', '.join(losses)}.")
-    try:
-        loss = losses[name](what) if colon else losses[name]()
-        return float(weight) * loss if star else loss
-    except (OSError, TypeError, ValueError) as error:
-        raise InputError(f"--towards {text}: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(Arguments, argv=argv)
-    losses = [parse_loss(text, args.clip_model) for text in args.towards]
-    loss = sum(losses[1:], start=losses[0])
+    loss = sum_losses([parse_loss(text, args.clip_model) for text in args.towards])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = with_scheduler(load_pipeline(args.pipeline, device=device), args.scheduler)
     try:
-        draw(GuidedPipeline.from_pipe(pipe), loss, args)
+        compare(GuidedPipeline.from_pipe(pipe), loss, args)
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def draw(pipe: GuidedPipeline, loss: GuidanceLoss, args: Arguments) -> None:
+def compare(pipe: GuidedPipeline, loss: GuidanceLoss, args: Arguments) -> None:
+    """Generate the same seeds without and with guidance, and save the comparison."""
     steps = args.num_inference_steps or min(DEFAULT_STEPS, pipe.scheduler.config.num_train_timesteps)
     if round(args.guidance_start * steps) >= round(args.guidance_end * steps):
         raise InputError(
             f"--guidance_start {args.guidance_start:g} and --guidance_end {args.guidance_end:g}: of {steps} steps "
-            "none is guided then. Give shares of the steps, the start below the end: 0 and 1 guide all."
+            "none is guided. Pass fractions of the steps with start below end; 0 and 1 guide all steps."
         )
-    rows = []
+    images = []
     for scale in (0.0, args.guidance_scale):
         output = pipe(
             loss,
@@ -135,21 +94,21 @@ def draw(pipe: GuidedPipeline, loss: GuidanceLoss, args: Arguments) -> None:
             class_labels=args.class_labels,
             generator=[torch.Generator().manual_seed(seed) for seed in range(args.num_images)],
         )
-        rows += output.images
+        images += output.images
         print(f"scale {scale:g}: mean loss at the last guided step {last_loss(output.guidance_losses):.4f}")
 
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, args.num_images, row_labels=("free", "guided")).save(folder / "grid.png")
+    image_grid(images, args.num_images, row_labels=("unguided", "guided")).save(folder / "grid.png")
     output.plot_losses().savefig(folder / "losses.png")
     pipe.plot_scale_schedules(args.num_inference_steps).savefig(folder / "schedules.png")
-    print(f"pictures: {folder / 'grid.png'}, {folder / 'losses.png'}, {folder / 'schedules.png'}")
+    print(f"images: {folder / 'grid.png'}, {folder / 'losses.png'}, {folder / 'schedules.png'}")
 
 
 def last_loss(losses: torch.Tensor) -> float:
-    """Of the steps, those that were not guided have no loss."""
-    of_steps = losses.mean(1)
-    return of_steps[~of_steps.isnan()][-1].item()
+    """Return the mean loss of the last guided step; the losses of unguided steps are NaN."""
+    step_losses = losses.mean(1)
+    return step_losses[~step_losses.isnan()][-1].item()
 
 
 if __name__ == "__main__":

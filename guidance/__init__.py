@@ -1,1 +1,1 @@
-"""What a guided sampler can be pulled towards: a colour, a sentence, a layout, or a loss of one's own."""
+"""Losses for guided sampling: color, saturation, symmetry, layout, CLIP, and their weighted sums."""

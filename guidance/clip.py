@@ -1,4 +1,4 @@
-"""CLIP as a loss: how far pictures are from sentences or other pictures, in the embedding of a pretrained model."""
+"""Guidance towards text or images by the embedding of a pretrained CLIP model."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,45 +14,47 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine, horizontal_flip, pil_to_tensor, resized_crop
 
 from ..core.errors import InputError
+from ..sampling.loading import realign_parameters
 from .losses import GuidanceLoss
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
-# the defaults of torchvision's RandomResizedCrop, which CLIP guidance has been done with from the start
+# the defaults of torchvision's RandomResizedCrop, which CLIP guidance has always used
 CUT_AREA = (0.08, 1.0)
 CUT_RATIO = (3 / 4, 4 / 3)
 CUT_DEGREES = 5.0
-# length of the gradient of an embedding in float16: with respect to single pixels it stays well above 6e-5 then
+# norm to which the gradient of an embedding is scaled in float16, so that those of single pixels stay normal numbers
+# (above 6e-5)
 HALF_GRADIENT_NORM = 2.0**8
 
 Prompt = str | Image.Image
 
 
 class CLIPLoss(GuidanceLoss):
-    """
-    Squared great-circle distance between the embeddings of random cut-outs of an image and those of prompts.
+    """Squared great-circle distance between the embeddings of random cutouts of an image and those of prompts.
 
-    On the unit sphere that is the square of the angle, 4 arcsin^2(|u - v| / 2): twice the "spherical distance loss"
-    of the notebooks by Katherine Crowson that brought CLIP guidance up, whose scales are to be halved here. Each
-    cut-out is a random resized crop (8 to 100 % of the picture), rotated and sheared by up to 5 degrees, mirrored half
-    of the time, and normalised by the model's own statistics. The loss is the mean over the cut-outs. They are drawn
-    from `seed` and the step alone, the same for all images of a batch.
+    On the unit sphere this is the squared angle, 4 arcsin^2(|u - v| / 2). It is twice the "spherical distance loss" of
+    the notebooks by Katherine Crowson that introduced CLIP guidance, so halve guidance scales taken from there. Each
+    cutout is a random resized crop (8 to 100 % of the image), rotated and sheared by up to 5 degrees, mirrored with
+    probability 1/2, and normalized by the model's statistics. The loss is the mean over the cutouts, which depend only
+    on `seed` and the step and are the same for all images of a batch.
 
     Args:
-        prompt (`str`, `PIL.Image.Image`, or a list of them or of pairs of one and its weight):
-            What the image shall be like. Weights are divided by the sum of their absolute values; a negative one
-            pushes away.
+        prompt (`str`, `PIL.Image.Image`, or a list of these or of `(prompt, weight)` pairs):
+            The prompts. Weights are divided by the sum of their absolute values; a negative weight guides away from a
+            prompt.
         model (`str`, defaults to `"openai/clip-vit-base-patch32"`):
-            Hub id or folder of a Transformers model with image and text features (CLIP, SigLIP, ...); or, for
+            Hub ID or folder of a Transformers model with image and text features (CLIP, SigLIP, ...); or, for
             open_clip, `"hf-hub:<id>"`, `"local-dir:<folder>"` or, with `pretrained`, the name of an architecture.
-        pretrained (`str`, *optional*): open_clip's tag of weights, or a file with them: `"laion2b_s34b_b79k"`.
-        n_cuts (`int`, defaults to 4): cut-outs of each image at each step.
-        seed (`int`, defaults to 0): seed of the cut-outs.
+        pretrained (`str`, *optional*): Pretrained tag of open_clip, such as `"laion2b_s34b_b79k"`, or a weights file.
+        n_cuts (`int`, defaults to 4): Number of cutouts per image and step.
+        seed (`int`, defaults to 0): Seed of the cutouts.
         device (`str` or `torch.device`, *optional*, defaults to the first GPU if there is one):
-            Where the model computes: on a GPU in float16. It is loaded once and shared by all losses that name it.
+            Device of the model, which runs in float16 on a GPU. A model is loaded once and shared by all losses that
+            use it.
 
     Raises:
-        `InputError`: for no prompt, weights that are all zero, fewer than one cut, a model that is not found, and one
-        without image and text features.
+        `InputError`: If there is no prompt, all weights are zero, `n_cuts` is below 1, or the model cannot be loaded
+            or has no image and text features.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class CLIPLoss(GuidanceLoss):
         device: str | torch.device | None = None,
     ):
         prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
-        prompts = [each if isinstance(each, tuple) else (each, 1.0) for each in prompts]
-        total = sum(abs(weight) for _, weight in prompts)
+        weighted = [prompt if isinstance(prompt, tuple) else (prompt, 1.0) for prompt in prompts]
+        total = sum(abs(weight) for _, weight in weighted)
         if total == 0:
-            raise InputError("CLIPLoss needs a prompt: a sentence or a picture, or several with weights.")
+            raise InputError(
+                "CLIPLoss needs a prompt: a text or an image, or several of them with weights other than 0."
+            )
         if n_cuts < 1:
             raise InputError(f"`n_cuts` is {n_cuts}, but must be at least 1.")
         if device is None:
@@ -76,13 +80,13 @@ class CLIPLoss(GuidanceLoss):
         self.n_cuts, self.seed = n_cuts, seed
         self.encoder = load_encoder(model, pretrained, str(device))
         with torch.no_grad():
-            self.targets = torch.cat([self._embed(each) for each, _ in prompts])
-        self.weights = self.targets.new_tensor([weight / total for _, weight in prompts])
+            self.targets = torch.cat([self._embed(prompt) for prompt, _ in weighted])
+        self.weights = self.targets.new_tensor([weight / total for _, weight in weighted])
 
     def __call__(self, images: torch.Tensor, step: int = 0) -> torch.Tensor:
-        random = np.random.default_rng([self.seed, step])
+        rng = np.random.default_rng([self.seed, step])
         pixels = _as_rgb(images.to(self.encoder.device, torch.float32))
-        cuts = torch.cat([random_cut(pixels, self.encoder.size, random) for _ in range(self.n_cuts)])
+        cuts = torch.cat([random_cut(pixels, self.encoder.size, rng) for _ in range(self.n_cuts)])
         distances = squared_great_circle(self.encoder.embed_images(cuts), self.targets)
         return (distances @ self.weights).view(self.n_cuts, len(images)).mean(0).to(images.device)
 
@@ -95,37 +99,44 @@ class CLIPLoss(GuidanceLoss):
 
 
 def squared_great_circle(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """
-    The squared angle between each of `u` and each of `v`: shapes (n, d) and (m, d) give (n, m), values 0 to pi^2.
+    """Return the squared angle between each row of `u` and each row of `v`.
 
-    As 2 atan2(|u - v|, |u + v|) of unit vectors the angle is exact, with a finite gradient, also near 0 and pi.
+    The angle of unit vectors is computed as 2 atan2(|u - v|, |u + v|), which is accurate and has a finite gradient
+    also near 0 and pi.
+
+    Args:
+        u: Vectors of shape `(n, d)`.
+        v: Vectors of shape `(m, d)`.
+
+    Returns:
+        Squared angles of shape `(n, m)`, from 0 to pi^2.
     """
     u, v = F.normalize(u), F.normalize(v)
-    apart, together = u[:, None] - v, u[:, None] + v
-    angle = 2 * torch.atan2(torch.linalg.vector_norm(apart, dim=2), torch.linalg.vector_norm(together, dim=2))
+    difference, total = u[:, None] - v, u[:, None] + v
+    angle = 2 * torch.atan2(torch.linalg.vector_norm(difference, dim=2), torch.linalg.vector_norm(total, dim=2))
     return angle.square()
 
 
-def random_cut(images: torch.Tensor, size: tuple[int, int], random: np.random.Generator) -> torch.Tensor:
-    """One cut-out of `size` (height, width), drawn from `random`, of all images (batch_size, channels, H, W) alike."""
+def random_cut(images: torch.Tensor, size: tuple[int, int], rng: np.random.Generator) -> torch.Tensor:
+    """Cut the same random region out of all images `(N, C, H, W)` and resize it to `size` (height, width)."""
     height, width = images.shape[2:]
-    area = random.uniform(*CUT_AREA) * height * width
-    ratio = math.exp(random.uniform(*np.log(CUT_RATIO)))
+    area = rng.uniform(*CUT_AREA) * height * width
+    ratio = math.exp(rng.uniform(*np.log(CUT_RATIO)))
     h = min(max(round(math.sqrt(area / ratio)), 1), height)
     w = min(max(round(math.sqrt(area * ratio)), 1), width)
-    top, left = int(random.integers(height - h + 1)), int(random.integers(width - w + 1))
+    top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
     cut = resized_crop(images, top, left, h, w, list(size), InterpolationMode.BICUBIC, antialias=True)
-    angle, *shear = random.uniform(-CUT_DEGREES, CUT_DEGREES, 3).tolist()
+    angle, *shear = rng.uniform(-CUT_DEGREES, CUT_DEGREES, 3).tolist()
     cut = affine(cut, angle, [0, 0], 1.0, shear, InterpolationMode.BILINEAR)
-    return horizontal_flip(cut) if random.random() < 0.5 else cut
+    return horizontal_flip(cut) if rng.random() < 0.5 else cut
 
 
 @lru_cache(maxsize=2)
 def load_encoder(model: str, pretrained: str | None, device: str) -> "Encoder":
-    """A CLIP model, loaded once for all that ask for the same on the same device; arguments as of [`CLIPLoss`].
+    """Load a CLIP model, cached by its arguments, which are those of [`CLIPLoss`].
 
     Raises:
-        InputError: where there is none, or one that embeds not both images and text.
+        InputError: If the model cannot be loaded, or does not embed both images and text.
     """
     is_open_clip = pretrained is not None or model.startswith(("hf-hub:", "local-dir:"))
     try:
@@ -137,68 +148,67 @@ def load_encoder(model: str, pretrained: str | None, device: str) -> "Encoder":
             raise
         name = f"{model} ({pretrained})" if pretrained else model
         raise InputError(
-            f"The CLIP model {name} cannot be loaded. Possible are a Hub id or folder of a Transformers model "
-            f"({DEFAULT_MODEL}), and for open_clip an architecture with its "
-            "pretrained tag (ViT-B-32 and laion2b_s34b_b79k) or hf-hub:<id>. "
-            f"{'open_clip' if is_open_clip else 'Transformers'} says: {shorten(str(error), 300)}"
+            f"The CLIP model {name} cannot be loaded. Use the Hub ID or folder of a Transformers model "
+            f"({DEFAULT_MODEL}), or for open_clip hf-hub:<id> or an architecture with its pretrained tag (ViT-B-32 "
+            f"laion2b_s34b_b79k). {'open_clip' if is_open_clip else 'Transformers'} reports: "
+            f"{shorten(str(error), 300)}"
         ) from error
 
 
 class Encoder(ABC):
-    """A model that embeds images and text in one space, frozen, in half precision on a GPU.
+    """A frozen model that embeds images and text in the same space, in half precision on a GPU.
 
     Attributes:
-        size: height and width of the images that it takes.
-        device: where it computes.
+        size: Height and width of its input images.
+        device: Device of the model.
+        dtype: Data type of the model.
     """
 
     def __init__(self, model: torch.nn.Module, size, mean: Sequence[float], std: Sequence[float], device):
         self.model = model.eval().requires_grad_(False)
-        # on a CPU the weights still lie in the file, at odd addresses, for which kernels sum in another order
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+        realign_parameters(model)
         self.size = (size, size) if isinstance(size, int) else tuple(size)
-        self.mean, self.std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (mean, std))
+        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
         self.device = device
         self.dtype = half_on_gpu(device)
 
     @abstractmethod
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Embeddings (n, d) of images that are normalised already; both in the model's dtype."""
+        """Embed normalized images, `(n, 3, *size)`, as vectors `(n, d)`; both in the model's dtype."""
 
     @abstractmethod
     def embed_text(self, text: str) -> torch.Tensor:
-        """The embedding, float32 (1, d), of a sentence."""
+        """Embed a text as a float32 vector `(1, d)`."""
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Embeddings, float32 (n, d), of float32 images (n, 3, *size) in [-1, 1]."""
+        """Embed float32 images `(n, 3, *size)` in [-1, 1] as float32 vectors `(n, d)`."""
         images = (images / 2 + 0.5 - self.mean) / self.std
         features = self.image_features(images.to(self.dtype)).float()
         if images.requires_grad and self.dtype != torch.float32:
-            lift = None
+            scale = None  # of each image's gradient within the model, against underflow
 
-            def lift_gradient(gradient):
-                nonlocal lift
-                lift = HALF_GRADIENT_NORM / gradient.norm(dim=1).clamp(min=1e-30)
-                return gradient * lift[:, None]
+            def scale_gradient(gradient):
+                nonlocal scale
+                scale = HALF_GRADIENT_NORM / gradient.norm(dim=1).clamp(min=1e-30)
+                return gradient * scale[:, None]
 
-            features.register_hook(lift_gradient)
-            images.register_hook(lambda gradient: gradient / lift.view(-1, 1, 1, 1))
+            features.register_hook(scale_gradient)
+            images.register_hook(lambda gradient: gradient / scale.view(-1, 1, 1, 1))
         return features
 
 
 class TransformersEncoder(Encoder):
-    """Any model of Transformers that has `get_image_features` and `get_text_features`."""
+    """A Transformers model with `get_image_features` and `get_text_features`."""
 
     def __init__(self, name: str, device: torch.device):
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         model = AutoModel.from_pretrained(name, dtype=half_on_gpu(device)).to(device)
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
-            raise InputError(f"{name} holds a {type(model).__name__}, which embeds not both images and text.")
-        statistics = AutoImageProcessor.from_pretrained(name)
+            raise InputError(f"{name} is a {type(model).__name__}, which does not embed both images and text.")
+        processor = AutoImageProcessor.from_pretrained(name)
         size = model.config.vision_config.image_size
-        super().__init__(model, size, statistics.image_mean, statistics.image_std, device)
+        super().__init__(model, size, processor.image_mean, processor.image_std, device)
         self.tokenizer = AutoTokenizer.from_pretrained(name)
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
@@ -206,7 +216,7 @@ class TransformersEncoder(Encoder):
         return getattr(features, "pooler_output", features)  # a plain tensor before Transformers 5
 
     def embed_text(self, text: str) -> torch.Tensor:
-        # padded to full length, as SigLIP was trained
+        # padded to full length, as in the training of SigLIP
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         features = self.model.get_text_features(**tokens.to(self.device))
@@ -214,15 +224,15 @@ class TransformersEncoder(Encoder):
 
 
 class OpenClipEncoder(Encoder):
-    """Any model of open_clip."""
+    """An open_clip model."""
 
     def __init__(self, name: str, pretrained: str | None, device: torch.device):
         try:
             import open_clip
         except ImportError:
             raise InputError(
-                f"The CLIP model {name} needs the package open_clip: pip install 'diffusers-ddgan[clip]'. Models of "
-                f"Transformers ({DEFAULT_MODEL}) do without."
+                f"The CLIP model {name} needs open_clip. Install it with `pip install -e '.[clip]'` in a clone of "
+                f"this project, or use a Transformers model ({DEFAULT_MODEL})."
             ) from None
         precision = "fp16" if half_on_gpu(device) == torch.float16 else "fp32"
         model = open_clip.create_model(name, pretrained, precision=precision, device=device, require_pretrained=True)

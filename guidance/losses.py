@@ -1,4 +1,4 @@
-"""Losses on pictures that pull a guided sampler, and their sums."""
+"""Guidance losses on images, and their weighted sums."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,21 +14,22 @@ from ..core.errors import InputError
 
 
 class GuidanceLoss(ABC):
-    """
-    How far pictures are from what is wanted. Losses scale and add: `2 * ColorLoss("teal") + SymmetryLoss()`.
+    """Base class of guidance losses, which can be scaled and added: `2 * ColorLoss("teal") + SymmetryLoss()`.
 
-    A loss of one's own is a subclass, or for [`GuidedPipeline`] alone any callable.
+    A custom loss is a subclass. [`GuidedPipeline`] itself accepts any callable.
     """
 
     @abstractmethod
     def __call__(self, images: torch.Tensor, step: int = 0) -> torch.Tensor:
-        """
+        """Compute the loss of each image.
+
         Args:
-            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): values in [-1, 1].
-            step (`int`): the sampler's step, from 0 on; it decides what a loss draws at random.
+            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Images in [-1, 1].
+            step (`int`, defaults to 0): Index of the sampling step, which seeds the random numbers of a loss.
 
         Returns:
-            One number for each image, which depends on that image alone: shape `(batch_size,)`, differentiable.
+            `torch.Tensor` of shape `(batch_size,)`: The differentiable loss of each image, which depends only on that
+            image.
         """
 
     def __add__(self, other: "GuidanceLoss") -> "WeightedSum":
@@ -45,7 +46,11 @@ class GuidanceLoss(ABC):
 
 
 class WeightedSum(GuidanceLoss):
-    """The sum of `(weight, loss)` pairs: what `+` and `*` on losses give."""
+    """Weighted sum of losses: the result of `+` and `*` on losses.
+
+    Args:
+        terms (`Sequence[tuple[float, GuidanceLoss]]`): Pairs of a weight and a loss.
+    """
 
     def __init__(self, terms: Sequence[tuple[float, GuidanceLoss]]):
         self.terms = list(terms)
@@ -59,15 +64,14 @@ def _terms(loss: GuidanceLoss) -> list[tuple[float, GuidanceLoss]]:
 
 
 class ColorLoss(GuidanceLoss):
-    """
-    Mean absolute distance of all pixels to one colour, in the images' own units: from 0 to 2.
+    """Mean absolute distance of all pixels to a color, in the units of the images: from 0 to 2.
 
     Args:
-        target (`str` or three numbers in [0, 1], defaults to `(0.1, 0.9, 0.5)`):
-            Red, green and blue; or what CSS calls the colour: `"#BB2266"`, `"teal"`, `"hsl(200, 80%, 50%)"`.
+        target (`str` or `Sequence[float]`, defaults to `(0.1, 0.9, 0.5)`):
+            Red, green and blue in [0, 1], or a CSS color: `"#BB2266"`, `"teal"`, `"hsl(200, 80%, 50%)"`.
 
     Raises:
-        `InputError`: for a colour that is none, and when called for images that have no colours.
+        `InputError`: If the color is invalid, or the loss is called with images that have no color channels.
     """
 
     def __init__(self, target: str | Sequence[float] = (0.1, 0.9, 0.5)):
@@ -76,12 +80,13 @@ class ColorLoss(GuidanceLoss):
                 target = [value / 255 for value in ImageColor.getrgb(target)[:3]]
             except ValueError:
                 raise InputError(
-                    f"{target!r} is no colour that is known here. Give it as '#BB2266', by its CSS name ('teal'), or "
-                    "as red, green and blue in 0 to 1."
+                    f"{target!r} is not a known color. Use '#BB2266', a CSS name such as 'teal', or red, green and "
+                    "blue from 0 to 1."
                 ) from None
         if len(target) != 3 or not all(0 <= value <= 1 for value in target):
             raise InputError(
-                f"The colour {tuple(target)} is not red, green and blue in 0 to 1. Give values up to 255 as '#BB2266'."
+                f"The color {tuple(target)} is not red, green and blue from 0 to 1. Write values up to 255 as "
+                "'#BB2266'."
             )
         self.target = tuple(float(value) for value in target)
 
@@ -91,22 +96,21 @@ class ColorLoss(GuidanceLoss):
 
 
 class SaturationLoss(GuidanceLoss):
-    """
-    Mean absolute distance of the pixels' chroma to `target`: 0 pulls towards grey, 1 towards pure colours.
+    """Mean absolute distance of the pixels' chroma to a target: 0 guides towards gray, 1 towards pure colors.
 
-    Chroma is max - min of red, green and blue in [0, 1]. (The S of HSV divides it by max, which has no bounded
-    gradient near black.)
+    Chroma is max - min of red, green and blue in [0, 1]. (The S of HSV divides it by max, whose gradient is unbounded
+    near black.)
 
     Args:
-        target (`float`, defaults to 1.0): the chroma that is wanted, in [0, 1].
+        target (`float`, defaults to 1.0): The target chroma, in [0, 1].
 
     Raises:
-        `InputError`: for another target, and when called for images that have no colours.
+        `InputError`: If the target is outside [0, 1], or the loss is called with images that have no color channels.
     """
 
     def __init__(self, target: float = 1.0):
         if not 0 <= target <= 1:
-            raise InputError(f"The saturation {target} is not in 0 (grey) to 1 (pure colours).")
+            raise InputError(f"The saturation is {target}, but must be from 0 (gray) to 1 (pure colors).")
         self.target = target
 
     def __call__(self, images: torch.Tensor, step: int = 0) -> torch.Tensor:
@@ -116,26 +120,25 @@ class SaturationLoss(GuidanceLoss):
 
 
 class TotalVariationLoss(GuidanceLoss):
-    """Mean absolute difference of horizontal neighbours plus that of vertical ones: it smooths (Rudin et al. 1992)."""
+    """Mean absolute difference of horizontal plus vertical neighbors, which smooths images (Rudin et al. 1992)."""
 
     def __call__(self, images: torch.Tensor, step: int = 0) -> torch.Tensor:
         return images.diff(dim=2).abs().mean((1, 2, 3)) + images.diff(dim=3).abs().mean((1, 2, 3))
 
 
 class SymmetryLoss(GuidanceLoss):
-    """
-    Mean absolute difference between a picture and its mirror image.
+    """Mean absolute difference between an image and its mirror image.
 
     Args:
-        mirror (`"left-right"` or `"top-bottom"`, defaults to `"left-right"`): which halves shall be alike.
+        mirror (`"left-right"` or `"top-bottom"`, defaults to `"left-right"`): The halves that should match.
 
     Raises:
-        `InputError`: for another word.
+        `InputError`: If `mirror` is neither of these.
     """
 
     def __init__(self, mirror: Literal["left-right", "top-bottom"] = "left-right"):
         if mirror not in ("left-right", "top-bottom"):
-            raise InputError(f"The symmetry {mirror!r} is unknown: it is 'left-right' or 'top-bottom'.")
+            raise InputError(f"The symmetry is {mirror!r}, but must be 'left-right' or 'top-bottom'.")
         self.dim = 3 if mirror == "left-right" else 2
 
     def __call__(self, images: torch.Tensor, step: int = 0) -> torch.Tensor:
@@ -143,39 +146,38 @@ class SymmetryLoss(GuidanceLoss):
 
 
 class ReferenceLoss(GuidanceLoss):
-    """
-    Mean squared distance to a reference picture at low resolution: its layout is taken over, not its details.
+    """Mean squared distance to a reference image at low resolution, which transfers its layout but not its details.
 
-    Both are averaged over the cells of a grid of `size` x `size`. The reference is cropped to the images' proportions
-    and converted to their number of channels.
+    Both images are averaged over the cells of a `size` x `size` grid. The reference is cropped to the images' aspect
+    ratio and converted to their number of channels.
 
     Args:
-        reference (`PIL.Image.Image`): the picture.
-        size (`int`, defaults to 8): cells along each side.
+        reference (`PIL.Image.Image`): The reference image.
+        size (`int`, defaults to 8): Number of cells along each side.
 
     Raises:
-        `InputError`: for a size below 1, and when called for images that have fewer pixels along a side.
+        `InputError`: If `size` is below 1, or the loss is called with images of fewer pixels along a side.
     """
 
     def __init__(self, reference: Image.Image, size: int = 8):
         if size < 1:
-            raise InputError(f"The reference is compared on a grid of {size} cells a side; that must be at least 1.")
+            raise InputError(f"`size` is {size}, but the grid must have at least 1 cell along each side.")
         self.reference, self.size = reference, size
 
     def __call__(self, images: torch.Tensor, step: int = 0) -> torch.Tensor:
         channels, height, width = images.shape[1:]
         if min(height, width) < self.size:
             raise InputError(
-                f"A reference at {self.size}x{self.size} is finer than these images of {height}x{width} pixels. Give "
-                "a smaller size."
+                f"The grid of {self.size}x{self.size} cells is finer than these images of {height}x{width} pixels. "
+                "Use a smaller `size`."
             )
         fitted = ImageOps.fit(self.reference.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]), (width, height))
-        wanted = pil_to_tensor(fitted).to(images) / 127.5 - 1
-        difference = F.adaptive_avg_pool2d(images - wanted, self.size)
+        reference = pil_to_tensor(fitted).to(images) / 127.5 - 1
+        difference = F.adaptive_avg_pool2d(images - reference, self.size)
         return difference.square().mean((1, 2, 3))
 
 
 def _rgb(images: torch.Tensor) -> torch.Tensor:
     if images.shape[1] < 3:
-        raise InputError(f"A loss on colours needs red, green and blue; these images have {images.shape[1]} channels.")
+        raise InputError(f"A color loss needs red, green and blue, but these images have {images.shape[1]} channels.")
     return images[:, :3]

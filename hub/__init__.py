@@ -1,1 +1,1 @@
-"""Pipeline folders as things to publish: complete in themselves, with a model card, uploaded."""
+"""Publishing pipelines: self-contained folders, model cards and uploads to the Hugging Face Hub."""

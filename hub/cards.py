@@ -1,4 +1,4 @@
-"""Model cards written from what is known of a run, never from placeholders."""
+"""Model cards: written from the facts of a run or, where these are unknown, from the contents of a pipeline folder."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,40 +6,115 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, hf_hub_url
 from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from jinja2 import Template
 from yaml import YAMLError
 
 from .. import __version__
 from ..core.errors import InputError
-from .export import _digest, is_unwritten
+from .export import content_hash
+from .folders import code_files, pipeline_components, read_json, read_text
+from .samples import SAMPLES, samples_caption, save_samples, shows_samples
 
 CARD_NAME = "README.md"
+
+_TEMPLATE = Template(
+    """\
+---
+{{ metadata }}
+---
+
+# {{ facts.title }}
+
+{{ facts.summary }}
+
+{% for file, caption in facts.images.items() %}
+![{{ caption }}]({{ file }})
+
+*{{ caption }}*
+
+{% endfor %}
+## Use
+
+```python
+{{ facts.usage.strip() }}
+```
+
+{% if facts.training %}
+## {{ facts.training_heading }}
+
+{{ table(facts.training) }}
+
+Made with {{ packages }}.
+
+{% endif %}
+{% if facts.evaluation %}
+## Evaluation
+
+{{ table(facts.evaluation) }}
+
+{{ facts.protocol }}
+
+{% endif %}
+{% for heading, text in facts.sections.items() %}
+## {{ heading }}
+
+{{ text }}
+
+{% endfor %}
+{% if facts.settings %}
+<details><summary>All settings</summary>
+
+{{ table(facts.settings) }}
+
+</details>
+
+{% endif %}
+{% if facts.code %}
+{{ code_section(facts.code) }}
+
+{% endif %}
+## Limits and license
+
+{{ facts.limits }} {{ license_note }}
+""",
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+# ends an auto-generated card; all versions have written it with these first words and with the hash of the text above
+_SIGNATURE = "<!-- Pushing this pipeline updates this auto-generated card, unless it was edited: {} -->\n"
+_SIGNED = re.compile(r"\n<!-- Pushing .*: ([0-9a-f]{12}) -->\n$")
 
 
 @dataclass
 class CardFacts:
-    """What a model card tells.
+    """Contents of a model card.
 
     Attributes:
         title: name of the model.
         summary: what was trained on what, in one paragraph.
-        usage: Python that loads the model and makes an image.
-        settings: hyper-parameters by their flags' names.
-        training: what happened in the run, as rows of a table.
-        origin: heading of that table.
-        pictures: captions by file names relative to the card's folder.
-        base_model: id or name of the model that was started from.
-        license: licence of the weights, in the Hub's short form, where known.
-        license_name, license_link: of a licence that the Hub has no short form for (`other`), and where its text is.
-        license_note: a sentence on it, in place of the usual one.
-        evaluation: what was measured of the model, as rows of a table.
-        protocol: what these numbers depend on, in words.
-        results: the same for the metadata, its model-index.
-        code: SHA-256 of each file that loading with `trust_remote_code` runs, see hub/export.py.
-        dataset: id or name of the data.
-        tags: the Hub's tags beside `unconditional-image-generation`.
+        usage: Python that loads the model and generates an image.
+        settings: hyper-parameters by flag name.
+        training: facts of the run, as rows of a table.
+        training_heading: heading of that table.
+        images: captions by file name, relative to the card's folder.
+        base_model: id or name of the model that training started from.
+        license: license of the weights as the Hub's identifier, if known.
+        license_name, license_link: name and address of a license that has no identifier (`license` is "other").
+        license_note: sentence about the license, instead of the one that follows from the fields above.
+        limits: what the model is not good at, in one paragraph.
+        evaluation: measurements, as rows of a table.
+        protocol: how these were made, in words.
+        results: the same measurements for the metadata (model-index).
+        sections: Markdown of further sections, by heading.
+        code: SHA-256 of each file that loading with `trust_remote_code` runs; see `folders.code_files`.
+        dataset: id or name of the training data.
+        task: pipeline tag on the Hub.
+        tags: further tags, beside `diffusers` and the task.
     """
 
     title: str
@@ -47,119 +122,186 @@ class CardFacts:
     usage: str
     settings: dict[str, Any]
     training: dict[str, Any] = field(default_factory=dict)
-    origin: str = "Training"
-    pictures: dict[str, str] = field(default_factory=dict)
+    training_heading: str = "Training"
+    images: dict[str, str] = field(default_factory=dict)
     base_model: str | None = None
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
     license_note: str | None = None
+    limits: str = (
+        "It generates images like those it was trained on, at the size it was trained at, and may reproduce images of "
+        "its training data."
+    )
     evaluation: dict[str, Any] = field(default_factory=dict)
     protocol: str = ""
     results: list[EvalResult] = field(default_factory=list)
+    sections: dict[str, str] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
     dataset: str | None = None
+    task: str = "unconditional-image-generation"
     tags: list[str] = field(default_factory=list)
 
 
 def card_text(facts: CardFacts) -> str:
-    """The card as Markdown with its metadata."""
+    """Return a model card as Markdown with metadata."""
     base_model = facts.base_model if is_repo_id(facts.base_model) else None
-    data = ModelCardData(
+    metadata = ModelCardData(
         license=facts.license,
         license_name=facts.license_name,
         license_link=facts.license_link,
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag=facts.task,
         base_model=base_model,
         base_model_relation=base_model and "finetune",
         datasets=[facts.dataset] if is_repo_id(facts.dataset) else None,
-        tags=["diffusers", "unconditional-image-generation", *facts.tags],
+        tags=["diffusers", facts.task, *facts.tags],
         model_name=facts.title if facts.results else None,
         eval_results=facts.results or None,
     )
-    if facts.license_note:
-        license_line = facts.license_note
-    elif facts.license:
-        name = f"`{facts.license_name or facts.license}`"
-        name = f"[{name}]({facts.license_link})" if facts.license_link else name
-        license_line = f"Licence of the weights: {name}, carried over from the model that was started from."
-    elif facts.base_model:
-        license_line = (
-            "The licence of the model that was started from is not known here: look it up before passing this on."
-        )
-    else:
-        license_line = (
-            "Trained from scratch: whoever trained it chooses the licence of the weights, minding the data's."
-        )
-    others = [f"{name} {version(name)}" for name in ("diffusers", "torch", "accelerate")]
-    packages = ", ".join([f"diffusers-ddgan {__version__}", *others])
-    parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {facts.title}",
-        facts.summary,
-        *(f"![{caption}]({name})\n\n*{caption}*" for name, caption in facts.pictures.items()),
-        f"## Use\n\n```python\n{facts.usage.strip()}\n```",
-        *([f"## {facts.origin}\n\n{_table(facts.training)}\n\nMade with {packages}."] if facts.training else []),
-        *([f"## Evaluation\n\n{_table(facts.evaluation)}\n\n{facts.protocol}"] if facts.evaluation else []),
-        *(
-            [f"<details><summary>All settings</summary>\n\n{_table(facts.settings)}\n\n</details>"]
-            if facts.settings
-            else []
-        ),
-        *(
-            [f"## Code\n\n`trust_remote_code=True` runs these files of this repository:\n\n{_table(hashes)}"]
-            if (hashes := {f"`{name}`": f"SHA-256 `{digest}`" for name, digest in facts.code.items()})
-            else []
-        ),
-        f"## Limits and licence\n\nIt draws what it was trained on, at the size it was trained at, and may repeat "
-        f"images of its training data. {license_line}",
-    ]
-    return "\n\n".join(parts) + "\n"
+    packages = [f"diffusers-ddgan {__version__}"]
+    packages += [f"{name} {version(name)}" for name in ("diffusers", "torch", "accelerate")]
+    return _TEMPLATE.render(
+        metadata=metadata.to_yaml(),
+        facts=facts,
+        license_note=facts.license_note or _license_note(facts),
+        packages=", ".join(packages),
+        table=table,
+        code_section=code_section,
+    )
 
 
-def nobody_wrote(card: str) -> bool:
-    """Whether a card has no words of anybody: it is unwritten, or metadata alone, as the Hub's website makes it."""
-    metadata = REGEX_YAML_BLOCK.match(card)
-    return is_unwritten(card) or (metadata is not None and not card[metadata.end() :].strip())
+def table(rows: dict[str, Any]) -> str:
+    """Return a Markdown table of two columns without headings."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def with_metadata(card: str, other: str) -> str:
-    """
-    A card of `card_of_parts` with what the metadata of another card says beside its own; it stays an unwritten one.
+def code_section(code: dict[str, str]) -> str:
+    """Return the section of a model card that lists code files with their SHA-256."""
+    rows = {f"`{name}`": f"SHA-256 `{digest}`" for name, digest in code.items()}
+    return f"## Code\n\n`trust_remote_code=True` runs these files of this repository:\n\n{table(rows)}"
+
+
+def read_card(folder: Path) -> str:
+    """Return the text of a folder's model card; empty if it has none.
 
     Raises:
-        InputError: if the other card's metadata cannot be read.
+        InputError: if the card is not UTF-8.
     """
-    made = RepoCard(card)
+    file = folder / CARD_NAME
+    return read_text(file) if file.is_file() else ""
+
+
+def is_autogenerated(card: str) -> bool:
+    """Return whether no person has written any of a model card, so that it can be replaced.
+
+    This holds for an unedited card of `autogenerated_card` or of a version before it, the template of Diffusers, and
+    metadata alone, as the Hub's website writes it.
+    """
+    if signature := _SIGNED.search(card):
+        return content_hash(card[: signature.start()]) == signature[1]
+    metadata = REGEX_YAML_BLOCK.match(card)
+    if not card[metadata.end() if metadata else 0 :].strip():
+        return True
+    description = re.search(r"^This is the model card of .* automatically generated\.$", card, re.MULTILINE)
+    data = ModelCardData(library_name="diffusers")
+    return bool(description) and card == str(ModelCard.from_template(data, model_description=description[0]))
+
+
+def autogenerated_card(folder: Path, repo_id: str) -> str:
+    """Return a model card for a pipeline folder of which nothing but its contents is known.
+
+    Args:
+        folder: pipeline folder; the card shows its sample images, see `save_samples`.
+        repo_id: repository that the folder will be loaded from.
+    """
+    name = read_json(folder / "model_index.json")["_class_name"]
+    components = [f"`{class_name}` ({name})" for name, class_name in pipeline_components(folder).items()]
+    code, caption = code_files(folder), samples_caption(folder / SAMPLES)
+    trust = ", trust_remote_code=True" if code else ""
+    facts = CardFacts(
+        title=repo_id.rpartition("/")[2],
+        summary=f"A `{name if isinstance(name, str) else name[1]}` of {' and '.join(components)}.",
+        usage="from diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{repo_id}"{trust})',
+        settings={},
+        images={SAMPLES: caption} if caption else {},
+        limits="The training data, the quality of the images and the license of the weights are not known here:",
+        license_note="look them up before redistributing them.",
+        code=code,
+    )
+    return _sign(card_text(facts))
+
+
+def write_autogenerated_card(folder: Path, repo_id: str) -> None:
+    """Write an auto-generated card into a pipeline folder; further metadata of an existing one is kept.
+
+    Raises:
+        InputError: if the existing card or its metadata cannot be read.
+    """
+    card = add_metadata(autogenerated_card(folder, repo_id), read_card(folder))
+    (folder / CARD_NAME).write_text(card, encoding="utf-8", newline="\n")
+
+
+def add_metadata(card: str, other: str) -> str:
+    """Add metadata of another card, such as a license, to an auto-generated one, whose own entries are kept.
+
+    Raises:
+        InputError: if the metadata of the other card cannot be read.
+    """
     try:
-        theirs = RepoCard(other).data.to_dict()
+        metadata = RepoCard(other).data.to_dict()
     except (YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"The metadata of the {CARD_NAME} that is there cannot be read: {reason}. Mend it.") from None
-    made.data = CardData(**{**theirs, **made.data.to_dict()})
-    text, made_by = str(made).rsplit("\n<!-- ", 1)
-    return f"{text}\n<!-- {re.sub('[0-9a-f]{12}', _digest(text), made_by)}"
+        raise InputError(f"The metadata of the existing {CARD_NAME} cannot be read: {reason}. Fix it.") from None
+    merged = RepoCard(_SIGNED.sub("", card))
+    merged.data = CardData(**{**metadata, **merged.data.to_dict()})
+    return _sign(str(merged))
+
+
+def with_model_card(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """Class decorator on top of `self_contained`: `push_to_hub` replaces auto-generated cards by new ones.
+
+    They show sample images, which are generated at that time. So are those of an edited card that still shows them. A
+    card that a person has written is kept: the folder's or else the repository's.
+    """
+    upload_folder = pipeline_class._upload_folder
+
+    def _upload_folder(self, working_dir, repo_id, *args, **kwargs):
+        folder = Path(working_dir)
+        if (folder / CARD_NAME).is_file():  # Diffusers' template or the repository's card; none with `subfolder`
+            if is_autogenerated(self._folder_card or ""):
+                self._folder_card = read_card(folder)
+            generate = is_autogenerated(self._folder_card)
+            if generate or shows_samples(self._folder_card):
+                save_samples(self, folder)
+            if generate:
+                write_autogenerated_card(folder, repo_id)
+                self._folder_card = read_card(folder)
+        return upload_folder(self, working_dir, repo_id, *args, **kwargs)
+
+    pipeline_class._upload_folder = _upload_folder
+    return pipeline_class
 
 
 def license_of(model: str) -> dict[str, str]:
-    """The licence on a model's card, of a folder, else of a repository on the Hub: `CardFacts` by their names.
+    """Return the license on the card of a pipeline folder or a repository on the Hub, as fields of `CardFacts`.
 
-    Empty where none is known. A text that lies in the repository is named by its address there.
+    Empty if it is unknown. The link to a license text in the repository becomes a full address.
     """
     try:
         card = ModelCard.load(Path(model) / CARD_NAME if Path(model).is_dir() else model)
-    except Exception:  # no card, no network, or no right to read: the card then says that the licence is not known
+    except Exception:  # no card, no network or no permission to read: the new card says that the license is unknown
         return {}
-    found = {name: card.data.get(name) for name in ("license", "license_name", "license_link")}
-    link = found["license_link"]
+    values = {name: card.data.get(name) for name in ("license", "license_name", "license_link")}
+    link = values["license_link"]
     if link and "://" not in link:
-        found["license_link"] = hf_hub_url(model, link) if is_repo_id(model) else None
-    return {name: value for name, value in found.items() if value}
+        values["license_link"] = hf_hub_url(model, link) if is_repo_id(model) else None
+    return {name: value for name, value in values.items() if value}
 
 
 def is_repo_id(name: str | None) -> bool:
-    """Whether a name can stand for a repository on the Hub, as `user/name`."""
+    """Return whether a name has the form of a repository on the Hub, `user/name`, and is no local path."""
     if not name or "/" not in name or Path(name).exists():
         return False
     try:
@@ -169,5 +311,15 @@ def is_repo_id(name: str | None) -> bool:
     return True
 
 
-def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+def _sign(text: str) -> str:
+    return f"{text}\n{_SIGNATURE.format(content_hash(text))}"
+
+
+def _license_note(facts: CardFacts) -> str:
+    if facts.license:
+        name = f"`{facts.license_name or facts.license}`"
+        name = f"[{name}]({facts.license_link})" if facts.license_link else name
+        return f"License of the weights: {name}, carried over from the base model."
+    if facts.base_model:
+        return "The license of the base model is not known: look it up before redistributing the weights."
+    return "Trained from scratch: whoever trained it chooses the license of the weights, subject to that of the data."

@@ -1,29 +1,30 @@
-"""Pipelines loaded with the classes of the installed package, so that no code of their folder or repository runs."""
+"""Load pipelines with the classes of the installed package, so that no code of their folder or repository runs."""
 
 from importlib import import_module
 
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # noqa: F401  sought beside a component's class
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # noqa: F401  looked up beside component classes
 
 from .. import __all__ as installed
 
+_PACKAGE = __package__.rpartition(".")[0]
+
 
 def __getattr__(name):
-    # so that ("ddgan.hub.installed", name) in a pipeline's index stands for any class of this package
+    # lets [this module, class name] in a model_index.json stand for any class of the package
     if name not in installed:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("..", __package__), name)
+    return getattr(import_module(_PACKAGE), name)
 
 
 def with_installed_classes(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """
-    Class decorator: `from_pretrained` takes this class, and those of this package for the components.
+    """Class decorator: `from_pretrained` uses this class, and the package's classes for the components.
 
-    A folder or repository that brings its code then loads without `trust_remote_code`, and none of that code runs.
-    Components of classes that this package does not have are loaded as Diffusers does it.
+    A folder or repository with code of its own then loads without `trust_remote_code`, and none of that code runs.
+    Components of other classes are loaded as usual.
     """
 
     def _dict_from_json_file(cls, json_file):
-        # what `download` and `from_pretrained` read model_index.json with; a pair in it would be code to run
+        # `download` and `from_pretrained` read model_index.json with this; a list as class name would be code to run
         return {**super(pipeline_class, cls)._dict_from_json_file(json_file), "_class_name": cls.__name__}
 
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -38,15 +39,15 @@ def with_installed_classes(pipeline_class: type[DiffusionPipeline]) -> type[Diff
 
 
 def installed_class(path_or_repo: str, **kwargs) -> type[DiffusionPipeline]:
-    """
-    The class of this package that a pipeline folder or repository is of, or else `DiffusionPipeline`.
+    """Return the package's class for a pipeline folder or repository, or `DiffusionPipeline` if it has none.
 
     Args:
-        kwargs: what `DiffusionPipeline.load_config` takes, such as `revision` and `cache_dir`.
+        path_or_repo: pipeline folder or repository on the Hub.
+        kwargs: arguments of `DiffusionPipeline.load_config`, such as `revision` and `cache_dir`.
 
     Raises:
         OSError: if there is no pipeline.
     """
     name = DiffusionPipeline.load_config(path_or_repo, **kwargs)["_class_name"]
     name = name if isinstance(name, str) else name[-1]
-    return getattr(import_module("..", __package__), name) if name in installed else DiffusionPipeline
+    return getattr(import_module(_PACKAGE), name) if name in installed else DiffusionPipeline

@@ -1,1 +1,1 @@
-"""Networks: one file a model, complete in itself."""
+"""Networks, one self-contained file per model."""

@@ -1,4 +1,4 @@
-"""The discriminator of Denoising Diffusion GANs: are these two neighbours in the diffusion of a real picture?"""
+"""The time-conditional discriminator of Denoising Diffusion GANs (Xiao, Kreis, Vahdat, ICLR 2022)."""
 
 import math
 from typing import ClassVar
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class DDGANDiscriminatorBlock(nn.Module):
-    """Residual block with a time embedding that halves height and width, rounding down, if `down`."""
+    """Residual block with a time embedding. With `down` it halves height and width, rounding down."""
 
     def __init__(self, in_channels: int, out_channels: int, time_embed_dim: int, down: bool):
         super().__init__()
@@ -26,7 +26,7 @@ class DDGANDiscriminatorBlock(nn.Module):
             self.register_buffer("kernel", kernel.outer(kernel)[None, None], persistent=False)
 
     def downsample(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """FIR filter (1 3 3 1) in both directions at every second pixel, as a depthwise strided convolution."""
+        """Apply the FIR filter (1 3 3 1) along both axes at every second pixel, as a strided depthwise convolution."""
         channels = hidden_states.shape[1]
         kernel = self.kernel.to(hidden_states.dtype).expand(channels, -1, -1, -1)
         return F.conv2d(hidden_states, kernel, stride=2, padding=1, groups=channels)
@@ -43,27 +43,27 @@ class DDGANDiscriminatorBlock(nn.Module):
 
 
 class DDGANDiscriminator(ModelMixin, ConfigMixin):
-    """
-    D(x_{t-1}, x_t, t) of [Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804), section 3.2 and appendix.
+    """The discriminator D(x_{t-1}, x_t, t) of [Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804).
 
-    The small form of the paper (32x32) is the default, the large one (256x256) has
-    `base_channels=128, block_out_channels=(256, 512, 512, 512, 512, 512), down_blocks=(True,) * 6,
-    near_zero_conv_out=False`.
+    It scores how likely x_{t-1} is a real denoised version of x_t (section 3.2 and appendix). The defaults are the
+    paper's small network (32x32). Its large network (256x256) has `base_channels=128, block_out_channels=(256, 512,
+    512, 512, 512, 512), down_blocks=(True,) * 6, near_zero_conv_out=False`.
 
     Args:
         sample_size (`int` or `tuple[int, int]`, defaults to 32):
-            Height and width of the pictures. Any size works that can be halved by all blocks that go down.
-        in_channels (`int`, defaults to 3): channels of one picture; the network sees two.
-        base_channels (`int`, defaults to 128): width of the first, 1x1 convolution.
-        block_out_channels (`tuple[int, ...]`, defaults to `(128, 256, 512, 512)`): width of each block.
-        down_blocks (`tuple[bool, ...]`, defaults to `(False, True, True, True)`): which blocks halve the resolution.
-        time_embed_dim (`int`, defaults to 256): number of sinusoids of t and width of their embedding.
-        near_zero_conv_out (`bool`, defaults to `True`): initialise the last convolution near zero.
+            Height and width of the images. Any size works that every downsampling block can still halve.
+        in_channels (`int`, defaults to 3): Number of channels of one image; the network sees two images.
+        base_channels (`int`, defaults to 128): Width of the first convolution (1x1).
+        block_out_channels (`tuple[int, ...]`, defaults to `(128, 256, 512, 512)`): Width of each block.
+        down_blocks (`tuple[bool, ...]`, defaults to `(False, True, True, True)`): Which blocks halve the resolution.
+        time_embed_dim (`int`, defaults to 256): Number of sinusoids of t and width of the time embedding.
+        near_zero_conv_out (`bool`, defaults to `True`): Whether to initialize the last convolution near zero.
         num_class_embeds (`int`, *optional*):
-            Number of classes; their embeddings are projected on the features (arXiv 1802.05637).
+            Number of classes. Class embeddings condition the logits by projection (arXiv 1802.05637).
 
     Raises:
-        `ValueError`: if blocks and their directions differ in number, or go down more often than the size allows.
+        `ValueError`: If `down_blocks` and `block_out_channels` differ in length, or if there are more downsampling
+            blocks than `sample_size` can be halved.
     """
 
     _supports_gradient_checkpointing = True
@@ -87,12 +87,12 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         if len(down_blocks) != len(block_out_channels):
             raise ValueError(
                 f"`down_blocks` has {len(down_blocks)} entries, but must have one for each of the "
-                f"{len(block_out_channels)} of `block_out_channels`."
+                f"{len(block_out_channels)} entries of `block_out_channels`."
             )
         if min(height, width) >> sum(down_blocks) == 0:
             raise ValueError(
-                f"`down_blocks` halves {sum(down_blocks)} times, too often for pictures of {height}x{width} pixels: "
-                "use fewer blocks that go down or larger pictures."
+                f"`down_blocks` halves the resolution {sum(down_blocks)} times, which is too often for images of "
+                f"{height}x{width} pixels: use fewer downsampling blocks or larger images."
             )
         self.gradient_checkpointing = False
 
@@ -109,7 +109,7 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         self.linear_out = nn.Linear(channels, 1)
         self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, channels)
 
-        # uniform weights of variance 1 / fan_avg, or 1e-10 of that where they shall begin near zero
+        # uniform weights of variance 1 / fan_avg, scaled by 1e-10 where a layer should start near zero
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
@@ -129,25 +129,25 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         noisy_sample: torch.Tensor,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
-        Judges pairs of a less noisy and a noisier picture.
+        """Score pairs of a less noisy and a noisier image.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): x_{t-1}, real or generated.
-            timestep (`torch.Tensor`, `float` or `int`): t, one for all or of shape `(batch_size,)`.
-            noisy_sample (`torch.Tensor`): x_t, of the shape of `sample`.
-            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): integers below `num_class_embeds`.
+            timestep (`torch.Tensor`, `float` or `int`): t, either one value or a tensor of shape `(batch_size,)`.
+            noisy_sample (`torch.Tensor`): x_t, of the same shape as `sample`.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): Integers below `num_class_embeds`.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size,)`: the logits, positive for "real". They depend on the rest of the
+            `torch.Tensor` of shape `(batch_size,)`: The logits, positive for "real". They depend on the rest of the
             batch through the minibatch standard deviation.
 
         Raises:
-            `ValueError`: if class labels are given or missing against what the network was built for.
+            `ValueError`: If `class_labels` are passed to an unconditional network, or missing for a class-conditional
+                one.
         """
         if (class_labels is None) != (self.class_embedding is None):
             raise ValueError(
-                "`class_labels` must be given exactly if the network was built with `num_class_embeds`, which is "
+                "`class_labels` must be passed if and only if the network was built with `num_class_embeds`, which is "
                 f"{self.config.num_class_embeds}."
             )
         batch_size = sample.shape[0]
@@ -159,7 +159,7 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
 
         # 2. features of the pair
         hidden_states = self.conv_in(torch.cat([sample, noisy_sample], dim=1))
-        if hidden_states.device.type == "cpu":  # where convolutions are faster, depthwise ones several times
+        if hidden_states.device.type == "cpu":  # faster there; depthwise convolutions several times
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -167,14 +167,16 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
             else:
                 hidden_states = block(hidden_states, temb)
 
-        # 3. minibatch standard deviation (arXiv 1710.10196, section 3) over groups of 4, or where the batch does not
-        # divide by 4, of the next number that it divides by
+        # 3. minibatch standard deviation (arXiv 1710.10196, section 3) over groups of 4, or of the next larger size
+        # that divides the batch
         _, channels, height, width = hidden_states.shape
         size = min(4, batch_size)
         while batch_size % size:
             size += 1
         grouped = hidden_states.float().reshape(size, batch_size // size, channels, height, width)
-        std = (grouped.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # 1e-8 is 0 in half precision
+        std = (
+            (grouped.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))
+        )  # 1e-8 underflows to 0 in half precision
         std = std.to(hidden_states.dtype).repeat(size).view(batch_size, 1, 1, 1).expand(-1, 1, height, width)
         hidden_states = torch.cat([hidden_states, std], dim=1)
 

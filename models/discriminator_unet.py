@@ -29,8 +29,7 @@ class UNetDiscriminatorHead(nn.Module):
 
 
 class UNetDiscriminator(ModelMixin, ConfigMixin):
-    """
-    The encoder of a [`UNet2DModel`] with a small convolutional head at each of its lowest resolutions.
+    """The encoder of a [`UNet2DModel`] with a small convolutional head at each of its lowest resolutions.
 
     It judges an image at a given noise level. Copied from the pretrained UNet that is fine-tuned (`from_unet`), the
     encoder has useful features at every noise level from the first step on, as in
@@ -94,8 +93,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_unet(cls, unet: nn.Module, num_heads: int = 3, pair: bool = False) -> "UNetDiscriminator":
-        """
-        Builds a discriminator, in float32, whose encoder is a copy of a UNet's.
+        """Builds a discriminator, in float32, whose encoder is a copy of a UNet's.
 
         Args:
             unet ([`UNet2DModel`] or `ClassConditionedUnet`): the network to copy, unconditional or class-conditional.
@@ -131,8 +129,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
         noisy_sample: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
-        Judges images, or pairs of a less noisy and a noisier image.
+        """Judges images, or pairs of a less noisy and a noisier image.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`):

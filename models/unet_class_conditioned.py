@@ -1,4 +1,4 @@
-"""A UNet that sees the class of the picture as further channels of its input."""
+"""A UNet that receives the class as additional input channels."""
 
 from typing import ClassVar
 
@@ -11,36 +11,35 @@ from torch import nn
 
 
 class ClassConditionedUnet(ModelMixin, ConfigMixin):
-    """
-    A [`UNet2DModel`] beside whose picture lies an embedding of the class, the same at every pixel.
+    """A [`UNet2DModel`] whose input is concatenated with an embedding of the class, the same at every pixel.
 
-    It is the class-conditioned network of the Hugging Face Diffusion Models Course, unit 2, with 1.7 M parameters at
-    the defaults, which are those for MNIST.
+    This is the class-conditioned network of unit 2 of the Hugging Face Diffusion Models Course. The defaults are those
+    for MNIST, with 1.7 M parameters.
 
-    With `class_dropout` above 0 there is one more class label, `num_classes`: the null class, for
-    [classifier-free guidance](https://arxiv.org/abs/2207.12598). The network draws nothing by itself: whoever trains
-    it puts the null class in the place of a label with the probability `config.class_dropout`.
+    With `class_dropout` above 0 there is one more class label, `num_classes`: the null class for
+    [classifier-free guidance](https://arxiv.org/abs/2207.12598). The network does not drop labels itself: the training
+    loop replaces a label by the null class with probability `config.class_dropout`.
 
     Args:
         sample_size (`int` or `tuple[int, int]`, defaults to 28):
-            Height and width of the picture, which must divide by 2 for each of `block_out_channels` but the last.
-        in_channels (`int`, defaults to 1): channels of the noisy picture, without those of the class.
-        out_channels (`int`, defaults to 1): channels of the output.
-        num_classes (`int`, defaults to 10): number of classes; their labels are 0 .. num_classes-1.
+            Height and width of the images, which must be divisible by 2 once per level except the last.
+        in_channels (`int`, defaults to 1): Number of channels of the noisy image, without those of the class.
+        out_channels (`int`, defaults to 1): Number of channels of the output.
+        num_classes (`int`, defaults to 10): Number of classes; their labels are 0 .. num_classes-1.
         class_emb_size (`int`, *optional*, defaults to 4):
-            Length of the learned embedding of a class; `None` gives one-hot vectors of length `num_classes` in place
-            of it, and zeros for the null class.
-        class_dropout (`float`, defaults to 0.0): probability of the null class in training, within [0, 1).
-        layers_per_block (`int`, defaults to 2): residual blocks a level on the way down; one more on the way up.
-        block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 64)`): width of each level, finest first.
-        down_block_types (`tuple[str, ...]`): [`UNet2DModel`]'s name of the block of each level on the way down.
-        up_block_types (`tuple[str, ...]`): the same for the way up, coarsest first.
-        attention_head_dim (`int`, defaults to 8): channels of an attention head.
-        norm_num_groups (`int`, defaults to 32): groups of the group norms; must divide every width.
-        id2label (`dict[int, str]` or `list[str]`, *optional*): names of the classes.
+            Length of the learned class embedding. `None` uses one-hot vectors of length `num_classes` instead, and
+            zeros for the null class.
+        class_dropout (`float`, defaults to 0.0): Probability of the null class in training, within [0, 1).
+        layers_per_block (`int`, defaults to 2): Residual blocks per down block; up blocks have one more.
+        block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 64)`): Width of each level, finest first.
+        down_block_types (`tuple[str, ...]`): Down block of each level, by the names that [`UNet2DModel`] uses.
+        up_block_types (`tuple[str, ...]`): Up block of each level, coarsest first.
+        attention_head_dim (`int`, defaults to 8): Number of channels per attention head.
+        norm_num_groups (`int`, defaults to 32): Number of groups of the group norms; must divide every width.
+        id2label (`dict[int, str]` or `list[str]`, *optional*): Names of the classes.
 
     Raises:
-        `ValueError`: for a `class_dropout` outside [0, 1), and for names that do not name each class once.
+        `ValueError`: If `class_dropout` is outside [0, 1), or `id2label` does not name each class exactly once.
     """
 
     _supports_gradient_checkpointing = True
@@ -96,23 +95,27 @@ class ClassConditionedUnet(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """
-        Predicts the noise, or whatever the network is trained for.
+        """Predict the noise, or whatever target the network was trained on.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): the noisy picture.
-            timestep (`torch.Tensor`, `float` or `int`): t, one for all or of shape `(batch_size,)`.
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): The noisy images.
+            timestep (`torch.Tensor`, `float` or `int`): t, either one value or a tensor of shape `(batch_size,)`.
             class_labels (`torch.Tensor` of shape `(batch_size,)`):
-                Integers below `num_classes`, and `num_classes` itself for the null class if there is one.
-            return_dict (`bool`, defaults to `True`): an [`~models.unets.unet_2d.UNet2DOutput`] or a tuple of one.
+                Integers below `num_classes`, or `num_classes` itself for the null class if there is one.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an [`~models.unets.unet_2d.UNet2DOutput`] instead of a plain tuple.
+
+        Returns:
+            [`~models.unets.unet_2d.UNet2DOutput`] or `tuple`: The prediction, `(batch_size, out_channels, height,
+            width)`.
 
         Raises:
-            `ValueError`: if the class labels are not one integer a picture.
+            `ValueError`: If `class_labels` is not one integer per image.
         """
         if class_labels.shape != sample.shape[:1] or class_labels.is_floating_point():
             raise ValueError(
                 f"`class_labels` is {class_labels.dtype} of shape {tuple(class_labels.shape)}, but must hold one "
-                f"integer for each of the {sample.shape[0]} pictures."
+                f"integer for each of the {sample.shape[0]} images."
             )
         if self.class_embedding is None:
             condition = F.one_hot(class_labels.long(), self.num_labels)[:, : self.config.num_classes]

@@ -1,4 +1,4 @@
-"""A small UNet that is steered by a context vector, which multiplies its features, and by the time, which is added."""
+"""A small UNet whose features are scaled by a context embedding and shifted by a time embedding."""
 
 import math
 from typing import ClassVar
@@ -14,7 +14,7 @@ NORM_NUM_GROUPS = 8
 
 
 class ConvBlock(nn.Module):
-    """Two 3x3 convolutions, each with group norm and GELU."""
+    """Two 3x3 convolutions, each followed by group norm and GELU."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -29,7 +29,7 @@ class ConvBlock(nn.Module):
 
 
 class ResidualConvBlock(ConvBlock):
-    """A block and the way past it; their sum divided by sqrt 2."""
+    """A `ConvBlock` with a residual connection; the sum is divided by sqrt 2."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels)
@@ -41,7 +41,7 @@ class ResidualConvBlock(ConvBlock):
 
 
 class ContextDownBlock(nn.Module):
-    """Two blocks, then the maximum of each 2x2 pixels."""
+    """Two `ConvBlock`s followed by 2x2 max pooling."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -53,7 +53,7 @@ class ContextDownBlock(nn.Module):
 
 
 class TwoLayerEmbedding(nn.Module):
-    """Linear, GELU, linear: from a vector to one number a channel."""
+    """Two linear layers with GELU in between, which map a vector to one value per channel."""
 
     def __init__(self, in_features: int, channels: int):
         super().__init__()
@@ -65,7 +65,7 @@ class TwoLayerEmbedding(nn.Module):
 
 
 class ContextUpBlock(nn.Module):
-    """Context and time, what was kept on the way down, a transposed convolution that doubles the size, two blocks."""
+    """Context and time conditioning, skip connection, upsampling by a transposed convolution, and two `ConvBlock`s."""
 
     def __init__(self, channels: int, out_channels: int, n_cfeat: int):
         super().__init__()
@@ -75,14 +75,14 @@ class ContextUpBlock(nn.Module):
         self.block1 = ConvBlock(out_channels, out_channels)
         self.block2 = ConvBlock(out_channels, out_channels)
 
-    def forward(self, hidden_states: torch.Tensor, kept: torch.Tensor, context: torch.Tensor, time: torch.Tensor):
+    def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor, context: torch.Tensor, time: torch.Tensor):
         hidden_states = self.context_embedding(context) * hidden_states + self.time_embedding(time)
-        hidden_states = self.upsample(torch.cat([hidden_states, kept], dim=1))
+        hidden_states = self.upsample(torch.cat([hidden_states, skip], dim=1))
         return self.block2(self.block1(hidden_states))
 
 
 class ContextOutBlock(nn.Module):
-    """The output from the last features and the first ones."""
+    """Output convolutions on the last features concatenated with the first ones."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -96,32 +96,31 @@ class ContextOutBlock(nn.Module):
 
 
 class ContextUnet(ModelMixin, ConfigMixin):
-    """
-    The network of the DeepLearning.AI course "How Diffusion Models Work", which draws sprites of 16x16 pixels.
+    """The network of the DeepLearning.AI course "How Diffusion Models Work", which generates sprites of 16x16 pixels.
 
-    On the way up, features become context * features + time at each stage, where context and time are embeddings of
-    the context vector and of t / T. Norms are group norms throughout, so that a picture does not depend on its batch.
+    In each up block, features become context * features + time, where context and time are embeddings of the context
+    vector and of t / T. All norms are group norms, so that an image does not depend on the rest of its batch.
 
-    A class label stands for its one-hot context. The context of zeros is the null class of
+    A class label stands for its one-hot context. The all-zero context is the null class of
     [classifier-free guidance](https://arxiv.org/abs/2207.12598); with `class_dropout` above 0 it has the label
-    `n_cfeat`. The network draws nothing by itself: whoever trains it puts the null class in the place of a label with
-    the probability `config.class_dropout`.
+    `n_cfeat`. The network does not drop labels itself: the training loop replaces a label by the null class with
+    probability `config.class_dropout`.
 
     Args:
-        in_channels (`int`, defaults to 3): channels of the noisy picture.
-        n_feat (`int`, defaults to 64): width of the finest level, a multiple of 8; the coarser ones have twice that.
-        n_cfeat (`int`, defaults to 5): length of a context vector, the number of classes.
-        height (`int`, defaults to 16): height and width of the picture, a multiple of 4.
+        in_channels (`int`, defaults to 3): Number of channels of the noisy image.
+        n_feat (`int`, defaults to 64): Width of the finest level, a multiple of 8; coarser levels have twice that.
+        n_cfeat (`int`, defaults to 5): Length of a context vector, which is the number of classes.
+        height (`int`, defaults to 16): Height and width of the images, a multiple of 4.
         num_train_timesteps (`int`, defaults to 500): T of the noise process, by which t is divided.
-        class_dropout (`float`, defaults to 0.0): probability of the null class in training, within [0, 1).
-        id2label (`dict[int, str]` or `list[str]`, *optional*): names of the classes.
-        out_channels (`int`, *optional*, defaults to `in_channels`): channels of the output.
+        class_dropout (`float`, defaults to 0.0): Probability of the null class in training, within [0, 1).
+        id2label (`dict[int, str]` or `list[str]`, *optional*): Names of the classes.
+        out_channels (`int`, *optional*, defaults to `in_channels`): Number of channels of the output.
         sample_size (`int`, *optional*, defaults to `height`):
-            The same as `height`: the name under which pipelines look for it in the config.
+            The same as `height`; pipelines look for the config entry under this name.
 
     Raises:
-        `ValueError`: for sizes that do not divide, a `sample_size` that differs from `height`, a `class_dropout`
-            outside [0, 1), and names that do not name each class once.
+        `ValueError`: If `n_feat` or `height` is not such a multiple, `sample_size` differs from `height`,
+            `class_dropout` is outside [0, 1), or `id2label` does not name each class exactly once.
     """
 
     _supports_gradient_checkpointing = True
@@ -154,7 +153,9 @@ class ContextUnet(ModelMixin, ConfigMixin):
         if height < 4 or height % 4:
             raise ValueError(f"`height` is {height}, but must be a multiple of 4, since it is halved twice.")
         if sample_size not in (None, height):
-            raise ValueError(f"`sample_size` is {sample_size} and `height` {height}, but they are the same: give one.")
+            raise ValueError(
+                f"`sample_size` is {sample_size} and `height` is {height}, but both mean the same: pass only one."
+            )
         if not 0 <= class_dropout < 1:
             raise ValueError(f"`class_dropout` is {class_dropout}, but must be a probability within [0, 1).")
         if id2label is not None:
@@ -185,31 +186,35 @@ class ContextUnet(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """
-        Predicts the noise, or whatever the network is trained for.
+        """Predict the noise, or whatever target the network was trained on.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, height)`): the noisy picture.
-            timestep (`torch.Tensor`, `float` or `int`): t, one for all or of shape `(batch_size,)`.
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, height)`): The noisy images.
+            timestep (`torch.Tensor`, `float` or `int`): t, either one value or a tensor of shape `(batch_size,)`.
             class_labels (`torch.Tensor`):
-                Integers of shape `(batch_size,)` below `n_cfeat`, with `n_cfeat` itself for the null class if there is
-                one, or a float matrix `(batch_size, n_cfeat)` of contexts: one-hot, mixed (half of one class and half
-                of another), or zeros, which leave the context out.
-            return_dict (`bool`, defaults to `True`): an [`~models.unets.unet_2d.UNet2DOutput`] or a tuple of one.
+                Integers of shape `(batch_size,)` below `n_cfeat`, or `n_cfeat` itself for the null class if there is
+                one; or a float matrix `(batch_size, n_cfeat)` of contexts: one-hot, mixed (half of one class and half
+                of another), or zeros for no context.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an [`~models.unets.unet_2d.UNet2DOutput`] instead of a plain tuple.
+
+        Returns:
+            [`~models.unets.unet_2d.UNet2DOutput`] or `tuple`: The prediction, `(batch_size, out_channels, height,
+            height)`.
 
         Raises:
-            `ValueError`: for pictures of another size than `height`, and for class labels of another shape.
+            `ValueError`: If the images are not of size `height`, or `class_labels` has another shape.
         """
         batch_size, n_cfeat, size = sample.shape[0], self.config.n_cfeat, self.config.height
         if sample.shape[2:] != (size, size):
             raise ValueError(
-                f"`sample` has pictures of {sample.shape[2]}x{sample.shape[3]} pixels, but this network was built for "
-                f"{size}x{size} alone (`height`)."
+                f"`sample` has images of {sample.shape[2]}x{sample.shape[3]} pixels, but this network was built for "
+                f"{size}x{size} only (`height`)."
             )
         if class_labels.shape != ((batch_size, n_cfeat) if class_labels.is_floating_point() else (batch_size,)):
             raise ValueError(
                 f"`class_labels` is {class_labels.dtype} of shape {tuple(class_labels.shape)}, but must hold one "
-                f"integer for each of the {batch_size} pictures, or be a float matrix ({batch_size}, {n_cfeat})."
+                f"integer for each of the {batch_size} images, or be a float matrix ({batch_size}, {n_cfeat})."
             )
 
         # 1. context and time
@@ -223,21 +228,21 @@ class ContextUnet(ModelMixin, ConfigMixin):
 
         # 2. down, to a single vector
         initial = self.conv_in(sample)
-        kept1 = self._run(self.down_block1, initial)
-        kept2 = self._run(self.down_block2, kept1)
-        vector = F.gelu(kept2.mean(dim=(2, 3), keepdim=True))
+        skip1 = self._run_block(self.down_block1, initial)
+        skip2 = self._run_block(self.down_block2, skip1)
+        vector = F.gelu(skip2.mean(dim=(2, 3), keepdim=True))
 
         # 3. up
         hidden_states = F.relu(self.norm(self.unpool(vector)))
-        hidden_states = self._run(self.up_block1, hidden_states, kept2, context, time)
-        hidden_states = self._run(self.up_block2, hidden_states, kept1, context, time)
+        hidden_states = self._run_block(self.up_block1, hidden_states, skip2, context, time)
+        hidden_states = self._run_block(self.up_block2, hidden_states, skip1, context, time)
         hidden_states = self.conv_out(hidden_states, initial)
 
         if not return_dict:
             return (hidden_states,)
         return UNet2DOutput(sample=hidden_states)
 
-    def _run(self, block: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    def _run_block(self, block: nn.Module, *args: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)

@@ -1,4 +1,4 @@
-"""NCSN++ as the generator of Denoising Diffusion GANs: noisy picture, timestep and latent z give the clean picture."""
+"""NCSN++ as the generator of Denoising Diffusion GANs (Xiao, Kreis, Vahdat, ICLR 2022)."""
 
 import math
 from functools import partial
@@ -17,7 +17,7 @@ from torch import nn
 
 
 def num_groups(channels: int) -> int:
-    """min(channels // 4, 32) groups, or the next smaller number that divides the channels."""
+    """Return min(channels // 4, 32), or the next smaller number that divides `channels`."""
     groups = max(min(channels // 4, 32), 1)
     while channels % groups:
         groups -= 1
@@ -35,15 +35,15 @@ class AdaptiveGroupNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor, z_emb: torch.Tensor) -> torch.Tensor:
         batch_size, channels, height, width = hidden_states.shape
         gamma, beta = self.style(z_emb).chunk(2, dim=1)
-        # With the samples laid side by side as channels of one, group norm scales and shifts each of them in its one
-        # pass over memory, forward and backward.
-        together = hidden_states.reshape(1, batch_size * channels, height, width)
+        # Treating all samples as channels of a single one lets group norm apply each sample's scale and shift in the
+        # same pass over memory, forward and backward.
+        merged = hidden_states.reshape(1, batch_size * channels, height, width)
         groups = batch_size * self.num_groups
-        return F.group_norm(together, groups, gamma.flatten(), beta.flatten(), eps=1e-6).view_as(hidden_states)
+        return F.group_norm(merged, groups, gamma.flatten(), beta.flatten(), eps=1e-6).view_as(hidden_states)
 
 
 def depthwise(convolve, hidden_states: torch.Tensor, kernel: torch.Tensor, **options) -> torch.Tensor:
-    """Convolves each channel with the same kernel; on a CPU channels last in memory, several times faster there."""
+    """Convolve every channel with the same kernel. On a CPU, channels-last memory makes this several times faster."""
     channels = hidden_states.shape[1]
     if hidden_states.device.type == "cpu":
         hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
@@ -52,10 +52,9 @@ def depthwise(convolve, hidden_states: torch.Tensor, kernel: torch.Tensor, **opt
 
 
 class Downsample(nn.Module):
-    """
-    Halves height and width, rounding down, with a 3x3 convolution if `with_conv`.
+    """Halve height and width, rounding down, with a 3x3 convolution if `with_conv`.
 
-    With `fir`, the filter is the outer product of (1 3 3 1), normalised to sum 1, else a mean of 2x2.
+    With `fir` the filter is the outer product of (1 3 3 1) normalized to sum 1, otherwise a 2x2 mean.
     """
 
     def __init__(self, in_channels: int, out_channels: int, fir: bool, with_conv: bool):
@@ -70,7 +69,7 @@ class Downsample(nn.Module):
         if self.fir:
             if self.conv is None:
                 return depthwise(F.conv2d, hidden_states, self.kernel, stride=2, padding=1)
-            # the strided 3x3 convolution takes every second pixel itself
+            # the strided 3x3 convolution does the subsampling
             return self.conv(depthwise(F.conv2d, hidden_states, self.kernel, padding=2))
         if self.conv is None:
             return F.avg_pool2d(hidden_states, 2)
@@ -78,10 +77,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """
-    Doubles height and width, with a 3x3 convolution if `with_conv`.
+    """Double height and width, with a 3x3 convolution if `with_conv`.
 
-    With `fir`, it is the transpose of the FIR filter of `Downsample` with gain 4, else nearest neighbour.
+    With `fir` this is the transposed FIR filter of `Downsample` with gain 4, otherwise nearest-neighbor interpolation.
     """
 
     def __init__(self, in_channels: int, out_channels: int, fir: bool, with_conv: bool):
@@ -94,7 +92,7 @@ class Upsample(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.fir:
-            # a margin of one pixel is left for the 3x3 convolution, which has no padding of its own
+            # a one-pixel margin remains for the 3x3 convolution, which does not pad
             margin = 1 if self.conv is None else 0
             hidden_states = depthwise(F.conv_transpose2d, hidden_states, self.kernel, stride=2, padding=margin)
         else:
@@ -103,7 +101,7 @@ class Upsample(nn.Module):
 
 
 def extend_to(hidden_states: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Repeats the last row or column where `size` is odd, since halving had rounded it down."""
+    """Repeat the last row or column where `size` is odd, because halving rounded it down."""
     height, width = size[0] - hidden_states.shape[2], size[1] - hidden_states.shape[3]
     if height == 0 and width == 0:
         return hidden_states
@@ -111,11 +109,11 @@ def extend_to(hidden_states: torch.Tensor, size: tuple[int, int]) -> torch.Tenso
 
 
 class ResnetBlock(nn.Module):
-    """
-    Residual block of NCSN++ with adaptive group norms.
+    """Residual block of NCSN++ with adaptive group norms.
 
-    `resnet_type` is "biggan" (may change the resolution; a 1x1 shortcut if channels or resolution change),
-    "biggan_oneadagn" (the second norm is a plain group norm) or "ddpm" (a 1x1 shortcut only where channels change).
+    `resnet_type` is `"biggan"` (may change the resolution; has a 1x1 shortcut if channels or resolution change),
+    `"biggan_oneadagn"` (the same, but the second norm is a plain group norm) or `"ddpm"` (has a 1x1 shortcut only if
+    the channels change).
     """
 
     def __init__(
@@ -202,7 +200,7 @@ class AttentionBlock(nn.Module, AttentionModuleMixin):
 
 
 class NCSNppDownBlock(nn.Module):
-    """One level of the way down: residual blocks, attention, then the step down and the picture fed in again."""
+    """One encoder level: residual blocks with attention, then downsampling and the input pyramid."""
 
     def __init__(
         self,
@@ -224,7 +222,8 @@ class NCSNppDownBlock(nn.Module):
         if attention is not None:
             self.attentions = nn.ModuleList(attention(out_channels) for _ in range(num_layers))
         self.downsampler = downsampler
-        # told now: Diffusers executes remote code anew at each load, which gives the name ResnetBlock to another class
+        # Decided here because Diffusers executes remote code again at each load, which rebinds the name ResnetBlock
+        # to another class.
         self.downsampler_is_resnet = isinstance(downsampler, ResnetBlock)
         self.pyramid_downsampler = pyramid_downsampler
         self.pyramid_conv = pyramid_conv
@@ -232,13 +231,13 @@ class NCSNppDownBlock(nn.Module):
         self.skip_scale = skip_scale
 
     def forward(self, hidden_states, pyramid, temb, z_emb):
-        """Gives the hidden states, those to keep for the way up, and the input pyramid at this resolution."""
-        kept = []
+        """Return the hidden states, the skip connections for the decoder, and the input pyramid at this resolution."""
+        skips = []
         for i, resnet in enumerate(self.resnets):
             hidden_states = resnet(hidden_states, temb, z_emb)
             if self.attentions is not None:
                 hidden_states = self.attentions[i](hidden_states)
-            kept.append(hidden_states)
+            skips.append(hidden_states)
         if self.downsampler is not None:
             if self.downsampler_is_resnet:
                 hidden_states = self.downsampler(hidden_states, temb, z_emb)
@@ -252,8 +251,8 @@ class NCSNppDownBlock(nn.Module):
                     hidden_states = torch.cat([self.pyramid_conv(pyramid), hidden_states], dim=1)
                 else:
                     hidden_states = self.pyramid_conv(pyramid) + hidden_states
-            kept.append(hidden_states)
-        return hidden_states, kept, pyramid
+            skips.append(hidden_states)
+        return hidden_states, skips, pyramid
 
 
 class NCSNppMidBlock(nn.Module):
@@ -271,12 +270,12 @@ class NCSNppMidBlock(nn.Module):
 
 
 class NCSNppUpBlock(nn.Module):
-    """One level of the way up: residual blocks on what was kept, attention, the output pyramid, the step up."""
+    """One decoder level: residual blocks on the skip connections, attention, the output pyramid, then upsampling."""
 
     def __init__(
         self,
         in_channels: int,
-        kept_channels: list[int],
+        skip_channels: list[int],
         out_channels: int,
         resnet: partial,
         attention: partial | None,
@@ -287,8 +286,8 @@ class NCSNppUpBlock(nn.Module):
         skip_scale: float,
     ):
         super().__init__()
-        widths = [in_channels] + [out_channels] * (len(kept_channels) - 1)
-        self.resnets = nn.ModuleList(resnet(a + b, out_channels) for a, b in zip(widths, kept_channels, strict=True))
+        widths = [in_channels] + [out_channels] * (len(skip_channels) - 1)
+        self.resnets = nn.ModuleList(resnet(a + b, out_channels) for a, b in zip(widths, skip_channels, strict=True))
         self.attention = None if attention is None else attention(out_channels)
         self.pyramid_upsampler = pyramid_upsampler
         self.pyramid_norm = self.pyramid_conv = None
@@ -300,9 +299,9 @@ class NCSNppUpBlock(nn.Module):
         self.residual_pyramid = residual_pyramid
         self.skip_scale = skip_scale
 
-    def forward(self, hidden_states, kept, pyramid, temb, z_emb, size):
-        """Gives the hidden states, at `size` if there is a finer level, and the output pyramid at this resolution."""
-        for resnet, skip in zip(self.resnets, reversed(kept), strict=True):
+    def forward(self, hidden_states, skips, pyramid, temb, z_emb, size):
+        """Return the hidden states, at `size` if there is a finer level, and the output pyramid at this resolution."""
+        for resnet, skip in zip(self.resnets, reversed(skips), strict=True):
             hidden_states = resnet(torch.cat([hidden_states, skip], dim=1), temb, z_emb)
         if self.attention is not None:
             hidden_states = self.attention(hidden_states)
@@ -311,8 +310,8 @@ class NCSNppUpBlock(nn.Module):
             if self.residual_pyramid:
                 pyramid = hidden_states = (pyramid + hidden_states) * self.skip_scale
         if self.pyramid_conv is not None:
-            picture = self.pyramid_conv(F.silu(self.pyramid_norm(hidden_states)))
-            pyramid = picture if pyramid is None else pyramid + picture
+            level_output = self.pyramid_conv(F.silu(self.pyramid_norm(hidden_states)))
+            pyramid = level_output if pyramid is None else pyramid + level_output
         if self.upsampler is not None:
             if self.upsampler_is_resnet:
                 hidden_states = self.upsampler(hidden_states, temb, z_emb)
@@ -323,53 +322,61 @@ class NCSNppUpBlock(nn.Module):
 
 
 class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
-    """
-    The UNet of [Score-Based Generative Modeling through SDEs](https://arxiv.org/abs/2011.13456), conditioned on a
-    latent z as [Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804) do it: z is mapped by a small network,
-    whose output scales and shifts every group norm.
+    """NCSN++ of [Score-Based Generative Modeling through SDEs](https://arxiv.org/abs/2011.13456), with a latent z.
+
+    The conditioning on z follows [Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804): a small network maps z
+    to an embedding, which scales and shifts every adaptive group norm.
 
     Args:
         sample_size (`int` or `tuple[int, int]`, defaults to 32):
-            Height and width of the picture. Any size works; it decides which levels have attention.
-        in_channels (`int`, defaults to 3): channels of the noisy picture.
-        out_channels (`int`, defaults to 3): channels of the predicted picture.
-        block_out_channels (`tuple[int, ...]`, defaults to `(128, 256, 256, 256)`): width of each level, finest first.
+            Height and width of the images. Other sizes can be passed to `forward`; this one decides which levels have
+            attention.
+        in_channels (`int`, defaults to 3): Number of channels of the noisy image.
+        out_channels (`int`, defaults to 3): Number of channels of the predicted image.
+        block_out_channels (`tuple[int, ...]`, defaults to `(128, 256, 256, 256)`): Width of each level, finest first.
         base_channels (`int`, *optional*, defaults to `block_out_channels[0]`):
             Width of the first convolution and number of sinusoids of the time embedding.
-        layers_per_block (`int`, defaults to 2): residual blocks a level on the way down; one more on the way up.
+        layers_per_block (`int`, defaults to 2): Residual blocks per down block; up blocks have one more.
         attention_resolutions (`tuple[int, ...]`, defaults to `(16,)`):
-            Heights `sample_size // 2**level` at which every residual block is followed by attention.
-        latent_dim (`int`, defaults to 100): length of z.
-        latent_embed_dim (`int`, defaults to 256): width of the network that maps z.
-        latent_mapping_layers (`int`, defaults to 4): its layers after the first one.
-        num_class_embeds (`int`, *optional*): number of classes, whose embeddings are added to that of z.
+            Levels whose height `sample_size // 2**level` is listed here have attention: after every residual block
+            in the encoder, after the last one in the decoder.
+        latent_dim (`int`, defaults to 100): Length of z.
+        latent_embed_dim (`int`, defaults to 256): Width of the network that maps z.
+        latent_mapping_layers (`int`, defaults to 4): Number of its layers after the first one.
+        num_class_embeds (`int`, *optional*): Number of classes; a class embedding is added to that of z.
         resnet_type (`"biggan"`, `"biggan_oneadagn"` or `"ddpm"`, defaults to `"biggan"`):
-            Residual blocks that resample inside, the same with one adaptive norm a block, or separate resampling.
-        fir (`bool`, defaults to `True`): resample with the (1 3 3 1) filter, else by 2x2 means and nearest neighbour.
-        resample_with_conv (`bool`, defaults to `True`): for `"ddpm"`: whether resampling has a 3x3 convolution.
+            Residual blocks that also resample, the same with only one adaptive norm per block, or residual blocks with
+            separate resampling layers.
+        fir (`bool`, defaults to `True`):
+            Whether to resample with the (1 3 3 1) filter instead of 2x2 means and nearest-neighbor interpolation.
+        resample_with_conv (`bool`, defaults to `True`):
+            Whether the resampling layers of `"ddpm"` have a 3x3 convolution.
         progressive_input (`"none"`, `"input_skip"` or `"residual"`, defaults to `"residual"`):
-            Feed the downsampled picture in at every level: not, by a 1x1 convolution, or as a residual network.
-        progressive_combine (`"sum"` or `"cat"`, defaults to `"sum"`): how `"input_skip"` joins the hidden states.
+            How the downsampled input enters each level: not at all, through a 1x1 convolution, or through a residual
+            pyramid.
+        progressive_combine (`"sum"` or `"cat"`, defaults to `"sum"`):
+            How `"input_skip"` is combined with the hidden states.
         progressive_output (`"none"`, `"output_skip"` or `"residual"`, defaults to `"none"`):
-            Sum the picture over the levels: not, by a convolution at each, or as a residual network.
-        time_conditioning (`bool`, defaults to `True`): whether the network sees the timestep.
+            How the output is summed over the levels: not at all, through a convolution per level, or through a
+            residual pyramid.
+        time_conditioning (`bool`, defaults to `True`): Whether the network sees the timestep.
         time_embedding_type (`"positional"` or `"fourier"`, defaults to `"positional"`):
-            Sinusoids of t, or random Fourier features of log t (of log 1/2 at t = 0, where log t is undefined).
-        fourier_scale (`float`, defaults to 16.0): standard deviation of the frequencies of `"fourier"`.
-        skip_rescale (`bool`, defaults to `True`): divide sums of two branches by sqrt 2.
-        center_input_sample (`bool`, defaults to `False`): map an input in [0, 1] to [-1, 1].
-        tanh_output (`bool`, defaults to `True`): end in a tanh, which keeps the picture within [-1, 1].
-        dropout (`float`, defaults to 0.0): dropout probability in the residual blocks.
+            Sinusoids of t, or random Fourier features of log t (log 1/2 at t = 0, where log t is undefined).
+        fourier_scale (`float`, defaults to 16.0): Standard deviation of the frequencies of `"fourier"`.
+        skip_rescale (`bool`, defaults to `True`): Whether to divide sums of two branches by sqrt 2.
+        center_input_sample (`bool`, defaults to `False`): Whether to map inputs from [0, 1] to [-1, 1].
+        tanh_output (`bool`, defaults to `True`): Whether to end in a tanh, which keeps the image within [-1, 1].
+        dropout (`float`, defaults to 0.0): Dropout probability in the residual blocks.
 
     Raises:
-        `ValueError`: for an unknown name, and for more levels than halvings of `sample_size`.
+        `ValueError`: If an option has an unknown value, or there are more levels than `sample_size` can be halved.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["NCSNppDownBlock", "NCSNppMidBlock", "NCSNppUpBlock"]
     _repeated_blocks: ClassVar = ["NCSNppDownBlock", "NCSNppMidBlock", "NCSNppUpBlock"]
     _skip_layerwise_casting_patterns: ClassVar = ["norm"]
-    # Fourier frequencies reach 100 and more: rounded to half precision they would be other frequencies.
+    # Fourier frequencies exceed 100; rounding them to half precision would change the embedding.
     _keep_in_fp32_modules: ClassVar = ["time_proj"]
 
     @register_to_config
@@ -414,8 +421,8 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         levels = len(block_out_channels)
         if min(height, width) >> (levels - 1) == 0:
             raise ValueError(
-                f"`block_out_channels` has {levels} levels, too many to halve a picture of {height}x{width} pixels "
-                f"{levels - 1} times: use fewer levels or larger pictures."
+                f"`block_out_channels` has {levels} levels, too many to halve images of {height}x{width} pixels "
+                f"{levels - 1} times: use fewer levels or larger images."
             )
 
         self.gradient_checkpointing = False
@@ -429,7 +436,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
                 self.time_embedding = TimestepEmbedding(2 * base_channels, time_embed_dim)
             else:
                 self.time_proj = Timesteps(base_channels, flip_sin_to_cos=False, downscale_freq_shift=1)
-                self._keep_in_fp32_modules = None  # it has nothing to keep, and `to` would warn
+                self._keep_in_fp32_modules = None  # without weights in `time_proj`, `to` would warn
                 self.time_embedding = TimestepEmbedding(base_channels, time_embed_dim)
         widths = [latent_dim] + [latent_embed_dim] * (latent_mapping_layers + 1)
         self.latent_mapping = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
@@ -450,10 +457,10 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         # 2. down
         self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         channels, pyramid_channels = base_channels, in_channels
-        kept_channels = [channels]
+        skip_channels = [channels]
         self.down_blocks = nn.ModuleList()
         for level, out in enumerate(block_out_channels):
-            kept_channels += [out] * layers_per_block
+            skip_channels += [out] * layers_per_block
             downsampler = pyramid_downsampler = pyramid_conv = None
             width_after = out
             if level < levels - 1:
@@ -468,7 +475,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
                 elif progressive_input == "residual":
                     pyramid_downsampler = Downsample(pyramid_channels, out, fir, with_conv=True)
                     pyramid_channels = out
-                kept_channels.append(width_after)
+                skip_channels.append(width_after)
             self.down_blocks.append(
                 NCSNppDownBlock(
                     channels,
@@ -492,19 +499,19 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         pyramid_channels = None
         self.up_blocks = nn.ModuleList()
         for level, out in reversed(list(enumerate(block_out_channels))):
-            kept = [kept_channels.pop() for _ in range(layers_per_block + 1)]
+            level_skip_channels = [skip_channels.pop() for _ in range(layers_per_block + 1)]
             upsampler = pyramid_upsampler = None
             if progressive_output == "output_skip":
-                picture_channels = out_channels
+                level_output_channels = out_channels
                 if level < levels - 1:
                     pyramid_upsampler = Upsample(out_channels, out_channels, fir, with_conv=False)
             elif progressive_output == "residual":
-                picture_channels = out if level == levels - 1 else None
+                level_output_channels = out if level == levels - 1 else None
                 if level < levels - 1:
                     pyramid_upsampler = Upsample(pyramid_channels, out, fir, with_conv=True)
                 pyramid_channels = out
             else:
-                picture_channels = None
+                level_output_channels = None
             if level > 0:
                 if resnet_type == "ddpm":
                     upsampler = Upsample(out, out, fir, with_conv=resample_with_conv)
@@ -513,12 +520,12 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
             self.up_blocks.append(
                 NCSNppUpBlock(
                     channels,
-                    kept,
+                    level_skip_channels,
                     out,
                     resnet,
                     attention if has_attention[level] else None,
                     pyramid_upsampler,
-                    picture_channels,
+                    level_output_channels,
                     upsampler,
                     progressive_output == "residual",
                     skip_scale,
@@ -535,7 +542,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         self._init_weights()
 
     def _init_weights(self):
-        """Uniform weights of variance scale / fan_avg, biases 0; near zero where a branch joins the main path."""
+        """Initialize weights uniformly, near zero where a branch joins the main path; biases are 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 init_uniform(module)
@@ -561,22 +568,27 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """
-        Predicts the clean picture.
+        """Predict the clean images.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): the noisy picture.
-            timestep (`torch.Tensor`, `float` or `int`): t, one for all or of shape `(batch_size,)`.
-            z (`torch.Tensor` of shape `(batch_size, latent_dim)`): the latent, standard normal.
-            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): integers below `num_class_embeds`.
-            return_dict (`bool`, defaults to `True`): an [`~models.unets.unet_2d.UNet2DOutput`] or a tuple of one.
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): The noisy images.
+            timestep (`torch.Tensor`, `float` or `int`): t, either one value or a tensor of shape `(batch_size,)`.
+            z (`torch.Tensor` of shape `(batch_size, latent_dim)`): The latents, standard normal.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): Integers below `num_class_embeds`.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an [`~models.unets.unet_2d.UNet2DOutput`] instead of a plain tuple.
+
+        Returns:
+            [`~models.unets.unet_2d.UNet2DOutput`] or `tuple`: The prediction, `(batch_size, out_channels, height,
+            width)`.
 
         Raises:
-            `ValueError`: if class labels are given or missing against what the network was built for.
+            `ValueError`: If `class_labels` are passed to an unconditional network, or missing for a class-conditional
+                one.
         """
         if (class_labels is None) != (self.class_embedding is None):
             raise ValueError(
-                "`class_labels` must be given exactly if the network was built with `num_class_embeds`, which is "
+                "`class_labels` must be passed if and only if the network was built with `num_class_embeds`, which is "
                 f"{self.config.num_class_embeds}."
             )
 
@@ -597,20 +609,20 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         hidden_states = self.conv_in(sample)
-        kept, pyramid = [hidden_states], sample
+        skips, pyramid = [hidden_states], sample
         for block in self.down_blocks:
-            hidden_states, kept_here, pyramid = self._run(block, hidden_states, pyramid, temb, z_emb)
-            kept += kept_here
+            hidden_states, block_skips, pyramid = self._run_block(block, hidden_states, pyramid, temb, z_emb)
+            skips += block_skips
 
         # 3. middle
-        hidden_states = self._run(self.mid_block, hidden_states, temb, z_emb)
+        hidden_states = self._run_block(self.mid_block, hidden_states, temb, z_emb)
 
         # 4. up
         pyramid = None
         for block in self.up_blocks:
-            kept, kept_here = kept[: -len(block.resnets)], kept[-len(block.resnets) :]
-            size = kept[-1].shape[2:] if kept else None
-            hidden_states, pyramid = self._run(block, hidden_states, kept_here, pyramid, temb, z_emb, size)
+            skips, block_skips = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+            size = skips[-1].shape[2:] if skips else None
+            hidden_states, pyramid = self._run_block(block, hidden_states, block_skips, pyramid, temb, z_emb, size)
 
         # 5. out
         if self.conv_out is not None:
@@ -624,13 +636,13 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
             return (hidden_states,)
         return UNet2DOutput(sample=hidden_states)
 
-    def _run(self, block, *args):
+    def _run_block(self, block, *args):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *args)
         return block(*args)
 
 
 def init_uniform(layer: nn.Linear | nn.Conv2d, scale: float = 1.0):
-    """Uniform weights of variance scale / fan_avg and zero biases."""
+    """Initialize a layer with uniform weights of variance `scale / fan_avg` and zero biases."""
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
     nn.init.zeros_(layer.bias)

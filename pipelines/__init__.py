@@ -1,5 +1,6 @@
-"""Ways to draw pictures: one file a pipeline, complete in itself; what all have in common is added here."""
+"""Pipelines, one self-contained file each. Saving, loading and pushing are extended here, the same for all."""
 
+from ..hub.cards import with_model_card
 from ..hub.export import self_contained
 from ..hub.installed import with_installed_classes
 from .pipeline_class_conditional import ClassConditionalPipeline
@@ -7,4 +8,4 @@ from .pipeline_ddgan import DDGANPipeline
 from .pipeline_guided import GuidedPipeline
 
 for pipeline_class in (ClassConditionalPipeline, DDGANPipeline, GuidedPipeline):
-    self_contained(with_installed_classes(pipeline_class))
+    with_model_card(self_contained(with_installed_classes(pipeline_class)))

@@ -1,4 +1,4 @@
-"""Sampling from a network that is conditioned on a class or a context, with any scheduler and with guidance."""
+"""Class-conditional image generation with any scheduler and with classifier-free guidance."""
 
 import difflib
 import inspect
@@ -16,19 +16,19 @@ from PIL import Image
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """
-    Draws pictures of the classes that are asked for.
+    """Pipeline for class-conditional image generation.
 
-    With [classifier-free guidance](https://arxiv.org/abs/2207.12598) the network's output is
-    unconditional + guidance_scale (conditional - unconditional); both come from one batch of twice the size, the first
-    with the null class that the network was trained with.
+    With [classifier-free guidance](https://arxiv.org/abs/2207.12598) the prediction is unconditional + guidance_scale
+    (conditional - unconditional). Both come from one batch of twice the size, whose first half has the null class.
+
+    This pipeline inherits from [`DiffusionPipeline`].
 
     Args:
         unet (`ClassConditionedUnet`, `ContextUnet` or `UNet2DModel` with `num_class_embeds`):
-            The network. Its config tells the number of classes (`num_classes`, `n_cfeat` or `num_class_embeds`), the
-            null class, whose label is that number (there is one if `class_dropout` is above 0), and the names of the
-            classes (`id2label`).
-        scheduler (`SchedulerMixin`): any scheduler for the noise process that the network was trained with.
+            The network. Its config holds the number of classes (`num_classes`, `n_cfeat` or `num_class_embeds`) and,
+            optionally, their names (`id2label`). If `class_dropout` is above 0, there is a null class, whose label is
+            the number of classes.
+        scheduler (`SchedulerMixin`): A scheduler for the noise process that the network was trained with.
     """
 
     model_cpu_offload_seq = "unet"
@@ -56,7 +56,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def num_classes(self) -> int:
-        """The number of classes that the network knows, without the null class."""
+        """The number of classes, without the null class."""
         for name in ("num_classes", "n_cfeat", "num_class_embeds"):
             if self.unet.config.get(name):
                 return self.unet.config[name]
@@ -72,43 +72,52 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """The label of each name of a class; empty if the network knows no names."""
+        """The label of each class name; empty if the config has no `id2label`."""
         id2label = self.unet.config.get("id2label") or {}
         pairs = id2label.items() if isinstance(id2label, dict) else enumerate(id2label)
         return {name: int(label) for label, name in pairs}
 
     def get_label_ids(self, names: Sequence[str]) -> list[int]:
-        """
-        The labels of classes by their names.
+        """Return the labels of class names.
+
+        Args:
+            names (`Sequence[str]`): Names of classes.
+
+        Returns:
+            `list[int]`: The label of each name.
 
         Raises:
-            `ValueError`: for a name that the network does not know, with the nearest ones.
+            `ValueError`: If a name is unknown; the message lists the nearest ones.
         """
         labels = self.labels
         if not labels:
             raise ValueError(
-                f"Class names {list(names)} were given, but this network knows none (its config has no `id2label`): "
-                f"give labels from 0 to {self.num_classes - 1}."
+                f"Class names {list(names)} were passed, but this network has none (its config has no `id2label`): "
+                f"pass labels from 0 to {self.num_classes - 1}."
             )
         for name in names:
             if name not in labels:
                 nearest = difflib.get_close_matches(name, labels, cutoff=0)
                 raise ValueError(
-                    f"There is no class {name!r} among the {len(labels)} of this network. The nearest names are "
-                    f"{', '.join(map(repr, nearest))}."
+                    f"There is no class {name!r} among the {len(labels)} classes of this network. The nearest names "
+                    f"are {', '.join(map(repr, nearest))}."
                 )
         return [labels[name] for name in names]
 
     def encode_class_labels(self, class_labels, batch_size: int | None = None) -> torch.Tensor:
-        """
-        Makes what the network is conditioned on from what `__call__` takes as `class_labels` and `batch_size`.
+        """Encode the `class_labels` of `__call__` into the network's conditioning.
+
+        Args:
+            class_labels: Class labels as in `__call__`.
+            batch_size (`int`, *optional*): Number of images as in `__call__`.
 
         Returns:
-            `torch.Tensor`: integers of shape `(batch_size,)`, or float contexts of shape `(batch_size, n_cfeat)`.
+            `torch.Tensor`: Integer labels of shape `(batch_size,)`, or float contexts of shape
+            `(batch_size, n_cfeat)`.
 
         Raises:
-            `ValueError`: for labels out of range, unknown names, contexts of the wrong width or for a network that
-                takes none, and if their number is not `batch_size`.
+            `ValueError`: If a label is out of range, a name is unknown, contexts have the wrong width or the network
+                takes none, or the number of labels is not `batch_size`.
         """
         if isinstance(class_labels, str):
             class_labels = self.get_label_ids([class_labels])[0]
@@ -118,39 +127,39 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels = [next(ids) if isinstance(label, str) else label for label in class_labels]
         encoded = torch.as_tensor(class_labels)
 
-        classes, width = self.num_classes, self.unet.config.get("n_cfeat")
+        num_classes, width = self.num_classes, self.unet.config.get("n_cfeat")
         if encoded.is_floating_point() or encoded.ndim > 1:
             if width is None:
                 raise ValueError(
                     f"`class_labels` is {encoded.dtype} of shape {tuple(encoded.shape)}, but a "
-                    f"{type(self.unet).__name__} takes no contexts: give one integer label a picture."
+                    f"{type(self.unet).__name__} takes no contexts: pass one integer label per image."
                 )
             if encoded.ndim not in (1, 2) or encoded.shape[-1] != width:
                 raise ValueError(
-                    f"`class_labels` is a context of shape {tuple(encoded.shape)}, but must be a matrix of {width} "
-                    f"columns, one for each class of this network: (batch_size, {width}), or ({width},) for all "
-                    "pictures alike."
+                    f"`class_labels` is a context of shape {tuple(encoded.shape)}, but must have one column for each "
+                    f"of the {width} classes: (batch_size, {width}), or ({width},) to use the same context for all "
+                    "images."
                 )
             encoded = encoded.to(torch.promote_types(self.unet.dtype, torch.float32))
             is_single = encoded.ndim == 1
         else:
             encoded = encoded.long()
             is_single = encoded.ndim == 0
-            known = range(classes + self.has_null_class)
-            unknown = sorted({label for label in encoded.flatten().tolist() if label not in known})
-            if unknown:
-                null = f", and {classes} for the null class" if self.has_null_class else ""
+            valid = range(num_classes + self.has_null_class)
+            invalid = sorted({label for label in encoded.flatten().tolist() if label not in valid})
+            if invalid:
+                null_class = f", and {num_classes} for the null class" if self.has_null_class else ""
                 raise ValueError(
-                    f"`class_labels` holds {', '.join(map(str, unknown))}, but this network has {classes} classes, "
-                    f"whose labels are 0 to {classes - 1}{null}."
+                    f"`class_labels` holds {', '.join(map(str, invalid))}, but this network has {num_classes} "
+                    f"classes, whose labels are 0 to {num_classes - 1}{null_class}."
                 )
 
         if is_single:
             encoded = encoded.expand(1 if batch_size is None else batch_size, *encoded.shape)
         elif batch_size not in (None, len(encoded)):
             raise ValueError(
-                f"`class_labels` has {len(encoded)} entries, but `batch_size` is {batch_size}: give one label a "
-                "picture, or a single one for all of them."
+                f"`class_labels` has {len(encoded)} entries, but `batch_size` is {batch_size}: pass one label per "
+                "image, or a single one for all images."
             )
         return encoded
 
@@ -164,9 +173,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ):
         if not hasattr(self.scheduler, "init_noise_sigma"):
             raise ValueError(
-                f"A {type(self.scheduler).__name__} cannot sample here: it does not say the scale of the noise to "
-                "begin with (`init_noise_sigma`), as those of flow matching do not. DDPM, DDIM, DPM-Solver++, UniPC "
-                "and Euler do."
+                f"A {type(self.scheduler).__name__} cannot be used here: it does not define the scale of the initial "
+                "noise (`init_noise_sigma`), like other flow-matching schedulers. DDPM, DDIM, DPM-Solver++, UniPC and "
+                "Euler do."
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
@@ -175,15 +184,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if guidance_scale > 1 and not self.has_null_class:
             raise ValueError(
                 f"`guidance_scale` is {guidance_scale}, but this {type(self.unet).__name__} was not trained with a "
-                "null class (its config has no `class_dropout` above 0), so there is nothing to guide away from. "
-                "Sample with `guidance_scale=1`, or train it with class dropout."
+                "null class (its config has no `class_dropout` above 0), which classifier-free guidance needs. Sample "
+                "with `guidance_scale=1`, or train the network with class dropout."
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs}, but a callback can be "
-                f"given only {self._callback_tensor_inputs}."
+                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs}, but only "
+                f"{self._callback_tensor_inputs} are available."
             )
 
     def prepare_latents(
@@ -193,19 +202,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        """The noise that sampling begins with, drawn or as given, at the scale of the scheduler."""
+        """Generate the initial noise, or check the one that was passed, and scale it for the scheduler."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"`generator` is a list of {len(generator)}, but must have one for each of the {batch_size} pictures "
-                "that `class_labels` and `batch_size` ask for."
+                f"`generator` is a list of {len(generator)}, but must have one for each of the {batch_size} images."
             )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
         elif latents.shape != shape:
-            raise ValueError(f"`latents` has the shape {tuple(latents.shape)}, but must have {shape}.")
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but must have shape {shape}.")
         return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
 
     @torch.no_grad()
@@ -223,43 +231,47 @@ class ClassConditionalPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
     ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | torch.Tensor]:
-        """
-        Draws one picture for each class label.
+        """The call function to the pipeline for generation. It generates one image for each class label.
 
-        Noise is drawn and the sample is kept in float32; the network alone runs in its own dtype.
+        Noise is generated, and the sample kept, in float32; only the network runs in its own dtype.
 
         Args:
-            class_labels (`int`, `str`, a list of them, or `torch.Tensor`):
-                Labels of classes, or their names if the network knows them. For a `ContextUnet` also a float matrix
-                `(batch_size, n_cfeat)` of contexts, zeros for none. A single label, name or context is for all
-                pictures alike.
+            class_labels (`int`, `str`, `list[int]`, `list[str]`, `np.ndarray` or `torch.Tensor`):
+                Class labels, or class names if the network's config has `id2label`. A `ContextUnet` also takes a float
+                matrix `(batch_size, n_cfeat)` of contexts, where zeros mean no context. A single label, name or
+                context is used for all images.
             batch_size (`int`, *optional*):
-                Number of pictures; needed only with a single label, where it is 1 if left out.
+                Number of images. It is only needed with a single label, where it defaults to 1.
             guidance_scale (`float`, defaults to 1.0):
-                Strength of classifier-free guidance, which is used above 1 and needs a null class.
-            num_inference_steps (`int`, defaults to 50): number of steps, as the scheduler counts them.
+                Scale of classifier-free guidance, which is enabled above 1 and needs a null class.
+            num_inference_steps (`int`, defaults to 50): Number of denoising steps, as the scheduler counts them.
             eta (`float`, defaults to 0.0):
-                For `DDIMScheduler` and others whose `step` takes it: 0 adds no noise, 1 that of DDPM.
-            generator (`torch.Generator` or a list of one for each picture, *optional*):
-                Source of all noise; with a list, picture i depends on generator i alone.
+                Noise of each step, relative to DDPM, for [`DDIMScheduler`] and others whose `step` takes it.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Generators for all noise; with a list of one per image, image i depends on generator i only.
             latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*):
-                Standard normal noise to begin with, in place of that drawn first.
+                Standard normal noise to start from instead of generating it.
             output_type (`str`, defaults to `"pil"`):
-                `"pil"`: PIL images, of mode L for one channel; `"np"`: an array `(batch_size, height, width,
-                channels)` in [0, 1]; `"pt"`: a tensor `(batch_size, channels, height, width)` in [0, 1]; `"latent"`:
-                that tensor as sampling leaves it, about [-1, 1].
-            return_dict (`bool`, defaults to `True`): an [`ImagePipelineOutput`] or a tuple of its images.
+                The output format: `"pil"` for PIL images (mode L for one channel), `"np"` for an array `(batch_size,
+                height, width, channels)` in [0, 1], `"pt"` for a tensor `(batch_size, channels, height, width)` in
+                [0, 1], or `"latent"` for that tensor as sampling leaves it, in about [-1, 1].
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, callback_kwargs)`; tensors in the dictionary
-                that it returns take the place of those here. `pipe._interrupt = True` ends sampling.
+                A function called at the end of each step as `callback(pipe, step, timestep, callback_kwargs)`. Tensors
+                in the dictionary that it returns replace those of the pipeline; `pipe._interrupt = True` ends
+                sampling.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                What `callback_kwargs` holds: `"latents"`, and `"class_labels"` as the network is given them, with the
-                null class first where there is guidance.
+                The tensors to include in `callback_kwargs`: `"latents"`, and `"class_labels"` as passed to the
+                network, which with guidance start with the null class.
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`: The generated images.
 
         Raises:
-            `ValueError`: for labels out of range, unknown names (with the nearest ones), contexts of the wrong width,
-                guidance of a network without null class, numbers of pictures that contradict one another, fewer than
-                one step, and a scheduler of flow matching.
+            `ValueError`: If a label is out of range, a name is unknown (the message lists the nearest ones), contexts
+                have the wrong width, guidance is enabled without a null class, the numbers of images contradict one
+                another, `num_inference_steps` is below 1, or the scheduler is a flow-matching one.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -275,13 +287,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self._num_timesteps = len(self.scheduler.timesteps)
         latents = self.prepare_latents(len(class_labels), generator, latents, dtype)
         if self.do_classifier_free_guidance:
-            null = 0 if class_labels.is_floating_point() else self.num_classes
-            class_labels = torch.cat([torch.full_like(class_labels, null), class_labels])
+            null_class = 0 if class_labels.is_floating_point() else self.num_classes
+            class_labels = torch.cat([torch.full_like(class_labels, null_class), class_labels])
         accepted = inspect.signature(self.scheduler.step).parameters
-        # guidance leaves the range of pictures: where DDIM clips its prediction, the noise must be that of the clipped
-        # one, or the two lead away from anything that the network knows
-        clipped = self.do_classifier_free_guidance
-        step_kwargs = {"eta": eta, "generator": generator, "use_clipped_model_output": clipped}
+        # Guided predictions leave the range of images. Where DDIM clips the predicted image, the noise must be
+        # recomputed from the clipped one; otherwise the two are inconsistent and lead away from the training data.
+        use_clipped = self.do_classifier_free_guidance
+        step_kwargs = {"eta": eta, "generator": generator, "use_clipped_model_output": use_clipped}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
@@ -297,10 +309,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
             if callback_on_step_end is not None:
                 available = {"latents": latents, "class_labels": class_labels}
-                chosen = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, i, t, chosen)
-                latents = returned.get("latents", latents)
-                class_labels = returned.get("class_labels", class_labels)
+                callback_kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
+                callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                latents = callback_outputs.get("latents", latents)
+                class_labels = callback_outputs.get("class_labels", class_labels)
 
         self.maybe_free_model_hooks()
 

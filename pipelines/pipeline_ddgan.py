@@ -1,4 +1,4 @@
-"""Sampling from a Denoising Diffusion GAN (Xiao, Kreis, Vahdat, ICLR 2022): a few steps of a generator and a draw."""
+"""Few-step image generation with Denoising Diffusion GANs (Xiao, Kreis, Vahdat, ICLR 2022)."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -14,15 +14,16 @@ from PIL import Image
 
 
 class DDGANPipeline(DiffusionPipeline):
-    """
-    Draws pictures with a [Denoising Diffusion GAN](https://arxiv.org/abs/2112.07804).
+    """Pipeline for image generation with a [Denoising Diffusion GAN](https://arxiv.org/abs/2112.07804).
 
-    At each of a few timesteps the generator makes a clean picture of the noisy one and a fresh latent z, and the less
-    noisy one is drawn from the posterior q(x_{t-1} | x_t, x_0) (section 3.2 of the paper).
+    At each of a few timesteps the generator predicts the clean image x_0 from the noisy image x_t and a new latent z,
+    and the less noisy image is sampled from the posterior q(x_{t-1} | x_t, x_0) (section 3.2 of the paper).
+
+    This pipeline inherits from [`DiffusionPipeline`].
 
     Args:
-        unet (`NCSNpp`): the generator G(x_t, t, z), which predicts x_0.
-        scheduler (`DDGANScheduler`): the noise process that it was trained with.
+        unet (`NCSNpp`): The generator G(x_t, t, z), which predicts x_0.
+        scheduler (`DDGANScheduler`): The noise process that the generator was trained with.
     """
 
     model_cpu_offload_seq = "unet"
@@ -41,33 +42,32 @@ class DDGANPipeline(DiffusionPipeline):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"`generator` is a list of {len(generator)}, but must have one for each of the {batch_size} images "
-                "that `batch_size` asks for."
+                f"`generator` is a list of {len(generator)}, but must have one for each of the {batch_size} images."
             )
         shape = self._latents_shape(batch_size)
         if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` has the shape {tuple(latents.shape)}, but must have {shape}.")
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but must have shape {shape}.")
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs}, but a callback can be "
-                f"given only {self._callback_tensor_inputs}."
+                f"`callback_on_step_end_tensor_inputs` is {callback_on_step_end_tensor_inputs}, but only "
+                f"{self._callback_tensor_inputs} are available."
             )
 
-        classes = self.unet.config.num_class_embeds
-        if classes is None:
+        num_classes = self.unet.config.num_class_embeds
+        if num_classes is None:
             if class_labels is not None:
-                raise ValueError("This network is not conditioned on a class: leave `class_labels` out.")
+                raise ValueError("This network is not conditioned on a class: do not pass `class_labels`.")
             return
         try:
             labels = torch.as_tensor(class_labels)
-            fit = labels.shape == (batch_size,) and torch.can_cast(labels.dtype, torch.int64)
-            fit = fit and labels.min() >= 0 and labels.max() < classes
-        except (TypeError, ValueError, RuntimeError):  # no numbers at all
-            fit = False
-        if not fit:
+            valid = labels.shape == (batch_size,) and torch.can_cast(labels.dtype, torch.int64)
+            valid = valid and labels.min() >= 0 and labels.max() < num_classes
+        except (TypeError, ValueError, RuntimeError):  # not numbers
+            valid = False
+        if not valid:
             raise ValueError(
-                f"`class_labels` is {class_labels}, but must have one integer from 0 to {classes - 1} for each of the "
-                f"{batch_size} images that `batch_size` asks for."
+                f"`class_labels` is {class_labels}, but must have one integer from 0 to {num_classes - 1} for each of "
+                f"the {batch_size} images."
             )
 
     @torch.no_grad()
@@ -84,34 +84,39 @@ class DDGANPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
     ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | torch.Tensor]:
-        """
-        Draws `batch_size` pictures.
+        """The call function to the pipeline for generation.
 
-        Noise is drawn in float32 in this order: x_T, then for each step z and, except at the last, the posterior's.
-        The sample is kept in float32; the network alone runs in its own dtype.
+        Noise is generated in float32 in this order: x_T, then for each step z and, except at the last step, the noise
+        of the posterior. The sample stays in float32; only the network runs in its own dtype.
 
         Args:
-            batch_size (`int`, defaults to 1): number of pictures.
+            batch_size (`int`, defaults to 1): Number of images to generate.
             class_labels (`list[int]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
-                A class for each picture; needed exactly if the network is conditioned on a class.
-            num_inference_steps (`int`, *optional*, defaults to all that were trained): number of steps.
-            timesteps (`list[int]`, *optional*): instead of a number, the timesteps themselves, descending.
-            generator (`torch.Generator` or a list of `batch_size` of them, *optional*):
-                Source of all noise; with a list, picture i depends on generator i alone.
+                The class of each image; required if and only if the network is class-conditional.
+            num_inference_steps (`int`, *optional*, defaults to the scheduler's `num_train_timesteps`):
+                Number of denoising steps.
+            timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Generators for all noise; with a list of one per image, image i depends on generator i only.
             latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*):
-                x_T, standard normal, in place of that drawn first.
+                Standard normal noise to use as x_T instead of generating it.
             output_type (`str`, defaults to `"pil"`):
-                `"pil"`: PIL images; `"np"`: an array `(batch_size, height, width, channels)` in [0, 1]; `"pt"`: a
-                tensor `(batch_size, channels, height, width)` in [0, 1]; `"latent"`: that tensor as the network
-                makes it, in [-1, 1].
-            return_dict (`bool`, defaults to `True`): an [`ImagePipelineOutput`] or a tuple of its images.
+                The output format: `"pil"` for PIL images, `"np"` for an array `(batch_size, height, width, channels)`
+                in [0, 1], `"pt"` for a tensor `(batch_size, channels, height, width)` in [0, 1], or `"latent"` for
+                that tensor as the network returns it, in [-1, 1].
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipe, step, timestep, callback_kwargs)`; what the dictionary that
-                it returns has under `"latents"` takes the place of the sample.
-            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): what `callback_kwargs` holds.
+                A function called at the end of each step as `callback(pipe, step, timestep, callback_kwargs)`. If the
+                dictionary that it returns has `"latents"`, they replace the sample.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                The tensors to include in `callback_kwargs`.
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`: The generated images.
 
         Raises:
-            `ValueError`: if an argument does not fit the network, the scheduler or `batch_size`.
+            `ValueError`: If an argument is not compatible with the network, the scheduler or `batch_size`.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -128,17 +133,17 @@ class DDGANPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
         z_shape = (batch_size, self.unet.config.latent_dim)
-        on_device = self.scheduler.timesteps.to(device)  # all at once: a copy waits for what the device has to do
+        device_timesteps = self.scheduler.timesteps.to(device)  # one copy, because each waits for the device
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             z = randn_tensor(z_shape, generator=generator, device=device, dtype=torch.float32)
-            x_0 = self.unet(latents.to(dtype), on_device[i], z.to(dtype), class_labels=class_labels).sample
+            x_0 = self.unet(latents.to(dtype), device_timesteps[i], z.to(dtype), class_labels=class_labels).sample
             latents = self.scheduler.step(x_0, t, latents, generator=generator).prev_sample
 
             if callback_on_step_end is not None:
                 available = {"latents": latents}
-                chosen = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, i, t, chosen).get("latents", latents)
+                callback_kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
+                latents = callback_on_step_end(self, i, t, callback_kwargs).get("latents", latents)
 
         self.maybe_free_model_hooks()
 

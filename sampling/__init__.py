@@ -1,1 +1,1 @@
-"""Drawing pictures from a finished pipeline, and laying them out."""
+"""Sampling from a finished pipeline: loading it, one image per seed, denoising traces, image grids."""

@@ -1,1 +1,1 @@
-"""Noise processes: one file a scheduler, complete in itself."""
+"""Noise processes, one self-contained file per scheduler."""

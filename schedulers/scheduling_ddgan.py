@@ -12,14 +12,13 @@ from diffusers.utils.torch_utils import randn_tensor
 
 @dataclass
 class DDGANSchedulerOutput(BaseOutput):
-    """
-    What one denoising step gives.
+    """Output class for the scheduler's `step` function.
 
     Args:
         prev_sample (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
-            The less noisy sample: the network's input at the next timestep, or the picture after the last one.
+            The less noisy sample x_s: the network's input at the next timestep, or the final image.
         pred_original_sample (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
-            The picture that the network predicts at this timestep.
+            The clean image x_0 predicted at this timestep.
     """
 
     prev_sample: torch.Tensor
@@ -27,32 +26,33 @@ class DDGANSchedulerOutput(BaseOutput):
 
 
 class DDGANScheduler(SchedulerMixin, ConfigMixin):
-    """
-    A diffusion of few large steps whose reverse is drawn from q(x_{t-1} | x_t, x_0), with x_0 from a generator.
+    """The scheduler of [Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804): few, large denoising steps.
+
+    A step samples from the posterior q(x_{t-1} | x_t, x_0), where a generator predicts x_0.
 
     With u_k = eps + (1 - eps) k / T for k = 0 .. T, the forward process has the variance
 
-    - `"vp"`: 1 - exp(-u^2 (beta_max - beta_min) / 2 - u beta_min), the variance preserving SDE of
-      [Song et al. 2021](https://arxiv.org/abs/2011.13456), as discretised in the appendix of
+    - `"vp"`: 1 - exp(-u^2 (beta_max - beta_min) / 2 - u beta_min), the variance-preserving SDE of
+      [Song et al. 2021](https://arxiv.org/abs/2011.13456), discretized as in the appendix of
       [Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804);
     - `"geometric"`: beta_min (beta_max / beta_min)^u;
 
     and `betas[t] = 1 - (1 - variance(u_{t+1})) / (1 - variance(u_t))` for timesteps t = 0 .. T-1; `alphas_cumprod` is
-    the running product of 1 - betas. At t the network sees the sample with noise level `alphas_cumprod[t]`, and below
-    t = 0 lies the picture itself. The schedule is computed and kept in float64.
+    the cumulative product of 1 - betas. At timestep t the network sees a sample with noise level `alphas_cumprod[t]`;
+    the level below t = 0 is the clean image. The schedule is computed and stored in float64.
 
     Args:
         num_train_timesteps (`int`, defaults to 4): T, the number of denoising steps.
-        beta_min (`float`, defaults to 0.1): see above.
-        beta_max (`float`, defaults to 20.0): see above.
-        variance_schedule (`"vp"` or `"geometric"`, defaults to `"vp"`): see above.
-        eps (`float`, defaults to 1e-3): the diffusion time at which the process begins, in [0, 1).
+        beta_min (`float`, defaults to 0.1): Start of the variance schedule, see above.
+        beta_max (`float`, defaults to 20.0): End of the variance schedule, see above.
+        variance_schedule (`"vp"` or `"geometric"`, defaults to `"vp"`): The variance schedule, see above.
+        eps (`float`, defaults to 1e-3): Diffusion time at which the process starts, in [0, 1).
         prediction_type (`"sample"`, `"epsilon"` or `"v_prediction"`, defaults to `"sample"`):
-            Whether the network gives x_0, the noise, or sqrt(alphas_cumprod) noise - sqrt(1 - alphas_cumprod) x_0.
-        clip_sample (`bool`, defaults to `False`): whether the predicted x_0 is clipped to [-1, 1].
+            Whether the network predicts x_0, the noise, or sqrt(alphas_cumprod) noise - sqrt(1 - alphas_cumprod) x_0.
+        clip_sample (`bool`, defaults to `False`): Whether to clip the predicted x_0 to [-1, 1].
 
     Raises:
-        `ValueError`: for a schedule whose variance leaves (0, 1) or does not grow, and for unknown names.
+        `ValueError`: If the variance leaves (0, 1) or does not increase, or if an option has an unknown value.
     """
 
     order = 1
@@ -76,16 +76,16 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             )
         if variance_schedule not in ("vp", "geometric"):
             raise ValueError(f"`variance_schedule` is {variance_schedule!r}, but must be 'vp' or 'geometric'.")
-        possible = {
+        valid_values = {
             "vp": "0 < eps < 1, beta_min >= 0, beta_max >= 0 and 0 < beta_min + beta_max < 60",
             "geometric": "0 <= eps < 1 and 0 < beta_min < beta_max < 1",
         }[variance_schedule]
-        refusal = (
+        message = (
             f"The {variance_schedule!r} schedule with beta_min={beta_min}, beta_max={beta_max} and eps={eps} is "
-            f"impossible: its variance must grow within (0, 1). Possible values: {possible}."
+            f"invalid: its variance must increase within (0, 1). Possible values: {valid_values}."
         )
         if not 0 <= eps < 1 or (variance_schedule == "geometric" and not (beta_min > 0 and beta_max > 0)):
-            raise ValueError(refusal)
+            raise ValueError(message)
 
         u = eps + (1 - eps) * torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
         if variance_schedule == "vp":
@@ -93,7 +93,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         else:
             variance = beta_min * (beta_max / beta_min) ** u
         if not ((variance > 0) & (variance < 1)).all() or not (variance.diff() > 0).all():
-            raise ValueError(refusal)
+            raise ValueError(message)
 
         self.betas = 1 - (1 - variance[1:]) / (1 - variance[:-1])
         self.alphas_cumprod = (1 - self.betas).cumprod(0)
@@ -106,25 +106,25 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ):
-        """
-        Chooses the timesteps to sample with; `step` then uses the exact posterior between neighbouring levels.
+        """Set the timesteps to sample with. `step` uses the exact posterior between neighboring levels.
 
         Args:
-            num_inference_steps (`int`, *optional*, defaults to all T):
-                How many steps, spread evenly and beginning at T-1, where the sample is noise.
-            device (`str` or `torch.device`, *optional*): where `self.timesteps` shall be.
-            timesteps (`list[int]`, *optional*): instead of a number, the timesteps themselves, descending.
+            num_inference_steps (`int`, *optional*, defaults to T):
+                Number of steps, evenly spaced and starting at T-1, where the sample is noise.
+            device (`str` or `torch.device`, *optional*): Device of `self.timesteps`.
+            timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number.
 
         Raises:
-            `ValueError`: for both at once, a number outside 1 .. T, or timesteps that do not descend within T-1 .. 0.
+            `ValueError`: If both are passed, `num_inference_steps` is outside 1 .. T, or `timesteps` do not descend
+                within T-1 .. 0.
         """
         T = self.config.num_train_timesteps
         if num_inference_steps is not None and timesteps is not None:
-            raise ValueError("Only one of `num_inference_steps` and `timesteps` can be passed.")
+            raise ValueError("Pass only one of `num_inference_steps` and `timesteps`.")
         if timesteps is None:
             n = T if num_inference_steps is None else num_inference_steps
             if not 1 <= n <= T:
-                raise ValueError(f"`num_inference_steps` is {n}, but the process was trained with {T}: use 1 to {T}.")
+                raise ValueError(f"`num_inference_steps` is {n}, but the process has {T} timesteps: use 1 to {T}.")
             timesteps = [round(T * (n - i) / n) - 1 for i in range(n)]
         timesteps = [int(t) for t in timesteps]
         if not timesteps or timesteps != sorted(set(timesteps) & set(range(T)), reverse=True):
@@ -133,7 +133,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(timesteps)
         self.timesteps = torch.tensor(timesteps, dtype=torch.int64, device=device)
 
-        # A step goes to the level of the next lower chosen timestep, and from the lowest one to the picture itself.
+        # A step leads to the level of the next lower selected timestep, and from the lowest one to the clean image.
         level = self.alphas_cumprod
         target = torch.ones_like(level)
         for s in reversed(timesteps):
@@ -143,20 +143,20 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         self._tables = {
             "signal": level.sqrt(),
             "noise": (1 - level).sqrt(),
-            # the pair of neighbours in the chain of all T
+            # neighbors in the chain of all T timesteps
             "signal_below": level_below.sqrt(),
             "noise_below": (1 - level_below).sqrt(),
-            "kept": (1 - self.betas).sqrt(),
-            "added": self.betas.sqrt(),
+            "step_signal": (1 - self.betas).sqrt(),
+            "step_noise": self.betas.sqrt(),
             # q(x_s | x_t, x_0) = N(original_coef x_0 + sample_coef x_t, std^2): equation (7) of arXiv 2006.11239
             "original_coef": target.sqrt() * (1 - alpha) / (1 - level),
             "sample_coef": alpha.sqrt() * (1 - target) / (1 - level),
             "std": ((1 - target) / (1 - level) * (1 - alpha)).sqrt(),
         }
-        self._copies = {}  # of the tables, by device and dtype
+        self._device_tables = {}  # copies of the tables by (device, dtype)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
-        """Returns `sample` as it is: the network sees the noisy sample itself, at every timestep."""
+        """Return `sample` unchanged: the network sees the noisy sample itself at every timestep."""
         return sample
 
     def step(
@@ -168,20 +168,26 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         variance_noise: torch.Tensor | None = None,
     ) -> DDGANSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """
-        Draws the less noisy sample from q(x_s | x_t, x_0), where s is the next lower of `self.timesteps`.
+        """Sample x_s from the posterior q(x_s | x_t, x_0), where s is the next lower of `self.timesteps`.
 
-        That is the denoising distribution of arXiv 2112.07804, section 3.2, with x_0 from the network.
+        This is the denoising distribution of arXiv 2112.07804, section 3.2, with x_0 predicted by the network.
 
         Args:
-            model_output (`torch.Tensor`): the network's output, of the shape of `sample`.
-            timestep (`int` or `torch.Tensor`): t, one for all, or an integer tensor `(batch_size,)` with one a sample.
+            model_output (`torch.Tensor`): The network's output, of the same shape as `sample`.
+            timestep (`int` or `torch.Tensor`):
+                t, either one value or an integer tensor of shape `(batch_size,)` with one value per sample.
             sample (`torch.Tensor`): x_t. Half precision is computed in float32 and returned in half precision.
-            generator (`torch.Generator` or a list of them, *optional*):
-                Source of the noise; with a list, noise i comes from generator i alone. A step that all samples make
-                to the picture itself (`timestep` a single number, the last of `self.timesteps`) draws nothing.
-            return_dict (`bool`, defaults to `True`): a [`DDGANSchedulerOutput`] or the tuple of its two tensors.
-            variance_noise (`torch.Tensor`, *optional*): the noise itself, like `sample`; none is drawn then.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Generators for the noise; with a list, the noise of sample i comes from generator i only. No random
+                numbers are used by the step to the clean image (`timestep` is one value, the last of
+                `self.timesteps`).
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`DDGANSchedulerOutput`] instead of a plain tuple.
+            variance_noise (`torch.Tensor`, *optional*):
+                Standard normal noise to use instead of generating it, of the same shape as `sample`.
+
+        Returns:
+            [`DDGANSchedulerOutput`] or `tuple`: x_s and the predicted x_0.
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x_t, output = sample.to(dtype), model_output.to(dtype)
@@ -210,12 +216,11 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         return DDGANSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """
-        Gives x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) noise, what the network sees at t.
+        """Return x_t = sqrt(alphas_cumprod[t]) x_0 + sqrt(1 - alphas_cumprod[t]) noise, the network's input at t.
 
         Args:
             original_samples (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): x_0.
-            noise (`torch.Tensor`): standard normal, of the shape of `original_samples`.
+            noise (`torch.Tensor`): Standard normal noise, of the same shape as `original_samples`.
             timesteps (`torch.Tensor` of shape `(batch_size,)`): t, integers within 0 .. T-1.
         """
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
@@ -230,39 +235,43 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Draws a pair of neighbours of the Markov chain, the discriminator's real pair in arXiv 2112.07804, section 3.2.
+        """Sample neighbors (x_{t-1}, x_t) of the Markov chain: the real pair of arXiv 2112.07804, section 3.2.
 
-        The first noise drawn makes the less noisy sample from x_0, the second is added on top of that:
+        The first noise turns x_0 into x_{t-1}, the second one is added on top of that:
         x_t = sqrt(1 - betas[t]) x_{t-1} + sqrt(betas[t]) noise. At t = 0 the less noisy sample is x_0 itself.
 
         Args:
             original_samples (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): x_0.
             timesteps (`torch.Tensor` of shape `(batch_size,)`): t, integers within 0 .. T-1.
-            generator (`torch.Generator` or a list of them, *optional*): with a list, pair i comes from generator i.
-            noise (`tuple` of two `torch.Tensor`, *optional*): the first and the second noise; none is drawn then.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Generators for the noise; with a list, pair i comes from generator i only.
+            noise (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+                The first and the second noise to use instead of generating them.
 
         Returns:
-            the less noisy and the noisier sample, both of the shape of `original_samples`.
+            `tuple[torch.Tensor, torch.Tensor]`: x_{t-1} and x_t, both of the same shape as `original_samples`.
         """
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         x_0 = original_samples.to(dtype)
         if noise is None:
             noise = [randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=dtype) for _ in range(2)]
-        first, second = (n.to(dtype) for n in noise)
+        first_noise, second_noise = (n.to(dtype) for n in noise)
         less_noisy = self._at("signal_below", timesteps, x_0) * x_0
-        less_noisy = less_noisy + self._at("noise_below", timesteps, x_0) * first
-        noisier = self._at("kept", timesteps, x_0) * less_noisy + self._at("added", timesteps, x_0) * second
+        less_noisy = less_noisy + self._at("noise_below", timesteps, x_0) * first_noise
+        noisier = (
+            self._at("step_signal", timesteps, x_0) * less_noisy
+            + self._at("step_noise", timesteps, x_0) * second_noise
+        )
         return less_noisy.to(original_samples.dtype), noisier.to(original_samples.dtype)
 
     def _at(self, name: str, timestep: int | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
-        """The float64 table's entry at `timestep`: a number, or a tensor that broadcasts over `like`'s samples."""
+        """Look up a table at `timestep`: a number, or a tensor that broadcasts over the samples of `like`."""
         if _is_single(timestep):
             return self._tables[name][int(timestep)].item()
-        place = like.device, like.dtype
-        if place not in self._copies:  # once: what a GPU is sent while it computes waits until it has done so
-            self._copies[place] = {key: table.to(like.dtype).to(like.device) for key, table in self._tables.items()}
-        entries = self._copies[place][name][timestep.to(like.device)]
+        key = like.device, like.dtype
+        if key not in self._device_tables:  # cached: a copy to a GPU waits for the kernels that it is running
+            self._device_tables[key] = {k: table.to(like.dtype).to(like.device) for k, table in self._tables.items()}
+        entries = self._device_tables[key][name][timestep.to(like.device)]
         return entries.view(-1, *[1] * (like.ndim - 1))
 
     def __len__(self) -> int:

@@ -2,8 +2,8 @@
 
     python scripts/convert_ddgan_checkpoint.py --checkpoint_path netG_1200.pth --recipe cifar10 --output_dir cifar10
 
-Takes the generator alone (netG_*.pth) or a whole training state (content.pth), which also holds the discriminator and
-the arguments it was trained with; the discriminator goes into discriminator/ beside the pipeline.
+The checkpoint is a generator (netG_*.pth) or a whole training state (content.pth). The latter also holds the training
+arguments and the discriminator, which is saved to the subfolder discriminator/.
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from ddgan import DDGANPipeline, DDGANScheduler
 from ddgan.conversion.ddgan_checkpoints import (
-    COMMON,
+    COMMON_ARGUMENTS,
+    PUBLISHED_MODELS,
     convert_discriminator,
     convert_generator,
     generator_arguments,
@@ -23,32 +24,30 @@ from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file, replace_tree
 from ddgan.hub.cards import CARD_NAME, CardFacts, card_text
-from ddgan.hub.export import code_files
+from ddgan.hub.folders import code_files
+from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import image_grid
-from ddgan.sampling.pipelines import sample
-
-RECIPES = {
-    "cifar10": {"image_size": 32, "ch_mult": [1, 2, 2, 2], "num_timesteps": 4},
-    "celebahq_256": {"image_size": 256, "ch_mult": [1, 1, 2, 2, 4, 4], "num_timesteps": 2},
-    "lsun_church_256": {"image_size": 256, "ch_mult": [1, 1, 2, 2, 4, 4], "num_timesteps": 4},
-}
 
 
 @dataclass
 class ConvertArguments:
-    """Which checkpoint, what it was trained with, and where the pipeline goes."""
+    """The checkpoint, its training arguments, and the output folder."""
 
-    checkpoint_path: str | None = option(None, "netG_*.pth, or content.pth")
-    config_path: str | None = option(None, "JSON file with the arguments it was trained with, by their own names")
-    recipe: Literal[tuple(RECIPES)] | None = option(None, "or the published model that it is")
+    checkpoint_path: str | None = option(None, "checkpoint to convert: netG_*.pth or content.pth")
+    config_path: str | None = option(None, "JSON file with the training arguments of the checkpoint")
+    recipe: Literal[tuple(PUBLISHED_MODELS)] | None = option(
+        None, "published model to take the training arguments from, instead of --config_path"
+    )
     output_dir: str | None = option(None, "folder for the pipeline")
-    num_samples: int = option(16, "pictures that are drawn on the CPU for its card, slow at 256x256; 0: none")
+    num_samples: int = option(16, "images to generate on the CPU for the model card, slow at 256x256; 0 for none")
 
     def __post_init__(self):
         if not self.checkpoint_path or not self.output_dir:
-            raise InputError("Name the checkpoint with --checkpoint_path and the pipeline's folder with --output_dir.")
+            raise InputError(
+                "Pass the checkpoint with --checkpoint_path and the folder for the pipeline, --output_dir."
+            )
         if self.config_path and self.recipe:
-            raise InputError("--config_path and --recipe both say what the checkpoint was trained with: give one.")
+            raise InputError("Pass only one of --config_path and --recipe: both define the training arguments.")
         require_at_least(0, self, "num_samples")
 
 
@@ -56,62 +55,69 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(ConvertArguments, argv=argv)
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output_dir {output} is there already and not empty: name another folder.")
-    generator_state, discriminator_state, saved = read_checkpoint(Path(args.checkpoint_path))
+        raise InputError(f"--output_dir {output} already exists and is not empty: choose another folder.")
+    checkpoint = read_checkpoint(Path(args.checkpoint_path))
     if args.config_path:
-        given = read_config(Path(args.config_path))
+        known_arguments = read_config(Path(args.config_path))
     elif args.recipe:
-        given = RECIPES[args.recipe]
-    elif saved:
-        given = saved
+        known_arguments = PUBLISHED_MODELS[args.recipe]
+    elif checkpoint.arguments:
+        known_arguments = checkpoint.arguments
     else:
         raise InputError(
-            f"{args.checkpoint_path} does not hold the arguments that it was trained with. Give them with "
-            f"--config_path, or name the published model that it is: --recipe {'|'.join(RECIPES)}."
+            f"{args.checkpoint_path} does not hold its training arguments. Pass them with --config_path, or name the "
+            f"published model: --recipe {'|'.join(PUBLISHED_MODELS)}."
         )
-    config = generator_arguments(generator_state, given)
+    arguments = generator_arguments(checkpoint.generator, known_arguments)
     try:
-        generator = convert_generator(generator_state, config)
+        generator = convert_generator(checkpoint.generator, arguments)
         scheduler = DDGANScheduler(
-            config["num_timesteps"],
-            config["beta_min"],
-            config["beta_max"],
-            variance_schedule="geometric" if config["use_geometric"] else "vp",
+            arguments["num_timesteps"],
+            arguments["beta_min"],
+            arguments["beta_max"],
+            variance_schedule="geometric" if arguments["use_geometric"] else "vp",
         )
-        discriminator = convert_discriminator(discriminator_state, config) if discriminator_state else None
+        discriminator = None
+        if checkpoint.discriminator:
+            discriminator = convert_discriminator(checkpoint.discriminator, arguments)
     except KeyError as error:
-        raise InputError(f"The arguments of the checkpoint lack {error}, which its keys do not tell.") from error
+        raise InputError(
+            f"The training arguments lack {error}, which cannot be inferred from the checkpoint. Pass it with "
+            "--config_path."
+        ) from error
     except ValueError as error:
         raise InputError(str(error)) from error
 
     pipeline = DDGANPipeline(generator.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    pictures = [sample(pipeline, [seed])[0] for seed in range(args.num_samples)]
+    images = [sample(pipeline, [seed])[0] for seed in range(args.num_samples)]
 
     def write(folder: Path) -> None:
         if discriminator is not None:
             discriminator.save_pretrained(folder / "discriminator")
         pipeline.save_pretrained(folder)
-        if pictures:
-            image_grid(pictures).save(folder / "samples.png")
+        if images:
+            image_grid(images).save(folder / "samples.png")
 
     replace_tree(output, write)
-    size = config["image_size"]
+    size = arguments["image_size"]
     card = CardFacts(
         title=output.resolve().name,
-        summary="A Denoising Diffusion GAN ([arXiv 2112.07804](https://arxiv.org/abs/2112.07804)) of NVIDIA's, "
-        f"converted to Diffusers: it draws a picture of {size}x{size} pixels in {config['num_timesteps']} evaluations "
-        "of its network.",
+        summary="A Denoising Diffusion GAN ([arXiv 2112.07804](https://arxiv.org/abs/2112.07804)) by NVIDIA, "
+        f"converted to Diffusers. It generates an image of {size}x{size} pixels in {arguments['num_timesteps']} "
+        "network evaluations.",
         usage=USAGE.format(model=output.resolve().name),
-        origin="Conversion",
-        pictures={"samples.png": f"Seeds 0 to {len(pictures) - 1}, nothing left out."} if pictures else {},
+        training_heading="Conversion",
+        images={"samples.png": f"Seeds 0 to {len(images) - 1}, nothing left out."} if images else {},
         training={"checkpoint": Path(args.checkpoint_path).name, "discriminator": "yes" if discriminator else "no"},
-        settings={name: config[name] for name in sorted({*COMMON, "image_size", "ch_mult", "num_timesteps"})},
+        settings={
+            name: arguments[name] for name in sorted({*COMMON_ARGUMENTS, "image_size", "ch_mult", "num_timesteps"})
+        },
         license="other",
         license_name="nvidia-source-code-license",
         license_link="https://github.com/NVlabs/denoising-diffusion-gan/blob/main/LICENSE",
-        license_note="The weights are NVIDIA's, under the NVIDIA Source Code License of their repository: for "
-        "non-commercial use (research or evaluation) only. The conversion changes nothing about that.",
+        license_note="The weights are by NVIDIA, under the NVIDIA Source Code License of their repository: for "
+        "non-commercial use (research or evaluation) only. The conversion does not change that.",
         code=code_files(output),
         tags=["ddgan", "gan", "non-commercial"],
     )
@@ -119,22 +125,22 @@ def main(argv: list[str] | None = None) -> None:
     print(f"pipeline       {output}")
     if discriminator is not None:
         print(f"discriminator  {output / 'discriminator'}")
-    print(f"load it with   pipe = ddgan.DDGANPipeline.from_pretrained({str(output)!r})")
+    print(f"load with      pipe = ddgan.DDGANPipeline.from_pretrained({str(output)!r})")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The arguments in a JSON file.
+    """Read training arguments from a JSON file.
 
     Raises:
-        InputError: if there is none.
+        InputError: If the file cannot be read or does not hold a JSON object.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        arguments = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--config_path {path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"--config_path {path} must hold the arguments as one JSON object.")
-    return config
+    if not isinstance(arguments, dict):
+        raise InputError(f"--config_path {path} must hold the training arguments as a JSON object.")
+    return arguments
 
 
 USAGE = """

@@ -1,13 +1,13 @@
-"""Measure a pipeline, or pictures that are there, against reference images; every number comes with its protocol.
+"""Measure a pipeline, or existing images, against reference images; every number comes with its protocol.
 
     python scripts/evaluate.py --pipeline my-run --reference path/to/MNIST --feature_extractor mnist-classifier
     accelerate launch scripts/evaluate.py --pipeline google/ddpm-cifar10-32 --scheduler ddim \
         --reference uoft-cs/cifar10 --num_images 50000 --output cifar10.json
     python scripts/evaluate.py --images generated/images --reference path/to/MNIST --held_out path/to/MNIST
 
-Pictures of a pipeline are measured as they are drawn, picture i from the seed `--seed` + i alone, and are not kept.
-The same numbers come out of any number of processes, the same command goes on where an interrupted one stopped, and
-the features of a reference are kept for the next time.
+Samples of a pipeline are measured as they are generated, sample i from the seed `--seed` + i alone, and are not kept
+without `--save_images`. The results do not depend on the number of processes, an interrupted command resumes when it
+is run again, and the features of a reference are cached.
 """
 
 import json
@@ -18,111 +18,103 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZipFile
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 
 from ddgan.core.cli import option, parse_arguments, require_at_least
-from ddgan.core.errors import InputError, RunError, run_command
-from ddgan.core.files import fingerprint, replace_file
+from ddgan.core.errors import InputError, RunError, naming_file, run_command
+from ddgan.core.files import fingerprint, location_name, replace_file
 from ddgan.data.images import color_channels
 from ddgan.data.preprocessing import Preprocessing
-from ddgan.data.sources import DatasetImages, FolderImages, IdxImages, open_images
-from ddgan.evaluation import report
-from ddgan.evaluation.coverage import STACKED_MNIST_SAMPLES
-from ddgan.evaluation.extractors import INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
+from ddgan.data.sources import open_source, read_arrays
+from ddgan.evaluation.coverage import STACKED_MNIST_SAMPLES, confusion_matrix_plot
+from ddgan.evaluation.extractors import EXTRACTORS, INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
+from ddgan.evaluation.facts import ReferenceFacts, SampleFacts
 from ddgan.evaluation.features import Features, extract_features, read_features, read_protocol
 from ddgan.evaluation.metrics import MIN_HELD_OUT, MIN_IMAGES, Gaussian
 from ddgan.evaluation.references import (
     CACHE_DIR,
     Reference,
     ReferenceImages,
-    look,
+    describe_images,
+    evenly_spaced,
     measure_reference,
-    some_of,
-    spread,
+    random_subset,
 )
-from ddgan.evaluation.results import Results, evaluate
+from ddgan.evaluation.reporting import format_table, model_index_entries, update_model_index
+from ddgan.evaluation.results import Results, compute_results
 from ddgan.hub.cards import CARD_NAME
-from ddgan.sampling.pipelines import (
-    SCHEDULERS,
-    load_pipeline,
-    pipeline_hash,
-    sample,
-    sample_in_full_batches,
-    with_scheduler,
-)
-from ddgan.training.arguments import DataArguments
+from ddgan.sampling.generation import sample, sample_in_full_batches
+from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DRAWN = 10_000  # pictures of a pipeline, if nothing else is said; below that the bias of FID is large
-TABLES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}
+DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline; with fewer the bias of FID is large
 
 
 @dataclass
 class EvaluateArguments:
     """What is measured, against what, with which features."""
 
-    pipeline: str | None = option(None, "pipeline folder or Hub repository to draw pictures from")
-    images: str | None = option(None, "or pictures that are there: a folder, a .parquet file, or an .npz with arr_0")
+    pipeline: str | None = option(None, "pipeline folder or Hub repository to generate samples with")
+    images: str | None = option(None, "or existing images: a folder, a .parquet file, or an .npz with arr_0")
     num_images: int | None = option(
         None,
-        f"pictures to measure (default: {DRAWN:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with --stacked_mnist; all "
-        "of --images, of which fewer are drawn at random, or with --class_labels are the first)",
+        f"images to measure (default: {DEFAULT_NUM_IMAGES:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with "
+        "--stacked_mnist; all of --images, of which fewer are a random subset, or with --class_labels the first)",
     )
     reference: str | None = option(
         None,
         "images to measure against: folder, MNIST-style folder, dataset folder or Hub dataset, .npz, .parquet, or "
-        "statistics: an .npz with mu and sigma, a .safetensors of kept features",
+        "statistics: an .npz with mu and sigma, or a .safetensors file of cached features",
     )
     reference_split: str = option("train", "split of the reference")
     reference_config: str | None = option(None, "configuration of a reference dataset, where it has several")
-    num_reference: int | None = option(None, "images of the reference, drawn at random (default: all)")
+    num_reference: int | None = option(None, "size of a random subset of the reference (default: all images)")
     held_out: str | None = option(
-        None, "images that the training has not seen, to tell memorisation; the reference are then the training images"
+        None, "images that the training has not seen, to detect memorization; --reference are then the training images"
     )
     held_out_split: str = option("test", "split of the held-out images")
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     feature_extractor: str | None = option(
-        None, "inception-v3-compat (default), dinov2, or a classifier folder from scripts/train_classifier.py"
+        None,
+        f"{', '.join(EXTRACTORS)} (default: {INCEPTION}), or a classifier folder from scripts/train_classifier.py",
     )
     extractor_weights: str | None = option(None, "file (inception-v3-compat) or folder (dinov2) with its weights")
     classifier: str | None = option(
-        None, "classifier folder that judges classes and digits (default: the feature extractor, if it is one)"
+        None, "classifier folder that predicts classes and digits (default: the feature extractor, if it is one)"
     )
     stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
-    batch_size: int = option(64, "images that go through a network at once; on a CPU pictures are drawn one by one")
-    seed: int = option(0, "seed of the first picture; the next ones follow it")
+    batch_size: int = option(64, "images per forward pass; on a CPU samples are generated one by one")
+    seed: int = option(0, "seed of the first sample; the next ones follow it")
     scheduler: Literal["as-saved", *SCHEDULERS] = option("as-saved", "scheduler to sample with")
     num_inference_steps: int | None = option(
-        None, "network evaluations for a picture (default: all of a DDPM's, 50 of others', or the pipeline's own)"
+        None, "network evaluations per sample (default: all of a DDPM's, 50 of others', or the pipeline's own)"
     )
     dtype: Literal[tuple(DTYPES)] = option("fp32", "number format of the pipeline's network")
-    class_labels: list[int] | None = option(None, "class of each picture, used in turn: --class_labels 0 1 2")
+    class_labels: list[int] | None = option(None, "class of each image, used in turn: --class_labels 0 1 2")
     guidance_scale: float | None = option(
         None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
     )
-    trust_remote_code: bool = option(False, "run Python code that the pipeline brings along")
+    trust_remote_code: bool = option(False, "run Python code that comes with the pipeline")
     output: str = option("evaluation.json", "file for all numbers and their protocol")
-    save_images: str | None = option(None, "keep the pictures that are drawn, in this folder")
-    cache_dir: str = option(str(CACHE_DIR), "folder for features of references")
+    save_images: str | None = option(None, "save the samples in this folder")
+    cache_dir: str = option(str(CACHE_DIR), "folder for cached features of references")
     update_card: bool = option(True, "write the numbers into the model card of a pipeline folder")
 
     def __post_init__(self):
         if bool(self.pipeline) == bool(self.images):
-            raise InputError("Name what to measure: either --pipeline to draw from, or --images that are there.")
+            raise InputError("Name what to measure: either --pipeline to sample from, or existing --images.")
         if self.images and self.save_images:
-            raise InputError("--save_images keeps what a --pipeline draws; those of --images are there already.")
+            raise InputError("--save_images saves the samples of a --pipeline; those of --images already exist.")
         if self.held_out and not self.reference:
             raise InputError("--held_out images are compared with training images: name these with --reference.")
         if self.feature_extractor is None:
             self.feature_extractor = INCEPTION if self.reference else self.classifier
         if self.feature_extractor is None:
-            raise InputError("Name images to measure against with --reference, or a --classifier to judge with.")
+            raise InputError("Name images to measure against with --reference, or a --classifier.")
         require_at_least(1, self, "batch_size", "num_inference_steps")
         require_at_least(MIN_IMAGES, self, "num_images", "num_reference")
 
@@ -133,49 +125,32 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator()
     threads = torch.get_num_threads()
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(1)  # as in scripts/generate.py: sums in another order are other pictures
+        torch.set_num_threads(1)  # as in scripts/generate.py: another order of summation changes the images
 
-    with in_plain_words(InputError):
+    with user_errors(InputError):
         extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
-        judge = load_judge(args, extractor, accelerator.device)
+        classifier = select_classifier(args, extractor, accelerator.device)
     samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args)
-    if args.stacked_mnist and samples.facts["channels"] != 3:
-        raise InputError("--stacked_mnist counts digits in three channels, but the pictures are grey.")
-    reference = held_out = None
-    with in_plain_words(RunError):
-        if args.reference:
-            reference = load_reference(
-                args.reference, args.reference_split, args.num_reference, samples, extractor, args, accelerator
-            )
-            require_images(MIN_IMAGES, args.reference, reference)
-        if args.held_out and "statistics" in reference.facts:
-            raise InputError(
-                f"Memorisation is told from the features of the training images, but {args.reference} has only their "
-                "mean and covariance. Name the images with --reference."
-            )
-        if args.held_out:
-            held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator)
-            require_images(MIN_HELD_OUT, args.held_out, held_out)
-            contents = held_out.facts.get("contents")
-            if contents and contents == reference.facts.get("contents"):
-                raise InputError(
-                    f"--held_out {args.held_out} holds the images of --reference {args.reference}: name some that the "
-                    "training has not seen."
-                )
-        measured, parts = measure_samples(samples, extractor, judge, args, accelerator)
-    if accelerator.is_main_process:
+    if args.stacked_mnist and samples.facts.properties.channels != 3:
+        raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
+    with user_errors(RunError):
+        reference, held_out = load_references(samples, extractor, args, accelerator)
+        features, parts = extract_sample_features(samples, extractor, classifier, args, accelerator)
+    if features is not None:
         torch.set_num_threads(threads)
-        with in_plain_words(InputError):
-            results = evaluate(samples.facts, measured, extractor, reference, held_out, judge, args.class_labels)
-        results.facts["seconds"] = round(time.perf_counter() - started, 1)
-        present(results, args)
+        with user_errors(InputError):
+            results = compute_results(
+                samples.facts, features, extractor, reference, held_out, classifier, args.class_labels
+            )
+            write_results(results, args, round(time.perf_counter() - started, 1))
+        print_results(results, args)
         shutil.rmtree(parts)
     accelerator.end_training()
 
 
 @contextmanager
-def in_plain_words(kind: type[Exception]):
-    """What a part that knows no command line refuses ends the command with its message and no traceback."""
+def user_errors(kind: type[Exception]):
+    """Turn library errors into user errors without a traceback."""
     try:
         yield
     except (InputError, RunError):
@@ -184,74 +159,82 @@ def in_plain_words(kind: type[Exception]):
         raise kind(str(error)) from error
 
 
-def load_judge(
+def select_classifier(
     args: EvaluateArguments, extractor: FeatureExtractor, device: torch.device
 ) -> ClassifierFeatures | None:
-    """The classifier that tells classes or digits, where any are to be told.
+    """Return the classifier that predicts classes or digits, or None if neither is needed.
 
     Raises:
-        InputError: if there is none, or it does not know the classes.
+        InputError: if there is no classifier, or it does not have these classes.
     """
     if args.class_labels is None and not args.stacked_mnist:
         return None
-    judge = extractor if isinstance(extractor, ClassifierFeatures) else None
+    classifier = extractor
     if args.classifier and args.classifier != args.feature_extractor:
-        judge = load_extractor(args.classifier, device=device)
-    if not isinstance(judge, ClassifierFeatures):
-        asked = "--stacked_mnist" if args.stacked_mnist else "--class_labels"
-        raise InputError(f"{asked} asks what a classifier sees: name the folder of one with --classifier.")
-    classes = judge.network.config.num_classes
+        classifier = load_extractor(args.classifier, device=device)
+    if not isinstance(classifier, ClassifierFeatures):
+        flag = "--stacked_mnist" if args.stacked_mnist else "--class_labels"
+        raise InputError(f"{flag} needs the predictions of a classifier: name its folder with --classifier.")
+    classes = classifier.network.config.num_classes
     if args.stacked_mnist:
-        if (classes, judge.channels) != (10, 1):
-            raise InputError(f"--stacked_mnist needs a classifier of ten grey digits, which {judge.name} is not.")
+        if (classes, classifier.channels) != (10, 1):
+            raise InputError(f"--stacked_mnist needs a classifier of ten gray digits, which {classifier.name} is not.")
     elif min(args.class_labels) < 0 or max(args.class_labels) >= classes:
         raise InputError(
-            f"--class_labels are {sorted(set(args.class_labels))}, but the classifier {judge.name} knows 0 to "
-            f"{classes - 1}."
+            f"--class_labels are {sorted(set(args.class_labels))}, but the classifier {classifier.name} has the "
+            f"classes 0 to {classes - 1}."
         )
-    return judge
+    return classifier
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samples: `count`, `facts` and `batch(range)` -> images (N, C, H, W), uint8
+# Samples
 
 
 class PipelineSamples:
-    """Pictures that are drawn from a pipeline when they are asked for."""
+    """Samples that a pipeline generates on demand.
+
+    Attributes:
+        count: number of samples.
+        facts: how they are made.
+        preprocessing: conversion to tensors, with their channels, height and width.
+    """
 
     def __init__(self, args: EvaluateArguments, accelerator: Accelerator):
         self.args = args
-        self.count = args.num_images or (STACKED_MNIST_SAMPLES if args.stacked_mnist else DRAWN)
-        # the arithmetic of an accelerator depends on the size of the batch, that of a CPU on more
-        self.at_once = 1 if accelerator.device.type == "cpu" else args.batch_size
+        self.count = args.num_images or (STACKED_MNIST_SAMPLES if args.stacked_mnist else DEFAULT_NUM_IMAGES)
+        # results of an accelerator depend on the batch size only, those of a CPU on more, so there it is 1
+        self.batch_size = 1 if accelerator.device.type == "cpu" else args.batch_size
         pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
         contents = pipeline_hash(pipe)
         self.pipe = with_scheduler(pipe, args.scheduler)
-        (first,) = sample_in_full_batches(self._draw, [0], self.at_once)
+        (first,) = sample_in_full_batches(self._sample, [0], self.batch_size)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
-        self.facts = {
-            "pipeline": name_of(args.pipeline),
-            "contents": contents,
-            "images": self.count,
-            "seeds": f"{args.seed} to {args.seed + self.count - 1}",
-            "scheduler": type(self.pipe.scheduler).__name__,
-            "num_inference_steps": len(self.pipe.scheduler.timesteps),
-            "class_labels": args.class_labels,
-            "guidance_scale": args.guidance_scale,
-            "dtype": args.dtype,
-            "device": accelerator.device.type,
-            "drawn_at_once": self.at_once,
-            **look([first]),
-        }
+        self.facts = SampleFacts(
+            count=self.count,
+            properties=describe_images([first]),
+            origin={"pipeline": location_name(args.pipeline), "contents": contents},
+            settings={
+                "seeds": f"{args.seed} to {args.seed + self.count - 1}",
+                "scheduler": type(self.pipe.scheduler).__name__,
+                "num_inference_steps": len(self.pipe.scheduler.timesteps),
+                "class_labels": args.class_labels,
+                "guidance_scale": args.guidance_scale,
+                "dtype": args.dtype,
+                "device": accelerator.device.type,
+                "drawn_at_once": self.batch_size,
+            },
+        )
 
     def batch(self, indices: range) -> torch.Tensor:
-        pictures = sample_in_full_batches(self._draw, indices, self.at_once)
+        """Generate samples (N, C, H, W), uint8."""
+        images = sample_in_full_batches(self._sample, indices, self.batch_size)
         if self.args.save_images:
-            for i, picture in zip(indices, pictures, strict=True):
-                replace_file(Path(self.args.save_images) / f"{i:06d}.png", picture.save)
-        return torch.stack([self.preprocessing.load(picture) for picture in pictures])
+            for i, image in zip(indices, images, strict=True):
+                replace_file(Path(self.args.save_images) / f"{i:06d}.png", image.save)
+        return torch.stack([self.preprocessing.load(image) for image in images])
 
-    def _draw(self, indices: Sequence[int]) -> list[Image.Image]:
+    def _sample(self, indices: Sequence[int]) -> list[Image.Image]:
         classes = self.args.class_labels
         labels = [classes[i % len(classes)] for i in indices] if classes else None
         scale = self.args.guidance_scale
@@ -261,75 +244,119 @@ class PipelineSamples:
 
 
 class StoredSamples:
-    """Pictures that are there, all of one size."""
+    """Existing images, all of one size, with the same attributes as `PipelineSamples`."""
 
     def __init__(self, args: EvaluateArguments):
-        self.source, _ = open_source(args.images, "train", args)
+        self.source = open_source(args.images, image_column=args.image_column)
         self.images = ReferenceImages(self.source)
-        self.count = args.num_images or len(self.source)
-        if self.count > len(self.source):
-            raise InputError(f"--num_images is {self.count}, but {args.images} has {len(self.source)} images.")
-        self.chosen = range(self.count) if args.class_labels is not None else some_of(len(self.source), self.count)
-        self.facts = {
-            "source": name_of(args.images),
-            "contents": self.source.fingerprint(self.chosen),
-            "images": self.count,
-            "class_labels": args.class_labels,
-            **look([self.images.picture(self.chosen[i]) for i in spread(self.count)]),
-        }
-        first = self.images.picture(self.chosen[0])
-        self.preprocessing = Preprocessing(self.facts["channels"], first.height, first.width)
+        total = len(self.source)
+        self.count = args.num_images or total
+        if self.count > total:
+            raise InputError(f"--num_images is {self.count}, but {args.images} has {total} images.")
+        self.indices = range(self.count) if args.class_labels is not None else random_subset(total, self.count)
+        self.facts = SampleFacts(
+            count=self.count,
+            properties=describe_images([self.images.image(self.indices[i]) for i in evenly_spaced(self.count)]),
+            origin={"source": location_name(args.images), "contents": self.source.fingerprint(self.indices)},
+            settings={"class_labels": args.class_labels},
+        )
+        first = self.images.image(self.indices[0])
+        self.preprocessing = Preprocessing(self.facts.properties.channels, first.height, first.width)
 
     def batch(self, indices: range) -> torch.Tensor:
+        """Read images (N, C, H, W), uint8."""
         channels, height, width = self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width
-        numbers = [self.chosen[i] for i in indices]
-        for number in numbers:
-            size = self.images.picture(number).size
+        source_indices = [self.indices[i] for i in indices]
+        for i in source_indices:
+            size = self.images.image(i).size
             if size != (width, height):
                 raise RunError(
-                    f"The pictures are not of one size: {self.source.name(self.chosen[0])} is {width}x{height}, "
-                    f"{self.source.name(number)} is {size[0]}x{size[1]}. Measure those of one size at a time."
+                    f"The images differ in size: {self.source.name(self.indices[0])} is {width}x{height}, "
+                    f"{self.source.name(i)} is {size[0]}x{size[1]}. Measure images of one size at a time."
                 )
-        return torch.stack([self.images.pixels(number, channels, height, width) for number in numbers])
+        return torch.stack([self.images.pixels(i, channels, height, width) for i in source_indices])
 
 
-def measure_samples(
+def extract_sample_features(
     samples: PipelineSamples | StoredSamples,
     extractor: FeatureExtractor,
-    judge: ClassifierFeatures | None,
+    classifier: ClassifierFeatures | None,
     args: EvaluateArguments,
     accelerator: Accelerator,
 ) -> tuple[Features | None, Path]:
-    """Features of all pictures, and the classes or digits that the classifier sees, in the main process.
+    """Extract the features of all samples, and the classes or digits that the classifier predicts.
 
     Returns:
-        also the folder where they are kept, so that an interrupted command can go on.
+        The features, in the main process, and the folder of intermediate results from which an interrupted command
+        resumes.
     """
 
-    def measure(indices: range) -> Features:
+    def extract(indices: range) -> Features:
         images = samples.batch(indices)
-        found = extractor(images)
+        features = extractor(images)
         if args.stacked_mnist:
-            digits = judge(images.flatten(0, 1)[:, None])["logits"].argmax(1)
-            return {**found, "digits": digits.view(-1, 3)}
-        if judge:
-            logits = found["logits"] if judge is extractor else judge(images)["logits"]
-            return {**found, "classes": logits.argmax(1)}
-        return found
+            digits = classifier(images.flatten(0, 1)[:, None])["logits"].argmax(1)
+            return {**features, "digits": digits.view(-1, 3)}
+        if classifier:
+            logits = features["logits"] if classifier is extractor else classifier(images)["logits"]
+            return {**features, "classes": logits.argmax(1)}
+        return features
 
-    settings = {**samples.facts, **extractor.protocol, "batch_size": args.batch_size, "digits": args.stacked_mnist}
-    settings |= {"judge": judge and judge.digest, "kept": args.save_images and str(Path(args.save_images).resolve())}
+    settings = {
+        **samples.facts.as_dict(),
+        **extractor.facts.as_dict(),
+        "batch_size": args.batch_size,
+        "digits": args.stacked_mnist,
+        "judge": classifier and classifier.digest,
+        "kept": args.save_images and str(Path(args.save_images).resolve()),
+    }
     parts = Path(args.cache_dir) / f"samples-{fingerprint(settings)}.parts"
-    verb = "drawing and measuring" if args.pipeline else "measuring"
-    return extract_features(samples.count, args.batch_size, measure, accelerator, parts, verb), parts
+    description = "sampling and measuring" if args.pipeline else "measuring"
+    return extract_features(samples.count, args.batch_size, extract, accelerator, parts, description), parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reference images and statistics
+# References
+
+
+def load_references(
+    samples: PipelineSamples | StoredSamples,
+    extractor: FeatureExtractor,
+    args: EvaluateArguments,
+    accelerator: Accelerator,
+) -> tuple[Reference | None, Reference | None]:
+    """Return the reference and the held-out images that the arguments name.
+
+    Called before samples are generated, so that references that cannot be used are reported at once.
+
+    Raises:
+        InputError: if they are too few, are statistics where features are needed, or are the same images.
+    """
+    if not args.reference:
+        return None, None
+    reference = load_reference(
+        args.reference, args.reference_split, args.num_reference, samples, extractor, args, accelerator
+    )
+    require_images(MIN_IMAGES, args.reference, reference)
+    if not args.held_out:
+        return reference, None
+    if reference.facts.statistics is not None:
+        raise InputError(
+            f"Detecting memorization takes the features of the training images, but {args.reference} has only their "
+            "mean and covariance. Name the images with --reference."
+        )
+    held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator)
+    require_images(MIN_HELD_OUT, args.held_out, held_out)
+    if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
+        raise InputError(
+            f"--held_out {args.held_out} holds the images of --reference {args.reference}: name images that the "
+            "training has not seen."
+        )
+    return reference, held_out
 
 
 def load_reference(
-    given: str,
+    location: str,
     split: str,
     count: int | None,
     samples: PipelineSamples | StoredSamples,
@@ -337,172 +364,130 @@ def load_reference(
     args: EvaluateArguments,
     accelerator: Accelerator,
 ) -> Reference:
-    """Features of the images that are named, brought to the size of the samples; kept in the cache.
+    """Load saved features or statistics, or extract and cache the features of images at the size of the samples.
 
     Raises:
-        InputError: if there are no such images, or the statistics are another extractor's.
-        RunError: at an image that cannot be read.
+        InputError: if there are no such images, or the features or statistics are of another extractor.
+        RunError: if an image cannot be read.
     """
-    height, width = samples.preprocessing.height, samples.preprocessing.width
-    if given.endswith(".safetensors") and Path(given).is_file():
-        with naming(given):
-            facts = read_protocol(Path(given))
-        if facts.get("extractor_digest") != extractor.digest:
-            raise InputError(
-                f"The features in {given} are those of {facts.get('extractor', 'an unknown network')}, not of "
-                f"{extractor.name} with the weights {extractor.digest}. Measure the reference images themselves."
-            )
-        return Reference(facts, read_features(Path(given)) if accelerator.is_main_process else None)
-    if given.endswith(".npz") and Path(given).is_file():
-        with naming(given), ZipFile(given) as file:
-            names = {Path(name).stem for name in file.namelist()}
-        if "arr_0" not in names and {"mu", "sigma"} <= names:
-            arrays = read_arrays(Path(given))
-            mean, covariance = (arrays[name].astype(float) for name in ("mu", "sigma"))
-            blank = torch.zeros(1, samples.preprocessing.channels, height, width, dtype=torch.uint8)
-            dimensions = extractor(blank)["features"].shape[1]
-            if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
-                raise InputError(
-                    f"{given} has mu of the shape {mean.shape} and sigma of {covariance.shape}, but the features of "
-                    f"{extractor.name} have {dimensions} dimensions. Name the extractor that they were made with."
-                )
-            facts = {"name": name_of(given), "statistics": "mu and sigma, of unknown protocol"}
-            return Reference(facts, None, Gaussian(mean, covariance))
+    path = Path(location)
+    if path.suffix == ".safetensors" and path.is_file():
+        return read_reference_features(path, extractor, accelerator)
+    if path.suffix == ".npz" and path.is_file() and holds_statistics(path):
+        return read_reference_statistics(path, samples.preprocessing, extractor)
     with accelerator.main_process_first():
-        source, split = open_source(given, split, args)
-    images = ReferenceImages(source)
-    kept = Path(args.cache_dir)
+        source = open_source(location, split, config=args.reference_config, image_column=args.image_column)
+    height, width = samples.preprocessing.height, samples.preprocessing.width
     return measure_reference(
-        *(images, name_of(given), split, (height, width), extractor, args.batch_size, accelerator, kept, count)
+        ReferenceImages(source),
+        location_name(location),
+        source.split,
+        (height, width),
+        extractor,
+        args.batch_size,
+        accelerator,
+        Path(args.cache_dir),
+        count,
     )
 
 
-def require_images(least: int, given: str, reference: Reference) -> None:
-    """Refuse images that are too few before any picture is drawn; how many are behind saved statistics is unknown."""
-    count = reference.facts.get("images", least)
-    if count < least:
-        raise InputError(f"{given} has {count} images; there must be at least {least} to measure against.")
-
-
-class ImageStack(IdxImages):
-    """Images (N, H, W) or (N, H, W, C), uint8, in the array `arr_0` of an .npz file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        arrays = read_arrays(path)
-        if "arr_0" not in arrays or arrays["arr_0"].dtype != np.uint8 or arrays["arr_0"].ndim not in (3, 4):
-            raise InputError(f"{path} must hold images (N, H, W, C) as 8-bit integers in an array arr_0.")
-        self.images = arrays["arr_0"]
-        if self.images.shape[-1] == 1 and self.images.ndim == 4:
-            self.images = self.images[..., 0]
-
-
-@contextmanager
-def naming(file: str | Path, *more: type[Exception]):
-    """What a library says of a file that is damaged, or not what its suffix says, ends the command naming the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, BadZipFile, SafetensorError, *more) as error:
-        said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{file} cannot be read as a {Path(file).suffix} file; is it whole? ({said[0]})") from error
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file.
+def read_reference_features(path: Path, extractor: FeatureExtractor, accelerator: Accelerator) -> Reference:
+    """Read cached features.
 
     Raises:
-        InputError: if it is not one.
+        InputError: if the file is damaged, or another network computed the features.
     """
-    with naming(path), open(path, "rb") as file:
-        if not is_zipfile(file):  # NumPy would take it for a pickle
-            raise ValueError("it is no archive of arrays")
-        with np.load(path) as arrays:
-            return dict(arrays)
+    with naming_file(path, SafetensorError):
+        protocol = read_protocol(path)
+    if protocol.get("extractor_digest") != extractor.digest:
+        raise InputError(
+            f"The features in {path} are those of {protocol.get('extractor', 'an unknown network')}, not of "
+            f"{extractor.name} with the weights {extractor.digest}. Measure the reference images themselves."
+        )
+    return Reference(ReferenceFacts.from_dict(protocol), read_features(path) if accelerator.is_main_process else None)
 
 
-def open_source(given: str, split: str, args: EvaluateArguments):
-    """Open images by what they are named by: a file of them, a folder of them, a dataset folder, or the Hub's.
+def holds_statistics(path: Path) -> bool:
+    """Return whether an .npz file holds `mu` and `sigma`, not images."""
+    with naming_file(path), ZipFile(path) as file:
+        names = {Path(name).stem for name in file.namelist()}
+    return "arr_0" not in names and {"mu", "sigma"} <= names
 
-    Returns:
-        also the split that they are, `all` of a file or folder without splits.
+
+def read_reference_statistics(path: Path, preprocessing: Preprocessing, extractor: FeatureExtractor) -> Reference:
+    """Read the mean `mu` and the covariance `sigma` of features from an .npz file.
 
     Raises:
-        InputError: if there are none.
+        InputError: if the file is damaged, or the shapes do not fit the features of the extractor.
     """
-    path = Path(given)
-    if path.suffix == ".npz":
-        if not path.is_file():
-            raise InputError(f"{given}: there is no such file (looked for at {path.resolve()}).")
-        return ImageStack(path), "all"
-    if path.suffix == ".parquet":
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetGenerationError
-
-        if not path.is_file():
-            raise InputError(f"{given}: there is no such file (looked for at {path.resolve()}).")
-        with naming(path, DatasetGenerationError):
-            table = load_dataset("parquet", data_files=str(path), split="train")
-        return DatasetImages(table, args.image_column), "all"
-    is_folder_of_images = path.is_dir() and not any(file.suffix in TABLES for file in path.rglob("*"))
-    if is_folder_of_images:
-        has_splits = (path / split).is_dir()
-        source = open_images(DataArguments(train_data_dir=str(path / split if has_splits else path), split=split))
-        return source, split if has_splits or not isinstance(source, FolderImages) else "all"
-    data_args = DataArguments(
-        dataset_name=given, dataset_config=args.reference_config, split=split, image_column=args.image_column
-    )
-    return open_images(data_args), split
+    arrays = read_arrays(path)
+    mean, covariance = (arrays[name].astype(float) for name in ("mu", "sigma"))
+    blank = torch.zeros(1, preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8)
+    dimensions = extractor(blank)["features"].shape[1]
+    if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
+        raise InputError(
+            f"{path} has mu of the shape {mean.shape} and sigma of {covariance.shape}, but the features of "
+            f"{extractor.name} have {dimensions} dimensions. Name the extractor that computed them."
+        )
+    facts = ReferenceFacts(location_name(str(path)), statistics="mu and sigma, of unknown protocol")
+    return Reference(facts, None, Gaussian(mean, covariance))
 
 
-def name_of(given: str) -> str:
-    """A file or folder by its own name, else the name as it is."""
-    return Path(given).resolve().name if Path(given).exists() else given
+def require_images(least: int, location: str, reference: Reference) -> None:
+    """Refuse a reference with too few images; the number behind saved statistics is unknown."""
+    count = reference.facts.images
+    if count is not None and count < least:
+        raise InputError(f"{location} has {count} images; there must be at least {least} to measure against.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
 
 
-def present(results: Results, args: EvaluateArguments) -> None:
-    """Write the results to their file and the model card, and print them."""
+def write_results(results: Results, args: EvaluateArguments, seconds: float) -> None:
+    """Write the results file, the plot of the confusion matrix beside it, and the model card of a pipeline folder."""
     output = Path(args.output)
-    words = report.protocol(results.facts)
-    numbers = {}
-    for key, measure in results.measures.items():
-        numbers[key] = {"value": measure.value}
-        if measure.spread is not None:
-            numbers[key]["spread"] = measure.spread
-        floor = results.floors.get(key.partition("@")[0])
-        if floor:
-            numbers[key]["floor"] = {"value": floor.value, "spread": floor.spread, **floor.protocol}
-        numbers[key]["protocol"] = {**measure.protocol, **words}
-    everything = {"metrics": numbers, **results.facts, "arguments": asdict(args)}
-    replace_file(output, lambda path: path.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8"))
+    content = {**results.to_json(), "seconds": seconds, "arguments": asdict(args)}
+    replace_file(output, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    if results.classes:
+        figure = confusion_matrix_plot(results.classes.confusion, results.classes.names)
+        replace_file(confusion_path(args), lambda path: figure.savefig(path, dpi=110))
+    if card := card_to_update(args):
+        protocol = results.protocol
+        dataset = protocol.reference.name if protocol.reference else protocol.classifier.name
+        split = protocol.reference and protocol.reference.split
+        update_model_index(card, model_index_entries(results.metrics, dataset, split, protocol.descriptions()))
 
-    print(f"\n{report.table(results.measures, results.floors)}\n")
-    for part, text in words.items():
+
+def print_results(results: Results, args: EvaluateArguments) -> None:
+    """Print the results with their protocol, and the files that hold them."""
+    print(f"\n{format_table(results.metrics, results.floors)}\n")
+    for part, text in results.protocol.descriptions().items():
         print(f"{part.replace('_', ' ')}: {text}")
     if results.floors:
         halves = results.floors["fid"].protocol["halves"]
         print(f"floor: {halves[0]:,} images of one half of the reference against {halves[1]:,} of the other")
-    for name, accuracy in results.facts.get("class_accuracies", {}).items():
-        print(f"accuracy of {name}: {'no sample' if accuracy is None else f'{accuracy:.2%}'}")
-    for warning in results.facts["warnings"]:
+    if results.classes:
+        for name, accuracy in results.classes.accuracies.items():
+            print(f"accuracy of {name}: {'no sample' if accuracy is None else f'{accuracy:.2%}'}")
+    for warning in results.warnings:
         print(f"\nwarning: {warning}")
-    print(f"\nall numbers with their protocol: {output}")
-    if results.picture:
-        picture = output.with_name(f"{output.stem}-confusion.png")
-        replace_file(picture, results.picture.save)
-        print(f"classes asked for (rows) and seen (columns): {picture}")
-    card = Path(args.pipeline or "") / CARD_NAME
-    if args.pipeline and args.update_card and card.is_file():
-        reference, judge = results.facts["reference"], results.facts["classifier"]
-        dataset = reference["name"] if reference else judge["name"]
-        split = reference and reference.get("split")
-        report.write_to_card(card, report.eval_results(results.measures, dataset, split, words))
+    print(f"\nall numbers with their protocol: {args.output}")
+    if results.classes:
+        print(f"confusion matrix: {confusion_path(args)}")
+    if card := card_to_update(args):
         print(f"model card with these numbers: {card}")
+
+
+def confusion_path(args: EvaluateArguments) -> Path:
+    output = Path(args.output)
+    return output.with_name(f"{output.stem}-confusion.png")
+
+
+def card_to_update(args: EvaluateArguments) -> Path | None:
+    """Return the model card of a pipeline folder, if it has one that is to be updated."""
+    card = Path(args.pipeline or "") / CARD_NAME
+    return card if args.pipeline and args.update_card and card.is_file() else None
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Sample any pipeline folder or Hub repository into a folder of PNG files, one for each seed.
+"""Sample a pipeline folder or Hub repository into a folder of PNG files, one per seed.
 
     python scripts/generate.py --pipeline google/ddpm-cifar10-32 --num_images 64 --scheduler ddim --grid
     accelerate launch scripts/generate.py --pipeline google/ddpm-cifar10-32 --num_images 50000 --output_dir cifar
     python scripts/generate.py --pipeline examples/models/noto-emoji-32 --color "#BB2266" --guidance_scale 100 --grid
 
-Picture i is drawn from the seed `--seed` + i alone: the same files come out of any number of processes, and the same
-command goes on where an interrupted one stopped. On a CPU each process draws picture by picture on one thread, because
-the size of a batch and the number of threads change the order in which floating point numbers are summed: start as
-many processes as there are cores. On an accelerator whole batches are drawn, the last one filled up; guided pictures
-repeat themselves there up to the rounding of gradients, whose sums some kernels make in no fixed order.
+Image i depends only on the seed `--seed` + i, so that any number of processes writes the same files, and running an
+interrupted command again continues it. On a CPU each process generates one image at a time on one thread, because the
+batch size and the number of threads change the order in which floating-point numbers are summed; start one process per
+core. On an accelerator images are generated in batches of one size, the last one padded. There, guided images are
+reproducible only up to rounding, because some kernels sum gradients in no fixed order.
 """
 
 import json
@@ -25,97 +25,85 @@ from ddgan import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
 from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
-from ddgan.guidance.clip import DEFAULT_MODEL
+from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
+from ddgan.sampling.generation import parse_class_labels, sample, sample_in_full_batches
 from ddgan.sampling.grids import image_grid, steps_strip
-from ddgan.sampling.pipelines import (
-    SCHEDULERS,
-    intermediates,
-    load_pipeline,
-    pipeline_hash,
-    sample,
-    sample_in_full_batches,
-    with_scheduler,
-)
+from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
+from ddgan.sampling.traces import intermediates
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SETTINGS = "generate.json"
 GRID_IMAGES = 64
+DEFAULT_GUIDANCE_SCALE = 40.0
 
 
 @dataclass
 class GenerateArguments:
-    """What is sampled, how, and where the pictures go."""
+    """The pipeline, how to sample it, and the output folder."""
 
     pipeline: str | None = option(None, "pipeline folder or Hub repository")
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
-    num_images: int = option(16, "pictures in all; a higher number adds to those that are there")
-    batch_size: int = option(16, "pictures that an accelerator draws at once; on a CPU it is always one")
-    seed: int = option(0, "seed of the first picture; the next ones follow it")
+    num_images: int = option(16, "total number of images; a higher number adds to existing images")
+    batch_size: int = option(16, "images per batch on an accelerator; on a CPU it is always 1")
+    seed: int = option(0, "seed of the first image; the following images have the following seeds")
     scheduler: Literal["as-saved", *SCHEDULERS] = option("as-saved", "scheduler to sample with")
     num_inference_steps: int | None = option(
-        None, "network evaluations for a picture (default: all of a DDPM's, 50 of others', or the pipeline's own)"
+        None, "denoising steps (default: all for DDPM, 50 for other schedulers, or the pipeline's own default)"
     )
-    dtype: Literal[tuple(DTYPES)] = option("fp32", "number format of the network")
+    dtype: Literal[tuple(DTYPES)] = option("fp32", "data type of the network")
     class_labels: list[str] | None = option(
-        None, "class of each picture, used in turn, by number or by name: --class_labels 0 1 Sandal"
+        None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
     trust_remote_code: bool = option(False, "run Python code that the pipeline brings along")
-    grid: bool = option(False, f"lay the first {GRID_IMAGES} pictures out in grid.png")
-    intermediates: int | None = option(
-        None, "show this many steps on the way to the first picture in intermediates.png"
-    )
-    color: str | None = option(None, "pull the pictures towards a colour: '#BB2266', teal")
-    clip_prompt: list[str] | None = option(None, "pull the pictures towards one sentence or several, by a CLIP model")
-    clip_model: list[str] | None = option(
-        None,
-        "that model: Hub id or folder of one of Transformers, or of open_clip hf-hub:<id>, or the name of an "
-        f"architecture and its pretrained tag (default: {DEFAULT_MODEL})",
-    )
+    grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
+    intermediates: int | None = option(None, "show this many denoising steps of the first image in intermediates.png")
+    color: str | None = option(None, "guide towards a color: '#BB2266', teal")
+    clip_prompt: list[str] | None = option(None, "guide towards one or several texts with a CLIP model")
+    towards: list[str] | None = option(None, TOWARDS_HELP)
+    clip_model: list[str] | None = option(None, CLIP_MODEL_HELP)
     guidance_scale: float | None = option(
         None,
-        "how strongly --color and --clip_prompt pull; larger pictures need more (default: 40); without these, "
-        "classifier-free guidance towards --class_labels",
+        "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one (default: "
+        f"{DEFAULT_GUIDANCE_SCALE:g}). Without these, classifier-free guidance towards --class_labels",
     )
     guidance_gradient: Literal["sample", "model"] | None = option(
-        None, "model: differentiate through the network too, for the time and memory that takes (default: sample)"
+        None, "model: differentiate through the network too, which takes more time and memory (default: sample)"
     )
 
     def __post_init__(self):
         if not self.pipeline:
-            raise InputError("Name what to sample: --pipeline takes a pipeline folder or a repository on the Hub.")
+            raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
         require_at_least(1, self, "num_images", "batch_size", "num_inference_steps", "intermediates")
         if self.class_labels:
-            self.class_labels = [int(label) if label.isdecimal() else label for label in self.class_labels]
-        if self.clip_model and (not self.clip_prompt or len(self.clip_model) > 2):
-            raise InputError(
-                f"--clip_model {' '.join(self.clip_model)}: it goes with a --clip_prompt, and takes one name, or an "
-                "architecture of open_clip and its pretrained tag."
-            )
+            self.class_labels = parse_class_labels(self.class_labels)
+        if self.clip_prompt or self.towards:
+            self.clip_model = clip_model_names(self.clip_model)
+        elif self.clip_model:
+            raise InputError("--clip_model needs a --clip_prompt, or a loss of CLIP in --towards.")
         if self.is_guided:
-            self.guidance_scale = 40.0 if self.guidance_scale is None else self.guidance_scale
+            self.guidance_scale = DEFAULT_GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
             self.guidance_gradient = self.guidance_gradient or "sample"
-            if self.clip_prompt:
-                self.clip_model = self.clip_model or [DEFAULT_MODEL]
-        elif (self.guidance_scale is not None and not self.class_labels) or self.guidance_gradient:
-            raise InputError("Guidance towards what? --color, --clip_prompt or --class_labels say it.")
+        elif self.guidance_gradient or (self.guidance_scale is not None and not self.class_labels):
+            raise InputError(
+                "Guidance needs a target: pass --color, --clip_prompt or --towards, or for classifier-free guidance "
+                "--class_labels."
+            )
 
     @property
     def is_guided(self) -> bool:
-        return bool(self.color or self.clip_prompt)
+        return bool(self.color or self.clip_prompt or self.towards)
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(GenerateArguments, argv=argv)
     accelerator = Accelerator()
-    on_cpu = accelerator.device.type == "cpu"
-    if on_cpu:
+    batch_size = args.batch_size
+    if accelerator.device.type == "cpu":
         torch.set_num_threads(1)
-    at_once = 1 if on_cpu else args.batch_size
+        batch_size = 1
 
     guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     if args.is_guided:
-        loss = guidance_loss(args, accelerator.device)
-        guidance = {"loss": loss, "guidance_scale": args.guidance_scale, "gradient": args.guidance_gradient}
+        guidance |= {"loss": guidance_loss(args, accelerator.device), "gradient": args.guidance_gradient}
     pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
     output = Path(args.output_dir)
     settings = {
@@ -127,9 +115,10 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
         "dtype": args.dtype,
         "device": accelerator.device.type,
-        "images_at_once": at_once,
+        "images_at_once": batch_size,
         "color": args.color,
         "clip_prompt": args.clip_prompt,
+        "towards": args.towards,
         "clip_model": args.clip_model,
         "guidance_scale": args.guidance_scale,
         "guidance_gradient": args.guidance_gradient,
@@ -143,50 +132,51 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(str(error)) from error
         pipe.set_progress_bar_config(disable=True)
     elif isinstance(pipe, GuidedPipeline):
-        raise InputError("This pipeline is a guided one: --color or --clip_prompt says towards what.")
+        raise InputError("A GuidedPipeline needs a target: --color, --clip_prompt or --towards.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
 
-    def label(i: int) -> int | str | None:
+    def label_of(i: int) -> int | str | None:
         return args.class_labels[i % len(args.class_labels)] if args.class_labels else None
 
-    def draw(numbers: list[int]) -> list[Image.Image]:
-        labels = [label(i) for i in numbers] if args.class_labels else None
-        return sample(pipe, [args.seed + i for i in numbers], args.num_inference_steps, labels, **guidance)
+    def generate(indices: list[int]) -> list[Image.Image]:
+        labels = [label_of(i) for i in indices] if args.class_labels else None
+        return sample(pipe, [args.seed + i for i in indices], args.num_inference_steps, labels, **guidance)
 
-    mine = range(accelerator.process_index, args.num_images, accelerator.num_processes)
-    missing = [i for i in mine if not image_path(output, i).exists()]
+    shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
+    missing = [i for i in shard if not image_path(output, i).exists()]
     progress = tqdm(
-        total=len(mine), initial=len(mine) - len(missing), unit="image", disable=not accelerator.is_main_process
+        total=len(shard), initial=len(shard) - len(missing), unit="image", disable=not accelerator.is_main_process
     )
-    for start in range(0, len(missing), at_once):
-        batch = missing[start : start + at_once]
-        for i, picture in zip(batch, sample_in_full_batches(draw, batch, at_once), strict=True):
-            replace_file(image_path(output, i), picture.save)
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        for i, image in zip(batch, sample_in_full_batches(generate, batch, batch_size), strict=True):
+            replace_file(image_path(output, i), image.save)
         progress.update(len(batch))
     progress.close()
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        print(f"{args.num_images} pictures: {output / 'images'}")
+        print(f"{args.num_images} images: {output / 'images'}")
         if args.grid:
-            first = [Image.open(image_path(output, i)) for i in range(min(args.num_images, GRID_IMAGES))]
-            replace_file(output / "grid.png", image_grid(first).save)
+            first_images = [Image.open(image_path(output, i)) for i in range(min(args.num_images, GRID_IMAGES))]
+            replace_file(output / "grid.png", image_grid(first_images).save)
             print(f"grid: {output / 'grid.png'}")
         if args.intermediates:
             steps = (args.intermediates, args.num_inference_steps)
-            way = intermediates(pipe, args.seed, *steps, label(0), **guidance)
-            replace_file(output / "intermediates.png", steps_strip(*way).save)
-            print(f"the way to the first picture: {output / 'intermediates.png'}")
+            trace = intermediates(pipe, args.seed, *steps, label_of(0), **guidance)
+            replace_file(output / "intermediates.png", steps_strip(*trace).save)
+            print(f"denoising steps of the first image: {output / 'intermediates.png'}")
     accelerator.end_training()
 
 
 def guidance_loss(args: GenerateArguments, device: torch.device) -> GuidanceLoss:
-    losses = [ColorLoss(args.color)] if args.color else []
+    losses: list[GuidanceLoss] = [ColorLoss(args.color)] if args.color else []
     if args.clip_prompt:
         losses.append(CLIPLoss(args.clip_prompt, *args.clip_model, device=device))
-    return sum(losses[1:], start=losses[0])
+    losses += [parse_loss(text, args.clip_model, device) for text in args.towards or []]
+    return sum_losses(losses)
 
 
 def image_path(output: Path, i: int) -> Path:
@@ -194,26 +184,28 @@ def image_path(output: Path, i: int) -> Path:
 
 
 def check_settings(output: Path, settings: dict) -> None:
-    """Refuse to add to pictures that were made otherwise.
+    """Refuse to add to images generated with other settings.
 
     Raises:
-        InputError: if the settings of the pictures in the folder are not these, or not known.
+        InputError: If the settings of the images in the folder are different or unknown.
     """
     if not (output / SETTINGS).exists():
         if (output / "images").exists():
             raise InputError(
-                f"{output / 'images'} is there already, but no {SETTINGS} that says how its pictures were made. "
-                "Give another --output_dir."
+                f"{output / 'images'} already exists, but there is no {SETTINGS} with the settings of its images. "
+                "Choose another --output_dir."
             )
         return
-    found = json.loads((output / SETTINGS).read_text())
-    differing = [
-        f"{name} was {found.get(name)}, is {value}" for name, value in settings.items() if found.get(name) != value
+    existing = json.loads((output / SETTINGS).read_text())
+    changes = [
+        f"{name} was {existing.get(name)}, is {value}"
+        for name, value in settings.items()
+        if existing.get(name) != value
     ]
-    if differing:
+    if changes:
         raise InputError(
-            f"The pictures in {output} were made with other settings ({'; '.join(differing)}). Give another "
-            "--output_dir, or the settings of before to add to them."
+            f"The images in {output} were generated with other settings ({'; '.join(changes)}). Choose another "
+            "--output_dir, or use the same settings to add to them."
         )
 
 

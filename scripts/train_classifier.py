@@ -1,17 +1,18 @@
-"""Train a small classifier: its classes judge conditional samples, its penultimate layer measures distances.
+"""Train a small image classifier, for the class accuracy of conditional samples and as a feature extractor.
 
     python scripts/train_classifier.py --train_data_dir path/to/MNIST --output_dir mnist-classifier
     python scripts/train_classifier.py --dataset_name uoft-cs/cifar10 --widths 32 64 128 --random_flip --num_epochs 20
 
-Labels come from the data: torchvision's MNIST-style folders, folders of images with one sub-folder for each class
-(below train/ and test/, where it has these), and datasets with a column of labels. Where there is no test split, a
-tenth of the images is held out. The result is an `ImageClassifier` folder with a model card.
+Labels come from the data: torchvision's MNIST-style folders, folders of images with one subfolder per class
+(optionally in train/ and test/), or datasets with a label column. Without a test split, a tenth of the images is held
+out for testing. The result is an `ImageClassifier` folder with a model card.
 """
 
 import math
 import shlex
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,59 +24,65 @@ from tqdm import tqdm
 
 from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
-from ddgan.core.files import replace_tree
+from ddgan.core.files import location_name, replace_tree
 from ddgan.data.images import BrokenImageError, to_bytes
 from ddgan.data.preprocessing import Preprocessing, read_image
-from ddgan.data.sources import IdxImages, open_images
+from ddgan.data.sources import ImageSource, MissingSplitError, open_source
 from ddgan.evaluation.classifier import NORM_GROUPS, ImageClassifier
-from ddgan.evaluation.references import ReferenceImages, look, spread
+from ddgan.evaluation.references import ReferenceImages, describe_images, evenly_spaced
 from ddgan.hub.cards import CARD_NAME, is_repo_id
-from ddgan.training.arguments import DataArguments
 
-HELD_OUT = 0.1  # of the images, where there is no test split
-WARMUP = 0.05  # of the optimizer steps
-ROTATION, SCALING, SHIFT = 10.0, 0.1, 0.08  # degrees, natural logarithm, and part of the side, each at most
-NOISE = 0.1  # standard deviation at most, where black is -1 and white 1
+HELD_OUT = 0.1  # share of the images, if there is no test split
+WARMUP = 0.05  # share of the optimizer steps
+ROTATION, SCALING, SHIFT = 10.0, 0.1, 0.08  # maxima: degrees, log scale, share of the image side
+NOISE = 0.1  # maximum standard deviation, for images in [-1, 1]
 
 
 @dataclass
 class ClassifierArguments:
-    """What the classifier learns from, its size, and how long it learns."""
+    """Data, size and training settings of the classifier."""
 
-    dataset_name: str | None = option(None, "dataset on the Hub, or a local folder that `load_dataset` reads")
-    dataset_config: str | None = option(None, "configuration of that dataset, where it has several")
-    split: str = option("train", "split of the dataset to learn from")
+    _alternatives = ({"dataset_name", "train_data_dir"},)
+
+    dataset_name: str | None = option(None, "Hub dataset, or a local dataset file or folder")
+    dataset_config: str | None = option(None, "configuration of the dataset, if it has several")
+    split: str = option("train", "training split")
     test_split: str | None = option(
-        None, "split to measure the accuracy on (default: `test`, or a tenth of the images, held out)"
+        None,
+        "split for the test accuracy (default: `test` if it exists, else a tenth of the images is held out)",
     )
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     label_column: str | None = option(None, "column with the labels (default: the first class-label column)")
     train_data_dir: str | None = option(
-        None, "folder of images with one sub-folder for each class, or torchvision's MNIST-style folder"
+        None, "folder or .zip file of images with one subfolder per class, MNIST-style folder, or .npz file"
     )
-    image_size: int | None = option(None, "height and width of the network's input (default: the first image's)")
-    augmentation: float = option(1.0, "how far images are moved, turned, scaled and made noisy; 0: not at all")
-    random_flip: bool = option(False, "mirror half of the images, drawn anew each time")
-    output_dir: str = option("classifier", "folder for the classifier")
-    widths: list[int] | None = option(None, "channels of each block of the network (default: 16 32 64 96)")
-    batch_size: int = option(128, "images in a batch")
-    num_epochs: int = option(6, "passes over the images")
+    image_size: int | None = option(
+        None, "height and width of the input (default: the shorter side of the first image)"
+    )
+    augmentation: float = option(1.0, "strength of random shifts, rotations, scaling and noise; 0 disables them")
+    random_flip: bool = option(False, "flip images horizontally with probability 0.5")
+    output_dir: str = option("classifier", "folder to save the classifier in")
+    widths: list[int] | None = option(None, "channels of each block (default: 16 32 64 96)")
+    batch_size: int = option(128, "batch size")
+    num_epochs: int = option(6, "number of epochs")
     learning_rate: float = option(4e-3, "peak learning rate of AdamW")
-    seed: int = option(0, "with the same seed and settings a run repeats itself")
+    seed: int = option(0, "random seed; runs with the same seed and settings are identical")
 
     def __post_init__(self):
         if bool(self.dataset_name) == bool(self.train_data_dir):
-            raise InputError("Name the labelled images with either --dataset_name or --train_data_dir.")
+            raise InputError("Pass the labeled images with either --dataset_name or --train_data_dir.")
         require_at_least(1, self, "image_size", "batch_size", "num_epochs")
         require_at_least(0, self, "augmentation")
         self.widths = self.widths or [16, 32, 64, 96]
         if any(width < 1 or width % NORM_GROUPS for width in self.widths):
-            raise InputError(f"--widths {' '.join(map(str, self.widths))}: they must be multiples of {NORM_GROUPS}.")
+            raise InputError(
+                f"--widths {' '.join(map(str, self.widths))}: the widths must be multiples of {NORM_GROUPS}."
+            )
 
 
 @dataclass
 class LabelledImages:
-    """Images (N, C, H, W), uint8, and their classes (N,)."""
+    """Images (N, C, H, W), uint8, and their labels (N,)."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -89,26 +96,27 @@ def main(argv: list[str] | None = None) -> None:
     model = ImageClassifier(
         train.images.shape[-1], train.images.shape[1], len(names), tuple(args.widths), dict(enumerate(names))
     ).to(device)
-    started = time.perf_counter()
+    start = time.perf_counter()
     fit(model, train, args)
-    minutes = (time.perf_counter() - started) / 60
-    correct = predictions(model, test.images, args.batch_size) == test.labels
+    minutes = (time.perf_counter() - start) / 60
+    correct = predict(model, test.images, args.batch_size) == test.labels
+    accuracy = correct.double().mean().item()
     accuracies = {name: correct[test.labels == label].double().mean().item() for label, name in enumerate(names)}
 
     output = Path(args.output_dir)
-    card = card_text(args, model, train, test, test_name, correct.double().mean().item(), accuracies, minutes)
+    card = card_text(args, model, train, test, test_name, accuracy, accuracies, minutes)
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
     replace_tree(output, write)
-    print(f"test accuracy: {correct.double().mean().item():.2%} of {len(test.labels):,} images ({test_name})")
+    print(f"test accuracy: {accuracy:.2%} of {len(test.labels):,} images ({test_name})")
     print(f"classifier folder: {output}")
 
 
 def fit(model: ImageClassifier, data: LabelledImages, args: ClassifierArguments) -> None:
-    """Cross-entropy, AdamW and a cosine schedule on images that are moved, turned, scaled and made noisy."""
+    """Train with cross-entropy, AdamW and a cosine learning-rate schedule on augmented images."""
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.05)
     steps = args.num_epochs * -(-len(data.labels) // args.batch_size)
@@ -117,7 +125,7 @@ def fit(model: ImageClassifier, data: LabelledImages, args: ClassifierArguments)
     with tqdm(total=steps, unit="step") as progress:
         for epoch in range(args.num_epochs):
             for indices in torch.randperm(len(data.labels), generator=generator).split(args.batch_size):
-                images = augmented(to_float(data.images[indices]), args.augmentation, args.random_flip, generator)
+                images = augment(to_float(data.images[indices]), args.augmentation, args.random_flip, generator)
                 logits = model(images.to(model.device))
                 loss = F.cross_entropy(logits, data.labels[indices].to(model.device))
                 optimizer.zero_grad()
@@ -129,27 +137,31 @@ def fit(model: ImageClassifier, data: LabelledImages, args: ClassifierArguments)
     model.eval()
 
 
-def augmented(images: torch.Tensor, strength: float, flip: bool, generator: torch.Generator) -> torch.Tensor:
-    """Each image (N, C, H, W) in [-1, 1] moved, turned, scaled, perhaps mirrored, and made noisy by its own draw."""
+def augment(images: torch.Tensor, strength: float, flip: bool, generator: torch.Generator) -> torch.Tensor:
+    """Shift, rotate, scale, optionally flip and add noise to each image (N, C, H, W), in [-1, 1], independently."""
     count = len(images)
 
-    def uniform(most: float, *shape: int) -> torch.Tensor:
-        return (torch.rand(count, *shape, generator=generator) * 2 - 1) * most * strength
+    def uniform(maximum: float, *shape: int) -> torch.Tensor:
+        return (torch.rand(count, *shape, generator=generator) * 2 - 1) * maximum * strength
 
     angle, scale = uniform(ROTATION).deg2rad(), uniform(SCALING).exp()
-    mirror = (torch.rand(count, generator=generator) < 0.5) * -2.0 + 1.0 if flip else torch.ones(count)
-    turn = torch.stack([angle.cos() * mirror, -angle.sin(), angle.sin() * mirror, angle.cos()], 1).view(-1, 2, 2)
-    affine = torch.cat([turn * scale.view(-1, 1, 1), 2 * uniform(SHIFT, 2, 1)], 2)  # a side is 2 units long
+    flip_sign = (torch.rand(count, generator=generator) < 0.5) * -2.0 + 1.0 if flip else torch.ones(count)
+    rotation = torch.stack([angle.cos() * flip_sign, -angle.sin(), angle.sin() * flip_sign, angle.cos()], 1).view(
+        -1, 2, 2
+    )
+    affine = torch.cat(
+        [rotation * scale.view(-1, 1, 1), 2 * uniform(SHIFT, 2, 1)], 2
+    )  # the image side is 2 in grid coordinates
     grid = F.affine_grid(affine, images.shape, align_corners=False)
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    transformed = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     noise = torch.randn(images.shape, generator=generator) * uniform(NOISE, 1, 1, 1)
-    return (moved + noise).clamp(-1, 1)
+    return (transformed + noise).clamp(-1, 1)
 
 
 @torch.no_grad()
-def predictions(model: ImageClassifier, images: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The most likely class of each image (N, C, H, W), uint8."""
-    return torch.cat([model(to_float(part).to(model.device)).argmax(1).cpu() for part in images.split(batch_size)])
+def predict(model: ImageClassifier, images: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Return the most likely class of each image (N, C, H, W), uint8."""
+    return torch.cat([model(to_float(batch).to(model.device)).argmax(1).cpu() for batch in images.split(batch_size)])
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -157,7 +169,7 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Labelled images
+# Labeled images
 
 
 def load_data(args: ClassifierArguments) -> tuple[LabelledImages, LabelledImages, list[str], str]:
@@ -172,8 +184,8 @@ def load_data(args: ClassifierArguments) -> tuple[LabelledImages, LabelledImages
     if len(names) < 2:
         raise InputError(f"A classifier needs at least two classes; the data has {', '.join(names) or 'none'}.")
     images = ReferenceImages(source)
-    size = args.image_size or min(images.picture(0).size)
-    channels = look([images.picture(i) for i in spread(len(source))])["channels"]
+    size = args.image_size or min(images.image(0).size)
+    channels = describe_images([images.image(i) for i in evenly_spaced(len(source))]).channels
     preprocessing = Preprocessing(channels, size, size, center_crop=True)
     data = LabelledImages(read_all(source, preprocessing), torch.tensor(labels.numbers))
     if test_source:
@@ -189,38 +201,28 @@ def load_data(args: ClassifierArguments) -> tuple[LabelledImages, LabelledImages
     return train, test, names, "held out"
 
 
-def open_splits(args: ClassifierArguments) -> tuple:
-    """The images to learn from and those of the test split, which is None where there is no such split."""
-
-    def opened(split: str, folder: Path | None = None):
-        return open_images(
-            DataArguments(
-                dataset_name=args.dataset_name,
-                dataset_config=args.dataset_config,
-                split=split,
-                image_column=args.image_column,
-                train_data_dir=folder and str(folder),
-            )
-        )
-
-    if args.train_data_dir:
-        folder = Path(args.train_data_dir)
-        test_split = args.test_split or "test"
-        if (folder / args.split).is_dir() and (folder / test_split).is_dir():
-            return opened(args.split, folder / args.split), opened(test_split, folder / test_split)
-        source = opened("train", folder)
-        return source, opened("test", folder) if isinstance(source, IdxImages) else None
-    source = opened(args.split)
-    if args.test_split is None:
-        from datasets import get_dataset_split_names
-
-        if "test" not in get_dataset_split_names(args.dataset_name, args.dataset_config):
-            return source, None
-    return source, opened(args.test_split or "test")
+def open_splits(args: ClassifierArguments) -> tuple[ImageSource, ImageSource | None]:
+    """Open the images to learn from, and those of the test split; None if there is no such split."""
+    open_split = partial(
+        open_source,
+        args.train_data_dir or args.dataset_name,
+        config=args.dataset_config,
+        image_column=args.image_column,
+        folder_as="images" if args.train_data_dir else "dataset",
+    )
+    source = open_split(args.split)
+    if source.split == "all":
+        return source, None
+    try:
+        return source, open_split(args.test_split or "test")
+    except MissingSplitError:
+        if args.test_split:
+            raise
+        return source, None
 
 
-def read_all(source, preprocessing: Preprocessing) -> torch.Tensor:
-    """All images of a source, (N, C, H, W), uint8."""
+def read_all(source: ImageSource, preprocessing: Preprocessing) -> torch.Tensor:
+    """Read all images of a source, (N, C, H, W), uint8."""
     images = torch.empty(
         len(source), preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8
     )
@@ -248,8 +250,7 @@ def card_text(
     minutes: float,
 ) -> str:
     """The card as Markdown: accuracy, data, settings, use."""
-    given = args.dataset_name or args.train_data_dir
-    dataset = Path(given).resolve().name if Path(given).exists() else given
+    dataset = location_name(args.dataset_name or args.train_data_dir)
     title = Path(args.output_dir).resolve().name
     size, channels = model.config.sample_size, model.config.in_channels
     result = EvalResult(
@@ -269,37 +270,37 @@ def card_text(
     facts = {
         "accuracy": f"{accuracy:.2%} of {len(test.labels):,} images ({test_name})",
         "data": f"{dataset}, {len(train.labels):,} images in {len(accuracies)} classes",
-        "input": f"{size}x{size}, {'grey' if channels == 1 else 'RGB'}, in [-1, 1]",
+        "input": f"{size}x{size}, {'grayscale' if channels == 1 else 'RGB'}, in [-1, 1]",
         "parameters": f"{model.num_parameters():,}, {model.config.widths[-1]} features",
-        "augmentation": f"turned by up to {args.augmentation * ROTATION:g} degrees, scaled by "
-        f"{args.augmentation * SCALING:.0%}, moved by {args.augmentation * SHIFT:.0%}"
-        + (", mirrored" if args.random_flip else "")
+        "augmentation": f"rotation up to {args.augmentation * ROTATION:g} degrees, scaling by "
+        f"{args.augmentation * SCALING:.0%}, translation by {args.augmentation * SHIFT:.0%}"
+        + (", horizontal flips" if args.random_flip else "")
         + f", noise of standard deviation up to {args.augmentation * NOISE:g} where white is 1 and black -1",
         "time": f"{minutes:.1f} minutes, {device_name(model)}, torch {version('torch')}",
     }
-    source = "--dataset_name" if args.dataset_name else "--train_data_dir"
-    places = {"output_dir", "dataset_name", "train_data_dir"}
-    settings = {name: value for name, value in asdict(args).items() if value is not None and name not in places}
-    flags = [source, dataset, "--output_dir", title, *flags_of(settings)]
+    source_flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
+    paths = {"output_dir", "dataset_name", "train_data_dir"}
+    settings = {name: value for name, value in asdict(args).items() if value is not None and name not in paths}
+    flags = [source_flag, dataset, "--output_dir", title, *to_flags(settings)]
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
-        "A small classifier for judging generated images: its classes tell whether conditional samples are what was "
-        "asked for, its penultimate layer is the space in which distances between distributions are measured.",
+        "A small classifier for evaluating generated images. Its predictions give the class accuracy of conditional "
+        "samples; its penultimate layer gives the features for distances between distributions.",
         "## Use\n\n```python\nfrom ddgan.evaluation.classifier import ImageClassifier\n\n"
         f'classifier = ImageClassifier.from_pretrained("{title}")\n'
         f"logits = classifier(images)  # images: (N, {channels}, {size}, {size}) in [-1, 1]\n"
         "features = classifier.features(images)\n```",
         f"## Training\n\n{table(facts)}",
-        "## Accuracy of each class\n\n"
-        + table({name: "no image" if math.isnan(value) else f"{value:.2%}" for name, value in accuracies.items()}),
-        f"## Made by\n\n```bash\npython scripts/train_classifier.py {shlex.join(flags)}\n```",
+        "## Accuracy per class\n\n"
+        + table({name: "no images" if math.isnan(value) else f"{value:.2%}" for name, value in accuracies.items()}),
+        f"## Reproduction\n\n```bash\npython scripts/train_classifier.py {shlex.join(flags)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def flags_of(settings: dict[str, object]) -> list[str]:
-    """The command line that gives these settings."""
+def to_flags(settings: dict[str, object]) -> list[str]:
+    """Return the command-line flags for these settings."""
     flags = []
     for name, value in settings.items():
         if value is not False:

@@ -1,14 +1,14 @@
-"""Fixtures that the tests share: recorded values, a pipeline folder, a folder of images, and runs on them."""
+"""Shared fixtures: recorded values, a pipeline folder, a folder of images, training runs, and a local Hub."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
 
-# read when the libraries are imported; nothing in the tests needs the network
+# set before the libraries are imported, which read them then; no test needs the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp()
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks only lose by more
+os.environ["OMP_NUM_THREADS"] = "1"  # more threads only slow tiny networks down
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()
 
 import numpy as np
@@ -24,12 +24,12 @@ from xdist.scheduler import LoadScopeScheduling
 GOLDEN = [Path(__file__).parent / "fixtures" / "golden", Path(__file__).parents[2] / "shared" / "golden"]
 
 
-# Modules whose fixtures cost more than their tests: one process runs all of such a module.
+# modules whose fixtures take longer than their tests: a single process runs the whole module
 TOGETHER = ("examples/test_space.py", "hub/test_export.py")
 
 
 class Scheduler(LoadScopeScheduling):
-    """Gives out tests one by one, and the modules that stay together first."""
+    """Distribute tests one by one, starting with the modules that stay together."""
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.partition("::")[0]
@@ -42,15 +42,15 @@ def pytest_xdist_make_scheduler(config, log) -> Scheduler:
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The slow ones come first, so that at the end no process is left alone with them."""
+    """Run slow tests first, so that none of them is left for the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
 def golden():
-    """Reads recorded values of the published networks: their tensors, their configuration and a state_dict.
+    """Return a function that reads the recorded tensors, configuration and state dict of a published network.
 
-    A file that is too large for this repository is looked for beside it; without it the test is skipped.
+    Files that are too large for this repository are searched for next to it; without them the test is skipped.
     """
 
     def read(name):
@@ -69,7 +69,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A DDPMPipeline folder, with dropout, so that what a network draws by itself is tested too."""
+    """A DDPMPipeline folder; the network has dropout, so that its random numbers are tested too."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     DDPMPipeline(tiny_unet(dropout=0.1), DDPMScheduler()).save_pretrained(folder)
     return folder
@@ -77,13 +77,13 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
-    """13 images, so that windows of 8 leave a short one of 5 at the end of each epoch."""
+    """13 images, so that with batches of 8 the last one of each epoch has 5."""
     return write_images(tmp_path_factory.mktemp("data") / "thirteen", 13)
 
 
 @pytest.fixture
 def finetune(tiny_model, images, tmp_path):
-    """Run finetune_model.py's main in this process on the tiny model and images; returns the run folder."""
+    """Return a function that runs finetune_model.py in this process on `tiny_model` and `images`."""
     from accelerate.state import AcceleratorState
 
     from ddgan import finetune_model
@@ -98,14 +98,14 @@ def finetune(tiny_model, images, tmp_path):
 
 @pytest.fixture
 def local_hub(monkeypatch, tmp_path):
-    """A Hub on this machine; the client here, and in processes that are started from here, talks to it as `ann`."""
+    """A local Hub; the client in this process and its child processes is logged in as `ann`."""
     with LocalHub() as hub:
         settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_ann"}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        # the client has read them when it was imported
+        # read by the client when it was imported
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(api, "endpoint", hub.url)  # of functions such as create_repo, which Diffusers calls
+        monkeypatch.setattr(api, "endpoint", hub.url)  # used by functions such as create_repo, which Diffusers calls
         files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -1,8 +1,9 @@
-"""Loads pipelines in a process of its own, with nothing but Diffusers or with the package; run by test_export.py.
+"""Load pipelines in a process of its own, with Diffusers alone or with the package; test_export.py runs this.
 
     python in_a_fresh_process.py without_package|with_package <folder of pipeline folders> <folder to save in>
 
-Beside each pipeline folder `name` lies `name.pt`, what it is expected to draw. `user/name` on the Hub is `name`.
+Beside each pipeline folder `name` lies `name.pt`, the images that it is expected to generate. `user/name` on the Hub
+is the same pipeline.
 """
 
 import re
@@ -14,7 +15,7 @@ from diffusers import AutoModel, DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
 
-def draw(pipe):
+def sample(pipe):
     pipe.set_progress_bar_config(disable=True)
     needed = {
         "ClassConditionalPipeline": {"class_labels": [0, 1]},
@@ -25,9 +26,9 @@ def draw(pipe):
 
 
 def load(kind: type, place: str | Path, **options):
-    """
-    Loads with trust, again if need be: Diffusers copies a folder's code over itself at each load, and while another
-    process has emptied the file there is no class in it.
+    """Load with `trust_remote_code`, and retry while another process is overwriting the code.
+
+    Diffusers copies a folder's code to the same place at each load, and the file has no class while it is empty.
     """
     for _ in range(20):
         try:
@@ -35,7 +36,7 @@ def load(kind: type, place: str | Path, **options):
         except AttributeError as error:
             if not re.match(r"module 'diffusers_modules\.\S+' has no attribute", str(error)):
                 raise
-    raise AssertionError(f"the code of {place} stays empty")
+    raise AssertionError(f"the code of {place} remains empty")
 
 
 def refusal(load, *args, **kwargs):
@@ -56,13 +57,13 @@ def without_package(folders: list[Path], output: Path):
         source = folder
         for generation in ("second", "third"):
             pipe = load(DiffusionPipeline, source)
-            assert torch.equal(draw(pipe), expected[folder.name]), (folder, generation)
+            assert torch.equal(sample(pipe), expected[folder.name]), (folder, generation)
             source = output / generation / folder.name
             pipe.save_pretrained(source)
 
-    # loaded before everything else: each still goes by its own code
+    # pipelines loaded at the start still run their own code
     for name, pipe in loaded.items():
-        assert torch.equal(draw(pipe), expected[name]), name
+        assert torch.equal(sample(pipe), expected[name]), name
 
     weights = loaded["ddgan"].unet.state_dict()
     ddgan = next(folder for folder in folders if folder.name == "ddgan")
@@ -74,22 +75,22 @@ def without_package(folders: list[Path], output: Path):
 
     assert "trust_remote_code=True" in refusal(DiffusionPipeline.from_pretrained, "user/ddgan")
     pipe = load(DiffusionPipeline, "user/ddgan", revision="main")
-    assert torch.equal(draw(pipe), expected["ddgan"])
+    assert torch.equal(sample(pipe), expected["ddgan"])
     pipe.save_pretrained(output / "from_the_hub")
     placed = load(DiffusionPipeline, ddgan, device_map="cpu")
-    assert torch.equal(draw(placed), expected["ddgan"])
+    assert torch.equal(sample(placed), expected["ddgan"])
     unet = load(AutoModel, str(ddgan / "unet"), device_map={"": "cpu"})
     assert all(torch.equal(weights[name], value) for name, value in unet.state_dict().items())
 
 
 def with_package(folders: list[Path], output: Path):
     from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
-    from ddgan.sampling.pipelines import load_pipeline
+    from ddgan.sampling.loading import load_pipeline
 
     def check(pipe, expected):
         assert (type(pipe), type(pipe.unet), type(pipe.scheduler)) == (DDGANPipeline, NCSNpp, DDGANScheduler)
         assert pipe.config._name_or_path == "user/ddgan"
-        assert torch.equal(draw(pipe), expected)
+        assert torch.equal(sample(pipe), expected)
 
     expected = torch.load(folders[0].parent / "ddgan.pt")
     here = {"cache_dir": output / "cache", "revision": "main"}

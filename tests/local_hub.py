@@ -1,7 +1,7 @@
-"""A small Hugging Face Hub on this machine that the real client talks to over HTTP, and that can be told to fail.
+"""A local stand-in for the Hugging Face Hub, which the real client uses over HTTP, with injectable faults.
 
-It has users, repositories of all types, commits, branches, pull requests and large files (git-LFS). It holds all of it
-in memory, also while it is down.
+It has users, repositories of all types, commits, branches, pull requests and large files (Git LFS). All state is in
+memory and survives `stop` and `start`.
 """
 
 import base64
@@ -17,29 +17,35 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-LARGE = 100_000  # bytes from which a file is a large one, beside all weights
+LARGE = 100_000  # bytes; files of at least this size and all safetensors files go to Git LFS
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "openrail", "other", "unknown")
 NOW = "2026-01-01T00:00:00.000Z"
 
 
-class Refused(Exception):
-    """An answer other than 200."""
+class HTTPError(Exception):
+    """A response with a status other than 200."""
 
     def __init__(self, status: int, message: str = "", code: str = "", **more: str):
         self.status, self.message, self.code, self.more = status, message, code, more
 
 
-class Cut(Exception):
-    """The connection ends here, without an answer."""
+class ConnectionCut(Exception):
+    """Close the connection without a response."""
 
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that a pattern matches, written as `POST /api/...`.
+    """A fault that affects the next `times` requests matching `pattern`, such as `POST /api/...`.
 
-    They are answered with a status `instead` of being handled; or they are handled, and the answer is `lost`, or cut
-    in its middle (`halved`), or comes after so many seconds (`late`); or the server `dies` when it has read that many
-    bytes of one.
+    Attributes:
+        pattern: regular expression, matched at the start of method and path.
+        times: number of requests to affect.
+        instead: status to respond with, without handling the request.
+        headers: headers of that response.
+        lost: handle the request, but close the connection without a response.
+        halved: handle the request, but cut the body of the response in half.
+        late: handle the request, but delay the response by this many seconds.
+        dies: stop the server after it has read this many bytes of the body.
     """
 
     pattern: str
@@ -56,8 +62,8 @@ class Fault:
 class Repo:
     owner: str
     private: bool
-    commits: dict = field(default_factory=dict)  # by commit: files by path
-    refs: dict = field(default_factory=dict)  # by branch or pull request: its commits, oldest first
+    commits: dict = field(default_factory=dict)  # commit id -> path -> content
+    refs: dict = field(default_factory=dict)  # branch or pull request -> commit ids, oldest first
     requests: list = field(default_factory=list)  # pull requests
     gated: bool = False
     settings: dict = field(default_factory=dict)
@@ -65,15 +71,15 @@ class Repo:
 
 
 class LocalHub:
-    """
-    Serves until the `with` block ends.
+    """The server, which runs until the `with` block ends.
 
     Attributes:
-        users: name and role by token.
-        repos: by type and id.
-        requests: what was asked for, as `POST /api/...`.
-        faults: what is to go wrong.
-        shares_names: whether a model cannot have the name of a dataset or a Space; on the real Hub it can.
+        users: (name, role) by token.
+        repos: repositories by (type, id).
+        large: contents of large files by SHA-256.
+        requests: all requests so far, as `POST /api/...`.
+        faults: the faults to inject.
+        shares_names: whether repositories of all types share one namespace; on the real Hub they do not.
     """
 
     def __init__(self):
@@ -108,6 +114,7 @@ class LocalHub:
         self.faults.append(Fault(pattern, **how))
 
     def asked(self, pattern: str) -> int:
+        """Return how many requests match `pattern`."""
         return sum(bool(re.match(pattern, request)) for request in self.requests)
 
     def files(self, repo_id: str, ref: str = "main", kind: str = "model") -> dict[str, bytes]:
@@ -120,8 +127,8 @@ class LocalHub:
         self.commit(repo, "main", {".gitattributes": b"*.safetensors filter=lfs\n", **files})
 
     def commit(self, repo: Repo, ref: str, files: dict[str, bytes]) -> str:
-        said = repr((len(repo.commits), ref, sorted((name, blob_id(content)) for name, content in files.items())))
-        oid = hashlib.sha1(said.encode()).hexdigest()
+        state = repr((len(repo.commits), ref, sorted((name, blob_id(content)) for name, content in files.items())))
+        oid = hashlib.sha1(state.encode()).hexdigest()
         repo.commits[oid] = files
         repo.refs[ref].append(oid)
         return oid
@@ -143,7 +150,7 @@ def is_large(path: str, size: int) -> bool:
 
 
 def entry(path: str, content: bytes) -> dict:
-    """A file as the Hub lists it."""
+    """Return the entry of a file in a listing of the Hub."""
     if not is_large(path, len(content)):
         return {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
     digest = hashlib.sha256(content).hexdigest()
@@ -153,33 +160,33 @@ def entry(path: str, content: bytes) -> dict:
 
 
 def card_errors(text: str) -> list[str]:
-    """What the Hub refuses in the metadata of a card, as far as it says so in its documentation."""
+    """Return the errors that the Hub reports for the metadata of a card, as far as they are documented."""
     match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
         data = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError as error:
         return [f"bad YAML: {error}"]
-    found = []
+    errors = []
     if (name := data.get("license")) not in (*LICENSES, None):
-        found.append(f'"license" must be one of the known ones, not {name}')
+        errors.append(f'"license" must be one of the known ones, not {name}')
     if data.get("license") != "other" and ("license_name" in data or "license_link" in data):
-        found.append('"license_name" and "license_link" go with "license: other"')
+        errors.append('"license_name" and "license_link" go with "license: other"')
     for name in ("base_model", "datasets"):
         values = data.get(name, [])
         for value in [values] if isinstance(values, str) else values:
             if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-                found.append(f'"{name}" must be the id of a repository, not {value}')
+                errors.append(f'"{name}" must be the id of a repository, not {value}')
     if data.get("base_model_relation") not in ("finetune", "adapter", "merge", "quantized", None):
-        found.append('"base_model_relation" is not one of the known ones')
+        errors.append('"base_model_relation" is not one of the known ones')
     if not all(isinstance(tag, str) for tag in data.get("tags", [])):
-        found.append('"tags" must be strings')
+        errors.append('"tags" must be strings')
     for model in data.get("model-index", []):
         for result in model["results"]:
             if "type" not in result["task"] or not {"name", "type"} <= result["dataset"].keys():
-                found.append('"model-index": a result needs a task.type, a dataset.name and a dataset.type')
+                errors.append('"model-index": a result needs a task.type, a dataset.name and a dataset.type')
             if not all({"type", "value"} <= metric.keys() for metric in result["metrics"]):
-                found.append('"model-index": a metric needs a type and a value')
-    return found
+                errors.append('"model-index": a metric needs a type and a value')
+    return errors
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -197,24 +204,24 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.hub.take_fault(request)
         try:
             if not self.hub.up:
-                raise Cut
+                raise ConnectionCut
             self.hub.requests.append(request)
             self.body = self.read_body(fault)
             if fault and fault.instead:
-                self.answer(fault.instead, b'{"error": "This does not work just now."}', fault.headers)
+                self.respond(fault.instead, b'{"error": "Temporarily unavailable."}', fault.headers)
                 return
             try:
                 with self.hub.lock:
-                    status, content, headers = 200, *self.handle_it()
-            except Refused as no:
-                status, content = no.status, json.dumps({"error": no.message, **no.more}).encode()
-                headers = {"X-Error-Code": no.code, "X-Error-Message": no.message}
+                    status, content, headers = 200, *self.handle_route()
+            except HTTPError as error:
+                status, content = error.status, json.dumps({"error": error.message, **error.more}).encode()
+                headers = {"X-Error-Code": error.code, "X-Error-Message": error.message}
             if fault and fault.lost:
-                raise Cut
+                raise ConnectionCut
             if fault:
                 Event().wait(fault.late)
-            self.answer(status, content, headers, halved=bool(fault and fault.halved))
-        except (Cut, ConnectionError):
+            self.respond(status, content, headers, halved=bool(fault and fault.halved))
+        except (ConnectionCut, ConnectionError):
             self.close_connection = True
             with suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -225,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault and fault.dies is not None:
             self.rfile.read(fault.dies)
             self.hub.stop()
-            raise Cut
+            raise ConnectionCut
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         chunks = []
@@ -235,7 +242,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def answer(self, status: int, content: bytes, headers: dict, halved: bool = False) -> None:
+    def respond(self, status: int, content: bytes, headers: dict, halved: bool = False) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": len(content), **headers}.items():
             if value not in ("", None):
@@ -244,23 +251,23 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content[: len(content) // 2] if halved else content)
         if halved:
-            raise Cut
+            raise ConnectionCut
 
     def user(self) -> tuple[str | None, str | None]:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.hub.users:
-            raise Refused(401, "Invalid credentials in Authorization header")
+            raise HTTPError(401, "Invalid credentials in Authorization header")
         return self.hub.users.get(token, (None, None))
 
     def repo(self, kind: str, repo_id: str, to_write: bool = False) -> Repo:
         name, role = self.user()
         repo = self.hub.repos.get((kind, repo_id))
         if repo is None or (repo.private and name != repo.owner):
-            raise Refused(404 if name else 401, "Repository not found", "RepoNotFound")
+            raise HTTPError(404 if name else 401, "Repository not found", "RepoNotFound")
         if repo.gated and name != repo.owner:
-            raise Refused(403 if name else 401, f"Access to {kind} {repo_id} is restricted.", "GatedRepo")
+            raise HTTPError(403 if name else 401, f"Access to {kind} {repo_id} is restricted.", "GatedRepo")
         if to_write and (name != repo.owner or role == "read"):
-            raise Refused(403, "You do not have the rights to write to this repository")
+            raise HTTPError(403, "You do not have the rights to write to this repository")
         return repo
 
     def at(self, repo: Repo, revision: str) -> str:
@@ -268,46 +275,47 @@ class Handler(BaseHTTPRequestHandler):
             return repo.refs[revision][-1]
         if revision in repo.commits:
             return revision
-        raise Refused(404, "Invalid rev id", "RevisionNotFound")
+        raise HTTPError(404, "Invalid rev id", "RevisionNotFound")
 
-    def handle_it(self) -> tuple[bytes, dict]:
+    def handle_route(self) -> tuple[bytes, dict]:
         kinds = {"models": "model", "datasets": "dataset", "spaces": "space"}
         for verb, pattern, action in ROUTES:
             if verb == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, self.place)):
-                named = match.groupdict()
-                named["kind"] = kinds[(named.get("kind") or "models").strip("/")]
-                given = [named[name] for name in ("kind", "repo", "rest") if name in named and "repo" in named]
-                result = getattr(self, action)(*given)
+                groups = match.groupdict()
+                groups["kind"] = kinds[(groups.get("kind") or "models").strip("/")]
+                arguments = [groups[name] for name in ("kind", "repo", "rest") if name in groups and "repo" in groups]
+                result = getattr(self, action)(*arguments)
                 return result if isinstance(result, tuple) else (json.dumps(result).encode(), {})
-        raise Refused(404, f"no such page: {self.command} {self.place}", "EntryNotFound")
+        raise HTTPError(404, f"no such page: {self.command} {self.place}", "EntryNotFound")
 
     def whoami(self):
         name, role = self.user()
         if name is None:
-            raise Refused(401, "Invalid username or password.")
+            raise HTTPError(401, "Invalid username or password.")
         return {"type": "user", "name": name, "orgs": [], "auth": {"accessToken": {"role": role}}}
 
     def validate(self):
         errors = card_errors(json.loads(self.body)["content"])
         if errors:
-            raise Refused(400, "; ".join(errors))
+            raise HTTPError(400, "; ".join(errors))
         return {"errors": [], "warnings": []}
 
     def create(self):
-        asked = json.loads(self.body)
+        request = json.loads(self.body)
         name, role = self.user()
-        owner, kind = asked.get("organization") or name, asked.get("type", "model")
-        repo_id = f"{owner}/{asked['name']}"
+        owner, kind = request.get("organization") or name, request.get("type", "model")
+        repo_id = f"{owner}/{request['name']}"
         if name is None or owner != name or role == "read":
-            raise Refused(403, f"You do not have the rights to create a {kind} under the namespace {owner}")
-        taken = [there for there, other in self.hub.repos if other == repo_id]
-        taken = [there for there in taken if there == kind or self.hub.shares_names]
-        if taken:
-            raise Refused(409, f"You already created this {taken[0]} repo", url=self.address(taken[0], repo_id))
-        if kind == "space" and not asked.get("sdk"):
-            raise Refused(400, "a Space needs an sdk")
-        self.hub.add(repo_id, kind, private=asked.get("visibility") == "private" or bool(asked.get("private")))
-        self.hub.repos[kind, repo_id].settings = asked
+            raise HTTPError(403, f"You do not have the rights to create a {kind} under the namespace {owner}")
+        existing = [other_kind for other_kind, other_id in self.hub.repos if other_id == repo_id]
+        existing = [other_kind for other_kind in existing if other_kind == kind or self.hub.shares_names]
+        if existing:
+            url = self.address(existing[0], repo_id)
+            raise HTTPError(409, f"You already created this {existing[0]} repo", url=url)
+        if kind == "space" and not request.get("sdk"):
+            raise HTTPError(400, "a Space needs an sdk")
+        self.hub.add(repo_id, kind, private=request.get("visibility") == "private" or bool(request.get("private")))
+        self.hub.repos[kind, repo_id].settings = request
         return {"url": self.address(kind, repo_id)}
 
     def address(self, kind, repo_id):
@@ -331,48 +339,48 @@ class Handler(BaseHTTPRequestHandler):
     def branch(self, kind, repo_id, name):
         repo = self.repo(kind, repo_id, to_write=True)
         if name in repo.refs:
-            raise Refused(409, "Reference already exists")
+            raise HTTPError(409, "Reference already exists")
         repo.refs[name] = list(repo.refs["main"])
         return {}
 
     def preupload(self, kind, repo_id, revision):
         repo = self.repo(kind, repo_id, to_write="create_pr" not in self.query)
-        there, answers = repo.commits[self.at(repo, revision)], []
+        existing, responses = repo.commits[self.at(repo, revision)], []
         for file in json.loads(self.body)["files"]:
             path, large = file["path"], is_large(file["path"], file["size"])
-            same = entry(path, there[path]) if path in there else {}
-            oid = same.get("lfs", same).get("oid")
+            unchanged = entry(path, existing[path]) if path in existing else {}
+            oid = unchanged.get("lfs", unchanged).get("oid")
             mode = "lfs" if large else "regular"
-            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return {"files": answers}
+            responses.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return {"files": responses}
 
     def batch(self, kind, repo_id):
         self.repo(kind, repo_id)
-        answers = []
-        for wanted in json.loads(self.body)["objects"]:
-            href = f"{self.hub.url}/storage/{wanted['oid']}"
+        objects = []
+        for requested in json.loads(self.body)["objects"]:
+            href = f"{self.hub.url}/storage/{requested['oid']}"
             upload = {"actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}}
-            answers.append({**wanted, **({} if wanted["oid"] in self.hub.large else upload)})
-        return {"transfer": "basic", "objects": answers}
+            objects.append({**requested, **({} if requested["oid"] in self.hub.large else upload)})
+        return {"transfer": "basic", "objects": objects}
 
     def store(self, _kind, _storage, oid):
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise Refused(400, "the content is not what it was announced to be")
+            raise HTTPError(400, "the content does not match its SHA-256")
         self.hub.large[oid] = self.body
         return {}
 
     def verify(self, _kind, _storage, oid):
         if oid not in self.hub.large or len(self.hub.large[oid]) != json.loads(self.body)["size"]:
-            raise Refused(404, "the object is not there")
+            raise HTTPError(404, "the object does not exist")
         return {}
 
     def commit(self, kind, repo_id, revision):
-        as_request = "create_pr" in self.query
-        repo = self.repo(kind, repo_id, to_write=not as_request)
+        as_pull_request = "create_pr" in self.query
+        repo = self.repo(kind, repo_id, to_write=not as_pull_request)
         header, *operations = map(json.loads, self.body.splitlines())
         head = self.at(repo, revision)
         if header["value"].get("parentCommit", head) != head:
-            raise Refused(412, "A commit has happened since. Please refresh and try again.")
+            raise HTTPError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(repo.commits[head])
         for operation in operations:
             value = operation["value"]
@@ -380,36 +388,36 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
                 if value["oid"] not in self.hub.large:
-                    raise Refused(400, f"the large file {value['path']} was not uploaded")
+                    raise HTTPError(400, f"the large file {value['path']} was not uploaded")
                 files[value["path"]] = self.hub.large[value["oid"]]
             else:
-                raise Refused(400, f"no {operation['key']} here")
-        url, answer = self.address(kind, repo_id), {}
-        if as_request:
+                raise HTTPError(400, f"no {operation['key']} here")
+        url, response = self.address(kind, repo_id), {}
+        if as_pull_request:
             number = len(repo.requests) + 1
             revision = f"refs/pr/{number}"
             repo.refs[revision] = list(repo.refs["main"])
-            about = {"num": number, "title": header["value"]["summary"], "author": {"name": self.user()[0]}}
-            about |= {
+            pull_request = {"num": number, "title": header["value"]["summary"], "author": {"name": self.user()[0]}}
+            pull_request |= {
                 "createdAt": NOW,
                 "status": "open",
                 "isPullRequest": True,
                 "repo": {"name": repo_id, "type": kind},
             }
-            repo.requests.append(about)
-            answer["pullRequestUrl"] = f"{url}/discussions/{number}"
+            repo.requests.append(pull_request)
+            response["pullRequestUrl"] = f"{url}/discussions/{number}"
         oid = self.hub.commit(repo, revision, files)
-        return {"commitUrl": f"{url}/commit/{oid}", "commitOid": oid, **answer}
+        return {"commitUrl": f"{url}/commit/{oid}", "commitOid": oid, **response}
 
     def discussions(self, kind, repo_id):
         author = self.query.get("author", [None])[0]
-        found = [about for about in self.repo(kind, repo_id).requests if about["author"]["name"] == author]
-        return {"count": len(found), "start": 0, "discussions": found}
+        requests = [request for request in self.repo(kind, repo_id).requests if request["author"]["name"] == author]
+        return {"count": len(requests), "start": 0, "discussions": requests}
 
     def set_variable(self, kind, repo_id):
         variables = self.repo(kind, repo_id, to_write=True).variables
-        asked = json.loads(self.body)
-        variables[asked["key"]] = {"value": asked["value"]}
+        variable = json.loads(self.body)
+        variables[variable["key"]] = {"value": variable["value"]}
         return {name: {"key": name, **value} for name, value in variables.items()}
 
     def resolve(self, kind, repo_id, rest):
@@ -417,10 +425,10 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(kind, repo_id)
         head = self.at(repo, revision)
         if path not in repo.commits[head]:
-            raise Refused(404, "Entry not found", "EntryNotFound")
+            raise HTTPError(404, "Entry not found", "EntryNotFound")
         content = repo.commits[head][path]
-        about = entry(path, content)
-        return content, {"ETag": f'"{about.get("lfs", about)["oid"]}"', "X-Repo-Commit": head}
+        file = entry(path, content)
+        return content, {"ETag": f'"{file.get("lfs", file)["oid"]}"', "X-Repo-Commit": head}
 
 
 _API = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo>[^/]+/[^/]+)"

@@ -1,4 +1,4 @@
-"""What a user of finetune_model.py sees: results that load anywhere, and clear words where something is wrong."""
+"""Claims about finetune_model.py: results that load anywhere, and clear errors."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounter
 from ddgan.core.errors import InputError, RunError, run_command
 from ddgan.training.tracking import read_metrics
 
-COURSE = """--image_size 16 --batch_size 8 --num_epochs 16 --grad_accumulation_steps 2 --start_model {model}
+COURSE_FLAGS = """--image_size 16 --batch_size 8 --num_epochs 16 --grad_accumulation_steps 2 --start_model {model}
  --dataset_name {data} --wandb_project dm-finetune --log_samples_every 100 --save_model_every 1000
  --model_save_name vintageface"""
 
@@ -31,13 +31,13 @@ def saved_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def test_the_run_folder_is_as_the_design_says(finetune):
+def test_a_run_folder_has_the_documented_files(finetune):
     run = finetune("run", "--log_samples_every", 2, "--checkpointing_steps", 2)
-    found = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     expected = {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "README.md"}
     expected |= {"scheduler/scheduler_config.json", "metrics.csv", "loss.png", "before_after.png", "config.yaml"}
     expected |= {f"samples/step-{step:08d}.png" for step in (0, 2, 4)}
-    assert expected <= found
+    assert expected <= files
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
     rows = read_metrics(run / "metrics.csv")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -49,14 +49,14 @@ def test_the_run_folder_is_as_the_design_says(finetune):
 
 
 @pytest.mark.slow
-def test_the_result_loads_where_this_package_is_not(finetune, tmp_path):
+def test_the_result_loads_without_this_package(finetune, tmp_path):
     run = finetune("run")
     program = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 try:
     import ddgan
-    sys.exit("ddgan is still there")
+    sys.exit("ddgan is still importable")
 except ImportError:
     pass
 import torch
@@ -67,20 +67,26 @@ for loader in (DDPMPipeline, DiffusionPipeline):
     image = pipe(num_inference_steps=40, generator=torch.Generator().manual_seed(0)).images[0]
     print(type(pipe).__name__, image.size)
 """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", program, str(run)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, str(run)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout.split("\n")[:2] == ["DDPMPipeline (8, 8)"] * 2, done.stderr
 
 
-def test_its_card_tells_what_was_done_and_its_snippet_runs(finetune, monkeypatch):
+def test_the_card_describes_the_run_and_its_snippet_works(finetune, monkeypatch):
     run = finetune("run", "--min_snr_gamma", 5)
     card = ModelCard.load(run / "README.md")
     assert card.data.library_name == "diffusers"
     assert card.data.pipeline_tag == "unconditional-image-generation"
-    assert card.data.base_model is None  # a folder on this machine is no model on the Hub
-    for said in ("| data | thirteen, 13 images |", "4 of 4 optimizer steps, 2.0 passes", "| min_snr_gamma | 5.0 |"):
-        assert said in card.content
+    assert card.data.base_model is None  # a local folder is not a model on the Hub
+    for text in ("| data | thirteen, 13 images |", "4 of 4 optimizer steps, 2.0 passes", "| min_snr_gamma | 5.0 |"):
+        assert text in card.content
     assert str(run.parent) not in card.content
     for path in [*run.glob("*.json"), *run.glob("*/*.json")]:
         assert "/tmp" not in path.read_text()
@@ -95,7 +101,7 @@ def test_its_card_tells_what_was_done_and_its_snippet_runs(finetune, monkeypatch
     assert names["image"].size == (8, 8)
 
 
-def test_the_courses_flags_do_what_they_say(tiny_model, tmp_path, monkeypatch):
+def test_the_flags_of_the_course_work(tiny_model, tmp_path, monkeypatch):
     from accelerate.state import AcceleratorState
 
     pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
@@ -105,7 +111,7 @@ def test_the_courses_flags_do_what_they_say(tiny_model, tmp_path, monkeypatch):
     from ddgan import finetune_model
 
     make_dataset(tmp_path / "faces", 20)
-    finetune_model.main([*COURSE.format(model=tiny_model, data="faces").split(), "--sample_steps", "2"])
+    finetune_model.main([*COURSE_FLAGS.format(model=tiny_model, data="faces").split(), "--sample_steps", "2"])
     config = yaml.safe_load((tmp_path / "vintageface" / "config.yaml").read_text())
     assert config["report_to"] == "wandb"
     assert len(read_metrics(tmp_path / "vintageface" / "metrics.csv")) == 16 * 2
@@ -124,7 +130,7 @@ def test_config_yaml_repeats_the_run_and_flags_override_it(finetune, tmp_path):
     ("part", "trained"),
     [("all_but_attention", "attentions."), ("all_but_norms", "norm"), ("all_but_up_blocks", "up_blocks.")],
 )
-def test_freeze_trains_one_part_and_keeps_the_rest_bit_by_bit(finetune, tiny_model, part, trained):
+def test_freeze_trains_one_part_and_keeps_the_rest_bit_identical(finetune, tiny_model, part, trained):
     before, after = saved_weights(tiny_model), saved_weights(finetune("run", "--freeze", part))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
@@ -138,12 +144,12 @@ def test_settings_of_the_loss_change_it(finetune, flags):
     assert read_metrics(plain / "metrics.csv")[0]["loss"] != read_metrics(run / "metrics.csv")[0]["loss"]
 
 
-def test_another_prediction_type_is_what_the_saved_scheduler_says(finetune):
+def test_another_prediction_type_is_saved_in_the_scheduler(finetune):
     run = finetune("run", "--prediction_type", "v_prediction")
     assert json.loads((run / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
 
 
-def test_samples_come_from_the_scheduler_that_is_named(finetune):
+def test_samples_come_from_the_named_scheduler(finetune):
     grids = [
         np.asarray(Image.open(finetune(name, "--sample_scheduler", name) / "samples" / "step-00000004.png"))
         for name in ("ddim", "dpmsolver")
@@ -151,7 +157,7 @@ def test_samples_come_from_the_scheduler_that_is_named(finetune):
     assert (grids[0] != grids[1]).any()
 
 
-def test_without_averaging_what_was_trained_is_saved(finetune):
+def test_without_ema_the_trained_weights_are_saved(finetune):
     run = finetune("run", "--ema_decay", 0, "--channels_last")
     assert largest_difference(saved_weights(run), weights(run)) == 0
 
@@ -162,7 +168,7 @@ def test_gradient_checkpointing_changes_no_weight(finetune):
 
 
 def test_compile_trains_the_same_network_and_saves_plain_names(finetune, monkeypatch):
-    graphs = CompileCounter()  # what is tested is that training goes through the graph, not the compiler
+    graphs = CompileCounter()  # the test is that training uses the graph, not the compiler
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
     plain = finetune("plain", "--max_train_steps", 2)
     assert graphs.frame_count == 0
@@ -172,7 +178,7 @@ def test_compile_trains_the_same_network_and_saves_plain_names(finetune, monkeyp
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_models_of_other_channels_take_colour_images(finetune, tmp_path, channels):
+def test_models_of_other_channels_take_color_images(finetune, tmp_path, channels):
     model = tmp_path / "model"
     unet = tiny_unet(in_channels=channels, out_channels=channels)
     DDIMPipeline(unet, DDIMScheduler(prediction_type="v_prediction")).save_pretrained(model)
@@ -180,7 +186,7 @@ def test_models_of_other_channels_take_colour_images(finetune, tmp_path, channel
     pipe = DiffusionPipeline.from_pretrained(run)
     assert type(pipe) is DDPMPipeline
     assert pipe.unet.config.in_channels == channels
-    assert pipe.scheduler.config.prediction_type == "v_prediction"  # what the start model was trained for
+    assert pipe.scheduler.config.prediction_type == "v_prediction"  # the same as the start model
 
 
 def test_another_size_is_trained_saved_and_sampled(finetune, tmp_path):
@@ -189,7 +195,7 @@ def test_another_size_is_trained_saved_and_sampled(finetune, tmp_path):
     assert pipe(num_inference_steps=1).images[0].size == (16, 8)
 
 
-def test_tensorboard_gets_numbers_and_pictures(finetune):
+def test_tensorboard_gets_numbers_and_images(finetune):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = finetune("run", "--report_to", "tensorboard")
@@ -204,13 +210,13 @@ def test_other_trackers_start_offline(finetune, tracker, monkeypatch):
     pytest.importorskip(tracker, reason=f"{tracker} is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = finetune("run", "--report_to", tracker)
-    kept = run / "wandb" if tracker == "wandb" else Path(os.environ["TRACKIO_DIR"])
-    assert any(path.is_file() for path in kept.rglob("*"))
+    folder = run / "wandb" if tracker == "wandb" else Path(os.environ["TRACKIO_DIR"])
+    assert any(path.is_file() for path in folder.rglob("*"))
 
 
-def test_a_tracker_that_is_not_installed_is_said_before_training(finetune, monkeypatch, tmp_path):
+def test_a_tracker_that_is_not_installed_is_reported_before_training(finetune, monkeypatch, tmp_path):
     monkeypatch.setattr("ddgan.training.tracking.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"--report_to wandb needs .*pip install 'diffusers-ddgan\[wandb\]'"):
+    with pytest.raises(InputError, match=r"--report_to wandb needs .*pip install -e '\.\[wandb\]'"):
         finetune("run", "--report_to", "wandb")
     assert not (tmp_path / "run").exists()
 
@@ -231,14 +237,14 @@ def test_a_stream_is_trained_on_stopped_and_resumed_exactly(finetune, tmp_path):
 # ---- clear errors
 
 
-def test_unknown_flags_are_met_with_the_nearest(finetune):
+def test_an_unknown_flag_is_reported_with_the_closest_one(finetune):
     with pytest.raises(InputError, match=r"no flag --learning_rat\. Did you mean --learning_rate\?"):
         finetune("run", "--learning_rat", "1e-4")
     with pytest.raises(InputError, match=r"--batch_size.*: invalid int value: 'many'"):
         finetune("run", "--batch_size", "many")
 
 
-def test_an_unknown_key_of_a_config_is_met_likewise(finetune, tmp_path):
+def test_an_unknown_key_of_a_config_is_reported_with_the_closest_one(finetune, tmp_path):
     (tmp_path / "c.yaml").write_text("num_epoch: 3\n")
     with pytest.raises(InputError, match=r"c\.yaml: There is no flag --num_epoch\. Did you mean --num_epochs\?"):
         finetune("run", "--config", tmp_path / "c.yaml")
@@ -252,18 +258,18 @@ def test_errors_are_one_paragraph_without_a_traceback(tiny_model, images, tmp_pa
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "multiples of 2; 9 x 9 is not. The nearest it can take are 8 x 8 and 10 x 10." in done.stderr
+    assert "multiples of 2; 9 x 9 is not. The nearest possible sizes are 8 x 8 and 10 x 10." in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_place_where_nothing_can_be_written_is_one_paragraph(finetune, tmp_path, capsys):
+def test_an_unwritable_output_dir_is_reported_in_one_paragraph(finetune, tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="1"):
         run_command(lambda: finetune("run", "--output_dir", tmp_path / "file" / "run"))
     assert re.search(r"\nerror: .*Not a directory: .*file/run", capsys.readouterr().err)
 
 
-def test_a_model_that_is_not_there_is_said_with_where_it_was_looked_for(finetune, tmp_path):
+def test_a_missing_model_is_reported_with_where_it_was_searched(finetune, tmp_path):
     with pytest.raises(InputError, match=r"nobody/nothing.*(folder|Hub)"):
         finetune("run", "--start_model", "nobody/nothing")
     (tmp_path / "empty").mkdir()
@@ -271,25 +277,25 @@ def test_a_model_that_is_not_there_is_said_with_where_it_was_looked_for(finetune
         finetune("run", "--start_model", tmp_path / "empty")
 
 
-def test_another_run_in_the_folder_is_kept(finetune):
+def test_an_existing_run_in_the_folder_is_kept(finetune):
     run = finetune("run")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    with pytest.raises(InputError, match=r"already holds a run.*--resume_from_checkpoint latest.*--output_dir"):
+    with pytest.raises(InputError, match=r"already contains a run.*--resume_from_checkpoint latest.*--output_dir"):
         finetune("run")
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
 def test_a_run_is_not_resumed_with_other_data_order(finetune):
     finetune("run")
-    with pytest.raises(InputError, match=r"images_per_step = 8, but this run has 4"):
+    with pytest.raises(InputError, match=r"global batch size = 8, but this run has 4"):
         finetune("run", "--batch_size", 4, "--resume_from_checkpoint", "latest")
-    with pytest.raises(InputError, match=r"averaged weights = True, but this run has False"):
+    with pytest.raises(InputError, match=r"EMA weights = True, but this run has False"):
         finetune("run", "--ema_decay", 0, "--resume_from_checkpoint", "latest")
     with pytest.raises(InputError, match=r"nowhere is not a complete checkpoint.*step-00000004"):
         finetune("run", "--resume_from_checkpoint", "nowhere")
 
 
-def test_latest_skips_what_is_not_complete(finetune):
+def test_latest_skips_incomplete_checkpoints(finetune):
     run = finetune("run", "--checkpointing_steps", 2)
     (run / "checkpoints" / "step-00000004" / "state.json").unlink()
     finetune("run", "--resume_from_checkpoint", "latest", "--checkpointing_steps", 2)
@@ -298,30 +304,30 @@ def test_latest_skips_what_is_not_complete(finetune):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--prediction_type", "v_prediction"], "prediction type = epsilon, but this run has v_prediction"),
-        (["--freeze", "all_but_norms"], "was made with trained parameters = "),
-        (["--max_train_steps", 2], "further than the 2 steps"),
+        (["--freeze", "all_but_norms"], "was saved with trained parameters .* = "),
+        (["--max_train_steps", 2], "beyond the 2 steps"),
     ],
 )
-def test_a_run_is_not_resumed_as_another(finetune, flags, said):
+def test_a_run_is_not_resumed_as_another(finetune, flags, message):
     run = finetune("run", "--max_train_steps", 3, "--checkpointing_steps", 1)
     weights, checkpoints = saved_weights(run), sorted(path.name for path in (run / "checkpoints").iterdir())
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         finetune("run", "--max_train_steps", 4, *flags, "--resume_from_checkpoint", "latest")
     assert largest_difference(weights, saved_weights(run)) == 0
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == checkpoints
 
 
-def test_grids_of_other_sizes_are_not_put_beside_each_other(finetune):
+def test_grids_of_different_sizes_are_not_combined(finetune):
     run = finetune("run", "--max_train_steps", 2, "--num_samples", 4)
     before = (run / "before_after.png").read_bytes()
     finetune("run", "--max_train_steps", 3, "--num_samples", 9, "--resume_from_checkpoint", "latest")
     assert (run / "before_after.png").read_bytes() == before
 
 
-def test_a_resumed_run_takes_the_learning_rate_that_it_is_given(finetune):
+def test_a_resumed_run_uses_its_own_learning_rate(finetune):
     flags = ("--num_epochs", 4, "--checkpointing_steps", 4)
     run = finetune("run", *flags, "--max_train_steps", 4)
     finetune("run", *flags, "--learning_rate", 5e-3, "--resume_from_checkpoint", "latest")
@@ -361,7 +367,7 @@ def test_a_full_disk_ends_with_the_reason_and_the_last_good_checkpoint(finetune,
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_broken_image_that_is_met_later_leaves_a_checkpoint_to_go_on_from(finetune, tmp_path, monkeypatch):
+def test_a_broken_image_found_during_training_leaves_a_checkpoint_to_resume_from(finetune, tmp_path, monkeypatch):
     monkeypatch.setattr("ddgan.training.loading._CHECKED_IMAGES", 1)
     folder = write_images(tmp_path / "images", 13)
     (folder / "007.png").write_bytes(b"not an image")
@@ -369,10 +375,10 @@ def test_a_broken_image_that_is_met_later_leaves_a_checkpoint_to_go_on_from(fine
     with pytest.raises(RunError, match=r"007\.png.*--skip_broken_images"):
         finetune("run", *flags)
     run = finetune("run", *flags, "--skip_broken_images", "--resume_from_checkpoint", "latest")
-    assert "| images left out as broken | 1 |" in (run / "README.md").read_text()
+    assert "| broken images skipped | 1 |" in (run / "README.md").read_text()
 
 
-def test_pushing_without_a_login_is_said_before_training(finetune, tmp_path, monkeypatch):
+def test_pushing_without_a_login_is_reported_before_training(finetune, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(InputError, match="--push_to_hub"):
@@ -380,24 +386,24 @@ def test_pushing_without_a_login_is_said_before_training(finetune, tmp_path, mon
     assert not (tmp_path / "run").exists()
 
 
-def test_a_command_that_names_no_model_or_data_is_the_demo(monkeypatch, tmp_path):
+def test_a_command_without_model_or_data_runs_the_demo(monkeypatch, tmp_path):
     from ddgan import finetune_model
 
-    seen = []
+    runs = []
 
-    def prepare_accelerator(run):
-        seen.append(run)
-        raise InputError("far enough")
+    def finetune(run, *_):
+        runs.append(run)
+        raise InputError("stop here")
 
-    monkeypatch.setattr(finetune_model, "prepare_accelerator", prepare_accelerator)
+    monkeypatch.setattr(finetune_model, "finetune", finetune)
     for flags in ([], ["--resume_from_checkpoint", "latest"], ["--dataset_name=x"]):
         with pytest.raises(InputError):
             finetune_model.main(flags)
-    assert [run.output_dir for run in seen] == ["demo", "demo", "finetuned"]
-    assert seen[0].num_samples == seen[1].num_samples != seen[2].num_samples
+    assert [run.output_dir for run in runs] == ["demo", "demo", "finetuned"]
+    assert runs[0].num_samples == runs[1].num_samples != runs[2].num_samples
 
 
-def test_an_earlier_checkpoint_is_gone_on_from_and_the_later_ones_made_anew(finetune, tmp_path):
+def test_resuming_from_an_earlier_checkpoint_replaces_the_later_ones(finetune, tmp_path):
     flags = ("--num_epochs", 4, "--checkpointing_steps", 2, "--checkpoints_total_limit", 0)
     run = finetune("run", *flags)
     first = weights(run)
@@ -408,29 +414,29 @@ def test_an_earlier_checkpoint_is_gone_on_from_and_the_later_ones_made_anew(fine
         finetune("other", *flags, "--resume_from_checkpoint", run / "checkpoints" / "step-00000002")
 
 
-def test_a_model_folder_is_not_overwritten_and_other_files_stay(finetune, tiny_model, tmp_path):
-    with pytest.raises(InputError, match=r"holds model_index\.json, which no run made"):
+def test_a_model_folder_is_not_overwritten_and_other_files_are_kept(finetune, tiny_model, tmp_path):
+    with pytest.raises(InputError, match=r"contains model_index\.json, which no run wrote"):
         finetune("run", "--output_dir", tiny_model)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "README.md").write_text("mine")
-    with pytest.raises(InputError, match=r"holds README\.md, which no run made"):
+    with pytest.raises(InputError, match=r"contains README\.md, which no run wrote"):
         finetune("notes")
     assert (tmp_path / "notes" / "README.md").read_text() == "mine"
-    theirs = tmp_path / "run" / "theirs" / ".tmp-theirs"
-    theirs.parent.mkdir(parents=True)
-    theirs.write_text("")
+    other = tmp_path / "run" / "other" / ".tmp-other"
+    other.parent.mkdir(parents=True)
+    other.write_text("")
     finetune("run")
-    assert theirs.exists()
+    assert other.exists()
 
 
 @pytest.mark.parametrize("flags", ["--checkpoints_total_limit -1", "--sample_steps 0", "--dataloader_num_workers -1"])
-def test_numbers_that_are_too_small_are_refused(finetune, flags):
+def test_numbers_that_are_too_small_are_rejected(finetune, flags):
     with pytest.raises(InputError, match=rf"{flags.split()[0]} is -?\d; it must be at least [01]"):
         finetune("run", *flags.split())
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--seed", "-1"], "must be at least 0"),
         (["--learning_rate", "nan"], "must be at least 0"),
@@ -439,12 +445,12 @@ def test_numbers_that_are_too_small_are_refused(finetune, flags):
         (["--resolution", "8", "0"], "must be at least 1"),
     ],
 )
-def test_numbers_that_mean_nothing_are_refused(finetune, flags, said):
-    with pytest.raises(InputError, match=said):
+def test_meaningless_numbers_are_rejected(finetune, flags, message):
+    with pytest.raises(InputError, match=message):
         finetune("run", *flags)
 
 
-def test_models_that_this_cannot_train_are_refused(finetune, tmp_path):
+def test_models_that_cannot_be_trained_are_rejected(finetune, tmp_path):
     from diffusers import LDMPipeline, VQModel
 
     sizes = {"block_out_channels": (8,), "norm_num_groups": 4, "latent_channels": 3}
@@ -460,7 +466,7 @@ def test_models_that_this_cannot_train_are_refused(finetune, tmp_path):
         finetune("run", "--start_model", tmp_path / "plain", "--freeze", "all_but_attention")
 
 
-def test_a_pipeline_of_another_kind_is_refused_with_its_parts(finetune, tmp_path):
+def test_a_pipeline_of_another_kind_is_rejected_with_its_components(finetune, tmp_path):
     from diffusers import UNet2DConditionModel
 
     sizes = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "cross_attention_dim": 8}

@@ -1,4 +1,4 @@
-"""Claims about train_class_conditional.py: what a run leaves, that it repeats itself, and what it refuses."""
+"""Claims about train_class_conditional.py: what a run writes, that it is reproducible, and what it rejects."""
 
 import gzip
 import hashlib
@@ -20,8 +20,9 @@ from torchvision.datasets import MNIST
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, train_class_conditional
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import InputError
+from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import image_grid
-from ddgan.sampling.pipelines import sample, with_scheduler
+from ddgan.sampling.loading import with_scheduler
 from ddgan.train_class_conditional import RECIPES, ClassConditionalArguments, build
 from ddgan.training.arguments import DataArguments
 from ddgan.training.tracking import read_metrics
@@ -43,7 +44,7 @@ GUIDED = [
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory) -> Path:
-    """13 grey images in three sub-folders, so that windows of 4 leave a short one at the end of each epoch."""
+    """13 gray images in three subfolders, so that the last global batch of 4 in each epoch is short."""
     folder = tmp_path_factory.mktemp("data") / "kinds"
     for i in range(13):
         (folder / "abc"[i % 3]).mkdir(exist_ok=True, parents=True)
@@ -76,13 +77,13 @@ def train(kinds, tmp_path):
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
-    """Everything that training changes, from the newest checkpoint: the network, its average, the optimizer."""
+    """All that training changes, from the newest checkpoint: the network, its EMA weights, the optimizer."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     files = [file for file in ("model.safetensors", "ema.safetensors") if (newest / file).exists()]
-    found = {f"{file}/{name}": value for file in files for name, value in load_file(newest / file).items()}
+    tensors = {f"{file}/{name}": value for file in files for name, value in load_file(newest / file).items()}
     for i, values in torch.load(newest / "optimizer.bin", weights_only=True)["state"].items():
-        found |= {f"optimizer/{i}/{name}": value for name, value in values.items()}
-    return found
+        tensors |= {f"optimizer/{i}/{name}": value for name, value in values.items()}
+    return tensors
 
 
 def arguments(*argv) -> tuple:
@@ -95,7 +96,7 @@ def arguments(*argv) -> tuple:
     return parse_arguments(*types, argv=list(argv), recipes=RECIPES)
 
 
-def test_a_run_leaves_a_pipeline_that_draws_each_class_and_a_grid_with_a_row_for_each(train, capsys):
+def test_a_run_saves_a_pipeline_that_generates_each_class_and_a_grid_with_a_row_for_each(train, capsys):
     run = train("run", *GUIDED, "--log_samples_every", 3, "--gradient_checkpointing", "--ema_decay", 0.9)
     assert f"DiffusionPipeline.from_pretrained('{run}', trust_remote_code=True)\n" in capsys.readouterr().out
     pipe = ClassConditionalPipeline.from_pretrained(run)
@@ -103,13 +104,13 @@ def test_a_run_leaves_a_pipeline_that_draws_each_class_and_a_grid_with_a_row_for
     assert (config.num_classes, config.class_dropout, config.in_channels) == (3, 0.5, 1)
     assert pipe.labels == {"a": 0, "b": 1, "c": 2}
     assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
-    pictures = pipe(["c", "a"], guidance_scale=2, num_inference_steps=2).images
-    assert [(picture.size, picture.mode) for picture in pictures] == [((8, 8), "L")] * 2
+    images = pipe(["c", "a"], guidance_scale=2, num_inference_steps=2).images
+    assert [(image.size, image.mode) for image in images] == [((8, 8), "L")] * 2
     assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-0000000{i}.png" for i in (0, 3, 6)]
 
-    # four samples asked for are two rows of two and one more of two; seeds count on from --seed
-    drawn = sample(with_scheduler(pipe, "ddim"), range(6), 2, [0, 0, 1, 1, 2, 2], guidance_scale=2.0)
-    expected = image_grid(drawn, columns=2, row_labels=("a", "b", "c"))
+    # four samples are rounded up to three rows of two; seeds count up from --seed
+    samples = sample(with_scheduler(pipe, "ddim"), range(6), 2, [0, 0, 1, 1, 2, 2], guidance_scale=2.0)
+    expected = image_grid(samples, columns=2, row_labels=("a", "b", "c"))
     assert ImageChops.difference(Image.open(run / "samples" / "step-00000006.png"), expected).getbbox() is None
 
     card = (run / "README.md").read_text()
@@ -145,8 +146,8 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(train, network):
     assert (straight / "metrics.csv").read_text() == (resumed / "metrics.csv").read_text()
 
 
-def test_the_null_class_falls_on_the_same_images_however_a_batch_is_cut_up(train):
-    slow = ["--learning_rate", "1e-7", "--batch_size"]  # Adam makes whole steps of gradients that are rounding noise
+def test_the_null_class_falls_on_the_same_images_however_a_batch_is_split(train):
+    slow = ["--learning_rate", "1e-7", "--batch_size"]  # Adam turns gradients that are rounding noise into full steps
     whole, parts = train("whole", *GUIDED, *slow, 4), train("parts", *GUIDED, *slow, 1, "--grad_accumulation_steps", 4)
     rows = [read_metrics(run / "metrics.csv") for run in (whole, parts)]
     assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], abs=1e-6)
@@ -154,7 +155,7 @@ def test_the_null_class_falls_on_the_same_images_however_a_batch_is_cut_up(train
 
 
 @pytest.mark.parametrize(("dropout", "trained"), [(0.5, [True] * 4), (0, [True] * 3)])
-def test_every_class_is_trained_and_the_null_class_where_there_is_one(train, dropout, trained):
+def test_every_class_is_trained_and_the_null_class_if_there_is_one(train, dropout, trained):
     run = train("run", "--class_dropout", dropout)
     *_, args = arguments(*CLASS_CONDITIONED.split(), "--class_dropout", str(dropout))
     torch.manual_seed(0)
@@ -201,7 +202,7 @@ def test_config_overrides_a_recipe_and_flags_both(tmp_path):
         arguments("--recipe", "slow")
 
 
-def test_a_flag_takes_the_place_of_what_a_file_says_otherwise(tmp_path):
+def test_a_flag_overrides_its_alternatives_in_a_file(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "image_size: 16\nmax_train_steps: 9\ntrain_data_dir: mine\nmixed_precision: no\n"
     )
@@ -229,7 +230,7 @@ def test_torchvision_folders_are_named_as_datasets(train, tmp_path, dataset, fol
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch) -> Path:
-    """A folder that torchvision takes for the place to download MNIST from."""
+    """A folder that torchvision downloads MNIST from."""
     folder = tmp_path / "mirror"
     folder.mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder))
@@ -240,7 +241,7 @@ def mirror(tmp_path, monkeypatch) -> Path:
     server.server_close()
 
 
-def test_what_is_not_there_is_downloaded(train, tmp_path, mirror, monkeypatch):
+def test_missing_data_is_downloaded(train, tmp_path, mirror, monkeypatch):
     resources = []
     for prefix in ("train", "t10k"):
         for file in write_idx(tmp_path / prefix, prefix).iterdir():
@@ -248,14 +249,14 @@ def test_what_is_not_there_is_downloaded(train, tmp_path, mirror, monkeypatch):
             packed.write_bytes(gzip.compress(file.read_bytes()))
             resources.append((packed.name, hashlib.md5(packed.read_bytes()).hexdigest()))
     monkeypatch.setattr(MNIST, "resources", resources)
-    run = train("run", data=("--data_dir", tmp_path / "data"))  # where nothing is named it is MNIST
+    run = train("run", data=("--data_dir", tmp_path / "data"))  # MNIST is the default
     assert (tmp_path / "data" / "MNIST" / "raw" / "train-labels-idx1-ubyte").is_file()
     assert ClassConditionalPipeline.from_pretrained(run).num_classes == 3
 
 
-def test_what_cannot_be_downloaded_is_said(train, tmp_path, mirror):
-    said = r"MNIST are not in .*data.MNIST .*downloading them failed.*not found.*--data_dir"
-    with pytest.raises(InputError, match=said):
+def test_a_failed_download_is_reported(train, tmp_path, mirror):
+    message = r"MNIST are not in .*data.MNIST .*downloading them failed.*not found.*--data_dir"
+    with pytest.raises(InputError, match=message):
         train("run", data=("--dataset", "mnist", "--data_dir", tmp_path / "data"))
 
 
@@ -268,11 +269,11 @@ def test_a_column_of_labels_is_named(train, tmp_path):
     assert (pipe.num_classes, pipe.unet.config.in_channels) == (6, 3)
 
 
-# ---- refusals
+# ---- rejected input
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--guidance_scale", 2], "needs a null class"),
         (["--class_dropout", 1], "within \\[0, 1\\)"),
@@ -287,19 +288,19 @@ def test_a_column_of_labels_is_named(train, tmp_path):
         (["--learning_rates", 1], "Did you mean --learning_rate"),
     ],
 )
-def test_what_cannot_be_is_said_before_training(train, tmp_path, more, said):
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_reported_before_training(train, tmp_path, more, message):
+    with pytest.raises(InputError, match=message):
         train("run", *more)
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
-def test_images_without_classes_are_refused(train, images, tmp_path):
+def test_images_without_classes_are_rejected(train, images, tmp_path):
     with pytest.raises(InputError, match="is in no sub-folder"):
         train("run", data=("--train_data_dir", images))
     assert not (tmp_path / "run").exists()
 
 
-def test_the_split_says_which_files_are_needed(tmp_path):
+def test_the_split_determines_which_files_are_needed(tmp_path):
     write_idx(tmp_path / "MNIST" / "raw", "t10k")
     *_, data_args, args = arguments("--data_dir", str(tmp_path), "--split", "test")
     chosen = train_class_conditional.choose_data(args, data_args)

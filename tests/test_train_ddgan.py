@@ -1,4 +1,4 @@
-"""Claims about train_ddgan.py: what a run leaves, and that it is the plain computation however it is cut up."""
+"""Claims about train_ddgan.py: what a run writes, and that it equals the plain computation however it is split."""
 
 import math
 import shutil
@@ -17,9 +17,10 @@ from ddgan import DDGANPipeline, train_ddgan
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import InputError, RunError
 from ddgan.data.preprocessing import Preprocessing
-from ddgan.training import loop
+from ddgan.training import session
 from ddgan.training.arguments import DataArguments
 from ddgan.training.loading import TrainingData
+from ddgan.training.monitors import GANBalanceMonitor
 from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
 from ddgan.training.objectives.denoising import MicroBatch
 from ddgan.training.randomness import PerSampleRNG
@@ -29,11 +30,11 @@ SCRIPT = ROOT / "train_ddgan.py"
 GENERATOR = "--block_out_channels 8 16 --layers_per_block 1 --attention_resolutions 4 --latent_dim 4"
 MAPPING = "--latent_embed_dim 8 --latent_mapping_layers 1 --discriminator_channels 2"
 RUN = "--image_size 8 --batch_size 4 --max_train_steps 6 --num_samples 4 --report_to none --lazy_reg 2 --r1_gamma 1"
-# Adam makes whole steps of gradients that are rounding noise; at these rates they stay below the bounds
+# Adam turns gradients that are rounding noise into full steps; at these rates they stay below the bounds
 LOW_RATES = ["--lr_g", "2e-7", "--lr_d", "2e-7", "--lr_min", "1e-7"]
-WINDOWS = ["--grad_accumulation_steps", 2]
-STARTED = [*WINDOWS, "--max_train_steps", 4, "--lr_g", "1e-2", "--lr_d", "1e-2"]
-GO_ON = ["--resume_from_checkpoint", "latest", "--max_train_steps", 8]
+GLOBAL_BATCH_8 = ["--grad_accumulation_steps", 2]
+STARTED = [*GLOBAL_BATCH_8, "--max_train_steps", 4, "--lr_g", "1e-2", "--lr_d", "1e-2"]
+RESUME = ["--resume_from_checkpoint", "latest", "--max_train_steps", 8]
 
 
 def flags(images: Path, output: Path, *more) -> list[str]:
@@ -55,13 +56,13 @@ def train(images, tmp_path):
 
 @pytest.fixture
 def started(train) -> Path:
-    """A run of windows of 8 images that has left the start, where the networks give almost nothing."""
+    """A run with global batches of 8 images, past the start, where the networks output almost nothing."""
     return train("started", *STARTED)
 
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory) -> Path:
-    """12 grey images in three sub-folders."""
+    """12 gray images in three subfolders."""
     folder = tmp_path_factory.mktemp("data")
     for i in range(12):
         (folder / "abc"[i % 3]).mkdir(exist_ok=True)
@@ -70,14 +71,14 @@ def kinds(tmp_path_factory) -> Path:
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
-    """Everything that training changes, from the newest checkpoint: both networks, the average, both optimizers."""
+    """All that training changes, from the newest checkpoint: both networks, the EMA weights, both optimizers."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     files = ("model.safetensors", "model_1.safetensors", "ema.safetensors")
-    found = {f"{file}/{name}": value for file in files for name, value in load_file(newest / file).items()}
+    tensors = {f"{file}/{name}": value for file in files for name, value in load_file(newest / file).items()}
     for file in ("optimizer.bin", "optimizer_1.bin"):
         for i, values in torch.load(newest / file, weights_only=True)["state"].items():
-            found |= {f"{file}/{i}/{name}": value for name, value in values.items()}
-    return found
+            tensors |= {f"{file}/{i}/{name}": value for name, value in values.items()}
+    return tensors
 
 
 def assert_same(a: Path, b: Path) -> None:
@@ -87,7 +88,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
 
 
-def test_a_run_leaves_a_pipeline_that_draws(train):
+def test_a_run_saves_a_pipeline_that_generates_images(train):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = train("run", "--log_samples_every", 3, "--gradient_checkpointing", "--report_to", "tensorboard")
@@ -110,15 +111,15 @@ def test_a_run_leaves_a_pipeline_that_draws(train):
     assert (run / "loss.png").exists()
 
 
-def test_learning_rates_go_down_by_half_a_cosine_an_epoch_at_a_time(train):
+def test_learning_rates_follow_half_a_cosine_in_steps_of_an_epoch(train):
     run = train("run", "--max_train_steps", 8, "--lr_g", "4e-4", "--lr_d", "2e-4", "--lr_min", "1e-4")
     rows = read_metrics(run / "metrics.csv")  # 13 images: four steps an epoch
     assert [row["g_learning_rate"] for row in rows] == pytest.approx([4e-4] * 4 + [2.5e-4] * 4)
     assert [row["d_learning_rate"] for row in rows] == pytest.approx([2e-4] * 4 + [1.5e-4] * 4)
 
 
-def test_the_run_is_the_plain_computation_also_when_micro_batches_are_accumulated(train, started, images):
-    """Against a loop that is written out here, over windows of 8 and 5 images in two micro-batches."""
+def test_the_run_equals_the_plain_computation_also_with_gradient_accumulation(train, started, images):
+    """Compared with a loop written out here, over global batches of 8 and 5 images in two micro-batches."""
     more = ["--diffaug", "color,translation", *LOW_RATES]
     argv = flags(images, started, *more)
     _, data_args, _, args = parse_arguments(
@@ -129,8 +130,8 @@ def test_the_run_is_the_plain_computation_also_when_micro_batches_are_accumulate
         argv=argv,
     )
     generator, discriminator, scheduler = train_ddgan.build(args, [8, 8], None)
-    ours = GANSetup(generator.train(), discriminator.train(), scheduler, args.diffaug)
-    objectives = DiscriminatorObjective(ours, args.r1_gamma, args.lazy_reg), GeneratorObjective(ours)
+    gan = GANSetup(generator.train(), discriminator.train(), scheduler, args.diffaug)
+    objectives = DiscriminatorObjective(gan, args.r1_gamma, args.lazy_reg), GeneratorObjective(gan)
     optimizers = [torch.optim.Adam(n.parameters(), 1e-6, (0.5, 0.9)) for n in (discriminator, generator)]
     checkpoint = started / "checkpoints" / "step-00000004"
     for i, (network, optimizer) in enumerate(zip((discriminator, generator), optimizers, strict=True)):
@@ -138,45 +139,45 @@ def test_the_run_is_the_plain_computation_also_when_micro_batches_are_accumulate
         network.load_state_dict(load_file(checkpoint / f"model{suffix}.safetensors"))
         optimizer.load_state_dict(torch.load(checkpoint / f"optimizer{suffix}.bin", weights_only=True))
 
-    run = train("started", *WINDOWS, *GO_ON, *more)
+    run = train("started", *GLOBAL_BATCH_8, *RESUME, *more)
     data = TrainingData(data_args, Preprocessing(3, 8, 8), 0, batch_size=4, accumulation=2, processes=1, seed=0)
     batches = data.batches(4, 8, None)
     for step, row in enumerate(read_metrics(run / "metrics.csv")[4:], start=4):
-        window = [next(batches) for _ in range(2)]
-        images_in_window = sum(len(batch.images) for batch in window)
-        assert images_in_window == (8, 5)[step % 2]
-        players = zip((discriminator, generator), objectives, optimizers, ("d", "g"), strict=True)
-        for stream, (network, objective, optimizer, name) in enumerate(players):
+        global_batch = [next(batches) for _ in range(2)]
+        num_images = sum(len(batch.images) for batch in global_batch)
+        assert num_images == (8, 5)[step % 2]
+        networks = zip((discriminator, generator), objectives, optimizers, ("d", "g"), strict=True)
+        for stream, (network, objective, optimizer, name) in enumerate(networks):
             for group in optimizer.param_groups:
                 group["lr"] = row[f"{name}_learning_rate"]
             losses = [
                 objective(network, MicroBatch(b.images, None, PerSampleRNG(b.keys, b.images.device, stream), step))[
                     "loss"
                 ]
-                for b in window
+                for b in global_batch
             ]
-            loss = torch.cat(losses).sum() / images_in_window
+            loss = torch.cat(losses).sum() / num_images
             loss.backward()
             norm = torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
             assert row[f"{name}_loss"] == pytest.approx(loss.item(), abs=1e-6)
             assert row[f"{name}_grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
             optimizer.step()
             optimizer.zero_grad()
-            discriminator.zero_grad()  # the generator's update leaves something there that the run does not
+            discriminator.zero_grad()  # the generator's update leaves gradients there, unlike in the run
     trained = state(run)
     for file, network in (("model.safetensors", discriminator), ("model_1.safetensors", generator)):
-        there = {name.removeprefix(f"{file}/"): value for name, value in trained.items() if name.startswith(file)}
-        assert largest_difference(there, network.state_dict()) < 1e-6
+        saved = {name.removeprefix(f"{file}/"): value for name, value in trained.items() if name.startswith(file)}
+        assert largest_difference(saved, network.state_dict()) < 1e-6
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_that_accumulates(train, tmp_path):
-    """With windows of 8 that are never short: the discriminator's statistic depends on who is in a micro-batch."""
+    """With global batches that are never short: minibatch statistics depend on which images share a micro-batch."""
     images = write_images(tmp_path / "images", 16)
     one = train("one", *STARTED, data=images)
     shutil.copytree(one, tmp_path / "two")
-    train("one", *WINDOWS, *GO_ON, *LOW_RATES, data=images)
-    run_ranks(SCRIPT, *flags(images, tmp_path / "two", *GO_ON, *LOW_RATES), output=tmp_path / "output.txt")
+    train("one", *GLOBAL_BATCH_8, *RESUME, *LOW_RATES, data=images)
+    run_ranks(SCRIPT, *flags(images, tmp_path / "two", *RESUME, *LOW_RATES), output=tmp_path / "output.txt")
     a, b = state(one), state(tmp_path / "two")
     networks = [name for name in a if name.startswith("model")]
     assert max((a[name] - b[name]).abs().max() for name in networks) < 1e-6
@@ -197,8 +198,8 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(train, stop):
 
 def test_mixed_precision_stays_near_and_keeps_r1_in_float32(train, started):
     shutil.copytree(started, started.with_name("mixed"))
-    exact = train("started", *WINDOWS, *GO_ON, *LOW_RATES)
-    mixed = train("mixed", *WINDOWS, *GO_ON, *LOW_RATES, "--mixed_precision", "bf16")
+    exact = train("started", *GLOBAL_BATCH_8, *RESUME, *LOW_RATES)
+    mixed = train("mixed", *GLOBAL_BATCH_8, *RESUME, *LOW_RATES, "--mixed_precision", "bf16")
     first, second = (read_metrics(run / "metrics.csv")[4] for run in (exact, mixed))
     assert second["d_r1"] == first["d_r1"]
     assert second["d_real"] == first["d_real"]
@@ -207,11 +208,11 @@ def test_mixed_precision_stays_near_and_keeps_r1_in_float32(train, started):
     assert second["g_loss"] == pytest.approx(first["g_loss"], abs=1e-2)
 
 
-def test_classes_are_learned_and_drawn(train, kinds):
+def test_a_class_conditional_run_generates_each_class(train, kinds):
     run = train("run", "--class_conditional", "--image_channels", 1, "--num_samples", 4, data=kinds)
-    assert yaml.safe_load((run / "config.yaml").read_text())["num_samples"] == 6  # two in the row of each class
+    assert yaml.safe_load((run / "config.yaml").read_text())["num_samples"] == 6  # two in each of the three rows
     grid = Image.open(next((run / "samples").glob("*.png")))
-    assert grid.height > grid.width  # three rows of two, and the names
+    assert grid.height > grid.width  # three rows of two images, and the names
     pipe = DDGANPipeline.from_pretrained(run)
     assert pipe.unet.config.num_class_embeds == 3
     assert pipe(batch_size=2, class_labels=[0, 2]).images[0].mode == "L"
@@ -221,41 +222,41 @@ def test_classes_are_learned_and_drawn(train, kinds):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
-        (["--diffaug", "colour"], "colour: known are color, translation, cutout"),
+        (["--diffaug", "colour"], "colour: choose from color, translation, cutout"),
         (["--variance_schedule", "geometric"], "Possible values: 0 <= eps < 1 and 0 < beta_min"),
-        (["--block_out_channels", "8", "8", "8", "8", "8"], "too many to halve a picture of 8x8"),
-        (["--discriminator", "large"], "too often for pictures of 8x8"),
+        (["--block_out_channels", "8", "8", "8", "8", "8"], "too many to halve images of 8x8"),
+        (["--discriminator", "large"], "too often for images of 8x8"),
         (["--class_conditional"], "is in no sub-folder"),
         (["--lr_g", "0"], "--lr_g is 0.0; it must be greater than 0"),
-        (["--lr_g", "5e-6"], "--lr_min is 1e-05, down to which --lr_g 5e-06 and .* must not be above"),
+        (["--lr_g", "5e-6"], "--lr_min is 1e-05, the final value of --lr_g 5e-06 and .* must not be greater"),
         (["--mixed_precision", "fp16"], "fp16 needs a GPU"),
         (["--learning_rate", "1"], "There is no flag --learning_rate"),
     ],
 )
-def test_what_cannot_be_is_said_before_training(train, tmp_path, more, said):
-    with pytest.raises(InputError, match=said):
+def test_invalid_settings_are_reported_before_training(train, tmp_path, more, message):
+    with pytest.raises(InputError, match=message):
         train("run", *more)
     assert not (tmp_path / "run" / "model_index.json").exists()
 
 
-def test_half_precision_that_overflows_at_every_scale_ends_in_words(train, tmp_path, monkeypatch):
+def test_half_precision_that_overflows_at_every_scale_ends_in_a_clear_error(train, tmp_path, monkeypatch):
     def with_scaler(**kwargs):
         accelerator = Accelerator(**kwargs)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=math.inf)
         return accelerator
 
-    monkeypatch.setattr(loop, "Accelerator", with_scaler)
+    monkeypatch.setattr(session, "Accelerator", with_scaler)
     with pytest.raises(RunError, match="gradient of step 51, like those of the 50 before it, is not finite"):
         train("run", "--max_train_steps", 70)
     assert len(read_metrics(tmp_path / "run" / "metrics.csv")) == 50
 
 
-def test_a_run_folder_does_not_stand_in_the_way_of_the_package(tmp_path, monkeypatch):
+def test_a_run_folder_cannot_shadow_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="import a folder of that name here in place of this package"):
-        train_ddgan.main(["--train_data_dir", "pictures", "--output_dir", "ddgan"])
+        train_ddgan.main(["--train_data_dir", "images", "--output_dir", "ddgan"])
     assert train_ddgan.DDGANRunArguments().output_dir != "ddgan"
 
 
@@ -264,21 +265,23 @@ def logged(d_real: float, d_fake: float, d_r1: float = math.nan) -> dict[str, fl
     return {"d_loss": loss, "d_real": d_real, "d_fake": d_fake, "d_r1": d_r1}
 
 
-def test_a_discriminator_that_wins_for_long_is_told_once():
-    watch = train_ddgan.Watch()
+def test_a_discriminator_that_keeps_winning_causes_one_warning():
+    monitor = GANBalanceMonitor()
     winning, even = logged(9.0, -9.0), logged(0.5, -0.5)
-    assert watch([winning] * 400) is None
-    assert watch([even] + [winning] * 400) is None
-    assert "--r1_gamma" in watch([winning] * 200)
-    assert watch([winning] * 1000) is None
+    assert monitor([winning] * 400) is None
+    assert monitor([even] + [winning] * 400) is None
+    assert "--r1_gamma" in monitor([winning] * 200)
+    assert monitor([winning] * 1000) is None
 
 
-def test_a_discriminator_that_guesses_for_long_is_told_once():
-    watch = train_ddgan.Watch()
+def test_a_discriminator_at_chance_causes_one_warning():
+    monitor = GANBalanceMonitor()
     guessing, learning = [logged(0.3, 0.3), logged(-0.3, -0.3)], logged(0.2, -0.2)
-    assert watch(guessing * 200 + [learning] * 100) is None
-    assert watch(guessing * 150 + [learning] * 200) is None
-    assert watch(guessing * 100 + [learning] * 300 + [logged(0.2, -0.2, 1.0)] * 1000) is None  # R1 is no guess
-    assert "mean loss 1.409, that of guesses 1.386" in watch(guessing * 250)
-    assert watch(guessing * 500) is None
-    assert "--r1_gamma" in watch([logged(9.0, -9.0)] * 500)
+    assert monitor(guessing * 200 + [learning] * 100) is None
+    assert monitor(guessing * 150 + [learning] * 200) is None
+    assert (
+        monitor(guessing * 100 + [learning] * 300 + [logged(0.2, -0.2, 1.0)] * 1000) is None
+    )  # steps with R1 do not count
+    assert "mean loss 1.409, at chance 1.386" in monitor(guessing * 250)
+    assert monitor(guessing * 500) is None
+    assert "--r1_gamma" in monitor([logged(9.0, -9.0)] * 500)

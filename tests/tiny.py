@@ -1,25 +1,27 @@
-"""Tiny real components that the tests share, and runs on them."""
+"""Tiny components for the tests, and functions that run scripts on them."""
 
+import io
 import multiprocessing
 import os
 import runpy
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 ROOT = Path(__file__).parent.parent
 
-# What ranks import before they are forked, from a process that has done nothing else.
+# imported once by the process from which the ranks are forked
 multiprocessing.set_forkserver_preload(["ddgan.finetune_model", "ddgan.train_ddgan"])
 
 
@@ -37,8 +39,14 @@ def tiny_unet(**changes) -> UNet2DModel:
     return UNet2DModel(**{**config, **changes})
 
 
+def tiny_pipeline(scheduler: SchedulerMixin | None = None, **unet) -> DDPMPipeline:
+    pipe = DDPMPipeline(tiny_unet(**unet).eval(), scheduler or DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def write_images(folder: Path, count: int, size: tuple[int, int] = (8, 8)) -> Path:
-    """RGB noise of width and height `size`, count.png names in order."""
+    """Write RGB noise images of `size` (width, height), named by their number."""
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0)
     for i in range(count):
@@ -47,7 +55,7 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (8, 8)) -> Pa
 
 
 def make_dataset(folder: Path, count: int, shards: int = 1) -> Path:
-    """A local dataset folder of parquet files; the first pixel of image i has the value i."""
+    """Write a dataset folder of Parquet files in which all pixels of image i have the value i."""
     (folder / "data").mkdir(parents=True)
     for shard in range(shards):
         rows = [Image.new("L", (8, 8), i) for i in range(shard, count, shards)]
@@ -57,15 +65,29 @@ def make_dataset(folder: Path, count: int, shards: int = 1) -> Path:
     return folder
 
 
+def write_shard(archive: Path, values: range) -> Path:
+    """A WebDataset shard of gray images, with their parity as the class."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w") as file:
+        for value in values:
+            encoded = io.BytesIO()
+            Image.new("L", (8, 8), value).save(encoded, "PNG")
+            for suffix, content in (("png", encoded.getvalue()), ("cls", str(value % 2).encode())):
+                member = tarfile.TarInfo(f"{value:05d}.{suffix}")
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+    return archive
+
+
 def finetune_flags(model: Path, images: Path, output: Path, *flags) -> list[str]:
-    """Flags of a run that is as short as can be; later ones override."""
+    """Return the flags of a very short run; later flags override earlier ones."""
     short = "--report_to none --sample_steps 2 --num_samples 2 --batch_size 8 --num_epochs 2 --learning_rate 1e-2"
     start = ["--start_model", model, "--train_data_dir", images, "--output_dir", output, *short.split()]
     return [str(flag) for flag in [*start, *flags]]
 
 
 def command(*args, processes: int = 1) -> tuple[list[str], dict[str, str]]:
-    """How a script is started with Accelerate on the CPU, and in which environment."""
+    """Return the command and the environment that run a script with Accelerate on the CPU."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     if processes == 1:
         return [sys.executable, *map(str, args)], environment
@@ -75,15 +97,16 @@ def command(*args, processes: int = 1) -> tuple[list[str], dict[str, str]]:
 
 
 def run_script(*args, **options) -> subprocess.CompletedProcess:
-    """Run a script to its end in a process of its own."""
+    """Run a script in its own process and wait for it."""
     arguments, environment = command(*args)
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, **options)
 
 
 def run_ranks(script: Path, *args, output: Path) -> str:
-    """Run a script to its end as two ranks, without the launcher; what both print goes to `output` and is returned.
+    """Run a script as two ranks without the launcher, and return what both print, which is also written to `output`.
 
-    Raises AssertionError with what they printed where one of them fails or they take more than five minutes.
+    Raises:
+        AssertionError: If a rank fails or they take more than five minutes; the message is what they printed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -115,10 +138,16 @@ def _rank(rank: int, arguments: list[str], environment: dict[str, str], output: 
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    """The parameters as trained (not averaged) in the newest checkpoint of a run."""
+    """Return the trained weights (not the EMA weights) in the latest checkpoint of a run."""
     return load_file(sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def level_difference(a: Image.Image, b: Image.Image) -> int:
+    """Return the largest difference between two images, in levels of 0 to 255."""
+    assert a.mode == b.mode and a.size == b.size
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()

@@ -1,4 +1,4 @@
-"""A tiny CLIP of Transformers with random weights, its tokenizer of single letters and its image processor."""
+"""A tiny Transformers CLIP model with random weights, a tokenizer of single letters and an image processor."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ TOWER = {
     "num_attention_heads": 2,
     "initializer_range": 0.2,
 }
-PICTURE = {**TOWER, "image_size": 16, "patch_size": 4}
+VISION_TOWER = {**TOWER, "image_size": 16, "patch_size": 4}
 
 
 def save_clip(folder: Path) -> None:
@@ -25,6 +25,6 @@ def save_clip(folder: Path) -> None:
     CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
     special = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1}
     text = {**TOWER, "vocab_size": len(tokens), "max_position_embeddings": 16, **special}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=PICTURE, projection_dim=16)).save_pretrained(folder)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=VISION_TOWER, projection_dim=16)).save_pretrained(folder)
     size = {"size": {"shortest_edge": 16}, "crop_size": 16}
     CLIPImageProcessor(**size, image_mean=MEAN, image_std=STD).save_pretrained(folder)

@@ -1,1 +1,1 @@
-"""All that the training scripts share: arguments, data, the loop, objectives, checkpoints, tracking."""
+"""Training: arguments, data order, objectives, the loop, checkpoints, evaluation and tracking during a run."""

@@ -1,63 +1,159 @@
-"""Files and checkpoints that are whole or not there, whenever the process ends."""
+"""Checkpoints: complete or absent, whenever the process ends."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
 
 from ..core.errors import InputError, RunError
-from ..core.files import sync
+from ..core.files import copy_folder, fingerprint, replace_folder, sync
+from .job import TrainingJob
+from .lr_schedules import set_peak_rates
+from .plan import BatchPlan
+from .progress import RunProgress
+from .run_folder import RunFolder
+from .sharding import num_shards
 
 _NAME = re.compile(r"step-(\d{8})")
 _STATE = "state.json"
 
+# readable names of the keys in state.json that a resumed run must share with its checkpoint
+_INVARIANTS = {
+    "images": "number of images",
+    "images_per_step": "global batch size",
+    "seed": "seed",
+    "processes": "number of processes",
+    "averaged weights": "EMA weights",
+    "shards": "FSDP shards",
+    "trained parameters": "trained parameters (their fingerprint)",
+    "prediction type": "prediction type",
+    "scaled gradients": "fp16 gradient scaling",
+}
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what writes that were cut off left in a run folder under temporary names."""
-    for path in [path for part in (".", "samples", "checkpoints") for path in (folder / part).glob(".tmp-*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+class StatefulPart(Protocol):
+    """A part of the training state that checkpoints contain; every process saves and loads it."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write files into a checkpoint folder, and return the entries for its state.json."""
+        ...
+
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
+        """Restore the part from a checkpoint folder and the contents of its state.json."""
+        ...
+
+
+class PreparedState:
+    """What Accelerate saves of the objects that it has prepared: networks, optimizers, schedules, gradient scaler.
+
+    The learning rates are those of this run, also after resuming.
+    """
+
+    def __init__(self, accelerator: Accelerator, schedules: Sequence[AcceleratedScheduler], peaks: list[list[float]]):
+        self.accelerator, self.schedules, self.peaks = accelerator, schedules, peaks
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        self.accelerator.save_state(str(folder))
+        return {}
+
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
+        self.accelerator.load_state(str(folder))
+        for schedule, rates in zip(self.schedules, self.peaks, strict=True):
+            set_peak_rates(schedule.scheduler, rates)
+
+
+class StreamPosition:
+    """Where each process is in its stream of images.
+
+    Attributes:
+        value: the position after the newest batch; None at the start.
+    """
+
+    def __init__(self, accelerator: Accelerator, streaming: bool):
+        self.file_name = f"stream_{accelerator.process_index}.json"
+        self.streaming, self.value = streaming, None
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        if self.streaming:
+            (folder / self.file_name).write_text(json.dumps(self.value), encoding="utf-8")
+        return {}
+
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
+        if self.streaming:
+            self.value = json.loads((folder / self.file_name).read_text(encoding="utf-8"))
+
+
+class BestPipeline:
+    """The folder of the best pipeline so far; loading also removes one that a later step had written."""
+
+    def __init__(self, accelerator: Accelerator, run_folder: RunFolder, progress: RunProgress):
+        self.accelerator, self.folder, self.progress = accelerator, run_folder.best, progress
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        if self.accelerator.is_main_process and self.progress.evaluations.best and self.folder.is_dir():
+            copy_folder(self.folder, folder / self.folder.name)
+        return {}
+
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        saved = folder / self.folder.name
+        if saved.is_dir():
+            replace_folder(self.folder, partial(copy_folder, saved))
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: step-00001000/ and so on, each the whole state of training.
+    """The checkpoints of a run: folders step-00001000/ and so on, each with the full training state.
 
-    A checkpoint is written to a temporary name, synced and renamed, so every folder `step-*` is complete; older ones
-    are removed after that.
+    A checkpoint is written under a temporary name, synced and renamed, so every folder `step-*` is complete. Older
+    checkpoints are removed only after that.
 
     Args:
         folder: where they are.
         limit: how many are kept; 0 keeps all.
+        parts: what they contain.
+        invariants: what a run must share with a checkpoint to resume from it, keyed like `_INVARIANTS`.
     """
 
-    def __init__(self, folder: Path, limit: int, accelerator: Accelerator):
+    def __init__(
+        self,
+        folder: Path,
+        limit: int,
+        accelerator: Accelerator,
+        parts: Sequence[StatefulPart],
+        invariants: dict[str, Any],
+    ):
         self.folder, self.limit, self.accelerator = folder, limit, accelerator
+        self.parts, self.invariants = parts, invariants
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, oldest first."""
-        found = [_NAME.fullmatch(path.parent.name) for path in self.folder.glob(f"step-*/{_STATE}")]
-        return sorted(int(match[1]) for match in found if match)
+        """Return the steps of the complete checkpoints, oldest first."""
+        names = [_NAME.fullmatch(path.parent.name) for path in self.folder.glob(f"step-*/{_STATE}")]
+        return sorted(int(match[1]) for match in names if match)
 
     def path(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"
 
     def last(self) -> str:
-        """The newest complete checkpoint in words."""
+        """Describe the newest complete checkpoint, for messages."""
         steps = self.steps()
         return str(self.path(steps[-1])) if steps else "none: the run had not saved one yet"
 
-    def save(self, step: int, state: dict, write: Callable[[Path], None]) -> None:
-        """Save a checkpoint; called by every process.
-
-        Args:
-            state: the small facts that `load_state` gives back, as JSON.
-            write: puts everything else into the folder that it is given; runs in every process.
+    def save(self, step: int) -> None:
+        """Save a checkpoint, unless the step has one; every process must call this.
 
         Raises:
-            RunError: if it cannot be written, for want of space say; what was saved before is still there.
+            RunError: if it cannot be written, for example because the disk is full; earlier checkpoints remain.
         """
         if step in self.steps():
             return
@@ -67,52 +163,99 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            write(temporary)
+            state: dict[str, Any] = {}
+            for part in self.parts:
+                state |= part.save(temporary)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+                (temporary / _STATE).write_text(json.dumps(state | self.invariants, indent=1), encoding="utf-8")
                 for path in temporary.rglob("*"):
                     sync(path)
-                shutil.rmtree(final, ignore_errors=True)  # there only if it is not complete
+                shutil.rmtree(final, ignore_errors=True)  # exists only if it is incomplete
                 os.replace(temporary, final)
                 sync(self.folder)
-        except Exception as error:  # OSError, or what torch's and safetensors' writers raise in its place
+        except Exception as error:  # OSError, or what the writers of torch and safetensors raise in its place
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(
                 f"The checkpoint of step {step} could not be written to {self.folder}: {error}. The last good "
-                f"checkpoint is {self.last()}. Make room, then go on with --resume_from_checkpoint latest."
+                f"checkpoint is {self.last()}. Free some space, then resume with --resume_from_checkpoint latest."
             ) from error
         if self.accelerator.is_main_process and self.limit:
             self._remove(self.steps()[: -self.limit])
 
-    def remove_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, which a run that is taken up at this one will make anew."""
-        self._remove([later for later in self.steps() if later > step])
-
-    def _remove(self, steps: list[int]) -> None:
-        for step in steps:
-            leaving = self.folder / f".tmp-old-{step:08d}"  # so that one which is half removed counts as none
-            os.replace(self.path(step), leaving)
-            shutil.rmtree(leaving)
-
-    def find(self, wanted: str) -> Path | None:
-        """The folder that `--resume_from_checkpoint` means: a path, or `latest`, which is None where there is none.
+    def find(self, name: str) -> Path | None:
+        """Return the folder that `--resume_from_checkpoint` names: a path, or `latest`, which may not exist yet.
 
         Raises:
-            InputError: if the path is not a complete checkpoint of this run.
+            InputError: if a path is not a complete checkpoint of this run.
         """
-        if wanted == "latest":
-            steps = self.steps()
+        steps = self.steps()
+        if name == "latest":
             return self.path(steps[-1]) if steps else None
-        if not (Path(wanted) / _STATE).is_file() or Path(wanted).resolve().parent != self.folder.resolve():
-            there = ", ".join(self.path(step).name for step in self.steps()) or "none"
+        if not (Path(name) / _STATE).is_file() or Path(name).resolve().parent != self.folder.resolve():
+            complete = ", ".join(self.path(step).name for step in steps) or "none"
             raise InputError(
-                f"--resume_from_checkpoint {wanted} is not a complete checkpoint of this run. It has, in "
-                f"{self.folder}: {there}. `latest` takes the newest."
+                f"--resume_from_checkpoint {name} is not a complete checkpoint of this run. Those in {self.folder} "
+                f"are: {complete}. `latest` takes the newest."
             )
-        return Path(wanted)
+        return Path(name)
+
+    def load(self, checkpoint: Path, total_steps: int) -> None:
+        """Restore all parts from a checkpoint; every process must call this.
+
+        Raises:
+            InputError: if this run cannot resume from it exactly, or ends before it. Nothing is changed then.
+        """
+        state = load_state(checkpoint)
+        for key, value in self.invariants.items():
+            if state.get(key, value) != value:  # earlier versions saved fewer keys
+                raise InputError(
+                    f"{checkpoint} was saved with {_INVARIANTS[key]} = {state[key]}, but this run has {value}, so it "
+                    "cannot resume exactly. Keep the images, the network, its trained part and its prediction type, "
+                    "--seed, --ema_decay, fp16 or not, and the global batch size (--batch_size x "
+                    "--grad_accumulation_steps x processes), or start a new run from the saved model."
+                )
+        if state["step"] > total_steps:
+            raise InputError(
+                f"{checkpoint} is beyond the {total_steps} steps of this run. Increase --max_train_steps or "
+                "--num_epochs, or resume from an earlier checkpoint."
+            )
+        for part in self.parts:
+            part.load(checkpoint, state)
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which the resumed run will reach again."""
+        self._remove([later for later in self.steps() if later > step])
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            removed = self.folder / f".tmp-old-{step:08d}"  # so that a partly removed one does not count as complete
+            os.replace(self.path(step), removed)
+            shutil.rmtree(removed)
 
 
-def load_state(checkpoint: Path) -> dict:
-    """The facts that were given to `Checkpoints.save`."""
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Read the state.json of a checkpoint."""
     return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+
+
+def resume_invariants(job: TrainingJob, plan: BatchPlan, accelerator: Accelerator) -> dict[str, Any]:
+    """Return what must not change between a checkpoint and a run that resumes from it, keyed like `_INVARIANTS`."""
+    trained_parameters = [
+        [name, *parameter.shape]
+        for trained in job.networks
+        for name, parameter in trained.network.named_parameters()
+        if parameter.requires_grad
+    ]
+    scheduler = getattr(job.pipeline, "scheduler", None)
+    return {
+        "images": plan.num_images,
+        "images_per_step": plan.global_batch_size,
+        "seed": plan.seed,
+        **({"processes": plan.processes} if plan.num_images is None else {}),
+        "averaged weights": job.ema.enabled,
+        "shards": num_shards(accelerator),
+        "trained parameters": fingerprint(trained_parameters),
+        **({"prediction type": scheduler.config.prediction_type} if scheduler else {}),
+        "scaled gradients": accelerator.scaler is not None,
+    }

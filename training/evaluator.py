@@ -1,8 +1,8 @@
-"""Measuring what a run draws, while it goes: against its own training images, without a trace in what is trained."""
+"""Evaluation during training: measure samples against the training images, without affecting the training."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,77 +13,104 @@ from PIL import Image
 from ..core.errors import InputError, RunError
 from ..core.files import fingerprint
 from ..data.preprocessing import Preprocessing
-from ..data.sources import FolderImages
-from ..evaluation import report
 from ..evaluation.extractors import INCEPTION, ClassifierFeatures, load_extractor
+from ..evaluation.facts import ImageProperties, SampleFacts
 from ..evaluation.features import Features, extract_features
-from ..evaluation.metrics import MIN_IMAGES, MetricValue
+from ..evaluation.metrics import METRICS, MIN_IMAGES, MetricValue, available_metrics
 from ..evaluation.references import CACHE_DIR, ReferenceImages, measure_reference
-from ..evaluation.results import Results, evaluate
-from ..sampling.pipelines import sample_in_full_batches
+from ..evaluation.reporting import format_value, metric_title
+from ..evaluation.results import compute_results
+from ..sampling.generation import sample_in_full_batches
 from .arguments import EvaluationArguments, RunArguments
 from .loading import TrainingData
 
-AT_ONCE = 64  # pictures that are drawn at once at most
-REFERENCE_IMAGES = 100_000  # training images that are measured at most, drawn at random; their features are in memory
+MAX_BATCH_SIZE = 64  # images that are sampled at a time
+MAX_REFERENCE_IMAGES = 100_000  # a random subset of more training images is measured; their features are in memory
 
 
 @dataclass
 class Evaluation:
-    """What was measured at a step of a run.
+    """The evaluation of a run at a step.
 
     Attributes:
-        measures: keyed `name@images`.
-        floors: what halves of the training images give, keyed by name.
-        protocol: what the numbers depend on, in words.
-        alike: fingerprint of it all but the name and the step: numbers with the same one compare.
+        metrics: keyed `name@images`.
+        floors: the real-vs-real baseline, between halves of the training images, keyed by name.
+        protocol: what the numbers depend on, described in words.
+        comparison_key: fingerprint of the protocol without the name and the step; evaluations with the same one are
+            comparable.
         dataset: name of the training images.
-        split: of the dataset.
-        warnings: what to mind when comparing the numbers.
+        split: split of the data set.
+        warnings: what to keep in mind when comparing the numbers.
+        best_metric: the metric that decides which evaluation of the run is the best.
     """
 
     step: int
-    measures: dict[str, MetricValue]
+    metrics: dict[str, MetricValue]
     floors: dict[str, MetricValue]
     protocol: dict[str, str]
-    alike: str
+    comparison_key: str
     dataset: str
     split: str
     warnings: list[str]
+    best_metric: str = "fid"
 
-    @property
-    def fid(self) -> float:
-        return next(measure.value for key, measure in self.measures.items() if key.startswith("fid@"))
+    def is_better(self, other: "Evaluation") -> bool:
+        values = [evaluation._by_name()[self.best_metric][1].value for evaluation in (self, other)]
+        return METRICS[self.best_metric].is_better(*values)
 
     def values(self) -> dict[str, float]:
-        return {key: measure.value for key, measure in self.measures.items()}
+        return {key: metric.value for key, metric in self.metrics.items()}
 
-    def in_words(self) -> str:
-        """The numbers that tell most, with their floors."""
-        keys = {key.partition("@")[0]: key for key in self.measures}
+    def summary(self) -> str:
+        """Return the headline metrics and the one that decides, with their floors, in one line."""
         return ", ".join(
-            f"{report.title(keys[name])} {report.number(self.measures[keys[name]])}"
-            + (f" (floor {report.number(self.floors[name])})" if name in self.floors else "")
-            for name in ("fid", "kid", "class_accuracy")
-            if name in keys
+            f"{metric_title(key)} {format_value(metric)}"
+            + (f" (floor {format_value(self.floors[name])})" if name in self.floors else "")
+            for name, (key, metric) in self._by_name().items()
+            if METRICS[name].is_headline or name == self.best_metric
         )
+
+    def _by_name(self) -> dict[str, tuple[str, MetricValue]]:
+        return {key.partition("@")[0]: (key, metric) for key, metric in self.metrics.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "measures": {key: metric.to_json() for key, metric in self.metrics.items()},
+            "floors": {name: metric.to_json() for name, metric in self.floors.items()},
+            "protocol": self.protocol,
+            "alike": self.comparison_key,
+            "dataset": self.dataset,
+            "split": self.split,
+            "warnings": self.warnings,
+            "best_metric": self.best_metric,
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Evaluation":
-        parts = ("measures", "floors")
-        return cls(**values | {part: {k: MetricValue(**m) for k, m in values[part].items()} for part in parts})
+        return cls(
+            step=values["step"],
+            metrics={key: MetricValue.from_json(metric) for key, metric in values["measures"].items()},
+            floors={name: MetricValue.from_json(metric) for name, metric in values["floors"].items()},
+            protocol=values["protocol"],
+            comparison_key=values["alike"],
+            dataset=values["dataset"],
+            split=values["split"],
+            warnings=values["warnings"],
+            best_metric=values.get("best_metric", "fid"),  # earlier versions had no choice
+        )
 
 
 @dataclass
 class EvaluationHistory:
-    """What a run knows of its evaluations; the same in every process, and kept in checkpoints.
+    """The evaluations of a run; the same in every process, and saved in checkpoints.
 
     Attributes:
-        last: the newest.
-        best: the one with the lowest FID of those that compare with the newest.
-        since: the step of the first of those that compare with the newest.
-        count: how many there were.
-        seconds: how long they took together.
+        last: the newest evaluation.
+        best: the best of those that are comparable with the newest.
+        since: step of the first evaluation that is comparable with the newest.
+        count: number of evaluations.
+        seconds: their total time.
     """
 
     last: Evaluation | None = None
@@ -92,47 +119,58 @@ class EvaluationHistory:
     count: int = 0
     seconds: float = 0.0
 
-    def add(self, found: Evaluation, seconds: float) -> bool:
-        """Whether it is the best so far."""
-        self.last, self.count, self.seconds = found, self.count + 1, self.seconds + seconds
-        compares = self.best is not None and self.best.alike == found.alike
-        is_best = not compares or found.fid < self.best.fid
-        if not compares:
-            self.since = found.step
+    def add(self, evaluation: Evaluation, seconds: float) -> bool:
+        """Add an evaluation and return whether it is the best so far."""
+        self.last, self.count, self.seconds = evaluation, self.count + 1, self.seconds + seconds
+        is_comparable = self.best is not None and self.best.comparison_key == evaluation.comparison_key
+        if not is_comparable:
+            self.since = evaluation.step
+        # after a change of --best_metric, the best of the earlier steps is unknown
+        is_best = (
+            not is_comparable or self.best.best_metric != evaluation.best_metric or evaluation.is_better(self.best)
+        )
         if is_best:
-            self.best = found
+            self.best = evaluation
         return is_best
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "last": self.last and self.last.to_json(),
+            "best": self.best and self.best.to_json(),
+            "since": self.since,
+            "count": self.count,
+            "seconds": self.seconds,
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "EvaluationHistory":
-        parts = ("last", "best")
-        return cls(**values | {part: Evaluation.from_json(values[part]) for part in parts if values.get(part)})
+        evaluations = {name: Evaluation.from_json(values[name]) for name in ("last", "best") if values.get(name)}
+        return cls(**values | evaluations)
 
 
 class Evaluator:
-    """Measures pictures of a run against its training images.
+    """Measures samples of a run against its training images.
 
-    Their features are computed, or taken from where scripts/evaluate.py keeps them, when this is made: what cannot be
-    measured is said before training starts. Made and called by every process.
+    The constructor computes the features of the training images, or reads them from the cache that it shares with
+    scripts/evaluate.py, so that what cannot be measured is reported before training starts. Every process constructs
+    and calls an evaluator.
 
     Args:
-        args: how often, how many pictures, and by which features.
-        run: the run's settings; picture i is drawn from the seed `run.seed` + i.
-        data: the training images; where they have classes, these are drawn in turn.
+        args: how often and how many samples are measured, and by which features.
+        run: the run's settings; sample i has the seed `run.seed` + i.
+        data: the training images; if they have classes, the samples have these in turn.
 
     Raises:
-        InputError: if the features cannot be had, or the training images cannot be measured.
-        RunError: at a training image that cannot be read.
+        InputError: if the features are not available, the training images cannot be measured, or the run does not
+            measure `args.best_metric`.
+        RunError: if a training image cannot be read.
     """
 
     def __init__(self, args: EvaluationArguments, run: RunArguments, data: TrainingData, accelerator: Accelerator):
-        if data.args.streaming:
+        if data.source is None:
             raise InputError(
-                "--eval_every measures against the training images, which a stream does not hold. Leave it out, and "
-                "measure the finished model with scripts/evaluate.py; or train without --streaming."
+                "--eval_every measures against the training images, which a stream does not hold. Leave it out and "
+                "measure the finished model with scripts/evaluate.py, or train without --streaming."
             )
         if len(data.source) < MIN_IMAGES:
             raise InputError(
@@ -140,111 +178,145 @@ class Evaluator:
                 f"{data.name} has {len(data.source)}."
             )
         self.args, self.run, self.accelerator = args, run, accelerator
-        self.at_once = min(run.batch_size, AT_ONCE)
-        self.channels = 1 if data.preprocessing.channels <= 2 else 3  # transparency does not count
+        self.batch_size = min(run.batch_size, MAX_BATCH_SIZE)
+        self.channels = 1 if data.preprocessing.channels <= 2 else 3  # without transparency
         self.size = data.preprocessing.height, data.preprocessing.width
+        self.labels = list(range(len(data.classes))) if data.classes else None
         try:
-            with accelerator.main_process_first():  # the others find what it has downloaded
+            with accelerator.main_process_first():  # it downloads weights, which the others then find
                 self.extractor = load_extractor(args.feature_extractor or INCEPTION, args.extractor_weights)
+            knows_classes = (
+                isinstance(self.extractor, ClassifierFeatures) and self.extractor.network.class_names == data.classes
+            )
+            self.classifier = self.extractor if knows_classes else None
+            self._require_best_metric()
             images = ReferenceImages(data.source, data.args.skip_broken_images)
-            split = "all" if isinstance(data.source, FolderImages) else data.args.split
-            with self._extractor_on_the_device():
+            with self._extractor_on_device():
                 self.reference = measure_reference(
-                    *(images, data.name, split, self.size, self.extractor, AT_ONCE, accelerator, CACHE_DIR),
-                    count=REFERENCE_IMAGES,
+                    images,
+                    data.name,
+                    data.source.split,
+                    self.size,
+                    self.extractor,
+                    MAX_BATCH_SIZE,
+                    accelerator,
+                    CACHE_DIR,
+                    count=MAX_REFERENCE_IMAGES,
                     channels=self.channels,
                 )
             if accelerator.is_main_process:
-                self.reference.floor(args.eval_images)
+                self.reference.baseline(args.eval_images, self.extractor.logits_input)
+        except InputError:
+            raise
         except (ValueError, ImportError) as error:
             raise InputError(f"--eval_every: {error}") from error
-        classes = data.classes
-        self.labels = list(range(len(classes))) if classes else None
-        told_apart = isinstance(self.extractor, ClassifierFeatures) and self.extractor.network.class_names == classes
-        self.judge = self.extractor if told_apart else None
 
-    def due(self, step: int, last: int, known: EvaluationHistory) -> bool:
-        """Whether a step is to be evaluated and has not been yet."""
-        wanted = step > 0 and (step == last or step % self.args.eval_every == 0)
-        return wanted and (known.last is None or known.last.step != step)
+    def _require_best_metric(self) -> None:
+        inputs = {"features", "reference", "reference_gaussian", self.extractor.logits_input}
+        measured = available_metrics(inputs | {"confusion"} if self.classifier else inputs)
+        if self.args.best_metric not in measured:
+            raise InputError(
+                f"--best_metric is {self.args.best_metric}, which this run does not measure with "
+                f"{self.extractor.name}. It measures {', '.join(measured)}."
+            )
+
+    def due(self, step: int, last: int, history: EvaluationHistory) -> bool:
+        """Return whether a step is to be evaluated and has not been yet."""
+        is_scheduled = step > 0 and (step == last or step % self.args.eval_every == 0)
+        return is_scheduled and (history.last is None or history.last.step != step)
 
     def measure(
         self,
-        draw: Callable[[list[int], list[int] | None], list[Image.Image]],
+        sample: Callable[[list[int], list[int] | None], list[Image.Image]],
         step: int,
-        drawn: dict[str, Any],
-        between: Callable[[], None],
+        sampling_protocol: dict[str, Any],
+        before_batch: Callable[[], None],
     ) -> Evaluation:
-        """Draw pictures, a part in each process, and measure them.
+        """Generate samples, a shard in each process, and measure them.
 
         Args:
-            draw: a picture for each seed and, where there are classes, its class; all processes draw at once.
-            drawn: how, for the protocol.
-            between: as of `collect`.
+            sample: returns an image for each seed and, where there are classes, class label; all processes call it
+                together.
+            step: number of training steps so far.
+            sampling_protocol: how `sample` generates, for the protocol.
+            before_batch: see `extract_features`.
 
         Returns:
-            the same in every process.
+            The evaluation, the same in every process.
         """
         count = self.args.eval_images
-        # sharded networks are called by all processes together, so each draws equally many whole batches
-        whole = self.at_once * self.accelerator.num_processes if self.accelerator.is_fsdp2 else 1
+        # all processes must call a sharded network together, so each generates the same number of whole batches
+        multiple = self.batch_size * self.accelerator.num_processes if self.accelerator.is_fsdp2 else 1
         preprocessing = Preprocessing(self.channels, *self.size)
 
-        def pictures(numbers: list[int]) -> list[Image.Image]:
-            labels = [self.labels[i % len(self.labels)] for i in numbers] if self.labels else None
-            return draw([self.run.seed + i for i in numbers], labels)
+        def sample_indices(indices: list[int]) -> list[Image.Image]:
+            labels = [self.labels[i % len(self.labels)] for i in indices] if self.labels else None
+            return sample([self.run.seed + i for i in indices], labels)
 
-        def measured(numbers: range) -> Features:
-            drawn = sample_in_full_batches(pictures, numbers, self.at_once)
-            found = self.extractor(torch.stack([preprocessing.load(picture) for picture in drawn]))
-            return {**found, "classes": found["logits"].argmax(1)} if self.judge else found
+        def extract(indices: range) -> Features:
+            images = sample_in_full_batches(sample_indices, indices, self.batch_size)
+            features = self.extractor(torch.stack([preprocessing.load(image) for image in images]))
+            return {**features, "classes": features["logits"].argmax(1)} if self.classifier else features
 
-        with self._extractor_on_the_device():
-            rounded_up = -(-count // whole) * whole
+        with self._extractor_on_device():
             features = extract_features(
-                *(rounded_up, self.at_once, measured, self.accelerator), description="evaluating", between=between
+                -(-count // multiple) * multiple,
+                self.batch_size,
+                extract,
+                self.accelerator,
+                description="evaluating",
+                before_batch=before_batch,
             )
-        found = [None]
-        if self.accelerator.is_main_process:
-            samples = {
-                **drawn,
-                "images": count,
-                "seeds": f"{self.run.seed} to {self.run.seed + count - 1}",
-                "class_labels": self.labels and f"0 to {self.labels[-1]} in turn",
-                "device": self.accelerator.device.type,
-                "drawn_at_once": self.at_once,
-                "size": f"{self.size[1]}x{self.size[0]}",
-                "channels": self.channels,
-                "format": "8-bit pixels",
-            }
-            of = {"pipeline": self.run.model_save_name, "step": step}
-            features = {name: tensor[:count] for name, tensor in features.items()}
-            results = self._results(samples, features)
-            facts = results.facts
-            found[0] = Evaluation(
-                step=step,
-                measures=results.measures,
-                floors=results.floors,
-                protocol=report.protocol(facts | {"samples": {**of, **samples}}),
-                alike=fingerprint([samples, facts["reference"], facts["extractor"]]),
-                dataset=facts["reference"]["name"],
-                split=facts["reference"]["split"],
-                warnings=facts["warnings"],
+        evaluation: list[Evaluation | None] = [None]
+        if features is not None:
+            samples = SampleFacts(
+                count=count,
+                properties=ImageProperties(f"{self.size[1]}x{self.size[0]}", self.channels, "8-bit pixels"),
+                origin=sampling_protocol,
+                settings={
+                    "seeds": f"{self.run.seed} to {self.run.seed + count - 1}",
+                    "class_labels": self.labels and f"0 to {self.labels[-1]} in turn",
+                    "device": self.accelerator.device.type,
+                    "drawn_at_once": self.batch_size,
+                },
             )
-        broadcast_object_list(found)
-        return found[0]
+            evaluation[0] = self._evaluation(
+                step, samples, {name: tensor[:count] for name, tensor in features.items()}
+            )
+        broadcast_object_list(evaluation)
+        return evaluation[0]
 
-    def _results(self, samples: dict[str, Any], features: Features) -> Results:
+    def _evaluation(self, step: int, samples: SampleFacts, features: Features) -> Evaluation:
         try:
-            return evaluate(
-                samples, features, self.extractor, self.reference, judge=self.judge, class_labels=self.labels
+            results = compute_results(
+                samples,
+                features,
+                self.extractor,
+                self.reference,
+                classifier=self.classifier,
+                class_labels=self.labels,
             )
         except ValueError as error:
-            raise RunError(f"The pictures of this run cannot be measured: {error}") from error
+            raise RunError(f"The samples of this run cannot be measured: {error}") from error
+        protocol = results.protocol
+        checkpoint = {"pipeline": self.run.model_save_name, "step": step}
+        described = replace(protocol, samples=replace(samples, origin=checkpoint | samples.origin))
+        comparable = [samples.as_dict(), protocol.reference.as_dict(), protocol.extractor.as_dict()]
+        return Evaluation(
+            step=step,
+            metrics=results.metrics,
+            floors=results.floors,
+            protocol=described.descriptions(),
+            comparison_key=fingerprint(comparable),
+            dataset=protocol.reference.name,
+            split=protocol.reference.split,
+            warnings=results.warnings,
+            best_metric=self.args.best_metric,
+        )
 
     @contextmanager
-    def _extractor_on_the_device(self):
-        """Between evaluations it leaves the accelerator's memory to the training."""
+    def _extractor_on_device(self):
+        """Move the extractor to the device; between evaluations, training has the device's memory for itself."""
         self.extractor.to(self.accelerator.device)
         try:
             yield
@@ -255,5 +327,5 @@ class Evaluator:
 def open_evaluator(
     args: EvaluationArguments, run: RunArguments, data: TrainingData, accelerator: Accelerator
 ) -> Evaluator | None:
-    """The evaluator that the arguments ask for, if they do."""
+    """Return the evaluator of a run, or None without `--eval_every`."""
     return Evaluator(args, run, data, accelerator) if args.eval_every else None

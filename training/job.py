@@ -1,62 +1,67 @@
-"""What a training script hands to the loop."""
+"""The interface between a training script and the loop: what is trained, with which losses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..hub.cards import CardFacts
+from ..sampling.generation import PipelineSampler
 from ..sampling.grids import image_grid
-from ..sampling.pipelines import PipelineSampler
+from .ema import EMA
 from .objectives.denoising import MicroBatch
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainedNetwork:
-    """A network that is trained, with its loss and its optimizer.
+    """A network in training, with its loss and its optimizer.
 
     Attributes:
-        name: what its columns in metrics.csv begin with; empty where a run has one player.
         network: the module.
-        objective: from the network as it is to be called (wrapped for several processes) and `MicroBatch` gives one
-            `loss` a sample, (B,), and beside it what else is to be logged, one value a sample, NaN where none is.
+        objective: takes the network in the form in which it must be called (wrapped for several processes) and a
+            `MicroBatch`; returns one `loss` for each sample, (B,), and further values to log, one for each sample, NaN
+            where there is none.
         optimizer: over the network's parameters.
-        schedule: gives the course of the learning rate from the optimizer and the number of optimizer steps.
+        lr_schedule: creates the learning-rate schedule from the optimizer and the number of optimizer steps.
+        name: prefix of its columns in metrics.csv; empty if the run trains one network.
     """
 
-    name: str
     network: torch.nn.Module
     objective: Callable[[torch.nn.Module, MicroBatch], dict[str, torch.Tensor]]
     optimizer: torch.optim.Optimizer
-    schedule: Callable[[torch.optim.Optimizer, int], LambdaLR]
+    lr_schedule: Callable[[torch.optim.Optimizer, int], LambdaLR]
+    name: str = ""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainingJob:
-    """What a training script hands over to the loop.
+    """All that a training script hands over to the loop.
 
     Attributes:
-        players: updated one after the other in every step, on the same images with draws of their own; meanwhile the
-            others' parameters need no gradients.
-        pipeline: holds the networks; it is what is sampled and saved.
-        averaged: the network of the pipeline that has averaged weights (EMA).
-        sampler: draws from the pipeline; a picture depends on its seed and its class alone.
-        card: what the model card says beside the facts of the run.
-        arguments: all of the script's arguments, for config.yaml and the trackers.
-        labels: the class of each of the pictures that are shown, where there are classes.
-        grid: lays these pictures out, in their order.
-        watch: is shown the rows of metrics.csv as they are logged, and says in words what looks wrong.
+        networks: updated one after the other in each step, on the same images with independent random numbers;
+            meanwhile the parameters of the others need no gradients.
+        pipeline: holds the network that is sampled, and is what the run saves.
+        ema: the EMA weights of that network, with which it is sampled and saved.
+        card: what the script knows for the model card; the loop adds the facts of the run.
+        arguments: all arguments of the script, dataclasses, for config.yaml and the trackers.
+        sampler: samples from the pipeline, one image for each seed and class; without it, the run has no sample grids.
+        labels: the class of each image in a sample grid, if there are classes.
+        grid: arranges these images, in their order.
+        before_after: whether the first and the last grid are saved side by side at the end.
+        monitor: reads the rows of metrics.csv as they are logged; returns a warning, or None.
     """
 
-    players: list[TrainedNetwork]
-    pipeline: DiffusionPipeline
-    averaged: torch.nn.Module
-    sampler: PipelineSampler
+    networks: list[TrainedNetwork]
+    pipeline: DiffusionPipeline | ModelMixin
+    ema: EMA
     card: CardFacts
-    arguments: tuple
+    arguments: tuple[Any, ...]
+    sampler: PipelineSampler | None = None
     labels: list[int] | None = None
     grid: Callable[[list[Image.Image]], Image.Image] = image_grid
-    watch: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
+    before_after: bool = False
+    monitor: Callable[[list[dict[str, float]]], str | None] = lambda rows: None

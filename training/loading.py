@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice
 from math import ceil
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -14,24 +13,17 @@ import torch
 from tqdm import tqdm
 
 from ..core.errors import InputError, RunError
+from ..core.files import location_name
 from ..data.images import BrokenImageError
 from ..data.preprocessing import Preprocessing, read_image
-from ..data.sources import (
-    EMBEDDED_DATASET,
-    Labels,
-    _file_name,
-    _image_column,
-    _label_column,
-    _stream_labels,
-    _undecoded,
-    open_images,
-)
+from ..data.sources import EMBEDDED_DATASET, ImageSource, ImageStream, Labels, file_name, open_source, open_stream
 from .arguments import DataArguments, LabelArguments
 from .plan import BatchPlan
 from .randomness import fold_in
 
 _SHUFFLE_BLOCK = 1000  # rows of a stream that are shuffled among one another, and held in memory undecoded
-_CHECKED_IMAGES = 1000  # images that are read once before a run starts, so that a broken one is found early
+_CHECKED_IMAGES = 1000  # images that are read once before a run starts, to find broken ones early
+_REMEDY = "Repair or replace it, or give --skip_broken_images to leave such images out and count them."
 
 
 @dataclass
@@ -40,12 +32,12 @@ class Batch:
 
     Attributes:
         images: (B, C, H, W) in [-1, 1].
-        labels: their classes, (B,), where the run has them.
-        keys: one integer a sample, from which all that is random about it is drawn.
-        weight: 1, or 0 where the process only stands in because the window has no sample left for it.
-        broken: images that cannot be read and were left out.
-        position: of a stream, where it can be taken up after this batch.
-        error: why there are no `images`, and none will follow.
+        labels: their classes, (B,); None in a run without labels.
+        keys: the key of each sample, the seed of all that is random about it.
+        weight: 1, or 0 if the global batch has no sample left for this process, which then repeats one.
+        broken: names of unreadable images that were skipped.
+        position: of a stream, where to resume after this batch.
+        error: why there are no `images`, in the last batch of a loader that failed.
     """
 
     images: torch.Tensor | None
@@ -64,21 +56,23 @@ def _batch(images: list[torch.Tensor], labels: list[int | None], *rest: Any) -> 
     return Batch(torch.stack(images), None if labels[0] is None else torch.tensor(labels), *rest)
 
 
-def _failed(error: Exception) -> Batch:
-    """What a process that reads images hands over in place of an exception, which may not be one that can be sent."""
-    said = (
-        f"The images cannot be read: {type(error).__name__}: {error}. When the cause is removed, go on with "
-        "--resume_from_checkpoint latest."
-    )
-    return Batch(None, None, [], 0.0, [], error=str(error) if isinstance(error, RunError) else said)
+def _error_batch(error: Exception) -> Batch:
+    """Return a batch that carries an error out of a worker process, since exceptions may not pickle."""
+    message = str(error)
+    if not isinstance(error, RunError):
+        message = (
+            f"The images cannot be read: {type(error).__name__}: {error}. Once the cause is fixed, resume with "
+            "--resume_from_checkpoint latest."
+        )
+    return Batch(None, None, [], 0.0, [], error=message)
 
 
 class TrainingImages(torch.utils.data.Dataset):
-    """Micro-batches from an image source: item (step, micro-batch) is what this process trains on there."""
+    """The micro-batches of one process, from an image source; the items are (step, micro-batch)."""
 
     def __init__(
         self,
-        source,
+        source: ImageSource,
         labels: Labels | None,
         preprocessing: Preprocessing,
         plan: BatchPlan,
@@ -90,33 +84,37 @@ class TrainingImages(torch.utils.data.Dataset):
         self.skip_broken = args.skip_broken_images
         self.cache = None
         if args.cache_images:
-            progress = tqdm(range(len(source)), "decoding images", leave=False, disable=rank > 0)
-            self.cache = [self._read(i) for i in progress]
+            indices = tqdm(range(len(source)), "decoding images", leave=False, disable=rank > 0)
+            self.cache = [self._read(i) for i in indices]
 
     def __getitem__(self, item: tuple[int, int]) -> Batch:
         try:
             return self._micro_batch(*item)
         except Exception as error:
-            return _failed(error)
+            return _error_batch(error)
 
     def _micro_batch(self, step: int, micro_batch: int) -> Batch:
-        share = self.plan.shard(step, micro_batch, self.rank)
-        positions = share or range(share.start, share.start + 1)
+        shard = self.plan.shard(step, micro_batch, self.rank)
+        positions = shard or range(shard.start, shard.start + 1)
         images, labels, keys, broken = [], [], [], []
         for position in positions:
             sample_key = self.plan.sample_key(step, position)
             index = self.plan.image_index(step, min(position, self.plan.global_batch(step)[2] - 1))
             pixels, index, names = self.cache[index] if self.cache else self._read(index)
             if pixels is None:
-                raise RunError(f"An image cannot be read: {names[-1]}. {_WHAT_TO_DO}")
+                raise RunError(f"An image cannot be read: {names[-1]}. {_REMEDY}")
             images.append(self.preprocessing.finish(pixels, sample_key))
             labels.append(self.labels and self.labels[index])
             keys.append(sample_key)
             broken += names
-        return _batch(images, labels, keys, float(len(share) > 0), broken)
+        return _batch(images, labels, keys, float(len(shard) > 0), broken)
 
     def _read(self, index: int) -> tuple[torch.Tensor | None, int, list[str]]:
-        """The image and its index, or where it is broken and may be left out the next one's; the broken ones."""
+        """Read an image, or the next one that is not broken if broken images are skipped.
+
+        Returns:
+            its pixels (None if there is none), its index, and the names of the broken images before it.
+        """
         broken = []
         for _ in range(len(self.source) if self.skip_broken else 1):
             try:
@@ -128,16 +126,19 @@ class TrainingImages(torch.utils.data.Dataset):
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
-    """Micro-batches from a stream, which each process reads its own part of, for ever, from a given position on.
+    """The endless micro-batches of one process, which reads its own part of a stream.
 
-    Rows are shuffled within blocks, shards anew in each pass. A position is the state of the stream at the start of a
-    block and the number of rows of the block that were used, so that a run can be taken up exactly.
+    Rows are shuffled within blocks, shards reshuffled in each pass. A position is the state of the stream at the start
+    of a block and the number of rows of the block already used, which is enough to resume exactly.
+
+    Args:
+        label_column: the column with the labels; None for a run without them.
     """
 
     def __init__(
         self,
-        stream,
-        columns: list[str],
+        stream: ImageStream,
+        label_column: str | None,
         labels: Labels | None,
         preprocessing: Preprocessing,
         plan: BatchPlan,
@@ -146,12 +147,14 @@ class StreamedImages(torch.utils.data.IterableDataset):
     ):
         from datasets.distributed import split_dataset_by_node
 
-        # the order of the shards; rows: see `_rows`. Newer versions would read several shards at once, row by row
-        one_shard = "max_buffer_input_shards" in signature(stream.shuffle).parameters
-        options = {"max_buffer_input_shards": 1} if one_shard else {}
-        stream = stream.shuffle(seed=plan.seed, buffer_size=1, **options)
-        self.stream = split_dataset_by_node(stream, rank, plan.processes)
-        self.columns, self.preprocessing, self.plan, self.rank = columns, preprocessing, plan, rank
+        self.columns = [stream.image_column] if label_column is None else [stream.image_column, label_column]
+        rows = stream.select(self.columns)
+        # shuffles the shards alone; `_rows` shuffles the rows. Newer versions would interleave several shards
+        interleaves = "max_buffer_input_shards" in signature(rows.shuffle).parameters
+        options = {"max_buffer_input_shards": 1} if interleaves else {}
+        rows = rows.shuffle(seed=plan.seed, buffer_size=1, **options)
+        self.stream = split_dataset_by_node(rows, rank, plan.processes)
+        self.preprocessing, self.plan, self.rank = preprocessing, plan, rank
         self.numbers = range(len(labels.classes)) if labels else None
         self.skip_broken = args.skip_broken_images
         self.start_step, self.position = 0, None
@@ -160,7 +163,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         try:
             yield from self._batches()
         except Exception as error:
-            yield _failed(error)
+            yield _error_batch(error)
 
     def _batches(self) -> Iterator[Batch]:
         rows = self._rows(self.position)
@@ -170,57 +173,66 @@ class StreamedImages(torch.utils.data.IterableDataset):
                 images, labels, keys, broken = [], [], [], []
                 for position in self.plan.shard(step, micro_batch, self.rank):
                     sample_key = self.plan.sample_key(step, position)
-                    pixels, label, where = self._next(rows, broken)
+                    pixels, label, next_position = self._next(rows, broken)
                     images.append(self.preprocessing.finish(pixels, sample_key))
                     labels.append(label)
                     keys.append(sample_key)
-                yield _batch(images, labels, keys, 1.0, broken, where)
+                yield _batch(images, labels, keys, 1.0, broken, next_position)
             step += 1
 
     def _next(self, rows: Iterator, broken: list[str]) -> tuple[torch.Tensor, int | None, dict]:
-        began = None
-        for (cell, *label), where in rows:
-            began = where["pass"] if began is None else began
-            if where["pass"] > began + 1:
+        first_pass = None
+        for (cell, *label), position in rows:
+            first_pass = position["pass"] if first_pass is None else first_pass
+            if position["pass"] > first_pass + 1:
                 raise RunError(f"A whole pass over the stream had no image that can be read; the last: {broken[-1]}")
             try:
                 if label and label[0] not in self.numbers:
                     raise BrokenImageError(f"its class is {label[0]}, not one of 0 to {self.numbers[-1]}")
-                return read_image(cell, self.preprocessing), label[0] if label else None, where
+                return read_image(cell, self.preprocessing), label[0] if label else None, position
             except BrokenImageError as error:
-                broken.append(f"a row of the stream ({_file_name(cell)}): {error}")
+                broken.append(f"a row of the stream ({file_name(cell)}): {error}")
                 if not self.skip_broken:
-                    raise RunError(f"An image cannot be read: {broken[-1]}. {_WHAT_TO_DO}") from None
+                    raise RunError(f"An image cannot be read: {broken[-1]}. {_REMEDY}") from None
 
-    def _rows(self, position: dict | None) -> Iterator[tuple[Any, dict]]:
-        """Cells of the columns with the image and, where the run has them, its label; and the position after them."""
-        here = position or {"pass": 0, "block": 0, "state": None, "used": 0}
+    def _rows(self, position: dict | None) -> Iterator[tuple[list[Any], dict]]:
+        """Iterate over rows from a position on: the cells of `columns`, and the position after the row."""
+        position = position or {"pass": 0, "block": 0, "state": None, "used": 0}
         while True:
-            self.stream.set_epoch(here["pass"])
-            if here["state"] is not None:
-                self.stream.load_state_dict(here["state"])
+            self.stream.set_epoch(position["pass"])
+            if position["state"] is not None:
+                self.stream.load_state_dict(position["state"])
             rows = iter(self.stream)
             while block := list(islice(rows, _SHUFFLE_BLOCK)):
                 order = list(range(len(block)))
-                Random(fold_in(self.plan.seed, self.rank, here["pass"], here["block"])).shuffle(order)
-                for i in order[here["used"] :]:
-                    here = {**here, "used": here["used"] + 1}
-                    yield [block[i][column] for column in self.columns], here
-                here = {**here, "block": here["block"] + 1, "state": self.stream.state_dict(), "used": 0}
-            if here["block"] == 0:
-                raise RunError("The stream has no rows for this process: it is empty, or has too few for so many.")
-            here = {"pass": here["pass"] + 1, "block": 0, "state": None, "used": 0}
+                Random(fold_in(self.plan.seed, self.rank, position["pass"], position["block"])).shuffle(order)
+                for i in order[position["used"] :]:
+                    position = {**position, "used": position["used"] + 1}
+                    yield [block[i][column] for column in self.columns], position
+                state = self.stream.state_dict()
+                position = {**position, "block": position["block"] + 1, "state": state, "used": 0}
+            if position["block"] == 0:
+                raise RunError(
+                    "The stream has no rows for this process: it is empty, or has fewer rows than there are processes."
+                )
+            position = {"pass": position["pass"] + 1, "block": 0, "state": None, "used": 0}
 
 
 class TrainingData:
-    """The images of a run and the order in which they are trained on.
+    """The images of a run, dealt out in micro-batches.
 
     Args:
         args: which images.
-        preprocessing: how they become tensors.
-        rank: this process.
+        preprocessing: how they are converted to tensors.
+        rank: number of this process.
         label_args: where the class labels are; None for a run without them.
         plan: batch_size, accumulation, processes and seed of the `BatchPlan`.
+
+    Attributes:
+        source: the images; None for a stream.
+
+    Raises:
+        InputError: if there are no such images or labels, or an image cannot be read.
     """
 
     def __init__(
@@ -231,79 +243,106 @@ class TrainingData:
         label_args: LabelArguments | None = None,
         **plan: int,
     ):
-        self.args, self.preprocessing, self.labels = args, preprocessing, None
-        self.source = opened = open_images(args)
-        self.plan = BatchPlan(None if args.streaming else len(opened), **plan)
+        self.args, self.preprocessing = args, preprocessing
+        self.source: ImageSource | None = None
+        self.labels: Labels | None = None
         if args.streaming:
-            columns = [_image_column(opened, args.image_column)]
-            if label_args:
-                columns.append(_label_column(opened.features or {}, label_args.label_column))
-                self.labels = _stream_labels(opened, columns[1])
-            stream = _undecoded(opened, columns)
-            self.images = StreamedImages(stream, columns, self.labels, preprocessing, self.plan, rank, args)
+            self.plan = BatchPlan(None, **plan)
+            self.images = self._stream(label_args, rank)
         else:
+            self.source = _open_source(args)
+            self.plan = BatchPlan(len(self.source), **plan)
             if label_args:
-                self.labels = opened.labels(label_args.label_column)
+                self.labels = self.source.labels(label_args.label_column)
             if rank == 0 and not args.skip_broken_images:
-                _check(opened, preprocessing)
-            self.images = TrainingImages(opened, self.labels, preprocessing, self.plan, rank, args)
+                _check_readable(self.source, preprocessing)
+            self.images = TrainingImages(self.source, self.labels, preprocessing, self.plan, rank, args)
+
+    def _stream(self, label_args: LabelArguments | None, rank: int) -> StreamedImages:
+        args, label_column = self.args, None
+        stream = open_stream(_location(args), args.split, config=args.dataset_config, image_column=args.image_column)
+        if label_args:
+            label_column = stream.label_column(label_args.label_column)
+            self.labels = stream.labels(label_column)
+        return StreamedImages(stream, label_column, self.labels, self.preprocessing, self.plan, rank, args)
 
     @property
     def name(self) -> str:
-        """How the model card names the data: a dataset by its name on the Hub, a folder by its own name."""
-        given = self.args.train_data_dir or self.args.dataset_name or str(EMBEDDED_DATASET)
-        return Path(given).resolve().name if Path(given).exists() else given
+        """The name of the data on the model card: of a dataset its name on the Hub, of a folder its own name."""
+        return location_name(_location(self.args))
 
     @property
     def classes(self) -> list[str] | None:
-        """Names of the classes in order of their numbers, where the run has labels."""
+        """Names of the classes in the order of their numbers; None in a run without labels."""
         return self.labels and self.labels.classes
 
     def batches(self, start: int, stop: int, position: dict | None) -> Iterator[Batch]:
-        """The micro-batches of this process for optimizer steps start .. stop-1.
+        """Iterate over the micro-batches of this process for optimizer steps start .. stop-1.
 
         Args:
-            position: of a stream, the last batch's position where a run is taken up.
+            position: of a stream, the position of the last batch before `start` when a run resumes.
 
         Raises:
-            RunError: at an image that cannot be read, unless such are to be left out, or where the source fails.
+            RunError: at an image that cannot be read, unless broken images are skipped, or if the source fails.
         """
         workers = self.args.dataloader_num_workers
         if self.args.streaming:
             self.images.start_step, self.images.position = start, position
-            sampler, workers = None, min(workers, 1)  # the rows of a stream come in one order
+            sampler, workers = None, min(workers, 1)  # only one worker keeps the rows of a stream in order
         else:
-            sampler = _Items(self.plan, start, stop)
+            sampler = MicroBatchSampler(self.plan, start, stop)
         loader = torch.utils.data.DataLoader(
             self.images,
             batch_size=None,
             sampler=sampler,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_ignore_signals,
         )
         iterator = iter(loader)
-        readers = getattr(iterator, "_workers", [])
+        processes = getattr(iterator, "_workers", [])
         try:
             for batch in iterator:
                 if batch.error:
                     raise RunError(batch.error)
                 yield batch
         finally:
-            if readers:
-                iterator._shutdown_workers()  # else torch takes a reader that is killed below for one that broke down
-            for reader in readers:
-                if reader.is_alive():
-                    reader.kill()  # it does not listen to the signal that would end it
+            if processes:
+                iterator._shutdown_workers()  # otherwise torch reports a worker that is killed below as crashed
+            for process in processes:
+                if process.is_alive():
+                    process.kill()  # it ignores SIGTERM
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
+def _open_source(args: DataArguments) -> ImageSource:
+    """Open the images that the arguments name, by default the embedded dataset (see `open_source`).
+
+    `--train_data_dir` reads a folder as image files, `--dataset_name` with the `datasets` library.
+
+    Raises:
+        InputError: if they cannot be opened.
+    """
+    return open_source(
+        _location(args),
+        args.split,
+        config=args.dataset_config,
+        image_column=args.image_column,
+        folder_as="images" if args.train_data_dir else "dataset",
+    )
+
+
+def _location(args: DataArguments) -> str:
+    return args.train_data_dir or args.dataset_name or str(EMBEDDED_DATASET)
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the main process, which finishes its step first."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Items(torch.utils.data.Sampler):
-    """(step, micro-batch) for every micro-batch from one optimizer step up to another."""
+class MicroBatchSampler(torch.utils.data.Sampler):
+    """The items (step, micro-batch) of optimizer steps start .. stop-1."""
 
     def __init__(self, plan: BatchPlan, start: int, stop: int):
         self.plan, self.start, self.stop = plan, start, stop
@@ -314,13 +353,10 @@ class _Items(torch.utils.data.Sampler):
                 yield step, micro_batch
 
 
-_WHAT_TO_DO = "Repair or replace it, or give --skip_broken_images to leave such images out and count them."
-
-
-def _check(source, preprocessing: Preprocessing) -> None:
-    """Read images spread over the source once, so that a broken one is named before training starts."""
+def _check_readable(source: ImageSource, preprocessing: Preprocessing) -> None:
+    """Read images spread over the source once, so that a broken one is reported before training starts."""
     for i in range(0, len(source), ceil(len(source) / _CHECKED_IMAGES)):
         try:
             read_image(source[i], preprocessing)
         except BrokenImageError as error:
-            raise InputError(f"An image cannot be read: {source.name(i)}: {error}. {_WHAT_TO_DO}") from None
+            raise InputError(f"An image cannot be read: {source.name(i)}: {error}. {_REMEDY}") from None

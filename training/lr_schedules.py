@@ -1,4 +1,4 @@
-"""The course of a learning rate over the optimizer steps of a run."""
+"""Learning-rate schedules over the optimizer steps of a run."""
 
 import math
 from functools import partial
@@ -11,30 +11,41 @@ from ..core.errors import InputError
 from .arguments import LearningRateArguments
 
 
-def schedule(optimizer: Optimizer, total_steps: int, args: LearningRateArguments) -> LambdaLR:
-    """What `--lr_scheduler` and `--lr_warmup_steps` ask for.
+def lr_schedule(optimizer: Optimizer, total_steps: int, args: LearningRateArguments) -> LambdaLR:
+    """Return the schedule of `--lr_scheduler` and `--lr_warmup_steps`.
 
     Raises:
-        InputError: if they do not go together.
+        InputError: if the two cannot be combined.
     """
     try:
         return get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps
         )
     except ValueError as error:
-        raise InputError(f"--lr_scheduler {args.lr_scheduler} cannot be used like this: {error}") from None
+        raise InputError(f"--lr_scheduler {args.lr_scheduler} cannot be used with these settings: {error}") from None
 
 
 def cosine_by_epoch(optimizer: Optimizer, total_steps: int, lowest: float, steps_per_epoch: int | None) -> LambdaLR:
-    """Half a cosine from each parameter group's learning rate down to `lowest`, constant within an epoch.
+    """Return half a cosine from each parameter group's learning rate down to `lowest`, constant within an epoch.
 
     Args:
-        steps_per_epoch: None for a stream, where the rate goes down at every step.
+        steps_per_epoch: None for a stream, where the rate decreases at every step.
     """
 
     def factor(step: int, peak: float) -> float:
-        began = step - step % (steps_per_epoch or 1)
-        progress = min(began / total_steps, 1.0)
+        epoch_start = step - step % (steps_per_epoch or 1)
+        progress = min(epoch_start / total_steps, 1.0)
         return (lowest + (peak - lowest) * (1 + math.cos(math.pi * progress)) / 2) / peak
 
     return LambdaLR(optimizer, [partial(factor, peak=group["lr"]) for group in optimizer.param_groups])
+
+
+def set_peak_rates(schedule: LambdaLR, rates: list[float]) -> None:
+    """Replace the peak learning rates of a schedule and keep its position.
+
+    A resumed run thus uses the learning rates that it is given, not those in the checkpoint.
+    """
+    schedule.base_lrs = rates
+    for group, rate, factor in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]

@@ -1,27 +1,118 @@
-"""What a run leaves for people: its model card, a report on where things are, and its uploads."""
+"""Model card, summary and final upload of a run."""
 
+import os
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline, ModelMixin
 
 from ..core.errors import InputError, RunError
 from ..core.files import link_or_copy, replace_file, replace_folder
-from ..evaluation.report import eval_results, number, title
-from ..hub.cards import CARD_NAME, CardFacts, card_text, is_repo_id
-from ..hub.export import code_files
+from ..evaluation.reporting import format_value, metric_title, model_index_entries
+from ..hub.cards import CardFacts, card_text, is_repo_id
+from ..hub.folders import code_files
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
 from .arguments import RunArguments
 from .evaluator import EvaluationHistory
+from .plan import BatchPlan
+from .progress import RunProgress
+from .run_folder import RunFolder, step_of_grid
+from .tracking import read_metrics
 
-# what is the user's own affair: places on the machine, and where the model goes
+logger = get_logger(__name__)
+
+# arguments that do not belong on a card: places on the machine, and where the model goes
 _PRIVATE = {"output_dir", "train_data_dir", "resume_from_checkpoint", "hub_model_id", "hub_private", "push_to_hub"}
+_LOSS_STEPS = 100  # newest steps over which the losses on the card are averaged
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known about a run, for its model card and its summary.
+
+    Attributes:
+        step: optimizer steps taken, of `total_steps`.
+        epochs: passes over the data.
+        num_images: images in the data; None for a stream.
+        global_batch_size: images in an optimizer step.
+        processes: number of processes.
+        precision: of the training.
+        hardware: name of the device.
+        losses: by column, the means over the last `loss_steps` steps.
+        seconds: time since the start, before resuming included.
+        waiting_share: share of the training time spent waiting for data.
+        broken_images: images skipped because they cannot be read.
+        evaluations: the newest and the best evaluation.
+    """
+
+    step: int
+    total_steps: int
+    epochs: float
+    num_images: int | None
+    global_batch_size: int
+    processes: int
+    precision: str
+    hardware: str
+    losses: dict[str, float]
+    loss_steps: int
+    seconds: float
+    waiting_share: float
+    broken_images: int
+    evaluations: EvaluationHistory
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What training returns.
+
+    Attributes:
+        folder: the run folder, which `DiffusionPipeline.from_pretrained` loads.
+        facts: what is known about the run; None in processes other than the main one.
+        upload: how the upload to the Hub ended, if there was one.
+    """
+
+    folder: Path
+    facts: RunFacts | None = None
+    upload: str | None = None
+
+
+def collect_facts(
+    folder: RunFolder, progress: RunProgress, plan: BatchPlan, total_steps: int, accelerator: Accelerator
+) -> RunFacts:
+    """Return what is known about a run so far; called by the main process, which has its metrics."""
+    device, step = accelerator.device, progress.step
+    rows = read_metrics(folder.metrics)[-_LOSS_STEPS:]
+    return RunFacts(
+        step=step,
+        total_steps=total_steps,
+        epochs=plan.epoch(step),
+        num_images=plan.num_images,
+        global_batch_size=plan.global_batch_size,
+        processes=accelerator.num_processes,
+        precision=describe_precision(accelerator),
+        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        losses={name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name.endswith("loss")},
+        loss_steps=len(rows),
+        seconds=progress.clock.total_seconds,
+        waiting_share=progress.clock.waiting_share,
+        broken_images=len(progress.broken),
+        evaluations=progress.evaluations,
+    )
+
+
+def describe_precision(accelerator: Accelerator) -> str:
+    """Return the precision of the networks' arithmetic, for cards and protocols."""
+    mixed = accelerator.mixed_precision
+    return "fp32" if mixed == "no" else f"{mixed}, mixed"
 
 
 def settings_for_card(*arguments: Any) -> dict[str, Any]:
-    """The hyper-parameters of a run by their flags' names; local paths are given by their last part."""
+    """Return the hyperparameters of a run by the names of their flags; of local paths, only the last part."""
     values = {name: value for part in arguments for name, value in asdict(part).items()}
     return {
         name: Path(value).name if isinstance(value, str) and not is_repo_id(value) and "/" in value else value
@@ -30,119 +121,122 @@ def settings_for_card(*arguments: Any) -> dict[str, Any]:
     }
 
 
-def write_card(folder: Path, card: CardFacts, facts: dict[str, Any]) -> None:
-    """Write the model card of a run folder: what the script says of the model, and the facts of the run."""
-    images = f"{facts['images']:,} images" if facts["images"] else "a stream"
-    processes = "one process" if facts["processes"] == 1 else f"{facts['processes']} processes"
+def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
+    """Write the model card of a run: what the script knows about the model, and the facts of the run."""
+    data = f"{facts.num_images:,} images" if facts.num_images else "a stream"
+    processes = "one process" if facts.processes == 1 else f"{facts.processes} processes"
     training = {
-        "data": f"{card.dataset}, {images}",
-        "trained for": f"{facts['steps']:,} of {facts['total_steps']:,} optimizer steps"
-        + (f", {facts['epochs']:.1f} passes over the data" if facts["images"] else ""),
-        "images a step": f"{facts['images_per_step']}, {processes}",
-        **{k: f"{v:.4f}, mean of the last {facts['loss_steps']} steps" for k, v in facts["losses"].items()},
-        "hardware": f"{facts['hardware']}, {facts['precision']}",
-        "time": f"{facts['seconds'] / 60:.1f} minutes",
+        "data": f"{card.dataset}, {data}",
+        "trained for": f"{facts.step:,} of {facts.total_steps:,} optimizer steps"
+        + (f", {facts.epochs:.1f} passes over the data" if facts.num_images else ""),
+        "images per step": f"{facts.global_batch_size}, {processes}",
+        **{name: f"{loss:.4f}, mean of the last {facts.loss_steps} steps" for name, loss in facts.losses.items()},
+        "hardware": f"{facts.hardware}, {facts.precision}",
+        "time": f"{facts.seconds / 60:.1f} minutes",
     }
-    if facts["broken"]:
-        training["images left out as broken"] = facts["broken"]
-    known: EvaluationHistory = facts["evaluations"]
-    if known.last:
-        training["evaluations"] = f"{known.count}, which took {known.seconds / 60:.1f} minutes together"
-        card = replace(card, **_evaluation_for_card(known, facts["steps"]))
-    pictures = {
-        "before_after.png": "The same seeds before and after.",
-        **_grid_for_card(folder, facts["steps"]),
-        "loss.png": "Training loss.",
-        "eval.png": "Measured along the run.",
+    if facts.broken_images:
+        training["broken images skipped"] = facts.broken_images
+    evaluations = facts.evaluations
+    if evaluations.last:
+        training["evaluations"] = f"{evaluations.count}, {evaluations.seconds / 60:.1f} minutes in total"
+        card = replace(card, **_evaluation_for_card(evaluations, facts.step))
+    images_by_caption = {
+        folder.before_after: "The same seeds before and after training.",
+        **_grid_for_card(folder, facts.step),
+        folder.loss_plot: "Training loss.",
+        folder.eval_plot: "Evaluations during training.",
     }
-    there = {name: caption for name, caption in pictures.items() if (folder / name).exists()}
-    text = card_text(replace(card, training=training, pictures=there, code=code_files(folder)))
-    replace_file(folder / CARD_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    images = {
+        path.relative_to(folder.path).as_posix(): caption
+        for path, caption in images_by_caption.items()
+        if path.exists()
+    }
+    text = card_text(replace(card, training=training, images=images, code=code_files(folder.path)))
+    replace_file(folder.card, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _newest_grid(folder: Path, step: int) -> Path | None:
-    """The grid of samples in a run folder that is of this step or, of those before it, the last."""
-    grids = (folder / "samples").glob("step-*.png")
-    return max((path for path in grids if _step_of(path) <= step), key=_step_of, default=None)
-
-
-def _step_of(grid: Path) -> int:
-    return int(grid.stem.removeprefix("step-"))
-
-
-def _grid_for_card(folder: Path, step: int) -> dict[str, str]:
-    """The newest grid, with a caption that says of which step it is."""
-    grid = _newest_grid(folder, step)
+def _grid_for_card(folder: RunFolder, step: int) -> dict[Path, str]:
+    """Return the newest grid up to a step, with a caption that names the grid's own step."""
+    grid = folder.newest_grid(step)
     if grid is None:
         return {}
-    drawn = _step_of(grid)
-    caption = f"Samples after {drawn:,} steps" if drawn else "Samples before training"
-    if drawn != step:
-        caption += f"; the weights here are those of step {step:,}"
-    return {f"samples/{grid.name}": f"{caption}."}
+    grid_step = step_of_grid(grid)
+    caption = f"Samples after {grid_step:,} steps" if grid_step else "Samples before training"
+    if grid_step != step:
+        caption += f"; these weights are from step {step:,}"
+    return {grid: f"{caption}."}
 
 
-def _evaluation_for_card(known: EvaluationHistory, step: int) -> dict[str, Any]:
-    """What a card tells of the newest evaluation; its numbers are the model's own if they are of its step."""
-    last, best = known.last, known.best
+def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str, Any]:
+    """Return the fields of a card about the newest evaluation; it is the model's own if it is of the same step."""
+    last, best = evaluations.last, evaluations.best
     table = {
-        title(key): number(measure)
-        + (f" (training images: {number(last.floors[name])})" if name in last.floors else "")
-        for key, measure in last.measures.items()
+        metric_title(key): format_value(measure)
+        + (f" (training images: {format_value(last.floors[name])})" if name in last.floors else "")
+        for key, measure in last.metrics.items()
         for name in [key.partition("@")[0]]
     }
     if best.step != step:
-        table["best in the run"] = f"{best.in_words()}, after {best.step:,} steps: `best/` in the run folder"
-    words = [f"{part.replace('_', ' ').capitalize()}: {text}." for part, text in last.protocol.items()]
-    about = ["In brackets is what one half of the training images gives against the other."]
+        table["best in the run"] = f"{best.summary()}, after {best.step:,} steps: `best/` in the run folder"
+    protocol = [f"{part.replace('_', ' ').capitalize()}: {text}." for part, text in last.protocol.items()]
+    notes = ["In parentheses: one half of the training images measured against the other half."]
     if last.step != step:
-        about.append(f"These are numbers of step {last.step:,}, not of the weights here.")
-    results = eval_results(last.measures, last.dataset, last.split, last.protocol) if last.step == step else []
-    return {"evaluation": table, "protocol": " ".join(about + words), "results": results}
+        notes.append(f"These numbers are from step {last.step:,}, not from the weights here.")
+    results = model_index_entries(last.metrics, last.dataset, last.split, last.protocol) if last.step == step else []
+    return {"evaluation": table, "protocol": " ".join(notes + protocol), "results": results}
 
 
-def write_best(folder: Path, pipeline: DiffusionPipeline, card: CardFacts, facts: dict[str, Any]) -> None:
-    """Write the pipeline with the best numbers so far, the run's newest grid and a card, for the one before."""
-    usage = re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{folder.name}"', card.usage)
+def write_best(folder: RunFolder, pipeline: DiffusionPipeline | ModelMixin, card: CardFacts, facts: RunFacts) -> None:
+    """Replace `best/` of a run by the given pipeline, with the newest grid of the run and a card of its own."""
+    usage = re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{folder.best.name}"', card.usage)
     card = replace(card, title=f"{card.title}, best checkpoint", usage=usage)
 
     def write(temporary: Path) -> None:
         pipeline.save_pretrained(temporary)
-        if grid := _newest_grid(folder.parent, facts["steps"]):
-            (temporary / "samples").mkdir()
-            link_or_copy(grid, temporary / "samples" / grid.name)
-        write_card(temporary, card, facts)
+        best = RunFolder(temporary)
+        if grid := folder.newest_grid(facts.step):
+            copy = best.grid(step_of_grid(grid))
+            copy.parent.mkdir()
+            link_or_copy(grid, copy)
+        write_card(best, card, facts)
 
-    replace_folder(folder, write)
+    replace_folder(folder.best, write)
 
 
-def report(folder: Path, facts: dict[str, Any]) -> None:
-    """Print where things are."""
-    known: EvaluationHistory = facts["evaluations"]
-    trust = ", trust_remote_code=True" if code_files(folder) else ""
+def print_summary(run: FinishedRun) -> None:
+    """Print how a run went and where its files are; prints nothing in processes other than the main one."""
+    facts = run.facts
+    if facts is None:
+        return
+    folder, evaluations = RunFolder(run.folder), facts.evaluations
+    trust = ", trust_remote_code=True" if code_files(run.folder) else ""
+    files = {"before, after": folder.before_after, "loss": folder.loss_plot, "evaluations": folder.eval_plot}
     lines = [
-        f"\nStep {facts['steps']} of {facts['total_steps']} reached after {facts['seconds'] / 60:.1f} minutes.",
-        f"{facts['waited']:.1%} of the training time went into waiting for data.",
-        f"{facts['broken']} broken images were left out." if facts["broken"] else None,
-        f"{known.count} evaluations took {known.seconds / 60:.1f} minutes of it." if known.last else None,
-        "",
-        f"model folder   {folder}",
-        *(
-            f"{name:<14} {folder / file}"
-            for name, file in (("before, after", "before_after.png"), ("loss", "loss.png"), ("measured", "eval.png"))
-            if (folder / file).exists()
-        ),
-        f"best model     {folder / 'best'}: step {known.best.step}, {known.best.in_words()}" if known.best else None,
-        f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(folder)!r}{trust})",
+        f"\nReached step {facts.step} of {facts.total_steps} after {facts.seconds / 60:.1f} minutes.",
+        f"{facts.waiting_share:.1%} of the training time was spent waiting for data.",
     ]
-    print("\n".join(line for line in lines if line is not None))
+    if facts.broken_images:
+        lines.append(f"{facts.broken_images} broken images were skipped.")
+    if evaluations.last:
+        lines.append(f"{evaluations.count} evaluations took {evaluations.seconds / 60:.1f} minutes of it.")
+    lines += ["", f"model folder   {run.folder}"]
+    lines += [f"{name:<14} {path}" for name, path in files.items() if path.exists()]
+    if best := evaluations.best:
+        lines.append(f"best model     {folder.best}: step {best.step}, {best.summary()}")
+    lines.append(f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(run.folder)!r}{trust})")
+    if run.upload:
+        lines.append(run.upload)
+    print("\n".join(lines))
 
 
-def repository_for(args: RunArguments) -> str:
-    """The repository that a run is uploaded to, made before training so that what is wrong is known early.
+def create_repository(args: RunArguments) -> str:
+    """Create the repository that a run is uploaded to, before training, so that problems are known early.
+
+    Returns:
+        its id, `user/name`.
 
     Raises:
-        InputError: if nobody is logged in, the Hub does not answer, or the repository cannot be made.
+        InputError: if nobody is logged in, the Hub does not respond, or the repository cannot be created.
     """
     try:
         user = who_am_i()
@@ -154,16 +248,16 @@ def repository_for(args: RunArguments) -> str:
     return repo_id
 
 
-def finish_upload(background: BackgroundUpload, args: RunArguments) -> None:
-    """Upload a finished run folder; a failure is told, and leaves the run as it is."""
+def finish_upload(background: BackgroundUpload, args: RunArguments) -> str:
+    """Upload a finished run folder, and describe how that went; a failure leaves the run as it is."""
     repository = background.repository
-    print(f"uploading to   {repository.url}", flush=True)
+    logger.info("Uploading to %s", repository.url)
     try:
-        print(f"uploaded       {background.finish('Upload finished model').url}")
-    except (Exception, KeyboardInterrupt) as error:  # whatever it is, the run itself is done and saved
+        return f"uploaded       {background.finish('Upload finished model').url}"
+    except (Exception, KeyboardInterrupt) as error:  # whatever it is, the run itself is finished and saved
         private = " --private" if args.hub_private else ""
-        reason = str(error) or "The upload was stopped."
-        print(
-            f"\n{reason}\nThe model is whole in {args.output_dir}; this finishes the upload:\n"
+        reason = str(error) or "The upload was interrupted."
+        return (
+            f"\n{reason}\nThe model is complete in {args.output_dir}; to finish the upload:\n"
             f"    python scripts/push_to_hub.py --folder {args.output_dir} --repo_id {repository.repo_id}{private}"
         )

@@ -1,4 +1,4 @@
-"""The batch plan: which samples make each optimizer step, on which process."""
+"""The batch plan: which samples make up each optimizer step, and which process trains on them."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,13 +11,17 @@ from .randomness import fold_in
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the samples of a run are dealt out to optimizer steps, micro-batches and processes.
+    """The assignment of samples to optimizer steps, micro-batches and processes.
 
-    An epoch is a permutation of the images, cut into global batches; the last one of an epoch may be
-    shorter. Everything is computed from the step, so a run can be taken up at any of them.
+    An epoch is a permutation of the images, cut into global batches, one for each optimizer step; the last one of an
+    epoch may be short. Everything is computed from the step, so a run can resume at any step.
 
     Args:
         num_images: images in an epoch; None for a stream, which is one endless epoch.
+        batch_size: images in a micro-batch of one process.
+        accumulation: micro-batches that each process accumulates in a step.
+        processes: number of processes.
+        seed: of the permutations and the sample keys.
     """
 
     num_images: int | None
@@ -35,39 +39,44 @@ class BatchPlan:
         return None if self.num_images is None else ceil(self.num_images / self.global_batch_size)
 
     def epoch(self, step: int) -> float:
-        """Passes over the data that are complete after `step` optimizer steps (0 throughout for a stream)."""
+        """Return the epochs completed after `step` optimizer steps, with their fraction; always 0 for a stream."""
         if self.num_images is None:
             return 0.0
-        whole, part = divmod(step, self.steps_per_epoch)
-        return whole + min(1.0, part * self.global_batch_size / self.num_images)
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        return epochs + min(1.0, steps * self.global_batch_size / self.num_images)
 
     def global_batch(self, step: int) -> tuple[int, int, int]:
-        """Epoch, position of the first sample in it, and number of samples of the optimizer step with index `step`."""
+        """Return the epoch of a step, the position of its first sample in the epoch, and its number of samples."""
         if self.num_images is None:
             return 0, step * self.global_batch_size, self.global_batch_size
-        epoch, part = divmod(step, self.steps_per_epoch)
-        start = part * self.global_batch_size
+        epoch, steps = divmod(step, self.steps_per_epoch)
+        start = steps * self.global_batch_size
         return epoch, start, min(self.global_batch_size, self.num_images - start)
 
     def images_seen(self, step: int) -> int:
-        """Samples that `step` optimizer steps have trained on."""
+        """Return the number of samples in the first `step` optimizer steps."""
         epoch, start, _ = self.global_batch(step)
         return epoch * (self.num_images or 0) + start
 
     def micro_batches(self, step: int) -> int:
-        """Micro-batches that each process trains on in a step."""
+        """Return the number of micro-batches of each process in a step."""
         return ceil(self.global_batch(step)[2] / (self.batch_size * self.processes))
 
     def shard(self, step: int, micro_batch: int, rank: int) -> range:
-        """Positions in the window that a process trains on in a micro-batch; a short one is shared out evenly."""
+        """Return the positions in the global batch that make up a micro-batch of one process.
+
+        The processes share a short micro-batch evenly; some may get no sample of it.
+        """
         start = micro_batch * self.batch_size * self.processes
         count = min(self.batch_size * self.processes, self.global_batch(step)[2] - start)
         return range(start + count * rank // self.processes, start + count * (rank + 1) // self.processes)
 
     def sample_key(self, step: int, position: int) -> int:
+        """Return the seed of all that is random about the sample at a position in the global batch."""
         return fold_in(self.seed, step, position)
 
     def image_index(self, step: int, position: int) -> int:
+        """Return the index in the image source of the sample at a position in the global batch."""
         epoch, start, _ = self.global_batch(step)
         return int(_permutation(self.num_images, fold_in(self.seed, epoch))[start + position])
 

@@ -1,41 +1,53 @@
-"""Networks that FSDP has cut into shards: the part that this process holds, and the whole."""
+"""Networks sharded by FSDP: the shards of this process, and the full tensors."""
 
 import copy
 from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
-def local(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """The parameters; of those that are sharded, this process's shard, in the same memory."""
+def num_shards(accelerator: Accelerator) -> int:
+    """Return the number of shards of each parameter: 1 without FSDP."""
+    return accelerator.num_processes if accelerator.is_fsdp2 else 1
+
+
+def local_shards(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Return the parameters, or of sharded ones the shards of this process, in the same memory."""
     return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor put together from its shards; called by every process."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a tensor from its shards; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(network: torch.nn.Module) -> None:
-    """Give up what a forward pass without a backward pass has left gathered, so that the next one gathers anew."""
+    """Free the parameters that a forward pass without a backward pass left gathered.
+
+    The next forward pass gathers them again, with the values that the shards have by then.
+    """
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def whole_pipeline(pipeline: DiffusionPipeline, accelerator: Accelerator) -> DiffusionPipeline:
-    """The pipeline with its networks put together from their shards, in the main process; called by every process."""
+def gather_pipeline(
+    pipeline: DiffusionPipeline | ModelMixin, accelerator: Accelerator
+) -> DiffusionPipeline | ModelMixin:
+    """Return the pipeline with full networks in the main process; every process must call this."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        return pipeline  # only the networks of pipelines are trained with FSDP
     pipeline = copy.copy(pipeline)
-    for name, part in pipeline.components.items():
-        if isinstance(part, FSDPModule):
-            state = accelerator.get_state_dict(part)
+    for name, component in pipeline.components.items():
+        if isinstance(component, FSDPModule):
+            state = accelerator.get_state_dict(component)
             if accelerator.is_main_process:
-                kind = type(part).__bases__[-1]  # what FSDP derived the class of the network from
-                network = kind.from_config(part.config)
+                network_class = type(component).__bases__[-1]  # FSDP derives a class of its own from the network's
+                network = network_class.from_config(component.config)
                 network.load_state_dict(state)
                 setattr(pipeline, name, network)
     return pipeline

@@ -1,40 +1,63 @@
-"""What a run shows: metrics.csv and its picture, and Accelerate's trackers."""
+"""Metrics of a run: metrics.csv, its plots, and Accelerate's trackers."""
 
 import csv
+from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isnan, nan
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
 from ..core.errors import InputError
+from ..core.extras import missing_extra
 from ..core.files import replace_file
-from ..evaluation import report
+from ..evaluation.metrics import METRICS
+from ..evaluation.reporting import metric_title
 from .arguments import RunArguments
 from .evaluator import EvaluationHistory
 
-SHARES = ("precision", "recall", "coverage", "class_accuracy")  # measures that are parts of a whole
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
+@dataclass(frozen=True)
+class _PanelStyle:
+    """How a panel of the evaluation plot is drawn; the panel of each metric is in `METRICS`."""
+
+    height: int = 2
+    scale: str = "linear"
+    limits: tuple[float, float] | None = None
+
+
+_PANEL_STYLES = {
+    "fid": _PanelStyle(height=3, scale="log"),
+    "fractions": _PanelStyle(height=3, limits=(-0.05, 1.05)),
+}
+
+
 def tracker_names(report_to: str) -> list[str]:
-    """The trackers that `--report_to` means.
+    """Return the trackers that `--report_to` selects.
 
     Raises:
-        InputError: if the package of one that is asked for is not installed.
+        InputError: if the package of a requested tracker is not installed.
     """
     if report_to == "none":
         return []
     if report_to == "all":
         return [name for name in _TRACKERS if find_spec(name)]
     if not find_spec(report_to):
-        extra = "wandb" if report_to == "wandb" else "train"
-        command = "pip install trackio" if report_to == "trackio" else f"pip install 'diffusers-ddgan[{extra}]'"
+        if report_to == "trackio":
+            problem = "trackio is not installed. Run pip install trackio"
+        else:
+            problem = missing_extra(report_to, "wandb" if report_to == "wandb" else "train")
         raise InputError(
-            f"--report_to {report_to} needs a package that is not installed: {command}. Or choose another: "
-            f"--report_to none writes metrics.csv and pictures to the run folder alone."
+            f"--report_to {report_to} needs a package: {problem}. Or choose another tracker; --report_to none writes "
+            "metrics.csv and images to the run folder only."
         )
     return [report_to]
 
@@ -43,7 +66,7 @@ def start_trackers(accelerator: Accelerator, args: RunArguments, config: dict) -
     """Start the trackers with the run's settings.
 
     Raises:
-        InputError: if one does not start.
+        InputError: if a tracker does not start.
     """
     plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items() if v is not None}
     try:
@@ -52,38 +75,38 @@ def start_trackers(accelerator: Accelerator, args: RunArguments, config: dict) -
             config=plain,
             init_kwargs={"wandb": {"name": args.model_save_name, "dir": args.output_dir}},
         )
-    except Exception as error:  # each tracker has errors of its own, most often that nobody is logged in
+    except Exception as error:  # each tracker has its own errors, most often a missing login
         raise InputError(
             f"--report_to {args.report_to}: the tracker did not start: {error}. Log in to it, or set "
             "WANDB_MODE=offline, or choose --report_to tensorboard or none."
         ) from error
 
 
-def track_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
-    """Send a picture to every tracker that takes pictures."""
-    array = np.asarray(picture.convert("RGB"))
+def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
+    """Log an image to every tracker that supports images."""
+    array = np.asarray(image.convert("RGB"))
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: array[None]}, step=step, dataformats="NHWC")
         elif tracker.name == "wandb":
-            tracker.log_images({name: [picture]}, step=step)
+            tracker.log_images({name: [image]}, step=step)
         elif tracker.name == "trackio":
             import trackio
 
             tracker.log({name: trackio.Image(array)}, step=step)
 
 
-class Metrics:
-    """metrics.csv: one row an optimizer step, numbers in full precision, nothing where there is none."""
+class MetricsFile:
+    """The metrics.csv of a run: one row per optimizer step, numbers in full precision, missing values empty."""
 
     def __init__(self, path: Path, resumed_step: int):
-        """Open the file of a run; rows past the step at which it is taken up are dropped."""
+        """Open the file of a run and drop the rows after the step from which the run resumes."""
         self.path = path
         rows = read_metrics(path) if path.exists() else []
         self._replace([row for row in rows if row["step"] <= resumed_step])
 
     def append(self, rows: list[dict[str, float]]) -> None:
-        """Add rows; what they do not have of the columns there stays empty."""
+        """Append rows; columns that a row lacks stay empty in it."""
         if self.columns and not any(row.keys() - set(self.columns) for row in rows):
             _write(self.path, self.columns, rows, "a")
         else:
@@ -114,69 +137,72 @@ def _write(path: Path, columns: list[str], rows: list[dict[str, float]], mode: s
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The complete rows of a metrics.csv."""
+    """Read the complete rows of a metrics.csv; the last one may be cut off."""
     text = path.read_text(encoding="utf-8")
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
     return [{k: int(v) if k in ("step", "images") else float(v or "nan") for k, v in row.items()} for row in rows]
 
 
-def plot_losses(metrics: Path, picture: Path) -> None:
-    """Draw every column whose name ends in `loss`, as logged and smoothed, and the learning rates below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = read_metrics(metrics)
+def plot_losses(metrics_path: Path, plot_path: Path) -> None:
+    """Plot every column whose name ends in `loss`, as logged and smoothed, and the learning rates below."""
+    rows = read_metrics(metrics_path)
     steps = [row["step"] for row in rows]
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(3, 1), layout="constrained"
-    )
+    figure = _new_figure(height=5.5)
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for color, name in enumerate(name for name in rows[0] if name.endswith("loss")):
         values = np.array([row[name] for row in rows])
-        above.plot(steps, values, color=f"C{color}", alpha=0.25, linewidth=0.8)
+        losses.plot(steps, values, color=f"C{color}", alpha=0.25, linewidth=0.8)
         width = min(len(values), max(1, len(values) // 20))
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        above.plot(steps[width - 1 :], smooth, color=f"C{color}", label=f"{name}, mean of the last {width} steps")
-    above.set_yscale("log")
-    above.set_ylabel("loss")
-    above.grid(alpha=0.3, which="both")
-    above.legend()
+        losses.plot(steps[width - 1 :], smooth, color=f"C{color}", label=f"{name}, mean of the last {width} steps")
+    losses.set_yscale("log")
+    losses.set_ylabel("loss")
+    losses.grid(alpha=0.3, which="both")
+    losses.legend()
     for color, name in enumerate(name for name in rows[0] if name.endswith("learning_rate")):
-        below.plot(steps, [row[name] for row in rows], color=f"C{color}")
-    below.set_ylabel("learning rate")
-    below.set_xlabel("optimizer step")
-    below.grid(alpha=0.3)
-    replace_file(picture, lambda temporary: figure.savefig(temporary, dpi=110))
-    plt.close(figure)
+        rates.plot(steps, [row[name] for row in rows], color=f"C{color}")
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("optimizer step")
+    rates.grid(alpha=0.3)
+    replace_file(plot_path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
-def plot_evaluations(metrics: Path, picture: Path, evaluations: EvaluationHistory) -> None:
-    """Draw what was measured like the newest evaluation, the best step marked, and dashed the floors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    newest, best = evaluations.last, evaluations.best
-    images = next(iter(newest.measures)).partition("@")[2]
-    rows = [row for row in read_metrics(metrics) if row["step"] >= evaluations.since]
-    rows = [row for row in rows if not isnan(row.get(f"fid@{images}", nan))]
+def plot_evaluations(metrics_path: Path, plot_path: Path, history: EvaluationHistory) -> None:
+    """Plot the evaluations that are comparable with the newest, their best step and, dashed, the floors."""
+    newest, best = history.last, history.best
+    panels: dict[str, list[str]] = {}  # keys of metrics
+    for key in newest.metrics:
+        name = key.partition("@")[0]
+        panel = METRICS[name].panel or (name if name == best.best_metric else None)
+        if panel:
+            panels.setdefault(panel, []).append(key)
+    styles = [_PANEL_STYLES.get(panel, _PanelStyle()) for panel in panels]
+    rows = [row for row in read_metrics(metrics_path) if row["step"] >= history.since]
+    rows = [row for row in rows if not isnan(row.get(next(iter(newest.metrics)), nan))]
     steps = [row["step"] for row in rows]
-    shares = [name for name in SHARES if f"{name}@{images}" in newest.measures]
-    figure, panels = plt.subplots(3, 1, figsize=(8, 7.5), sharex=True, height_ratios=(3, 2, 3), layout="constrained")
-    for panel, names in zip(panels, (["fid"], ["kid"], shares), strict=True):
-        for color, name in enumerate(names):
-            values = [row[f"{name}@{images}"] for row in rows]
-            panel.plot(steps, values, "o-", color=f"C{color}", markersize=4, label=report.title(f"{name}@{images}"))
-            if name in newest.floors:
-                panel.axhline(newest.floors[name].value, color=f"C{color}", linestyle="--", linewidth=0.9, alpha=0.7)
-        panel.axvline(best.step, color="0.6", linewidth=0.9)
-        panel.grid(alpha=0.3)
-        panel.legend()
-    panels[0].set_yscale("log")
-    panels[0].set_title(f"dashed: halves of the training images; line: best FID, step {best.step}", fontsize=9)
-    panels[-1].set_ylim(-0.05, 1.05)
-    panels[-1].set_xlabel("optimizer step")
-    replace_file(picture, lambda temporary: figure.savefig(temporary, dpi=110))
-    plt.close(figure)
+    figure = _new_figure(height=1 + 0.8 * sum(style.height for style in styles))
+    all_axes = figure.subplots(
+        len(panels), 1, sharex=True, squeeze=False, height_ratios=[style.height for style in styles]
+    )[:, 0]
+    for axes, keys, style in zip(all_axes, panels.values(), styles, strict=True):
+        for color, key in enumerate(keys):
+            values = [row.get(key, nan) for row in rows]  # earlier versions measured fewer metrics
+            axes.plot(steps, values, "o-", color=f"C{color}", markersize=4, label=metric_title(key))
+            if floor := newest.floors.get(key.partition("@")[0]):
+                axes.axhline(floor.value, color=f"C{color}", linestyle="--", linewidth=0.9, alpha=0.7)
+        axes.axvline(best.step, color="0.6", linewidth=0.9)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        axes.set_yscale(style.scale)
+        if style.limits:
+            axes.set_ylim(*style.limits)
+    title = METRICS[best.best_metric].title
+    all_axes[0].set_title(f"dashed: halves of the training images; line: best {title}, step {best.step}", fontsize=9)
+    all_axes[-1].set_xlabel("optimizer step")
+    replace_file(plot_path, lambda temporary: figure.savefig(temporary, dpi=110))
+
+
+def _new_figure(height: float) -> "Figure":
+    from matplotlib.figure import Figure  # without pyplot there is no global state and no display
+
+    return Figure(figsize=(8, height), layout="constrained")

@@ -1,18 +1,19 @@
-"""A page that draws pictures and pulls them towards a colour, a sentence or a class.
+"""A Gradio page that generates images guided by a color, a text prompt or a class.
 
     python examples/space/app.py
     DDGAN_PIPELINE=google/ddpm-cifar10-32 python examples/space/app.py
 
-It shows the embedded pipelines, or those that the environment variable DDGAN_PIPELINE names: folders or repositories
-on the Hub, with commas between them. DDGAN_CLIP names the CLIP model that sentences pull with.
+It offers the embedded pipelines, or those that the environment variable DDGAN_PIPELINE names: folders or Hub
+repositories, separated by commas. DDGAN_CLIP names the CLIP model for text guidance.
 
-With the package `ddgan` beside it this folder is a Hugging Face Space: scripts/push_to_hub.py --space uploads both.
+Together with the package `ddgan` this folder is a Hugging Face Space: scripts/push_to_hub.py --space uploads both.
 """
 
 import functools
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -20,39 +21,37 @@ from types import SimpleNamespace
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read by the next import
 
 import gradio as gr
-from drawing import (
-    CLASS_GUIDANCE,
-    IN_TURN,
-    MAX_PICTURES,
+from generation import (
+    ALL_CLASSES,
+    DEFAULT_CLASS_GUIDANCE,
+    MAX_IMAGES,
+    MAX_PROMPT_LENGTH,
     MAX_SEED,
-    MAX_SENTENCE,
-    Drawn,
+    GenerationRequest,
+    GenerationResult,
     Model,
-    Wanted,
-    Watch,
-    draw,
-    draw_pulled,
+    StepProgress,
+    enlarge,
     find_clip,
-    in_words,
-    legible,
+    generate,
+    generate_guided,
+    guidance_loss,
     load_models,
     mean_loss,
-    rival,
+    most_similar,
     save_zip,
-    sentence_loss,
+    user_message,
 )
 
-from ddgan import ColorLoss
 from ddgan.core.errors import run_command
 
 TITLE = """
-# Diffusion, steered
-Draw with a diffusion model while a colour, a sentence or a class pulls, and see how few steps a Denoising Diffusion
-GAN needs.
+# Guided diffusion
+Generate images guided by a color, a text prompt or a class, and see how few steps a Denoising Diffusion GAN needs.
 """
 COURSE_EXAMPLES = [["#BB2266", 3], ["#44CCAA", 5]]
-WAITING = 16  # visitors that may wait for their turn; one is drawn for at a time
-THEME = gr.themes.Default(  # with fonts that need not be fetched, and buttons that can be read
+MAX_QUEUE = 16  # waiting requests; one is processed at a time
+THEME = gr.themes.Default(  # system fonts need no download; darker buttons have enough contrast
     primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
 CSS = """
@@ -78,282 +77,299 @@ CSS = """
 .five .grid-container {--side: 84px}
 """
 VIEW = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
-ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "drawing"}
-UNSEEN = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "generation"}
+SILENT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 PROGRESS = gr.Progress()
 DOWNLOADS = TemporaryDirectory()
 
 
-def said_in_the_page(handler):
-    """A handler of an event, of which the page shows what goes wrong."""
+def show_errors(handler: Callable) -> Callable:
+    """Wrap an event handler so that the page shows its errors."""
 
     @functools.wraps(handler)
     def wrapped(*args):
         try:
             return handler(*args)
         except Exception as error:
-            message = in_words(error)
+            message = user_message(error)
         raise gr.Error(message, duration=30, print_exception=False)
 
     return wrapped
 
 
 def build(models: dict[str, Model], clip: str | None, why_no_clip: str) -> gr.Blocks:
-    """The page for these models; without a CLIP model it says why."""
+    """Build the page for these models; without a CLIP model it shows the reason in place of text guidance."""
     ddgans = [model for model in models.values() if model.is_ddgan]
     others = [model for model in models.values() if not model.is_ddgan]
     with gr.Blocks(
-        title="Diffusion, steered", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)
+        title="Guided diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)
     ) as page:
         gr.Markdown(TITLE)
         with gr.Tabs():
-            with gr.Tab("Draw"):
-                drawing_tab(models, clip, why_no_clip)
+            with gr.Tab("Generate"):
+                generation_tab(models, clip, why_no_clip)
             if ddgans and others:
-                with gr.Tab("Few steps beside many"):
+                with gr.Tab("Compare"):
                     comparison_tab(ddgans, others)
-    return page.queue(max_size=WAITING)
+    return page.queue(max_size=MAX_QUEUE)
 
 
-# ---- drawing, and what pulls: its parts, and what happens when they are used
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation, with or without guidance: the components and their events
 
 
-def drawing_tab(models: dict[str, Model], clip: str | None, why_no_clip: str) -> None:
+def generation_tab(models: dict[str, Model], clip: str | None, why_no_clip: str) -> None:
     first = next(iter(models.values()))
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
-            choice = model_choice(models, first)
-            with gr.Tabs() as pulls:
-                with gr.Tab("Colour", id="colour"):
-                    by_color = color_parts(first)
-                with gr.Tab("Sentence", id="sentence"):
-                    by_sentence = sentence_parts() if clip else gr.Markdown(why_no_clip, elem_classes="note")
-                with gr.Tab("Freely", id="freely"):
-                    freely = free_parts(first)
-            settings = settings_parts(first)
+            choice = model_choice(first, list(models))
+            with gr.Tabs() as guidance_tabs:
+                with gr.Tab("Color", id="color"):
+                    by_color = color_controls(first)
+                with gr.Tab("Text prompt", id="prompt"):
+                    by_prompt = prompt_controls() if clip else gr.Markdown(why_no_clip, elem_classes="note")
+                with gr.Tab("Plain sampling", id="plain"):
+                    plain = plain_controls(first)
+            settings = settings_controls(first)
         with gr.Column(scale=6, min_width=300):
-            result = result_parts()
+            result = result_components()
 
     inputs = {*vars(choice).values(), *vars(settings).values()}
     outputs = list(vars(result).values())
 
-    def read(data: dict) -> tuple[Model, Wanted]:
-        asked = [data[part] for part in (settings.pictures, settings.steps, settings.scheduler, settings.seed)]
-        return models[data[choice.name]], Wanted(*asked, data[choice.label])
+    def read_request(data: dict) -> tuple[Model, GenerationRequest]:
+        controls = (settings.num_images, settings.steps, settings.scheduler, settings.seed, choice.label)
+        return models[data[choice.name]], GenerationRequest(*(data[control] for control in controls))
 
-    def draw_pull(data: dict, loss, scale: float, progress) -> dict:
-        model, wanted = read(data)
-        watch = Watch(progress)
-        drawn = draw_pulled(model, wanted, watch, loss, scale, data[settings.gradient])
-        free = draw(model, wanted, watch) if data[settings.unguided_too] else None
-        return show(result, model, wanted, drawn, pull_caption(wanted, drawn, free, loss), free)
+    def run_guided(data: dict, kind: str, target: str, scale: float, progress) -> dict:
+        loss = guidance_loss(kind, target, clip)
+        model, request = read_request(data)
+        step_progress = StepProgress(progress)
+        guided = generate_guided(model, request, step_progress, loss, scale, data[settings.gradient])
+        unguided = generate(model, request, step_progress) if data[settings.show_unguided] else None
+        text = f"Distance to the {kind}: **{mean_loss(guided.images, loss):.2f}**"
+        if unguided:
+            text += f", unguided {mean_loss(unguided.images, loss):.2f}"
+        return show(result, model, request, guided, f"{text} · {caption(request, guided)}", unguided)
 
-    @said_in_the_page
-    def draw_in_color(data, progress=PROGRESS):
-        return draw_pull(data, ColorLoss(data[by_color.color] or ""), data[by_color.scale], progress)
+    @show_errors
+    def generate_by_color(data, progress=PROGRESS):
+        return run_guided(data, "color", data[by_color.color] or "", data[by_color.scale], progress)
 
-    @said_in_the_page
-    def draw_by_sentence(data, progress=PROGRESS):
-        return draw_pull(data, sentence_loss(data[by_sentence.sentence], clip), data[by_sentence.scale], progress)
+    @show_errors
+    def generate_by_prompt(data, progress=PROGRESS):
+        return run_guided(data, "prompt", data[by_prompt.prompt], data[by_prompt.scale], progress)
 
-    @said_in_the_page
-    def draw_freely(data, progress=PROGRESS):
-        model, wanted = read(data)
-        drawn = draw(model, wanted, Watch(progress), data[freely.class_guidance])
-        return show(result, model, wanted, drawn, caption(wanted, drawn))
+    @show_errors
+    def generate_plain(data, progress=PROGRESS):
+        model, request = read_request(data)
+        generated = generate(model, request, StepProgress(progress), data[plain.class_guidance])
+        return show(result, model, request, generated, caption(request, generated))
 
-    shown = {"outputs": outputs, "show_progress_on": result.pictures, **ONE_AT_A_TIME}
-    by_color.button.click(draw_in_color, inputs | {by_color.color, by_color.scale}, **shown)
-    freely.button.click(draw_freely, inputs | {freely.class_guidance}, **shown)
+    event = {"outputs": outputs, "show_progress_on": result.images, **ONE_AT_A_TIME}
+    by_color.button.click(generate_by_color, inputs | {by_color.color, by_color.scale}, **event)
+    plain.button.click(generate_plain, inputs | {plain.class_guidance}, **event)
     if clip:
-        asked = inputs | {by_sentence.sentence, by_sentence.scale}
-        gr.on([by_sentence.button.click, by_sentence.sentence.submit], draw_by_sentence, asked, **shown)
+        triggers = [by_prompt.button.click, by_prompt.prompt.submit]
+        gr.on(triggers, generate_by_prompt, inputs | {by_prompt.prompt, by_prompt.scale}, **event)
 
-    def choose(name: str) -> dict:
+    def select_model(name: str) -> dict:
         model = models[name]
         return {
-            choice.about: model.describe(),
+            choice.description: model.describe(),
             choice.label: class_choice(model),
-            by_color.in_color: gr.Column(visible=model.is_in_color),
-            by_color.in_grey: gr.Column(visible=not model.is_in_color),
-            freely.class_guidance: gr.Slider(visible=model.takes_class_guidance, value=CLASS_GUIDANCE),
-            settings.steps: gr.Slider(maximum=model.max_steps, value=model.steps),
+            by_color.available: gr.Column(visible=model.is_color),
+            by_color.unavailable: gr.Column(visible=not model.is_color),
+            plain.class_guidance: gr.Slider(visible=model.supports_class_guidance, value=DEFAULT_CLASS_GUIDANCE),
+            settings.steps: gr.Slider(maximum=model.max_steps, value=model.default_steps),
             settings.scheduler: gr.Dropdown(model.schedulers, value=model.schedulers[0]),
-            pulls: gr.Tabs(selected="colour" if model.is_in_color else "freely"),
+            guidance_tabs: gr.Tabs(selected="color" if model.is_color else "plain"),
         }
 
-    changed = [choice.about, choice.label, by_color.in_color, by_color.in_grey, freely.class_guidance]
-    changed += [settings.steps, settings.scheduler, pulls]
-    choice.name.change(choose, choice.name, changed, **UNSEEN)
+    updated = [choice.description, choice.label, by_color.available, by_color.unavailable, plain.class_guidance]
+    updated += [settings.steps, settings.scheduler, guidance_tabs]
+    choice.name.change(select_model, choice.name, updated, **SILENT)
 
 
-def model_choice(models: dict[str, Model], first: Model) -> SimpleNamespace:
-    name = gr.Radio(list(models), value=first.name, label="Model")
-    about = gr.Markdown(first.describe(), elem_classes="note")
-    return SimpleNamespace(name=name, about=about, label=class_choice(first))
+def model_choice(first: Model, names: list[str]) -> SimpleNamespace:
+    name = gr.Radio(names, value=first.name, label="Model")
+    description = gr.Markdown(first.describe(), elem_classes="note")
+    return SimpleNamespace(name=name, description=description, label=class_choice(first))
 
 
 def class_choice(model: Model) -> gr.Radio:
-    choices = [("one after the other", IN_TURN), *((name, label) for label, name in enumerate(model.classes))]
-    return gr.Radio(choices, value=IN_TURN, label="Class", visible=bool(model.classes), elem_classes="classes")
+    choices = [("all in turn", ALL_CLASSES), *((name, label) for label, name in enumerate(model.classes))]
+    return gr.Radio(choices, value=ALL_CLASSES, label="Class", visible=bool(model.classes), elem_classes="classes")
 
 
-def color_parts(first: Model) -> SimpleNamespace:
-    with gr.Column(visible=first.is_in_color) as in_color:
-        color = gr.ColorPicker("#BB2266", label="Colour", elem_classes="picker")
+def color_controls(first: Model) -> SimpleNamespace:
+    with gr.Column(visible=first.is_color) as available:
+        color = gr.ColorPicker("#BB2266", label="Color", elem_classes="picker")
         scale = guidance_slider()
-        button = gr.Button("Draw in this colour", variant="primary")
+        button = gr.Button("Generate", variant="primary")
         with gr.Row():
-            for example in COURSE_EXAMPLES:  # filled in by the browser itself, for who draws at once
-                filled = gr.Button("{} at {}".format(*example), size="sm")
-                filled.click(None, None, [color, scale], js=f"() => {json.dumps(example)}", api_visibility="private")
-    with gr.Column(visible=not first.is_in_color) as in_grey:
-        gr.Markdown("This model draws in grey, and so has no colours to pull: see *Freely*.", elem_classes="note")
-    return SimpleNamespace(in_color=in_color, in_grey=in_grey, color=color, scale=scale, button=button)
+            for (
+                example
+            ) in COURSE_EXAMPLES:  # filled in by the browser, so that a click on Generate right after uses it
+                example_button = gr.Button("{} at scale {}".format(*example), size="sm")
+                script = f"() => {json.dumps(example)}"
+                example_button.click(None, None, [color, scale], js=script, api_visibility="private")
+    with gr.Column(visible=not first.is_color) as unavailable:
+        gr.Markdown("This model generates grayscale images. Use *Plain sampling* instead.", elem_classes="note")
+    return SimpleNamespace(available=available, unavailable=unavailable, color=color, scale=scale, button=button)
 
 
-def sentence_parts() -> SimpleNamespace:
-    sentence = gr.Textbox(label="Sentence", placeholder="a red rose", max_length=MAX_SENTENCE)
+def prompt_controls() -> SimpleNamespace:
+    prompt = gr.Textbox(label="Prompt", placeholder="a red rose", max_length=MAX_PROMPT_LENGTH)
     scale = guidance_slider()
-    return SimpleNamespace(sentence=sentence, scale=scale, button=gr.Button("Draw what it says", variant="primary"))
+    return SimpleNamespace(prompt=prompt, scale=scale, button=gr.Button("Generate", variant="primary"))
 
 
-def free_parts(first: Model) -> SimpleNamespace:
+def plain_controls(first: Model) -> SimpleNamespace:
     class_guidance = gr.Slider(
-        *(1, 10, CLASS_GUIDANCE),
+        *(1, 10, DEFAULT_CLASS_GUIDANCE),
         step=0.5,
-        label="Guidance towards the class",
-        info="1 draws as trained",
-        visible=first.takes_class_guidance,
+        label="Class guidance scale",
+        info="Classifier-free guidance towards the class; 1 turns it off.",
+        visible=first.supports_class_guidance,
     )
-    return SimpleNamespace(class_guidance=class_guidance, button=gr.Button("Draw", variant="primary"))
+    return SimpleNamespace(class_guidance=class_guidance, button=gr.Button("Generate", variant="primary"))
 
 
 def guidance_slider() -> gr.Slider:
-    return gr.Slider(0, 100, 5, step=0.5, label="Guidance scale", info="how strongly it pulls")
+    return gr.Slider(0, 100, 5, step=0.5, label="Guidance scale", info="Strength of the guidance; 0 turns it off.")
 
 
-def settings_parts(first: Model) -> SimpleNamespace:
+def settings_controls(first: Model) -> SimpleNamespace:
     with gr.Accordion("Settings", open=False):
-        pictures = gr.Slider(1, MAX_PICTURES, 4, step=1, precision=0, label="Pictures")
-        steps = gr.Slider(1, first.max_steps, first.steps, step=1, precision=0, label="Steps")
+        num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, precision=0, label="Images")
+        steps = gr.Slider(1, first.max_steps, first.default_steps, step=1, precision=0, label="Steps")
         scheduler = gr.Dropdown(first.schedulers, value=first.schedulers[0], label="Scheduler")
         seed = seed_field()
         gradient = gr.Radio(
-            [("through the network", "model"), ("through its prediction alone", "sample")],
+            [("through the network", "model"), ("predicted image only", "sample")],
             value="model",
-            label="Gradient of the pull",
-            info="Through the network it pulls harder and takes twice the time.",
+            label="Guidance gradient",
+            info="Backpropagating through the network guides more strongly and takes twice as long.",
         )
-        unguided_too = gr.Checkbox(True, label="Draw the same seeds without the pull, too")
-    parts = {"pictures": pictures, "steps": steps, "scheduler": scheduler, "seed": seed}
-    return SimpleNamespace(**parts, gradient=gradient, unguided_too=unguided_too)
+        show_unguided = gr.Checkbox(True, label="Also generate the same seeds without guidance")
+    controls = {"num_images": num_images, "steps": steps, "scheduler": scheduler, "seed": seed}
+    return SimpleNamespace(**controls, gradient=gradient, show_unguided=show_unguided)
 
 
 def seed_field() -> gr.Number:
-    seed = gr.Number(0, label="Seed of the first picture", precision=0, minimum=0, maximum=MAX_SEED)
-    another = gr.Button("Another seed", size="sm")
-    another.click(lambda: random.randrange(MAX_SEED), outputs=seed, **UNSEEN)
+    seed = gr.Number(0, label="Seed of the first image", precision=0, minimum=0, maximum=MAX_SEED)
+    random_button = gr.Button("Random seed", size="sm")
+    random_button.click(lambda: random.randrange(MAX_SEED), outputs=seed, **SILENT)
     return seed
 
 
-def result_parts() -> SimpleNamespace:
+def result_components() -> SimpleNamespace:
     hidden = {**VIEW, "visible": False, "elem_classes": "view"}
     return SimpleNamespace(
-        pictures=gr.Gallery(label="Pictures", elem_id="pictures", elem_classes="view", **VIEW),
+        images=gr.Gallery(label="Images", elem_id="images", elem_classes="view", **VIEW),
         caption=gr.Markdown(elem_id="caption", elem_classes="note"),
-        unguided=gr.Gallery(label="The same seeds without the pull", elem_id="unguided", **hidden),
-        strip=gr.Image(label="The way to the first picture", elem_id="strip", **{**hidden, "buttons": []}),
-        download=gr.DownloadButton("Download the pictures", visible=False),
+        unguided=gr.Gallery(label="Same seeds without guidance", elem_id="unguided", **hidden),
+        strip=gr.Image(label="Denoising steps of the first image", elem_id="strip", **{**hidden, "buttons": []}),
+        download=gr.DownloadButton("Download images", visible=False),
     )
 
 
 def show(
-    result: SimpleNamespace, model: Model, wanted: Wanted, drawn: Drawn, text: str, unguided: Drawn | None = None
+    result: SimpleNamespace,
+    model: Model,
+    request: GenerationRequest,
+    generated: GenerationResult,
+    text: str,
+    unguided: GenerationResult | None = None,
 ) -> dict:
-    path = Path(DOWNLOADS.name, "pictures.zip")
-    save_zip(path, model, wanted, drawn)
-    free = [legible(picture) for picture in unguided.pictures] if unguided else []
+    """Return the updates that show a result with `text` as its caption, and offer it for download."""
+    path = Path(DOWNLOADS.name, "images.zip")
+    save_zip(path, model, request, generated)
+    unguided_images = [enlarge(image) for image in unguided.images] if unguided else []
     return {
-        result.pictures: [legible(picture) for picture in drawn.pictures],
+        result.images: [enlarge(image) for image in generated.images],
         result.caption: text,
-        result.unguided: gr.Gallery(free, visible=bool(free)),
-        result.strip: gr.Image(drawn.strip, visible=True),
+        result.unguided: gr.Gallery(unguided_images, visible=bool(unguided_images)),
+        result.strip: gr.Image(generated.strip, visible=True),
         result.download: gr.DownloadButton(value=path, visible=True),
     }
 
 
-def caption(wanted: Wanted, drawn: Drawn) -> str:
-    seeds = f"seeds {wanted.seeds[0]} to {wanted.seeds[-1]}" if wanted.pictures > 1 else f"seed {wanted.seed}"
-    return f"{wanted.steps} steps in {drawn.seconds:.2g} s · {wanted.scheduler} · {seeds}"
+def caption(request: GenerationRequest, result: GenerationResult) -> str:
+    first, last = request.seeds[0], request.seeds[-1]
+    seeds = f"seeds {first} to {last}" if request.num_images > 1 else f"seed {first}"
+    return f"{request.steps} steps in {result.seconds:.2g} s · {request.scheduler} · {seeds}"
 
 
-def pull_caption(wanted: Wanted, drawn: Drawn, free: Drawn | None, loss) -> str:
-    what = "Distance to the colour" if isinstance(loss, ColorLoss) else "Distance to the sentence"
-    without = f", without the pull {mean_loss(free.pictures, loss):.2f}" if free else ""
-    return f"{what}: **{mean_loss(drawn.pictures, loss):.2f}**{without} · {caption(wanted, drawn)}"
-
-
-# ---- a DDGAN beside a model of many steps
+# ---------------------------------------------------------------------------------------------------------------------
+# A DDGAN next to a diffusion model
 
 
 def comparison_tab(ddgans: list[Model], others: list[Model]) -> None:
     models = {model.name: model for model in (*ddgans, *others)}
-    few, many = ddgans[0], rival(ddgans[0], others)
+    first_ddgan, first_diffusion = ddgans[0], most_similar(ddgans[0], others)
     gr.Markdown(
-        "A Denoising Diffusion GAN takes a few large steps, another model many small ones. Both draw the same number "
-        "of pictures here and now, and those that draw by class take one class after the other."
+        "A Denoising Diffusion GAN takes a few large denoising steps, a diffusion model many small ones. Both "
+        "generate the same number of images on this machine; class-conditional models cycle through their classes."
     )
     with gr.Row():
-        left, right = side_parts(ddgans, few), side_parts(others, many)
+        left = comparison_choice("DDGAN", ddgans, first_ddgan)
+        right = comparison_choice("Diffusion model", others, first_diffusion)
     with gr.Accordion("Settings", open=False):
-        pictures = gr.Slider(1, MAX_PICTURES, 10, step=1, precision=0, label="Pictures")
-        steps = gr.Slider(1, many.max_steps, many.steps, step=1, precision=0, label="Steps of the model of many steps")
-        scheduler = gr.Dropdown(many.schedulers, value=many.schedulers[0], label="Its scheduler")
+        num_images = gr.Slider(1, MAX_IMAGES, 10, step=1, precision=0, label="Images")
+        steps = gr.Slider(
+            *(1, first_diffusion.max_steps, first_diffusion.default_steps),
+            step=1,
+            precision=0,
+            label="Steps of the diffusion model",
+        )
+        schedulers = first_diffusion.schedulers
+        scheduler = gr.Dropdown(schedulers, value=schedulers[0], label="Scheduler of the diffusion model")
         seed = seed_field()
-    button = gr.Button("Draw with both", variant="primary")
+    button = gr.Button("Generate with both", variant="primary")
     with gr.Row():
-        of_few, of_many = side_result("few"), side_result("many")
+        left_result, right_result = comparison_result("few"), comparison_result("many")
 
-    @said_in_the_page
+    @show_errors
     def compare(data, progress=PROGRESS):
-        watch = Watch(progress)
-        few, many = models[data[left.name]], models[data[right.name]]
-        count, first = data[pictures], data[seed]
-        of_left = Wanted(count, few.max_steps, "as-saved", first)
-        of_right = Wanted(count, data[steps], data[scheduler], first)
-        sides = ((of_few, few, of_left), (of_many, many, of_right))
-        answer = {}
-        for side, model, wanted in sides:
-            drawn = draw(model, wanted, watch, CLASS_GUIDANCE)
-            answer[side.pictures] = [legible(picture) for picture in drawn.pictures]
-            guided = f", guided towards the class at {CLASS_GUIDANCE}" if model.takes_class_guidance else ""
-            answer[side.time] = f"## {drawn.seconds:.2g} s\n{wanted.steps} steps of {model.name}{guided}"
-        return answer
+        step_progress = StepProgress(progress)
+        ddgan, diffusion = models[data[left.name]], models[data[right.name]]
+        ddgan_request = GenerationRequest(data[num_images], ddgan.max_steps, "as-saved", data[seed])
+        diffusion_request = GenerationRequest(data[num_images], data[steps], data[scheduler], data[seed])
+        sides = ((left_result, ddgan, ddgan_request), (right_result, diffusion, diffusion_request))
+        updates = {}
+        for side, model, request in sides:
+            generated = generate(model, request, step_progress, DEFAULT_CLASS_GUIDANCE)
+            updates[side.images] = [enlarge(image) for image in generated.images]
+            guidance = f", class guidance scale {DEFAULT_CLASS_GUIDANCE}" if model.supports_class_guidance else ""
+            updates[side.time] = f"## {generated.seconds:.2g} s\n{request.steps} steps of {model.name}{guidance}"
+        return updates
 
-    def choose(name: str) -> tuple:
-        many = models[name]
-        steps = gr.Slider(maximum=many.max_steps, value=many.steps)
-        return many.describe(), steps, gr.Dropdown(many.schedulers, value=many.schedulers[0])
+    def select_diffusion(name: str) -> tuple:
+        model = models[name]
+        steps = gr.Slider(maximum=model.max_steps, value=model.default_steps)
+        return model.describe(), steps, gr.Dropdown(model.schedulers, value=model.schedulers[0])
 
-    outputs = [of_few.pictures, of_few.time, of_many.pictures, of_many.time]
-    inputs = {left.name, right.name, pictures, steps, scheduler, seed}
-    button.click(compare, inputs, outputs, show_progress_on=[of_few.pictures, of_many.pictures], **ONE_AT_A_TIME)
-    left.name.change(lambda name: models[name].describe(), left.name, left.about, **UNSEEN)
-    right.name.change(choose, right.name, [right.about, steps, scheduler], **UNSEEN)
+    outputs = [left_result.images, left_result.time, right_result.images, right_result.time]
+    inputs = {left.name, right.name, num_images, steps, scheduler, seed}
+    progress_on = [left_result.images, right_result.images]
+    button.click(compare, inputs, outputs, show_progress_on=progress_on, **ONE_AT_A_TIME)
+    left.name.change(lambda name: models[name].describe(), left.name, left.description, **SILENT)
+    right.name.change(select_diffusion, right.name, [right.description, steps, scheduler], **SILENT)
 
 
-def side_parts(models: list[Model], chosen: Model) -> SimpleNamespace:
+def comparison_choice(label: str, models: list[Model], default: Model) -> SimpleNamespace:
     with gr.Column(min_width=300):
-        name = gr.Dropdown([model.name for model in models], value=chosen.name, label="Model")
-        return SimpleNamespace(name=name, about=gr.Markdown(chosen.describe(), elem_classes="note"))
+        name = gr.Dropdown([model.name for model in models], value=default.name, label=label)
+        return SimpleNamespace(name=name, description=gr.Markdown(default.describe(), elem_classes="note"))
 
 
-def side_result(elem_id: str) -> SimpleNamespace:
+def comparison_result(elem_id: str) -> SimpleNamespace:
     with gr.Column(min_width=300):
         time = gr.Markdown(elem_id=f"{elem_id}-time")
-        pictures = gr.Gallery(label="Pictures", elem_id=elem_id, elem_classes=["view", "five"], **VIEW)
-        return SimpleNamespace(time=time, pictures=pictures)
+        images = gr.Gallery(label="Images", elem_id=elem_id, elem_classes=["view", "five"], **VIEW)
+        return SimpleNamespace(time=time, images=images)
 
 
 def main() -> None:
@@ -364,7 +380,7 @@ def main() -> None:
         show_error=False,
         ssr_mode=False,
         enable_monitoring=False,
-        max_file_size="1mb",  # nothing is uploaded
+        max_file_size="1mb",  # the page has no uploads
         footer_links=[],
     )
 

@@ -1,4 +1,4 @@
-"""Claims about the classifier that judges pictures."""
+"""Claims about the image classifier."""
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ def test_features_are_the_penultimate_layer(classifier):
     assert torch.equal(classifier.head(features), classifier(images))
 
 
-def test_an_image_is_judged_alone_in_training_too(classifier):
+def test_features_do_not_depend_on_the_batch_even_in_training_mode(classifier):
     images = torch.rand(4, 3, 9, 9)
     classifier.train()
     torch.testing.assert_close(classifier(images)[2:3], classifier(images[2:3]))
 
 
-def test_what_is_saved_is_loaded(classifier, tmp_path):
+def test_a_saved_classifier_is_loaded_unchanged(classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
     loaded = ImageClassifier.from_pretrained(tmp_path)
     images = torch.rand(2, 3, 9, 9)
@@ -36,19 +36,19 @@ def test_what_is_saved_is_loaded(classifier, tmp_path):
     assert not loaded.training
 
 
-def test_classes_without_names_have_their_numbers():
+def test_unnamed_classes_are_named_by_their_numbers():
     assert ImageClassifier(widths=(8,), num_classes=3).class_names == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 9), (1, 3, 18, 18), (1, 1, 9, 9)])
-def test_images_of_another_shape_are_refused(classifier, shape):
+def test_images_of_another_shape_are_rejected(classifier, shape):
     with pytest.raises(ValueError, match="was trained on \\(3, 9, 9\\)"):
         classifier(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(
-    ("config", "said"), [({"widths": (8, 12)}, "multiples of 8"), ({"id2label": {1: "one"}}, "must name 0 to 9")]
+    ("config", "message"), [({"widths": (8, 12)}, "multiples of 8"), ({"id2label": {1: "one"}}, "must name 0 to 9")]
 )
-def test_impossible_configs_are_refused(config, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_configs_are_rejected(config, message):
+    with pytest.raises(ValueError, match=message):
         ImageClassifier(**config)

@@ -1,4 +1,4 @@
-"""Claims about the networks that features come from."""
+"""Claims about feature extractors."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import load_extractor
+from ddgan.evaluation.metrics import Gaussian, frechet_distance
 
 
 def images(count: int, channels: int, size: int) -> torch.Tensor:
@@ -20,41 +21,55 @@ def images(count: int, channels: int, size: int) -> torch.Tensor:
 @pytest.fixture
 def classifier(tmp_path) -> str:
     torch.manual_seed(0)
-    ImageClassifier(sample_size=8, in_channels=1, widths=(8, 16)).save_pretrained(tmp_path / "judge")
-    return str(tmp_path / "judge")
+    ImageClassifier(sample_size=8, in_channels=1, widths=(8, 16)).save_pretrained(tmp_path / "classifier")
+    return str(tmp_path / "classifier")
 
 
-def test_a_classifier_of_our_own(classifier):
+def test_a_classifier_gives_its_penultimate_layer_and_logits(classifier):
     extractor, network = load_extractor(classifier), ImageClassifier.from_pretrained(classifier)
-    pictures = images(5, 1, 8)
-    found = extractor(pictures)
-    assert torch.equal(found["features"], network.features(pictures / 127.5 - 1))
-    assert torch.equal(found["logits"], network(pictures / 127.5 - 1))
-    assert extractor.name == "judge"
+    samples = images(5, 1, 8)
+    outputs = extractor(samples)
+    assert torch.equal(outputs["features"], network.features(samples / 127.5 - 1))
+    assert torch.equal(outputs["logits"], network(samples / 127.5 - 1))
+    assert extractor.name == "classifier"
 
 
-def test_pictures_of_another_size_and_with_colours_are_brought_to_the_classifiers(classifier):
+def test_images_are_converted_to_the_size_and_channels_of_the_classifier(classifier):
     extractor = load_extractor(classifier)
-    pictures = images(3, 3, 13)
-    grey = TF.rgb_to_grayscale(pictures)
-    small = TF.resize(grey, [8, 8], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
-    torch.testing.assert_close(extractor(pictures)["features"], extractor(small)["features"])
-    assert "to 8x8, bicubic, antialiased" in extractor.protocol["resize"]
+    samples = images(3, 3, 13)
+    gray = TF.rgb_to_grayscale(samples)
+    small = TF.resize(gray, [8, 8], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+    torch.testing.assert_close(extractor(samples)["features"], extractor(small)["features"])
+    assert "to 8x8, bicubic, antialiased" in extractor.facts.resize
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
-def test_the_batch_does_not_matter(classifier, batch_size):
-    extractor, pictures = load_extractor(classifier), images(7, 1, 20)
-    parts = torch.cat([extractor(part)["features"] for part in pictures.split(batch_size)])
-    torch.testing.assert_close(parts, extractor(pictures)["features"])
+def test_features_do_not_depend_on_the_batch(classifier, batch_size):
+    extractor, samples = load_extractor(classifier), images(7, 1, 20)
+    parts = torch.cat([extractor(part)["features"] for part in samples.split(batch_size)])
+    torch.testing.assert_close(parts, extractor(samples)["features"])
 
 
-def test_other_weights_have_another_digest(classifier, tmp_path):
+def test_different_weights_have_different_digests(classifier, tmp_path):
     network = ImageClassifier.from_pretrained(classifier)
     network.head.bias.data[0] += 1
     network.save_pretrained(tmp_path / "other")
     assert load_extractor(classifier).digest == load_extractor(classifier).digest
     assert load_extractor(classifier).digest != load_extractor(str(tmp_path / "other")).digest
+
+
+def test_pixels_are_averages_of_areas():
+    extractor, samples = load_extractor("pixels-8x8"), images(20, 3, 32)
+    features = extractor(samples)["features"]
+    expected = torch.nn.functional.avg_pool2d(samples / 255, 4).flatten(1)
+    assert features.shape == (20, 192)
+    torch.testing.assert_close(features, expected)
+    assert frechet_distance(Gaussian.of(features), Gaussian.of(expected)) == pytest.approx(0, abs=1e-6)
+    gray = samples[:, :1]
+    assert torch.equal(extractor(gray)["features"], extractor(gray.expand(-1, 3, -1, -1))["features"])
+    assert extractor(images(2, 3, 20))["features"].shape == (2, 192)
+    with pytest.raises(ValueError, match="pixels-8x8 has no weights"):
+        load_extractor("pixels-8x8", weights="weights.pth")
 
 
 def test_dinov2_through_transformers(tmp_path):
@@ -63,22 +78,22 @@ def test_dinov2_through_transformers(tmp_path):
     network = Dinov2Model(Dinov2Config(**config)).eval()
     network.save_pretrained(tmp_path / "dino")
     extractor = load_extractor("dinov2", weights=str(tmp_path / "dino"))
-    found = extractor(images(4, 1, 9))
-    assert found.keys() == {"features"} and found["features"].shape == (4, 16)
+    outputs = extractor(images(4, 1, 9))
+    assert outputs.keys() == {"features"} and outputs["features"].shape == (4, 16)
     assert extractor.name == "dinov2 (dino)"
     white = extractor(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))["features"]
-    normalised = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    normalized = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
-        expected = network(normalised.view(1, 3, 1, 1).expand(-1, -1, 32, 32)).pooler_output
+        expected = network(normalized.view(1, 3, 1, 1).expand(-1, -1, 32, 32)).pooler_output
     torch.testing.assert_close(white, expected)
 
 
 @pytest.fixture
 def random_inception(monkeypatch) -> FeatureExtractorInceptionV3:
-    """torch-fidelity's network before it has its weights."""
-    with monkeypatch.context() as without:
-        without.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        without.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    """torch-fidelity's network without its pretrained weights."""
+    with monkeypatch.context() as patches:
+        patches.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patches.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         torch.manual_seed(0)
         return FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"])
 
@@ -88,14 +103,14 @@ def test_inception_from_a_file_of_weights(random_inception, tmp_path):
     torch.save(state, pth)
     save_file(state, safe)
     extractor = load_extractor("inception-v3-compat", weights=str(pth))
-    pictures = images(2, 3, 16)
-    found = extractor(pictures)
-    assert found["features"].shape == (2, 2048) and found["logits"].shape == (2, 1008)
-    assert torch.equal(found["features"], random_inception(pictures)[0])
+    samples = images(2, 3, 16)
+    outputs = extractor(samples)
+    assert outputs["features"].shape == (2, 2048) and outputs["logits"].shape == (2, 1008)
+    assert torch.equal(outputs["features"], random_inception(samples)[0])
     assert load_extractor("inception-v3-compat", weights=str(safe)).digest == extractor.digest
 
 
-def test_weights_that_are_code_are_not_run(tmp_path):
+def test_code_in_a_file_of_weights_is_not_run(tmp_path):
     class Code:
         def __reduce__(self):
             return (tmp_path.joinpath("ran").write_text, ("",))
@@ -106,7 +121,7 @@ def test_weights_that_are_code_are_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_cannot_be_had_is_said(tmp_path, monkeypatch):
+def test_unavailable_extractors_are_reported(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"there is no nowhere/config\.json"):
         load_extractor("nowhere")
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')

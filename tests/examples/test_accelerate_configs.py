@@ -15,12 +15,12 @@ EXPECTED = {
 }
 
 
-def test_every_file_is_expected_here():
+def test_every_file_is_tested():
     assert {path.stem for path in FOLDER.iterdir()} == set(EXPECTED)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_the_file_says_what_its_name_promises(name):
+def test_the_settings_match_the_file_name(name):
     path = FOLDER / f"{name}.yaml"
     config = load_config_from_file(str(path))
     assert (config.distributed_type, config.num_machines, config.num_processes) == EXPECTED[name]
@@ -30,16 +30,19 @@ def test_the_file_says_what_its_name_promises(name):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_launch_takes_it(name):
+def test_accelerate_launch_accepts_the_file(name):
     flags = ["--config_file", str(FOLDER / f"{name}.yaml"), "finetune_model.py", "--output_dir", "faces"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(flags))
-    kind, machines, processes = EXPECTED[name]
+    distributed_type, machines, processes = EXPECTED[name]
     assert (args.num_machines, args.num_processes, args.mixed_precision) == (machines, processes, "bf16")
-    assert (args.multi_gpu, args.use_fsdp) == (kind == DistributedType.MULTI_GPU, kind == DistributedType.FSDP)
+    assert (args.multi_gpu, args.use_fsdp) == (
+        distributed_type == DistributedType.MULTI_GPU,
+        distributed_type == DistributedType.FSDP,
+    )
     assert args.training_script_args == ["--output_dir", "faces"]
 
 
-def test_fsdp_is_version_2_and_shards_blocks_that_unets_have():
+def test_fsdp_is_version_2_and_wraps_existing_block_classes():
     config = load_config_from_file(str(FOLDER / "fsdp.yaml")).fsdp_config
     assert config["fsdp_version"] == 2
     modules = {type(module).__name__ for module in tiny_unet().modules()}

@@ -1,4 +1,4 @@
-"""Claims about CLIP as a loss, on tiny models with random weights of the real classes."""
+"""CLIP guidance losses, with tiny models of the real classes and random weights."""
 
 import json
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 from tiny import tiny_unet
-from tiny_clip import MEAN, PICTURE, STD, TOWER, save_clip
+from tiny_clip import MEAN, STD, TOWER, VISION_TOWER, save_clip
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import (
     CLIPImageProcessor,
@@ -40,7 +40,7 @@ def save_siglip(folder) -> None:
     SentencePieceTrainer.train(input=folder / "words.txt", minloglevel=2, **pieces)
     SiglipTokenizer(str(folder / "spiece.model")).save_pretrained(folder)
     text = {**TOWER, "vocab_size": 32, "max_position_embeddings": 8, "bos_token_id": 2, "eos_token_id": 2}
-    SiglipModel(SiglipConfig(text_config=text, vision_config=PICTURE)).save_pretrained(folder)
+    SiglipModel(SiglipConfig(text_config=text, vision_config=VISION_TOWER)).save_pretrained(folder)
     size = {"size": {"height": 16, "width": 16}}
     SiglipImageProcessor(**size, image_mean=MEAN, image_std=STD).save_pretrained(folder)
 
@@ -62,7 +62,7 @@ def save_open_clip(folder) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Where the models lie, made when first asked for."""
+    """Return the folder of a tiny model, created on first use."""
     made, root = {}, tmp_path_factory.mktemp("clip")
 
     def folder(kind: str):
@@ -85,19 +85,19 @@ def noise(count: int, channels: int = 3, size: int = 32) -> torch.Tensor:
     return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (16, 16)) -> Image.Image:
+def random_image(seed: int = 0, size: tuple[int, int] = (16, 16)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
-def test_the_great_circle_distance_is_that_of_float64():
+def test_the_great_circle_distance_matches_float64():
     random = np.random.default_rng(0)
     u, v = random.standard_normal((5, 64)), random.standard_normal((4, 64))
     v[1] = u[1] + 1e-2 * v[1]  # a small angle, of which the arccosine of a float32 product loses digits
     v[2] = -u[2] + 1e-2 * v[2]
     unit = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (u, v)]
     expected = np.arccos(unit[0] @ unit[1].T) ** 2
-    found = squared_great_circle(torch.tensor(u, dtype=torch.float32), torch.tensor(v, dtype=torch.float32))
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    actual = squared_great_circle(torch.tensor(u, dtype=torch.float32), torch.tensor(v, dtype=torch.float32))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
     half_chord = np.linalg.norm(unit[0][:, None] - unit[1], axis=2) / 2
     np.testing.assert_allclose(expected, 4 * np.arcsin(half_chord) ** 2, rtol=1e-6)
 
@@ -113,7 +113,7 @@ def test_the_great_circle_distance_has_a_gradient_everywhere():
         assert gradient.isfinite().all()
 
 
-def test_the_gradient_is_that_of_finite_differences(model):
+def test_the_gradient_matches_finite_differences(model):
     loss = CLIPLoss("a red rose", model, n_cuts=3)
     images = noise(2).requires_grad_()
     (gradient,) = torch.autograd.grad(loss(images, step=5).sum(), images)
@@ -124,7 +124,7 @@ def test_the_gradient_is_that_of_finite_differences(model):
     assert (ahead - behind).item() / 0.04 == pytest.approx(gradient.norm().item(), rel=0.02)
 
 
-def test_an_image_has_the_same_loss_in_any_company(model):
+def test_the_loss_of_an_image_does_not_depend_on_its_batch(model):
     loss = CLIPLoss("a red rose", model)
     images = noise(4)
     losses = loss(images, step=2)
@@ -133,7 +133,7 @@ def test_an_image_has_the_same_loss_in_any_company(model):
     torch.testing.assert_close(loss(images[2:3], step=2), losses[2:3])
 
 
-def test_the_cuts_depend_on_the_seed_and_the_step_alone(model):
+def test_cutouts_depend_only_on_seed_and_step(model):
     images = noise(1)
     first = CLIPLoss("a red rose", model)
     torch.manual_seed(1)
@@ -143,7 +143,7 @@ def test_the_cuts_depend_on_the_seed_and_the_step_alone(model):
     assert first(images, 0).item() not in [other.item() for other in others]
 
 
-def test_the_loss_is_the_mean_over_the_cuts(folders):
+def test_the_loss_is_the_mean_over_the_cutouts(folders):
     loss = CLIPLoss("a red rose", str(folders("clip")), n_cuts=3, seed=7)
     images, random = noise(2), np.random.default_rng([7, 4])
     cuts = [random_cut(images, (16, 16), random) for _ in range(3)]
@@ -152,7 +152,7 @@ def test_the_loss_is_the_mean_over_the_cuts(folders):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (20, 12)])
-def test_cuts_are_crops_of_all_sizes_alike_for_all_images(size):
+def test_cutouts_have_all_sizes_and_are_the_same_for_all_images(size):
     ramp = torch.linspace(-1, 1, 64).expand(2, 3, 48, 64).contiguous()
     random = np.random.default_rng(0)
     cuts = torch.stack([random_cut(ramp, size, random) for _ in range(200)])
@@ -161,26 +161,28 @@ def test_cuts_are_crops_of_all_sizes_alike_for_all_images(size):
     middle = cuts[:, 0, 0, size[0] // 2]
     slopes = (middle[:, -4] - middle[:, 3]) * size[1] / (size[1] - 7)
     assert 0.3 < (slopes < 0).float().mean() < 0.7  # mirrored
-    assert slopes.abs().min() < 0.8 and slopes.abs().max() > 1.8  # from a small part of the ramp of 2 to all of it
+    assert (
+        slopes.abs().min() < 0.8 and slopes.abs().max() > 1.8
+    )  # from a small part of the ramp of 2 to the whole ramp
 
 
-def test_pictures_are_normalised_by_the_models_own_statistics(folders):
+def test_images_are_normalized_by_the_statistics_of_the_model(folders):
     folder = folders("clip")
-    loss = CLIPLoss(picture(), str(folder))
-    pixels = CLIPImageProcessor.from_pretrained(folder)(picture(), return_tensors="pt")
+    loss = CLIPLoss(random_image(), str(folder))
+    pixels = CLIPImageProcessor.from_pretrained(folder)(random_image(), return_tensors="pt")
     expected = CLIPModel.from_pretrained(folder).eval().get_image_features(**pixels)
     torch.testing.assert_close(loss.targets, getattr(expected, "pooler_output", expected), rtol=1e-4, atol=1e-5)
 
 
 @needs_open_clip
-def test_pictures_and_sentences_are_embedded_as_open_clip_does(folders):
+def test_images_and_texts_are_embedded_as_in_open_clip(folders):
     import open_clip
 
     name = f"local-dir:{folders('open_clip')}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
-    loss = CLIPLoss([picture(), "a red rose"], name)
+    loss = CLIPLoss([random_image(), "a red rose"], name)
     expected = [
-        model.eval().encode_image(preprocess(picture())[None]),
+        model.eval().encode_image(preprocess(random_image())[None]),
         model.encode_text(open_clip.get_tokenizer(name)(["a red rose"])),
     ]
     torch.testing.assert_close(loss.targets, torch.cat(expected), rtol=1e-4, atol=1e-5)
@@ -196,17 +198,17 @@ def test_open_clip_takes_an_architecture_and_weights(folders):
     torch.testing.assert_close(named.targets, CLIPLoss("a red rose", f"local-dir:{folder}").targets)
 
 
-def test_prompts_have_weights_and_may_be_pictures(model):
+def test_prompts_have_weights_and_may_be_images(model):
     images = noise(2)
-    rose, gradient = (CLIPLoss(prompt, model)(images) for prompt in ("a red rose", picture(size=(40, 20))))
-    both = CLIPLoss(["a red rose", (picture(size=(40, 20)), 3)], model)
+    rose, gradient = (CLIPLoss(prompt, model)(images) for prompt in ("a red rose", random_image(size=(40, 20))))
+    both = CLIPLoss(["a red rose", (random_image(size=(40, 20)), 3)], model)
     torch.testing.assert_close(both(images), (rose + 3 * gradient) / 4)
     away = CLIPLoss([("a red rose", -1)], model)
     torch.testing.assert_close(away(images), -rose)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_grey_and_transparent_images_work(model, channels):
+def test_gray_and_transparent_images_work(model, channels):
     loss = CLIPLoss("a red rose", model)
     images = noise(2, channels)
     rgb = images.expand(-1, 3, -1, -1) if channels == 1 else images[:, :3]
@@ -214,29 +216,29 @@ def test_grey_and_transparent_images_work(model, channels):
 
 
 def test_a_model_is_loaded_once_and_shared(model):
-    first, second = CLIPLoss("a red rose", model), CLIPLoss(picture(), model)
+    first, second = CLIPLoss("a red rose", model), CLIPLoss(random_image(), model)
     assert first.encoder is second.encoder
     assert not any(parameter.requires_grad for parameter in first.encoder.model.parameters())
 
 
-# a random network has pictures near a picture, but hardly any near a sentence
-@pytest.mark.parametrize(("prompt", "reached"), [("a red rose", 0.98), (picture(1, (32, 32)), 0.8)])
-def test_going_down_its_gradient_lowers_the_loss_of_cuts_never_seen(model, prompt, reached):
+# a random network embeds some images near a given image, but hardly any near a text
+@pytest.mark.parametrize(("prompt", "reached"), [("a red rose", 0.98), (random_image(1, (32, 32)), 0.8)])
+def test_gradient_descent_lowers_the_loss_of_other_cutouts(model, prompt, reached):
     loss, image = CLIPLoss(prompt, model), noise(1)
 
-    def of_others():
+    def loss_of_other_cutouts():
         return sum(loss(image, step).item() for step in range(100, 110))
 
-    before = of_others()
+    before = loss_of_other_cutouts()
     for step in range(40):
         image.requires_grad_()
         (gradient,) = torch.autograd.grad(loss(image, step).sum(), image)
         image = image.detach() - gradient / gradient.norm()
-    assert of_others() < reached * before
+    assert loss_of_other_cutouts() < reached * before
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1.0, 1e4])
-def test_in_half_precision_the_gradient_keeps_its_digits(model, monkeypatch, factor):
+def test_the_gradient_stays_accurate_in_half_precision(model, monkeypatch, factor):
     images = noise(2).requires_grad_()
 
     def gradient():
@@ -254,18 +256,18 @@ def test_in_half_precision_the_gradient_keeps_its_digits(model, monkeypatch, fac
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"prompt": []}, "needs a prompt"),
         ({"prompt": [("a rose", 0.0)]}, "needs a prompt"),
         ({"prompt": "a rose", "n_cuts": 0}, "n_cuts"),
         ({"prompt": "a rose", "model": "./nowhere"}, r"\./nowhere cannot be loaded.*Transformers"),
-        pytest.param({"prompt": "a rose", "model": "local-dir:./nowhere"}, "open_clip says", marks=needs_open_clip),
+        pytest.param({"prompt": "a rose", "model": "local-dir:./nowhere"}, "open_clip reports", marks=needs_open_clip),
         pytest.param({"prompt": "a rose", "model": "ViT", "pretrained": "x"}, r"ViT \(x\)", marks=needs_open_clip),
     ],
 )
-def test_what_cannot_be_used_is_said_in_one_paragraph(arguments, said):
-    with pytest.raises(InputError, match=said) as error:
+def test_invalid_arguments_are_refused_in_one_paragraph(arguments, message):
+    with pytest.raises(InputError, match=message) as error:
         CLIPLoss(**arguments)
     assert "\n" not in str(error.value)
 
@@ -273,35 +275,35 @@ def test_what_cannot_be_used_is_said_in_one_paragraph(arguments, said):
 def test_a_model_without_both_towers_is_refused(folders, tmp_path):
     model = CLIPModel.from_pretrained(folders("clip"))
     model.text_model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="not both images and text"):
+    with pytest.raises(InputError, match="does not embed both images and text"):
         CLIPLoss("a rose", str(tmp_path))
 
 
 def test_without_open_clip_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
-    with pytest.raises(InputError, match=r"diffusers-ddgan\[clip\]"):
+    with pytest.raises(InputError, match=r"'\.\[clip\]'"):
         CLIPLoss("a rose", "ViT-B-32", "openai")
 
 
-def test_a_reference_picture_is_its_own_nearest(model):
-    loss = CLIPLoss(picture(), model)
-    pixels = pil_to_tensor(picture())[None] / 127.5 - 1
+def test_the_distance_of_a_reference_image_to_itself_is_zero(model):
+    loss = CLIPLoss(random_image(), model)
+    pixels = pil_to_tensor(random_image())[None] / 127.5 - 1
     assert squared_great_circle(loss.encoder.embed_images(pixels), loss.targets).item() < 1e-5
 
 
 @pytest.mark.parametrize("gradient", ["sample", "model"])
-def test_a_guided_sampler_comes_nearer_to_the_prompt(model, gradient):
+def test_guided_sampling_lowers_the_loss_of_other_cutouts(model, gradient):
     pipe = GuidedPipeline(tiny_unet(sample_size=16).eval(), DDIMScheduler(prediction_type="v_prediction"))
     pipe.set_progress_bar_config(disable=True)
-    loss = CLIPLoss(picture(1, (32, 32)), model)
+    loss = CLIPLoss(random_image(1, (32, 32)), model)
 
-    def draw(guidance_scale):
+    def generate(guidance_scale):
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
         options = {"num_inference_steps": 8, "gradient": gradient, "output_type": "latent", "max_grad_norm": 1e-3}
         return pipe(loss, guidance_scale, 2, generator=generators, **options).images
 
-    def of_others(images):
+    def loss_of_other_cutouts(images):
         return sum(loss(images, step) for step in range(100, 110)) / 10
 
-    free, pulled = draw(0.0), draw(2000.0)  # the gradients of some random networks are tiny
-    assert (of_others(pulled) < 0.9 * of_others(free)).all()
+    unguided, guided = generate(0.0), generate(2000.0)  # the gradients of some random networks are tiny
+    assert (loss_of_other_cutouts(guided) < 0.9 * loss_of_other_cutouts(unguided)).all()

@@ -1,4 +1,4 @@
-"""Claims about the losses that need no pretrained model."""
+"""Guidance losses without a pretrained model."""
 
 import pytest
 import torch
@@ -31,12 +31,12 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def plain(red: float, green: float, blue: float) -> torch.Tensor:
-    """One image of one colour in 0..1."""
+    """Return one image of a single color, given in [0, 1]."""
     return torch.tensor([red, green, blue], dtype=torch.float32).view(1, 3, 1, 1).expand(1, 3, 8, 8) * 2 - 1
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_an_image_has_the_same_loss_in_any_company(name):
+def test_the_loss_of_an_image_does_not_depend_on_its_batch(name):
     images = noise(3, 3, 8, 12)
     losses = LOSSES[name](images)
     assert losses.shape == (3,) and len(set(losses.tolist())) == 3
@@ -44,12 +44,12 @@ def test_an_image_has_the_same_loss_in_any_company(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_are_those_of_finite_differences(name):
+def test_gradients_match_finite_differences(name):
     assert torch.autograd.gradcheck(LOSSES[name], noise(2, 3, 4, 6).requires_grad_())
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_going_down_the_gradient_leads_far_down(name):
+def test_gradient_descent_lowers_the_loss(name):
     image = noise(1, 3, 8, 8).requires_grad_()
     before = LOSSES[name](image).item()
     optimizer = torch.optim.Adam([image], 0.02)
@@ -61,13 +61,13 @@ def test_going_down_the_gradient_leads_far_down(name):
 
 
 @pytest.mark.parametrize("target", ["#1ae680", "rgb(26, 230, 128)", (26 / 255, 230 / 255, 128 / 255)])
-def test_a_colour_can_be_given_in_several_ways(target):
+def test_a_color_has_several_notations(target):
     images = noise(2, 3, 4, 4)
     torch.testing.assert_close(ColorLoss(target)(images), ColorLoss("#1AE680")(images), rtol=1e-6, atol=0)
     torch.testing.assert_close(ColorLoss()(plain(0.1, 0.9, 0.5)), torch.zeros(1))
 
 
-def test_distances_to_a_colour_are_in_the_units_of_images():
+def test_color_distances_are_in_the_units_of_images():
     assert ColorLoss("white")(plain(0, 0, 0)).item() == 2
     assert ColorLoss("red")(plain(1, 0, 0)).item() == 0
     assert ColorLoss("red")(plain(1, 1, 0)).item() == pytest.approx(2 / 3)
@@ -77,13 +77,13 @@ def test_distances_to_a_colour_are_in_the_units_of_images():
 
 
 @pytest.mark.parametrize("target", ["teel", "#12345", (0.1, 0.2), (10, 200, 30), (-0.1, 0, 0)])
-def test_what_is_no_colour_is_said(target):
-    with pytest.raises(InputError, match="colour"):
+def test_invalid_colors_are_refused(target):
+    with pytest.raises(InputError, match="color"):
         ColorLoss(target)
 
 
 @pytest.mark.parametrize("loss", [ColorLoss(), SaturationLoss()])
-def test_grey_images_have_no_colour(loss):
+def test_color_losses_refuse_gray_images(loss):
     with pytest.raises(InputError, match="1 channels"):
         loss(noise(1, 1, 8, 8))
 
@@ -100,7 +100,7 @@ def test_total_variation_counts_both_directions():
     assert TotalVariationLoss()(plain(0.2, 0.7, 0.1)).item() == 0
 
 
-def test_symmetry_has_two_mirrors():
+def test_symmetry_has_two_axes():
     ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
     assert SymmetryLoss("top-bottom")(ramp).item() == 0
     assert SymmetryLoss("left-right")(ramp).item() > 0.5
@@ -115,7 +115,7 @@ def test_a_reference_is_compared_at_low_resolution_only():
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_a_reference_takes_the_shape_of_the_images(channels):
+def test_a_reference_is_fitted_to_the_images(channels):
     red = Image.new("RGB", (40, 10), "red")
     expected = {1: [-0.4], 3: [1, -1, -1], 4: [1, -1, -1, 1]}[channels]  # 76 of 255 is the luminance of red
     images = torch.tensor(expected).view(1, channels, 1, 1).expand(1, channels, 8, 6)
@@ -123,7 +123,7 @@ def test_a_reference_takes_the_shape_of_the_images(channels):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (lambda: SaturationLoss(1.5), "1.5"),
         (lambda: SymmetryLoss("diagonal"), "left-right"),
@@ -131,8 +131,8 @@ def test_a_reference_takes_the_shape_of_the_images(channels):
         (lambda: ReferenceLoss(PHOTO, 16)(noise(1, 3, 8, 8)), "16x16"),
     ],
 )
-def test_what_cannot_be_used_is_said(wrong, said):
-    with pytest.raises(InputError, match=said):
+def test_invalid_arguments_are_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
         wrong()
 
 
@@ -144,7 +144,7 @@ def test_losses_add_and_scale():
     torch.testing.assert_close((2 * (color + -0.25 * symmetry))(images), expected)
 
 
-def test_a_loss_of_ones_own_adds_and_is_told_the_step():
+def test_a_custom_loss_can_be_added_and_receives_the_step():
     class Stepwise(GuidanceLoss):
         def __call__(self, images, step=0):
             return images.mean((1, 2, 3)) * step

@@ -1,4 +1,4 @@
-"""Claims about pipeline folders: they load anywhere, can be saved again, and the package needs none of their code."""
+"""Claims about saved pipelines: they load anywhere, can be saved again, and the package runs none of their code."""
 
 import hashlib
 import importlib.util
@@ -19,7 +19,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from huggingface_hub import ModelCard
-from in_a_fresh_process import draw, refusal
+from in_a_fresh_process import refusal, sample
 from PIL import Image
 from tiny import ROOT, tiny_unet
 
@@ -34,18 +34,19 @@ from ddgan import (
     NCSNpp,
 )
 from ddgan.core.files import replace_tree
-from ddgan.hub import export as mechanism
-from ddgan.hub.export import draw_samples, self_contained
+from ddgan.hub import export
+from ddgan.hub.export import self_contained
 from ddgan.hub.publication import snapshot
-from ddgan.sampling.pipelines import load_pipeline
+from ddgan.hub.samples import save_samples
+from ddgan.sampling.loading import load_pipeline
 
 SCRIPT = ROOT / "tests/in_a_fresh_process.py"
 COMMIT = "1234567890" * 4
-TRAVELLING = sorted(file for part in ("models", "pipelines", "schedulers") for file in (ROOT / part).glob("[!_]*.py"))
+EXPORTED = sorted(file for part in ("models", "pipelines", "schedulers") for file in (ROOT / part).glob("[!_]*.py"))
 
 
 def imported(file: Path, name: str):
-    """A file as the module `name`."""
+    """Import a file as the module `name`."""
     spec = importlib.util.spec_from_file_location(name, file)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -69,7 +70,7 @@ def pipeline(kind=DDGANPipeline, network=NCSNpp, seed=0):
 
 
 def other_version(source: Path, folder: Path, old: str, new: str):
-    """A module of the same file name and size, with a change in it."""
+    """Import a changed copy of a module, with the same file name and size."""
     text = source.read_text()
     assert old in text and len(old) == len(new)
     folder.mkdir(exist_ok=True)
@@ -82,12 +83,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def expect(folder: Path, pipe, name=None):
-    torch.save(draw(pipe), folder.with_name(f"{name or folder.name}.pt"))
+    torch.save(sample(pipe), folder.with_name(f"{name or folder.name}.pt"))
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """Pipeline folders, and beside each what it draws."""
+    """Pipeline folders, and beside each the images that it is expected to generate."""
     home, code = tmp_path_factory.mktemp("saved"), tmp_path_factory.mktemp("code")
     pipeline(seed=1).save_pretrained(home / "ddgan", variant="ema")
     expect(home / "ddgan", DDGANPipeline.from_pretrained(home / "ddgan", variant="ema"), "ema")
@@ -118,7 +119,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(saved):
-    """Serves each folder `name` as the repository `user/name`, for reading."""
+    """Serve each folder `name` as the read-only repository `user/name`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -174,9 +175,9 @@ def test_folders_load_save_and_load_in_fresh_processes_at_once(saved, hub, tmp_p
         start("with_package", "three", "own"),
     ]
     for process in running:
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
-        assert "not expected" not in said and "Expected types" not in said and "might require" not in said
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert "not expected" not in errors and "Expected types" not in errors and "might require" not in errors
 
     for output in ("one", "two"):
         for folder in filter(Path.is_dir, saved.iterdir()):
@@ -187,7 +188,7 @@ def test_folders_load_save_and_load_in_fresh_processes_at_once(saved, hub, tmp_p
         assert files(tmp_path / output / "from_the_hub") == files(tmp_path / output / "third" / "ddgan")
 
 
-def test_names_of_code_files_differ_with_their_contents_and_by_nothing_else(saved, tmp_path):
+def test_names_of_code_files_depend_on_their_contents_alone(saved, tmp_path):
     def code(folder):
         return sorted(name for name in files(folder) if name.endswith(".py"))
 
@@ -203,14 +204,14 @@ def test_names_of_code_files_differ_with_their_contents_and_by_nothing_else(save
     assert code(tmp_path) == names
 
 
-def test_diffusers_own_parts_carry_no_code(saved, tmp_path):
+def test_components_of_diffusers_are_saved_without_code(saved, tmp_path):
     assert [Path(name).suffix for name in files(saved / "guided")].count(".py") == 1
     assert json.loads((saved / "guided/model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
     DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path)
     assert not [name for name in files(tmp_path) if name.endswith(".py")]
 
 
-def test_no_file_tells_from_where_something_was_loaded(saved, tmp_path):
+def test_no_file_contains_the_path_that_something_was_loaded_from(saved, tmp_path):
     pipe = DDGANPipeline.from_pretrained(saved / "ddgan")
     assert str(saved) in str(pipe.config._name_or_path) and str(saved) in pipe.unet.config._name_or_path
     pipe.save_pretrained(tmp_path)
@@ -231,7 +232,7 @@ def test_with_the_package_a_folder_needs_no_trust_and_its_code_does_not_run(save
         load_pipeline(str(tmp_path / "pipe")),
     ):
         assert (type(pipe), type(pipe.unet), type(pipe.scheduler)) == (DDGANPipeline, NCSNpp, DDGANScheduler)
-        torch.testing.assert_close(draw(pipe), expected)  # load_pipeline moves the weights, see there
+        torch.testing.assert_close(sample(pipe), expected)  # load_pipeline copies the weights, see its comment
 
     half = DDGANPipeline.from_pretrained(tmp_path / "pipe", dtype=torch.bfloat16, device_map="cpu")
     assert half.unet.dtype == torch.bfloat16
@@ -260,16 +261,16 @@ def test_a_run_folder_can_be_loaded_at_every_instant_of_a_save_with_other_code(s
     replace_tree(tmp_path, old.save_pretrained)
     before, replace, moves = files(tmp_path), os.replace, []
 
-    def replace_and_look(source, target):
+    def replace_and_check(source, target):
         replace(source, target)
         moves.append(missing_files())
 
-    monkeypatch.setattr(os, "replace", replace_and_look)
+    monkeypatch.setattr(os, "replace", replace_and_check)
     replace_tree(tmp_path, pipeline().save_pretrained)
     pipeline().save_pretrained(tmp_path)  # and without a temporary folder
     assert moves and not any(moves)
     assert before.keys() < files(tmp_path).keys()
-    assert torch.equal(draw(DDGANPipeline.from_pretrained(tmp_path)), torch.load(saved / "ddgan.pt"))
+    assert torch.equal(sample(DDGANPipeline.from_pretrained(tmp_path)), torch.load(saved / "ddgan.pt"))
 
 
 def push(pipe, how, folder) -> None:
@@ -288,7 +289,7 @@ def push(pipe, how, folder) -> None:
         ("guided", GuidedPipeline, "push_to_hub"),
     ],
 )
-def test_what_is_pushed_is_the_complete_folder_with_a_true_card(saved, tmp_path, local_hub, name, kind, how):
+def test_a_push_uploads_the_complete_folder_with_a_correct_card(saved, tmp_path, local_hub, name, kind, how):
     push(kind.from_pretrained(saved / name), how, tmp_path / "saved")
     uploaded = local_hub.files("ann/model")
     text = uploaded.pop("README.md").decode()
@@ -313,15 +314,15 @@ def test_what_is_pushed_is_the_complete_folder_with_a_true_card(saved, tmp_path,
     assert listed == code and code
 
 
-def test_a_pushed_card_shows_what_the_pipeline_draws(saved, local_hub, monkeypatch):
+def test_a_pushed_card_shows_samples_of_the_pipeline(saved, local_hub, monkeypatch):
     pipe = DDGANPipeline.from_pretrained(saved / "ddgan")
     pipe.push_to_hub("ann/model")
     there = local_hub.files("ann/model")
     card = there["README.md"].decode()
     assert "![Seeds 0 to 8, 4 steps; nothing left out.](card_samples.png)" in card
     shown = Image.open(io.BytesIO(there["card_samples.png"])).crop((96, 96, 192, 192))
-    drawn = pipe(batch_size=9, generator=[torch.Generator().manual_seed(seed) for seed in range(9)]).images[4]
-    assert shown.tobytes() == drawn.convert("RGB").resize((96, 96), Image.Resampling.NEAREST).tobytes()
+    expected = pipe(batch_size=9, generator=[torch.Generator().manual_seed(seed) for seed in range(9)]).images[4]
+    assert shown.tobytes() == expected.convert("RGB").resize((96, 96), Image.Resampling.NEAREST).tobytes()
 
     # a card that somebody changed stays, and what it shows is of the weights beside it
     head = local_hub.repos["model", "ann/model"]
@@ -331,41 +332,41 @@ def test_a_pushed_card_shows_what_the_pipeline_draws(saved, local_hub, monkeypat
     assert b"ask Ann" in again["README.md"] and again["card_samples.png"] != there["card_samples.png"]
 
     monkeypatch.setattr(pipe.unet, "forward", None)
-    with pytest.warns(UserWarning, match="no pictures, because none could be drawn"):
-        pipe.push_to_hub("ann/undrawn")
-    there = local_hub.files("ann/undrawn")
+    with pytest.warns(UserWarning, match="no sample images, because generating them failed"):
+        pipe.push_to_hub("ann/failed")
+    there = local_hub.files("ann/failed")
     assert "card_samples.png" not in there and "card_samples" not in there["README.md"].decode()
 
 
-def test_pictures_for_a_card_are_drawn_by_the_networks_as_they_are_loaded(tmp_path):
+def test_sample_images_are_generated_in_evaluation_mode(tmp_path):
     torch.manual_seed(0)
     pipe = ClassConditionalPipeline(tiny_unet(dropout=0.5, num_class_embeds=3), DDPMScheduler(20))
     pipe.unet.train()
-    draw_samples(pipe, tmp_path)
+    save_samples(pipe, tmp_path)
     first = (tmp_path / "card_samples.png").read_bytes()
     assert Image.open(io.BytesIO(first)).info["Caption"] == (
         "Seeds 0 to 8, 20 steps, the classes in turn; nothing left out."
     )
-    draw_samples(pipe, tmp_path)
+    save_samples(pipe, tmp_path)
     assert (tmp_path / "card_samples.png").read_bytes() == first
     assert all(module.training for module in pipe.unet.modules())
 
     Image.new("RGB", (8, 8)).save(tmp_path / "card_samples.png")  # somebody's own
     mine = (tmp_path / "card_samples.png").read_bytes()
-    draw_samples(pipe, tmp_path)
+    save_samples(pipe, tmp_path)
     assert (tmp_path / "card_samples.png").read_bytes() == mine
 
 
-def test_pictures_of_earlier_weights_are_not_published(saved, tmp_path):
+def test_sample_images_of_earlier_weights_are_not_published(saved, tmp_path):
     shutil.copytree(saved / "ddgan", tmp_path / "pipe")
-    draw_samples(pipeline(seed=5), tmp_path / "pipe")
+    save_samples(pipeline(seed=5), tmp_path / "pipe")
     with snapshot(tmp_path / "pipe", "ann/model") as taken:
         assert not Path(taken, "card_samples.png").exists()
         assert "card_samples" not in Path(taken, "README.md").read_text()
 
 
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
-def test_a_card_is_renewed_until_somebody_writes_one(saved, tmp_path, local_hub, how):
+def test_a_card_is_replaced_until_somebody_edits_it(saved, tmp_path, local_hub, how):
     def card() -> str:
         return local_hub.files("ann/model")["README.md"].decode()
 
@@ -381,7 +382,7 @@ def test_a_card_is_renewed_until_somebody_writes_one(saved, tmp_path, local_hub,
     assert card() == written
 
 
-def test_a_folders_own_card_is_pushed_with_it_and_a_template_is_not(saved, tmp_path, local_hub):
+def test_the_card_of_a_folder_is_pushed_and_an_empty_template_is_not(saved, tmp_path, local_hub):
     pipe = DDGANPipeline.from_pretrained(saved / "ddgan")
     pipe.save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("# Ann's model\n")
@@ -399,7 +400,7 @@ def test_a_folders_own_card_is_pushed_with_it_and_a_template_is_not(saved, tmp_p
     assert 'from_pretrained("ann/ddpm")' in card and "[More" not in card
 
 
-def test_code_that_cannot_travel_is_refused(tmp_path):
+def test_code_that_cannot_be_copied_is_refused(tmp_path):
     class Local(NCSNpp):
         pass
 
@@ -414,35 +415,33 @@ def test_code_that_cannot_travel_is_refused(tmp_path):
         pipeline(network=relative.NCSNpp).save_pretrained(tmp_path)
 
 
-def test_every_pipeline_of_the_package_is_complete_in_itself():
+def test_every_pipeline_of_the_package_is_self_contained():
     for name in ddgan.__all__:
         exported = getattr(ddgan, name)
         if issubclass(exported, DiffusionPipeline):
-            assert exported.to_json_file.__module__ == mechanism.__name__, name
+            assert exported.to_json_file.__module__ == export.__name__, name
             assert "_dict_from_json_file" in vars(exported), name
 
 
-@pytest.mark.parametrize("file", TRAVELLING, ids=lambda file: file.stem)
-def test_files_that_travel_need_nothing_of_ours(file):
+@pytest.mark.parametrize("file", EXPORTED, ids=lambda file: file.stem)
+def test_exported_files_need_nothing_of_the_package(file):
     """The pattern is Diffusers' own: it counts lines of docstrings too."""
     text = file.read_text()
     found = re.findall(r"^\s*(?:from|import)\s+(\S+?)(?:\s+import.*)?$", text, flags=re.MULTILINE)
     assert found and not [name for name in found if name.startswith(("ddgan", "."))]
     if file.parent.name == "pipelines":
         own = set(re.findall(r"^(?:def|class)\s+(\w+)|^(\w+)\s*=", text, flags=re.MULTILINE))
-        added = set(
-            re.findall(r"^(?:def|class)\s+(\w+)|^(\w+)\s*=", Path(mechanism.__file__).read_text(), re.MULTILINE)
-        )
+        added = set(re.findall(r"^(?:def|class)\s+(\w+)|^(\w+)\s*=", Path(export.__file__).read_text(), re.MULTILINE))
         assert not own & added
 
 
-def test_code_that_another_process_is_copying_is_read_when_it_is_whole(saved, tmp_path):
-    """Diffusers copies files of code to one place at each load, and they are empty for a moment."""
+def test_code_that_another_process_is_copying_is_read_when_it_is_complete(saved, tmp_path):
+    """Diffusers copies code files to one place at each load, and they are empty for a moment."""
     (file,) = (saved / "ddgan").glob("pipeline_ddgan_*.py")
     code = file.read_text()
     copied = tmp_path / file.name
     copied.write_text("")
     timer = threading.Timer(0.3, copied.write_text, [code])
     timer.start()
-    assert mechanism._read_code(copied) == code
+    assert export._read_code(copied) == code
     timer.join()

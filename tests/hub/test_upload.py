@@ -347,7 +347,7 @@ def test_the_wait_that_the_hub_asks_for_is_kept(local_hub, folder, waits, patter
 def test_waits_grow_and_end(local_hub, folder, waits):
     repository = opened()
     local_hub.fail(COMMIT, times=100, instead=503)
-    with pytest.raises(RunError, match=r"The upload to ann/model failed: .*This does not work just now"):
+    with pytest.raises(RunError, match=r"The upload to ann/model failed: .*Temporarily unavailable"):
         repository.upload(folder, "first")
     assert waits == [1, 2, 4, 8, 16] and not there(local_hub)
     local_hub.faults.clear()
@@ -420,7 +420,7 @@ def test_a_space_shows_the_model(local_hub, tmp_path):
     files = local_hub.files("ann/model", kind="space")
     of_app = {name for name in files if not name.startswith("ddgan/")}
     assert of_app == {".gitattributes", "README.md", "app.py", "requirements.txt"}
-    assert {"ddgan/__init__.py", "ddgan/sampling/pipelines.py", "ddgan/LICENSE"} <= set(files) - of_app
+    assert {"ddgan/__init__.py", "ddgan/sampling/generation.py", "ddgan/LICENSE"} <= set(files) - of_app
     assert not [name for name in files if "test" in name or "train_" in name or name.endswith("setup.py")]
     assert space.private and space.settings["sdk"] == "gradio"
     assert space.variables == {"DDGAN_PIPELINE": {"value": "ann/model"}}

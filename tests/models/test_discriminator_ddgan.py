@@ -1,4 +1,4 @@
-"""Claims about the discriminator: recorded logits and R1, any batch, size and depth, and Diffusers' conventions."""
+"""The discriminator: recorded logits and R1, any batch, size and depth, and the conventions of Diffusers."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ TINY = {
 
 
 def tiny(**changes):
-    """A small network with weights at which every part matters (a fresh one begins near zero)."""
+    """Return a small network whose weights make every part matter; an untrained one starts near zero."""
     torch.manual_seed(0)
     model = DDGANDiscriminator(**{**TINY, **changes})
     for parameter in model.parameters():
@@ -51,14 +51,14 @@ def test_logits_input_gradients_and_r1_match_the_recorded_ones(golden, name):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 6, 7, 8, 12, 13])
-def test_any_batch_size_gives_one_logit_a_pair(batch_size):
+def test_any_batch_size_gives_one_logit_per_pair(batch_size):
     logits = tiny()(*inputs(batch_size))
     assert logits.shape == (batch_size,)
     assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 8])
-def test_statistic_of_the_batch_tells_equal_pictures_from_different_ones(batch_size):
+def test_minibatch_statistic_distinguishes_equal_from_different_images(batch_size):
     model = tiny()
     sample, _, noisy = inputs(batch_size)
     different = model(sample, 0, noisy)
@@ -83,7 +83,7 @@ def test_any_size_and_depth_works(size, widths, down):
     assert model(*inputs(2, 3, *size)).shape == (2,)
 
 
-def test_what_is_not_supported_is_refused_in_words():
+def test_unsupported_configurations_are_refused():
     with pytest.raises(ValueError, match="too often"):
         tiny(sample_size=(64, 3), down_blocks=(True, True))
     with pytest.raises(ValueError, match="one for each"):
@@ -98,7 +98,7 @@ def test_pair_order_and_timestep_matter():
     assert torch.equal(model(sample, 2, noisy), model(sample, torch.full((4,), 2), noisy))
 
 
-def test_class_is_projected_on_the_features_and_must_be_given():
+def test_class_is_projected_on_the_features_and_is_required():
     model = tiny(num_class_embeds=3)
     pair = inputs()
     labels = torch.tensor([0, 1, 2, 0])
@@ -111,12 +111,12 @@ def test_class_is_projected_on_the_features_and_must_be_given():
         tiny()(*pair, class_labels=labels)
 
 
-def test_fresh_network_judges_nothing():
+def test_untrained_network_is_indifferent():
     assert DDGANDiscriminator(**TINY)(*inputs()).abs().max() < 1e-2
     assert DDGANDiscriminator(**TINY, near_zero_conv_out=False)(*inputs()).abs().max() > 1e-2
 
 
-def test_gradient_checkpointing_changes_no_number_not_even_of_r1():
+def test_gradient_checkpointing_is_bit_identical_also_for_r1():
     results = []
     for checkpointing in (False, True):
         model = tiny()
@@ -135,7 +135,7 @@ def test_compiles_as_one_graph():
     model = tiny()
     expected = model(*inputs())
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")  # what is tested is the graph, not the compiler
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # this tests the graph, not the compiler
     torch.testing.assert_close(compiled(*inputs()), expected)
 
 
@@ -153,7 +153,7 @@ def test_saved_network_loads_the_same_with_variant_and_dtype(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 8])
 def test_gradients_are_finite_in_float16(batch_size):
-    """Where pictures agree, their standard deviation is the root of almost nothing, and float16 knows no 1e-8."""
+    """For equal images the standard deviation is sqrt(1e-8), and 1e-8 underflows in float16."""
     torch.manual_seed(0)
     model = DDGANDiscriminator(**{**TINY, "block_out_channels": (16, 32)}, near_zero_conv_out=False)
     sample, t, noisy = inputs(batch_size)
@@ -165,7 +165,7 @@ def test_gradients_are_finite_in_float16(batch_size):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_layerwise_casting_stores_small_and_computes_in_float32():
+def test_layerwise_casting_stores_float8_and_computes_in_float32():
     model = tiny()
     expected = model(*inputs())
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -175,8 +175,8 @@ def test_layerwise_casting_stores_small_and_computes_in_float32():
     assert (logits - expected).norm() < 0.2 * expected.norm()
 
 
-def test_weights_on_disk_give_the_same_logits(tmp_path):
-    """What `device_map` does: modules that are not split, some of them elsewhere until they are called."""
+def test_weights_offloaded_to_disk_give_the_same_logits(tmp_path):
+    """`device_map` moves whole modules, some of which are loaded only when called."""
     model = tiny()
     expected = model(*inputs())
     device_map = {name: "cpu" for name, _ in model.named_children()} | {"blocks": "disk"}

@@ -1,4 +1,4 @@
-"""Claims about the class-conditioned UNet: a plain UNet with the class beside its picture, by Diffusers' rules."""
+"""The class-conditioned UNet: a plain UNet with the class as input channels, and the conventions of Diffusers."""
 
 import logging
 
@@ -32,7 +32,7 @@ def inputs(batch_size=3, channels=1, height=8, width=8):
 
 
 def plain_unet(model, in_channels, **changes):
-    """Diffusers' own network with the same weights."""
+    """Return the network of Diffusers with the same weights."""
     config = {**TINY, "in_channels": in_channels, "out_channels": 1, **changes}
     unet = UNet2DModel(**{key: value for key, value in config.items() if key != "num_classes"})
     unet.load_state_dict({name.removeprefix("unet."): w for name, w in model.state_dict().items() if "unet." in name})
@@ -57,7 +57,7 @@ def test_defaults_are_the_mnist_network_with_1_7_million_parameters():
     plain.load_state_dict(model.unet.state_dict())  # the same parts of the same shapes
 
 
-def test_it_is_a_plain_unet_on_the_picture_with_the_embedding_at_every_pixel():
+def test_outputs_are_those_of_a_plain_unet_with_the_embedding_at_every_pixel():
     model = tiny(in_channels=2, class_emb_size=5)
     sample, t, labels = inputs(channels=2)
     joined = torch.empty(3, 2 + 5, 8, 8)
@@ -69,7 +69,7 @@ def test_it_is_a_plain_unet_on_the_picture_with_the_embedding_at_every_pixel():
     assert torch.equal(model(sample, t, labels).sample, expected)
 
 
-def test_one_hot_classes_have_a_channel_each_and_the_null_class_has_none():
+def test_each_one_hot_class_has_a_channel_and_the_null_class_has_none():
     model = tiny(class_emb_size=None, class_dropout=0.1)
     assert not any("class_embedding" in name for name, _ in model.named_parameters())
     sample, t, _ = inputs()
@@ -82,7 +82,7 @@ def test_one_hot_classes_have_a_channel_each_and_the_null_class_has_none():
 
 
 @pytest.mark.parametrize("class_emb_size", [4, None])
-def test_the_null_class_is_one_more_label_where_there_is_class_dropout(class_emb_size):
+def test_with_class_dropout_there_is_one_more_label(class_emb_size):
     sample, t, _ = inputs()
     null = torch.tensor([3, 3, 3])
     with_null = tiny(class_emb_size=class_emb_size, class_dropout=0.1)
@@ -92,7 +92,7 @@ def test_the_null_class_is_one_more_label_where_there_is_class_dropout(class_emb
         tiny(class_emb_size=class_emb_size)(sample, t, null)
 
 
-def test_the_network_draws_nothing_by_itself():
+def test_the_network_itself_is_deterministic():
     model = tiny(class_dropout=0.9).train()
     assert torch.equal(model(*inputs()).sample, model(*inputs()).sample)
 
@@ -114,14 +114,14 @@ def test_timestep_may_be_a_number_or_a_tensor(timestep):
     )
 
 
-def test_output_is_a_dataclass_or_the_same_as_a_tuple():
+def test_output_is_a_dataclass_or_an_equal_tuple():
     model = tiny()
     as_tuple = model(*inputs(), return_dict=False)
     assert type(as_tuple) is tuple
     assert torch.equal(as_tuple[0], model(*inputs()).sample)
 
 
-def test_pictures_need_not_be_square():
+def test_images_need_not_be_square():
     model = tiny(sample_size=(8, 12))
     sample, t, labels = inputs(width=12)
     assert model(sample, t, labels).sample.shape == sample.shape
@@ -156,7 +156,7 @@ def test_autocast_trains_in_bfloat16_near_the_float32_result():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_gradient_checkpointing_reaches_the_unet_and_changes_no_number():
+def test_gradient_checkpointing_reaches_the_unet_and_is_bit_identical():
     gradients = []
     for checkpointing in (False, True):
         model = tiny().train()
@@ -174,11 +174,11 @@ def test_compiles_as_one_graph(class_emb_size):
     model = tiny(class_emb_size=class_emb_size, class_dropout=0.1)
     expected = model(*inputs()).sample
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")  # what is tested is the graph, not the compiler
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # this tests the graph, not the compiler
     torch.testing.assert_close(compiled(*inputs()).sample, expected)
 
 
-def test_layerwise_casting_stores_small_and_computes_in_float32():
+def test_layerwise_casting_stores_float8_and_computes_in_float32():
     model = tiny()
     expected = model(*inputs()).sample
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -198,13 +198,13 @@ def test_the_wrapped_network_stays_on_one_device():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.tensor([0.0, 1.0, 2.0]), "one integer for each of the 3 pictures"),
+        (torch.tensor([0.0, 1.0, 2.0]), "one integer for each of the 3 images"),
         (torch.tensor([0, 1]), r"shape \(2,\), but must hold one integer for each of the 3"),
-        (torch.eye(3), "one integer for each of the 3 pictures"),
+        (torch.eye(3), "one integer for each of the 3 images"),
     ],
     ids=["floats", "too few", "a matrix"],
 )
-def test_labels_that_do_not_fit_the_pictures_are_refused(labels, message):
+def test_invalid_labels_are_refused(labels, message):
     sample, t, _ = inputs()
     with pytest.raises(ValueError, match=message):
         tiny()(sample, t, labels)
@@ -219,6 +219,6 @@ def test_labels_that_do_not_fit_the_pictures_are_refused(labels, message):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused_when_it_is_built(changes, message):
+def test_invalid_configurations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)

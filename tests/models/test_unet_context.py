@@ -1,4 +1,4 @@
-"""Claims about the context network: its arithmetic written out by hand, its contexts, and Diffusers' conventions."""
+"""The context network: its arithmetic, its contexts, and the conventions of Diffusers."""
 
 import logging
 
@@ -14,7 +14,7 @@ TINY = {"n_feat": 8, "n_cfeat": 3, "height": 8}
 
 
 def tiny(**changes):
-    """A small network with weights at which every part matters."""
+    """Return a small network whose weights make every part matter."""
     torch.manual_seed(0)
     model = ContextUnet(**{**TINY, **changes})
     for parameter in model.parameters():
@@ -28,8 +28,8 @@ def inputs(batch_size=3, channels=3, height=8):
     return sample, torch.tensor([5, 250, 499])[:batch_size], torch.tensor([2, 0, 1])[:batch_size]
 
 
-def written_out(weights, x, t, context, T):
-    """The network as operations on its weights, in float64."""
+def reference_forward(weights, x, t, context, T):
+    """Compute the network's output in float64 by explicit operations on its weights."""
     weights = {name: w.double() for name, w in weights.items()}
     x, context = x.double(), context.double()
 
@@ -84,11 +84,11 @@ def written_out(weights, x, t, context, T):
     [{}, {"height": 4}, {"height": 12, "n_feat": 16, "in_channels": 1, "out_channels": 2, "n_cfeat": 4}],
     ids=str,
 )
-def test_it_is_this_arithmetic(changes):
+def test_outputs_match_the_reference_arithmetic(changes):
     model = tiny(**changes)
     sample, t, labels = inputs(channels=model.config.in_channels, height=model.config.height)
     context = torch.eye(model.config.n_cfeat)[labels]
-    expected = written_out(model.state_dict(), sample, t, context, T=500)
+    expected = reference_forward(model.state_dict(), sample, t, context, T=500)
     assert expected.shape == (3, model.config.out_channels, model.config.height, model.config.height)
     torch.testing.assert_close(model(sample, t, labels).sample.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -114,11 +114,11 @@ def test_contexts_can_be_mixed():
     half_half = torch.tensor([[0.5, 0.0, 0.5]]).expand(3, 3)
     outputs = [model(sample, t, context).sample for context in (half_half, *torch.eye(3)[:, None].expand(3, 3, 3))]
     assert all(not torch.allclose(outputs[0], output) for output in outputs[1:])
-    expected = written_out(model.state_dict(), sample, t, half_half, T=500)
+    expected = reference_forward(model.state_dict(), sample, t, half_half, T=500)
     torch.testing.assert_close(outputs[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_null_class_is_the_context_of_zeros_where_there_is_class_dropout():
+def test_with_class_dropout_the_null_class_is_the_zero_context():
     model = tiny(class_dropout=0.1)
     sample, t, _ = inputs()
     null = torch.tensor([3, 3, 3])
@@ -130,7 +130,7 @@ def test_the_null_class_is_the_context_of_zeros_where_there_is_class_dropout():
         without(sample, t, null)
 
 
-def test_the_network_draws_nothing_by_itself():
+def test_the_network_itself_is_deterministic():
     model = tiny(class_dropout=0.9).train()
     assert torch.equal(model(*inputs()).sample, model(*inputs()).sample)
 
@@ -149,7 +149,7 @@ def test_timestep_may_be_a_number_or_a_tensor(timestep):
     assert torch.equal(model(sample, timestep, labels).sample, model(sample, torch.full((3,), 7), labels).sample)
 
 
-def test_samples_of_a_batch_do_not_see_each_other():
+def test_samples_of_a_batch_are_independent():
     model = tiny().train()
     sample, t, labels = inputs()
     alone = model(sample[1:2], t[1:2], labels[1:2]).sample
@@ -166,7 +166,7 @@ def test_gradients_reach_all_weights_and_the_contexts():
         assert tensor.grad.any()
 
 
-def test_output_is_a_dataclass_or_the_same_as_a_tuple():
+def test_output_is_a_dataclass_or_an_equal_tuple():
     model = tiny()
     as_tuple = model(*inputs(), return_dict=False)
     assert type(as_tuple) is tuple
@@ -202,7 +202,7 @@ def test_autocast_trains_in_bfloat16_near_the_float32_result():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_gradient_checkpointing_changes_no_number():
+def test_gradient_checkpointing_is_bit_identical():
     gradients = []
     for checkpointing in (False, True):
         model = tiny().train()
@@ -221,7 +221,7 @@ def test_compiles_as_one_graph(as_context):
     labels = torch.eye(3)[labels] if as_context else labels
     expected = model(sample, t, labels).sample
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")  # what is tested is the graph, not the compiler
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # this tests the graph, not the compiler
     torch.testing.assert_close(compiled(sample, t, labels).sample, expected)
 
 
@@ -233,7 +233,7 @@ def test_repeated_blocks_compile_each_as_one_graph():
     torch.testing.assert_close(model(*inputs()).sample, expected)
 
 
-def test_layerwise_casting_stores_small_and_computes_in_float32():
+def test_layerwise_casting_stores_float8_and_computes_in_float32():
     model = tiny()
     expected = model(*inputs()).sample
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -243,8 +243,8 @@ def test_layerwise_casting_stores_small_and_computes_in_float32():
     assert (output - expected).norm() < 0.2 * expected.norm()
 
 
-def test_weights_on_disk_give_the_same_picture(tmp_path):
-    """What `device_map` does: modules that are not split, some of them elsewhere until they are called."""
+def test_weights_offloaded_to_disk_give_the_same_image(tmp_path):
+    """`device_map` moves whole modules, some of which are loaded only when called."""
     model = tiny()
     expected = model(*inputs()).sample
     assert set(model._get_no_split_modules("auto")) >= {type(m).__name__ for m in (model.conv_in, model.up_block1)}
@@ -264,15 +264,15 @@ def test_weights_on_disk_give_the_same_picture(tmp_path):
     ],
     ids=["too wide", "too few", "too few labels", "integers"],
 )
-def test_labels_that_do_not_fit_are_refused(labels, message):
+def test_invalid_labels_are_refused(labels, message):
     sample, t, _ = inputs()
     with pytest.raises(ValueError, match=message):
         tiny()(sample, t, labels)
 
 
-def test_pictures_of_another_size_are_refused():
+def test_images_of_another_size_are_refused():
     sample, t, labels = inputs(height=16)
-    with pytest.raises(ValueError, match=r"16x16 pixels.*8x8 alone"):
+    with pytest.raises(ValueError, match=r"16x16 pixels.*8x8 only"):
         tiny()(sample, t, labels)
 
 
@@ -281,12 +281,12 @@ def test_pictures_of_another_size_are_refused():
     [
         ({"n_feat": 12}, "multiple of 8"),
         ({"height": 18}, "multiple of 4"),
-        ({"sample_size": 16}, "`sample_size` is 16 and `height` 8"),
+        ({"sample_size": 16}, "`sample_size` is 16 and `height` is 8"),
         ({"class_dropout": -0.1}, r"class_dropout.*\[0, 1\)"),
         ({"id2label": ["hero", "food"]}, r"names the labels \[0, 1\].*each of the 3 classes, 0 to 2"),
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused_when_it_is_built(changes, message):
+def test_invalid_configurations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)

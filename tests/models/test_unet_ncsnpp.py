@@ -1,4 +1,4 @@
-"""Claims about the generator: recorded outputs and gradients, every form and size, and Diffusers' conventions."""
+"""The generator: recorded outputs and gradients, every option and size, and the conventions of Diffusers."""
 
 import itertools
 
@@ -27,7 +27,7 @@ TINY = {
 
 
 def tiny(**changes):
-    """A small network with weights at which every part matters (a fresh one begins near zero)."""
+    """Return a small network whose weights make every part matter; an untrained one starts near zero."""
     torch.manual_seed(0)
     model = NCSNpp(**{**TINY, **changes})
     for parameter in model.parameters():
@@ -42,8 +42,8 @@ def inputs(batch_size=2, channels=3, height=16, width=16):
     return sample, torch.arange(batch_size), torch.randn(batch_size, TINY["latent_dim"], generator=generator)
 
 
-def relative_error(ours, recorded):
-    return ((ours - recorded).norm() / recorded.norm()).item()
+def relative_error(actual, recorded):
+    return ((actual - recorded).norm() / recorded.norm()).item()
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -58,7 +58,7 @@ def test_outputs_and_input_gradients_match_the_recorded_ones(golden, name):
     assert relative_error(z.grad, recorded["grad/z"]) < 1e-4
 
 
-def test_sampling_with_the_scheduler_repeats_the_recorded_run(golden, monkeypatch):
+def test_sampling_reproduces_the_recorded_run(golden, monkeypatch):
     run, _, _ = golden("sample_trajectory")
     _, config, state_dict = golden("generator_a")
     model = convert_generator(state_dict, config).eval()
@@ -75,8 +75,8 @@ def test_sampling_with_the_scheduler_repeats_the_recorded_run(golden, monkeypatc
 
 @pytest.mark.parametrize("resnet_type", ["biggan", "biggan_oneadagn", "ddpm"])
 @pytest.mark.parametrize("fir", [True, False])
-def test_every_combination_of_forms_runs_at_odd_sizes(resnet_type, fir):
-    """7x10 -> 3x5 -> 1x2: at every level something is rounded; all parameters take part."""
+def test_every_combination_of_options_runs_at_odd_sizes(resnet_type, fir):
+    """7x10 -> 3x5 -> 1x2 rounds at every level; all parameters get gradients."""
     sample, t, z = inputs(height=7, width=10)
     for with_conv, (progressive_input, combine), output in itertools.product(
         (True, False) if resnet_type == "ddpm" else (True,),
@@ -106,7 +106,7 @@ def test_every_combination_of_forms_runs_at_odd_sizes(resnet_type, fir):
     [((28, 28), (4, 8, 8, 8)), ((128, 256), (4, 4, 4, 4, 4, 4)), ((33, 64), (4, 8)), ((48, 20), (5, 7, 9))],
     ids=str,
 )
-def test_any_size_works_whether_built_for_it_or_not(size, widths):
+def test_any_size_works_also_other_than_the_configured_one(size, widths):
     model = tiny(sample_size=size, block_out_channels=widths, attention_resolutions=())
     sample, t, z = inputs(1, 3, *size)
     assert model(sample, t, z).sample.shape == sample.shape
@@ -115,7 +115,7 @@ def test_any_size_works_whether_built_for_it_or_not(size, widths):
 
 
 @pytest.mark.parametrize("width", [1, 3, 30, 132, 160])
-def test_any_number_of_channels_has_its_groups(width):
+def test_any_number_of_channels_is_divided_into_groups(width):
     model = tiny(block_out_channels=(8, width), in_channels=2, out_channels=5)
     sample, t, z = inputs(channels=2)
     assert model(sample, t, z).sample.shape == (2, 5, 16, 16)
@@ -136,25 +136,25 @@ def test_any_number_of_channels_has_its_groups(width):
     ],
     ids=str,
 )
-def test_what_is_not_supported_is_refused_in_words(changes):
+def test_unsupported_configurations_are_refused(changes):
     with pytest.raises(ValueError, match=r"must be one of|too many to halve"):
         NCSNpp(**{**TINY, **changes})
 
 
-def test_attention_stands_where_the_resolution_is_listed():
+def test_attention_is_at_the_listed_resolutions():
     model = NCSNpp(**{**TINY, "block_out_channels": (8, 8, 8), "attention_resolutions": (16, 4)})
     assert [block.attentions is not None for block in model.down_blocks] == [True, False, True]
     assert [block.attention is not None for block in model.up_blocks] == [True, False, True]
 
 
-def test_first_convolution_and_time_embedding_may_have_a_width_of_their_own():
+def test_base_channels_set_the_width_of_first_convolution_and_time_embedding():
     model = tiny(base_channels=20)
     assert model.conv_in.out_channels == 20
     assert model.time_embedding.linear_1.in_features == 20
     assert model(*inputs()).sample.shape == (2, 3, 16, 16)
 
 
-def test_samples_of_a_batch_do_not_see_each_other():
+def test_samples_of_a_batch_are_independent():
     model = tiny()
     sample, t, z = inputs(3)
     together = model(sample, t, z).sample
@@ -180,14 +180,14 @@ def test_fourier_embedding_is_defined_at_timestep_0():
     assert not torch.allclose(at[0], at[2])
 
 
-def test_length_of_z_does_not_matter_and_its_direction_does():
+def test_direction_of_z_matters_and_its_norm_does_not():
     model = tiny()
     sample, t, z = inputs()
     torch.testing.assert_close(model(sample, t, z).sample, model(sample, t, 3 * z).sample)
     assert not torch.allclose(model(sample, t, z).sample, model(sample, t, -z).sample)
 
 
-def test_class_labels_steer_the_picture_and_must_be_given():
+def test_class_labels_change_the_image_and_are_required():
     model = tiny(num_class_embeds=3)
     sample, t, z = inputs()
     first = model(sample, t, z, class_labels=torch.tensor([0, 1])).sample
@@ -200,14 +200,14 @@ def test_class_labels_steer_the_picture_and_must_be_given():
         tiny()(sample, t, z, class_labels=torch.tensor([0, 1]))
 
 
-def test_output_is_a_dataclass_or_the_same_as_a_tuple():
+def test_output_is_a_dataclass_or_an_equal_tuple():
     model = tiny()
     as_tuple = model(*inputs(), return_dict=False)
     assert type(as_tuple) is tuple
     assert torch.equal(as_tuple[0], model(*inputs()).sample)
 
 
-def test_fresh_network_begins_near_zero_with_identity_styles():
+def test_untrained_network_starts_near_zero_with_identity_styles():
     model = NCSNpp(**TINY)
     assert model(*inputs()).sample.abs().max() < 1e-3
     block = model.down_blocks[0].resnets[0]
@@ -244,7 +244,7 @@ def test_autocast_trains_in_bfloat16_near_the_float32_result():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_gradient_checkpointing_changes_no_number():
+def test_gradient_checkpointing_is_bit_identical():
     gradients = []
     for checkpointing in (False, True):
         model = tiny(dropout=0.3).train()
@@ -262,7 +262,7 @@ def test_compiles_as_one_graph(changes):
     model = tiny(**changes)
     expected = model(*inputs()).sample
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")  # what is tested is the graph, not the compiler
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # this tests the graph, not the compiler
     torch.testing.assert_close(compiled(*inputs()).sample, expected)
 
 
@@ -291,7 +291,7 @@ def test_attention_goes_through_the_dispatch_of_diffusers(monkeypatch):
     assert len(model.attn_processors) == 3
 
 
-def test_layerwise_casting_stores_small_and_computes_in_float32():
+def test_layerwise_casting_stores_float8_and_computes_in_float32():
     model = tiny()
     expected = model(*inputs()).sample
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -303,8 +303,8 @@ def test_layerwise_casting_stores_small_and_computes_in_float32():
     torch.testing.assert_close(output, expected, rtol=0, atol=0.5)
 
 
-def test_weights_on_disk_give_the_same_picture(tmp_path):
-    """What `device_map` does: modules that are not split, some of them elsewhere until they are called."""
+def test_weights_offloaded_to_disk_give_the_same_image(tmp_path):
+    """`device_map` moves whole modules, some of which are loaded only when called."""
     model = tiny()
     expected = model(*inputs()).sample
     device_map = {name: "cpu" for name, _ in model.named_children()} | {"mid_block": "disk", "up_blocks.1": "disk"}
@@ -316,7 +316,7 @@ def test_weights_on_disk_give_the_same_picture(tmp_path):
 
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-def test_group_offloading_gives_the_same_picture(offload_type):
+def test_group_offloading_gives_the_same_image(offload_type):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments = [argument.to(device) for argument in inputs()]
     expected = tiny().to(device)(*arguments).sample

@@ -1,4 +1,4 @@
-"""Claims about sampling by class: every scheduler and network, guidance, labels in all their forms, clear refusals."""
+"""Class-conditional sampling: every scheduler and network, guidance, all forms of labels, and invalid arguments."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from torch import nn
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
 
 NAMES = {0: "angry", 1: "happy", 2: "sad"}
-# networks sum in another order in batches of another size, or at another place in them
+# networks sum in another order for other batch sizes and positions in the batch
 ROUNDING = {"rtol": 0, "atol": 1e-5}
 SCHEDULERS = {
     "ddpm": (DDPMScheduler, {}),
@@ -47,8 +47,8 @@ SCHEDULERS = {
 STOCHASTIC = ("ddpm", "ddim eta", "sde-dpmsolver++", "euler ancestral")
 
 
-def lively(model):
-    """With weights at which the class matters; to a fresh network it hardly does."""
+def with_class_dependence(model):
+    """Change the weights so that the class matters, which at initialization it hardly does."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -67,13 +67,13 @@ def class_conditioned(**changes):
         "norm_num_groups": 4,
         "id2label": NAMES,
     }
-    return lively(ClassConditionedUnet(**{**config, **changes}))
+    return with_class_dependence(ClassConditionedUnet(**{**config, **changes}))
 
 
 def context(**changes):
     torch.manual_seed(0)
     config = {"n_feat": 8, "n_cfeat": 3, "height": 8, "class_dropout": 0.1, "num_train_timesteps": 1000}
-    return lively(ContextUnet(**{**config, **changes}))
+    return with_class_dependence(ContextUnet(**{**config, **changes}))
 
 
 def plain_unet(**changes):
@@ -96,38 +96,38 @@ def latents(pipe, class_labels, **arguments):
     return pipe(class_labels, **{"num_inference_steps": 4, "output_type": "latent", **arguments}).images
 
 
-class OnePictureAClass(ModelMixin, ConfigMixin):
-    """The perfect network where each class has a single picture: a smooth ramp, brighter from class to class."""
+class OneImagePerClass(ModelMixin, ConfigMixin):
+    """The perfect network for data with one image per class: a smooth ramp, brighter from class to class."""
 
     @register_to_config
     def __init__(self, num_classes=3, in_channels=1, sample_size=8, class_dropout=0.0):
         super().__init__()
-        self.pictures = nn.Parameter(torch.linspace(-0.9, 0.8, 3 * 64).view(3, 1, 8, 8))
+        self.images = nn.Parameter(torch.linspace(-0.9, 0.8, 3 * 64).view(3, 1, 8, 8))
         self.alphas_cumprod = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
 
     def forward(self, sample, timestep, class_labels, return_dict=True):
         # sigmas are interpolated where a scheduler stops between two timesteps
         sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy()
         variance = float(np.interp(float(timestep), range(1000), sigmas)) ** 2
-        noise = sample * (1 + variance) ** 0.5 - self.pictures[class_labels]
+        noise = sample * (1 + variance) ** 0.5 - self.images[class_labels]
         return (noise / variance**0.5,)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_perfect_network_draws_the_picture_of_the_class_with_every_scheduler(name):
-    unet = OnePictureAClass()
+def test_a_perfect_network_generates_the_image_of_the_class_with_every_scheduler(name):
+    unet = OneImagePerClass()
     pipe = pipeline(unet, name, beta_schedule="squaredcos_cap_v2")
-    drawn = latents(pipe, [2, 0], num_inference_steps=20, eta=float("eta" in name), generator=seeded(0))
+    samples = latents(pipe, [2, 0], num_inference_steps=20, eta=float("eta" in name), generator=seeded(0))
     # PNDM and DEIS extrapolate to their end, which PNDM has at the least noisy timestep
     tolerance = 0.03 if name in ("pndm", "deis") else 1e-3
-    torch.testing.assert_close(drawn, unet.pictures[[2, 0]].detach(), rtol=0, atol=tolerance)
+    torch.testing.assert_close(samples, unet.images[[2, 0]].detach(), rtol=0, atol=tolerance)
 
 
-def test_guided_ddim_keeps_to_the_noise_of_what_it_clips():
-    unet = OnePictureAClass(num_classes=2, class_dropout=0.1)  # the third picture is that of the null class
+def test_guided_ddim_uses_the_noise_of_the_clipped_image():
+    unet = OneImagePerClass(num_classes=2, class_dropout=0.1)  # the third image is that of the null class
     pipe = pipeline(unet, "ddim", beta_schedule="squaredcos_cap_v2")
-    null, guided_to = unet.pictures[2], unet.pictures[0]
-    clipped = (null + 3 * (guided_to - null)).clamp(-1, 1).detach()
+    null, target = unet.images[2], unet.images[0]
+    clipped = (null + 3 * (target - null)).clamp(-1, 1).detach()
     assert (clipped == -1).any()
     noises = []
 
@@ -143,7 +143,7 @@ def test_guided_ddim_keeps_to_the_noise_of_what_it_clips():
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_with_a_list_of_generators_each_picture_depends_on_its_own_alone(name):
+def test_with_a_list_of_generators_images_are_independent(name):
     pipe = pipeline(name=name)
     arguments = {"guidance_scale": 2.0, "eta": float("eta" in name)}
     three = latents(pipe, [0, 1, 2], generator=seeded(5, 6, 7), **arguments)
@@ -156,20 +156,20 @@ def test_with_a_list_of_generators_each_picture_depends_on_its_own_alone(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_noise_of_the_steps_comes_from_the_generator_where_the_scheduler_draws_any(name):
+def test_noise_of_stochastic_schedulers_comes_from_the_generator(name):
     pipe = pipeline(name=name)
     start = torch.randn(1, 1, 8, 12, generator=seeded(0))
 
-    def drawn(seed):
+    def samples(seed):
         return latents(pipe, 1, latents=start, generator=seeded(seed), eta=float("eta" in name))
 
-    assert torch.equal(drawn(1), drawn(1))
-    assert torch.equal(drawn(1), drawn(2)) == (name not in STOCHASTIC)
+    assert torch.equal(samples(1), samples(1))
+    assert torch.equal(samples(1), samples(2)) == (name not in STOCHASTIC)
 
 
 @pytest.mark.parametrize("network", [class_conditioned, context], ids=["class", "context"])
 @pytest.mark.parametrize("name", ["ddpm", "unipc", "euler"])
-def test_guided_is_unconditional_and_s_times_the_difference(network, name):
+def test_guidance_adds_the_scaled_difference_to_the_unconditional_prediction(network, name):
     pipe = pipeline(network(), name)
     generator = seeded(3)
     size = pipe.unet.config.sample_size
@@ -177,21 +177,21 @@ def test_guided_is_unconditional_and_s_times_the_difference(network, name):
     x = torch.randn(2, pipe.unet.config.in_channels, height, width, generator=generator)
     pipe.scheduler.set_timesteps(4)
     x = x * pipe.scheduler.init_noise_sigma
-    draws = {"generator": generator} if name != "unipc" else {}
+    step_kwargs = {"generator": generator} if name != "unipc" else {}
     for t in pipe.scheduler.timesteps:
         scaled = pipe.scheduler.scale_model_input(x, t)
         with torch.no_grad():
             conditional = pipe.unet(scaled, t, torch.tensor([2, 1])).sample
             unconditional = pipe.unet(scaled, t, torch.tensor([3, 3])).sample
-        x = pipe.scheduler.step(unconditional + 2.5 * (conditional - unconditional), t, x, **draws).prev_sample
-    drawn = latents(pipe, [2, 1], guidance_scale=2.5, generator=seeded(3))
+        x = pipe.scheduler.step(unconditional + 2.5 * (conditional - unconditional), t, x, **step_kwargs).prev_sample
+    samples = latents(pipe, [2, 1], guidance_scale=2.5, generator=seeded(3))
     scale = x.abs().max()
-    torch.testing.assert_close(drawn / scale, x / scale, **ROUNDING)
-    assert (drawn - latents(pipe, [2, 1], generator=seeded(3))).abs().max() > 100 * ROUNDING["atol"] * scale
+    torch.testing.assert_close(samples / scale, x / scale, **ROUNDING)
+    assert (samples - latents(pipe, [2, 1], generator=seeded(3))).abs().max() > 100 * ROUNDING["atol"] * scale
 
 
 @pytest.mark.parametrize(("guidance_scale", "batch"), [(1.0, 2), (2.0, 4)])
-def test_guidance_takes_one_batch_of_twice_the_size_and_none_takes_one_of_the_same(guidance_scale, batch):
+def test_guidance_doubles_the_batch_of_the_network(guidance_scale, batch):
     pipe = pipeline()
     sizes = []
     pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
@@ -200,17 +200,17 @@ def test_guidance_takes_one_batch_of_twice_the_size_and_none_takes_one_of_the_sa
 
 
 @pytest.mark.parametrize("network", [class_conditioned, context, plain_unet], ids=["class", "context", "plain"])
-def test_labels_steer_each_network(network):
+def test_labels_determine_the_class_with_each_network(network):
     pipe = pipeline(network())
-    drawn = latents(pipe, [0, 2], generator=seeded(5, 5))
-    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+    samples = latents(pipe, [0, 2], generator=seeded(5, 5))
+    assert (samples[0] - samples[1]).abs().max() > 1e-3
     other = latents(pipe, [1, 2], generator=seeded(5, 5))
-    assert torch.equal(other[1], drawn[1])
-    assert not torch.equal(other[0], drawn[0])
+    assert torch.equal(other[1], samples[1])
+    assert not torch.equal(other[0], samples[0])
 
 
 @pytest.mark.parametrize("id2label", [NAMES, list(NAMES.values())], ids=["dict", "list"])
-def test_all_forms_of_labels_mean_the_same(tmp_path, id2label):
+def test_all_forms_of_labels_are_equivalent(tmp_path, id2label):
     pipe = pipeline(class_conditioned(id2label=id2label))
     expected = latents(pipe, [2, 0], generator=seeded(0))
     for labels in (["sad", "angry"], ("sad", 0), torch.tensor([2, 0]), np.array([2, 0], dtype=np.uint8)):
@@ -226,8 +226,8 @@ def test_all_forms_of_labels_mean_the_same(tmp_path, id2label):
     assert torch.equal(latents(pipe, ["sad", "angry"], generator=seeded(0)), expected)
 
 
-def test_contexts_may_be_one_hot_mixed_or_left_out():
-    pipe = pipeline(context(), clip_sample=False)  # what guidance would be clipped from is not what is asked here
+def test_contexts_may_be_one_hot_mixed_or_zero():
+    pipe = pipeline(context(), clip_sample=False)  # clipping of guided predictions is not tested here
     labels = latents(pipe, [2, 0], guidance_scale=2.0, generator=seeded(0))
     one_hot = torch.eye(3)[[2, 0]]
     for matrix in (one_hot, one_hot.double(), one_hot.tolist(), one_hot.long().tolist(), one_hot.numpy()):
@@ -242,17 +242,17 @@ def test_contexts_may_be_one_hot_mixed_or_left_out():
     torch.testing.assert_close(guided / none.abs().max(), none / none.abs().max(), **ROUNDING)
 
 
-def test_given_latents_take_the_place_of_those_drawn_first():
+def test_latents_can_be_passed_instead_of_generated():
     for name in ("ddpm", "euler"):
         pipe = pipeline(name=name)
         generator = seeded(1)
         noise = torch.randn(2, 1, 8, 12, generator=generator)
-        drawn = latents(pipe, [0, 1], latents=noise, generator=generator)
-        assert torch.equal(drawn, latents(pipe, [0, 1], generator=seeded(1)))
+        samples = latents(pipe, [0, 1], latents=noise, generator=generator)
+        assert torch.equal(samples, latents(pipe, [0, 1], generator=seeded(1)))
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_output_types_are_one_picture_in_several_forms(channels, mode):
+def test_output_types_hold_the_same_image(channels, mode):
     pipe = pipeline(class_conditioned(in_channels=channels, out_channels=channels))
     forms = {
         form: pipe([0, 1], num_inference_steps=3, generator=seeded(0), output_type=form).images
@@ -263,7 +263,7 @@ def test_output_types_are_one_picture_in_several_forms(channels, mode):
     assert forms["latent"].min() < -0.1
     torch.testing.assert_close(forms["pt"], (forms["latent"] / 2 + 0.5).clamp(0, 1))
     assert np.array_equal(forms["np"], forms["pt"].permute(0, 2, 3, 1).numpy())
-    assert [(picture.mode, picture.size) for picture in forms["pil"]] == [(mode, (12, 8))] * 2
+    assert [(image.mode, image.size) for image in forms["pil"]] == [(mode, (12, 8))] * 2
     levels = np.asarray(forms["pil"][0]).reshape(8, 12, channels)
     assert np.array_equal(levels, (forms["np"][0] * 255).round().astype(np.uint8))
     as_tuple = pipe([0, 1], num_inference_steps=3, generator=seeded(0), output_type="pt", return_dict=False)
@@ -280,10 +280,10 @@ def test_callback_sees_every_step_and_may_replace_the_sample():
         calls.append((step, int(timestep), tuple(kwargs["latents"].shape)))
         return {"latents": torch.zeros_like(kwargs["latents"])} if step == 3 else kwargs
 
-    drawn = latents(pipe, [0, 1], callback_on_step_end=replace_at_last)
+    samples = latents(pipe, [0, 1], callback_on_step_end=replace_at_last)
     assert calls == [(i, t, (2, 1, 8, 12)) for i, t in enumerate(pipe.scheduler.timesteps.tolist())]
     assert pipe.num_timesteps == 4
-    assert not drawn.any()
+    assert not samples.any()
 
 
 def test_callback_may_end_guidance_or_sampling_early():
@@ -318,7 +318,7 @@ def test_callback_may_end_guidance_or_sampling_early():
 
 @pytest.mark.parametrize("network", [class_conditioned, context, plain_unet], ids=["class", "context", "plain"])
 @pytest.mark.parametrize("name", ["ddpm", "dpmsolver++", "euler"])
-def test_half_precision_network_has_its_samples_kept_in_float32(network, name):
+def test_samples_stay_float32_with_a_half_precision_network(network, name):
     pipe = pipeline(network(), name)
     full = latents(pipe, [0, 1], generator=seeded(0))
     pipe.to(torch.bfloat16)
@@ -345,19 +345,19 @@ def test_progress_bar_counts_the_steps(capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("offload", [None, "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_on_a_gpu_the_pictures_are_those_of_the_cpu_also_when_offloaded(offload):
+def test_images_on_a_gpu_match_the_cpu_also_when_offloaded(offload):
     pipe = pipeline()
     expected = latents(pipe, [0, 1], guidance_scale=2.0, generator=seeded(0, 1))
     getattr(pipe, offload)() if offload else pipe.to("cuda")
-    drawn = latents(pipe, [0, 1], guidance_scale=2.0, generator=seeded(0, 1))
-    assert drawn.device.type == "cuda"
-    torch.testing.assert_close(drawn.cpu(), expected, rtol=0, atol=2e-2)  # convolutions in TF32
+    samples = latents(pipe, [0, 1], guidance_scale=2.0, generator=seeded(0, 1))
+    assert samples.device.type == "cuda"
+    torch.testing.assert_close(samples.cpu(), expected, rtol=0, atol=2e-2)  # convolutions in TF32
     if offload:
         assert pipe.unet.device.type in ("cpu", "meta")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"class_labels": [0, 4, -1]}, "holds -1, 4, but .* 3 classes, whose labels are 0 to 2, and 3 for the null"),
         ({"class_labels": 7}, "holds 7, but"),
@@ -369,34 +369,34 @@ def test_on_a_gpu_the_pictures_are_those_of_the_cpu_also_when_offloaded(offload)
         ),
         ({"class_labels": [0, 1], "batch_size": 3}, "2 entries, but `batch_size` is 3"),
         ({"class_labels": 0, "batch_size": 0}, "`batch_size` is 0"),
-        ({"generator": [torch.Generator()] * 3}, "list of 3, .* each of the 2 pictures"),
-        ({"class_labels": 0, "generator": [torch.Generator()] * 3}, "list of 3, .* each of the 1 pictures"),
-        ({"latents": torch.zeros(2, 1, 12, 8)}, r"\(2, 1, 12, 8\), but must have \(2, 1, 8, 12\)"),
-        ({"latents": torch.zeros(3, 1, 8, 12)}, r"\(3, 1, 8, 12\), but must have \(2, 1, 8, 12\)"),
+        ({"generator": [torch.Generator()] * 3}, "list of 3, .* each of the 2 images"),
+        ({"class_labels": 0, "generator": [torch.Generator()] * 3}, "list of 3, .* each of the 1 images"),
+        ({"latents": torch.zeros(2, 1, 12, 8)}, r"\(2, 1, 12, 8\), but must have shape \(2, 1, 8, 12\)"),
+        ({"latents": torch.zeros(3, 1, 8, 12)}, r"\(3, 1, 8, 12\), but must have shape \(2, 1, 8, 12\)"),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
         ({"output_type": "jpg"}, "'jpg', but must be 'pil', 'np', 'pt' or 'latent'"),
         ({"callback_on_step_end_tensor_inputs": ["z"]}, r"only \['latents', 'class_labels'\]"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
 )
-def test_arguments_that_do_not_fit_are_refused(arguments, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
         latents(pipeline(), **{"class_labels": [0, 1], **arguments})
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "message"),
     [
-        (torch.zeros(2, 4), r"context of shape \(2, 4\), but must be a matrix of 3 columns"),
-        ([0.5, 0.5], r"context of shape \(2,\), but must be a matrix of 3 columns"),
+        (torch.zeros(2, 4), r"context of shape \(2, 4\), but must have one column for each of the 3 classes"),
+        ([0.5, 0.5], r"context of shape \(2,\), but must have one column for each of the 3 classes"),
         (torch.zeros(1, 2, 3), r"context of shape \(1, 2, 3\)"),
         ([0, 5], "holds 5, but .* 3 classes, whose labels are 0 to 2, and 3 for the null class"),
-        ("hero", r"\['hero'\] were given, but this network knows none .* labels from 0 to 2"),
+        ("hero", r"\['hero'\] were passed, but this network has none .* labels from 0 to 2"),
     ],
     ids=str,
 )
-def test_contexts_that_do_not_fit_are_refused(labels, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_contexts_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
         latents(pipeline(context()), labels)
 
 
@@ -414,9 +414,9 @@ def test_a_network_without_null_class_cannot_be_guided(unet):
     assert latents(pipe, [0, 1], guidance_scale=1.0).isfinite().all()
 
 
-def test_a_scheduler_of_flow_matching_is_refused():
+def test_a_flow_matching_scheduler_is_refused():
     pipe = ClassConditionalPipeline(class_conditioned(), FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match=r"A FlowMatchEulerDiscreteScheduler cannot sample here: .* DDIM"):
+    with pytest.raises(ValueError, match=r"A FlowMatchEulerDiscreteScheduler cannot be used here: .* DDIM"):
         latents(pipe, [0, 1])
 
 

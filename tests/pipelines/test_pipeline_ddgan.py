@@ -1,4 +1,4 @@
-"""Claims about sampling from a Denoising Diffusion GAN: what is drawn, in which order, and Diffusers' conventions."""
+"""Sampling from a Denoising Diffusion GAN: recorded runs, order of the noise, and the conventions of Diffusers."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ from ddgan.conversion.ddgan_checkpoints import convert_generator
 from ddgan.pipelines import pipeline_ddgan
 from ddgan.schedulers import scheduling_ddgan
 
-# networks sum in another order in batches of another size, or at another place in them
+# networks sum in another order for other batch sizes and positions in the batch
 ROUNDING = {"rtol": 0, "atol": 1e-5}
 
 
 def pipeline(channels=3, **unet) -> DDGANPipeline:
-    """A small pipeline with weights at which every part matters (a fresh one begins near zero)."""
+    """Return a small pipeline whose weights make every part matter; an untrained one starts near zero."""
     torch.manual_seed(0)
     config = {
         "sample_size": (8, 12),
@@ -47,27 +47,27 @@ def latents(pipe, **arguments):
     return pipe(**arguments, output_type="latent").images
 
 
-def test_a_recorded_run_is_repeated_and_its_noise_is_drawn_in_this_order(golden, monkeypatch):
+def test_a_recorded_run_is_reproduced_with_its_noise_in_the_documented_order(golden, monkeypatch):
     run, _, _ = golden("sample_trajectory")
     _, config, state_dict = golden("generator_a")
-    draws = [run["input/x_init"]]
+    noises = [run["input/x_init"]]
     for step in range(4):
-        draws += [run[f"step{step}/z"]] + ([run[f"step{step}/noise"]] if step < 3 else [])
+        noises += [run[f"step{step}/z"]] + ([run[f"step{step}/noise"]] if step < 3 else [])
 
-    def next_draw(shape, **_):
-        draw = draws.pop(0)
-        assert draw.shape == shape
-        return draw
+    def next_noise(shape, **_):
+        noise = noises.pop(0)
+        assert noise.shape == shape
+        return noise
 
-    monkeypatch.setattr(pipeline_ddgan, "randn_tensor", next_draw)
-    monkeypatch.setattr(scheduling_ddgan, "randn_tensor", next_draw)
+    monkeypatch.setattr(pipeline_ddgan, "randn_tensor", next_noise)
+    monkeypatch.setattr(scheduling_ddgan, "randn_tensor", next_noise)
     pipe = DDGANPipeline(convert_generator(state_dict, config).eval(), DDGANScheduler())
-    drawn = latents(pipe, batch_size=3)
-    assert draws == []
-    torch.testing.assert_close(drawn, run["output"], rtol=0, atol=2e-5)
+    samples = latents(pipe, batch_size=3)
+    assert noises == []
+    torch.testing.assert_close(samples, run["output"], rtol=0, atol=2e-5)
 
 
-def test_a_generator_gives_x_T_then_z_and_noise_of_each_step_and_no_noise_at_the_last():
+def test_a_generator_provides_x_T_then_z_and_noise_of_each_step_but_the_last():
     pipe = pipeline()
     generator = seeded(5)
     x = torch.randn(2, 3, 8, 12, generator=generator)
@@ -81,7 +81,7 @@ def test_a_generator_gives_x_T_then_z_and_noise_of_each_step_and_no_noise_at_the
     assert torch.equal(used.get_state(), generator.get_state())
 
 
-def test_with_a_list_of_generators_each_picture_depends_on_its_own_alone():
+def test_with_a_list_of_generators_images_are_independent():
     pipe = pipeline()
     three = latents(pipe, batch_size=3, generator=seeded(5, 6, 7))
     assert torch.equal(latents(pipe, batch_size=3, generator=seeded(8, 6, 9))[1], three[1])
@@ -92,33 +92,33 @@ def test_with_a_list_of_generators_each_picture_depends_on_its_own_alone():
     assert (three[0] - three[1]).abs().max() > 0.1
 
 
-def test_fewer_steps_and_steps_by_name_are_the_schedulers():
+def test_number_of_steps_and_timesteps_are_those_of_the_scheduler():
     pipe = pipeline()
     seen = []
     pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(int(args[1])))
 
     def steps(**arguments):
         seen.clear()
-        drawn = latents(pipe, generator=seeded(0), **arguments)
-        return list(seen), drawn
+        samples = latents(pipe, generator=seeded(0), **arguments)
+        return list(seen), samples
 
     assert steps()[0] == [3, 2, 1, 0]
     assert steps(num_inference_steps=2)[0] == [3, 1]
     assert steps(timesteps=[3, 0])[0] == [3, 0]
     assert torch.equal(steps(num_inference_steps=2)[1], steps(timesteps=[3, 1])[1])
-    assert len(steps()[0]) == 4  # a short run leaves nothing behind
+    assert len(steps()[0]) == 4  # a shorter run has no lasting effect
 
 
-def test_given_latents_take_the_place_of_those_drawn_first():
+def test_latents_can_be_passed_instead_of_generated():
     pipe = pipeline()
     generator = seeded(1)
     x_T = torch.randn(2, 3, 8, 12, generator=generator)
-    drawn = latents(pipe, batch_size=2, latents=x_T, generator=generator)
-    assert torch.equal(drawn, latents(pipe, batch_size=2, generator=seeded(1)))
+    samples = latents(pipe, batch_size=2, latents=x_T, generator=generator)
+    assert torch.equal(samples, latents(pipe, batch_size=2, generator=seeded(1)))
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_output_types_are_one_picture_in_several_forms(channels, mode):
+def test_output_types_hold_the_same_image(channels, mode):
     pipe = pipeline(channels)
     forms = {
         form: pipe(batch_size=2, generator=seeded(0), output_type=form).images
@@ -129,7 +129,7 @@ def test_output_types_are_one_picture_in_several_forms(channels, mode):
     assert forms["latent"].abs().max() <= 1 and forms["latent"].min() < -0.1
     torch.testing.assert_close(forms["pt"], forms["latent"] / 2 + 0.5)
     assert np.array_equal(forms["np"], forms["pt"].permute(0, 2, 3, 1).numpy())
-    assert [(picture.mode, picture.size) for picture in forms["pil"]] == [(mode, (12, 8))] * 2
+    assert [(image.mode, image.size) for image in forms["pil"]] == [(mode, (12, 8))] * 2
     levels = np.asarray(forms["pil"][0]).reshape(8, 12, channels)
     assert np.array_equal(levels, (forms["np"][0] * 255).round().astype(np.uint8))
     as_tuple = pipe(batch_size=2, generator=seeded(0), output_type="pt", return_dict=False)
@@ -137,16 +137,16 @@ def test_output_types_are_one_picture_in_several_forms(channels, mode):
 
 
 def test_a_network_without_tanh_is_clipped():
-    drawn = pipeline(tanh_output=False)(batch_size=8, generator=seeded(0), output_type="pt").images
-    assert drawn.min() == 0 and drawn.max() == 1
+    samples = pipeline(tanh_output=False)(batch_size=8, generator=seeded(0), output_type="pt").images
+    assert samples.min() == 0 and samples.max() == 1
 
 
-def test_class_labels_choose_the_class_of_each_picture():
+def test_class_labels_determine_the_class_of_each_image():
     pipe = pipeline(num_class_embeds=3)
-    drawn = latents(pipe, batch_size=2, class_labels=[0, 2], generator=seeded(5, 5))
-    assert (drawn[0] - drawn[1]).abs().max() > 1e-2
+    samples = latents(pipe, batch_size=2, class_labels=[0, 2], generator=seeded(5, 5))
+    assert (samples[0] - samples[1]).abs().max() > 1e-2
     other = latents(pipe, batch_size=2, class_labels=torch.tensor([1, 2]), generator=seeded(5, 5))
-    assert torch.equal(other[1], drawn[1]) and not torch.equal(other[0], drawn[0])
+    assert torch.equal(other[1], samples[1]) and not torch.equal(other[0], samples[0])
 
 
 def test_callback_sees_every_step_and_may_replace_the_sample():
@@ -158,9 +158,9 @@ def test_callback_sees_every_step_and_may_replace_the_sample():
         calls.append((step, int(timestep), tuple(kwargs["latents"].shape)))
         return {"latents": torch.zeros_like(kwargs["latents"])} if step == 3 else kwargs
 
-    drawn = latents(pipe, batch_size=2, callback_on_step_end=replace_at_last)
+    samples = latents(pipe, batch_size=2, callback_on_step_end=replace_at_last)
     assert calls == [(i, 3 - i, (2, 3, 8, 12)) for i in range(4)]
-    assert not drawn.any()
+    assert not samples.any()
 
     class Halve(PipelineCallback):
         tensor_inputs = ["latents"]  # noqa: RUF012
@@ -173,7 +173,7 @@ def test_callback_sees_every_step_and_may_replace_the_sample():
     torch.testing.assert_close(once, latents(pipe, num_inference_steps=1, generator=seeded(0)) / 2)
 
 
-def test_half_precision_draws_nearly_the_same_pictures():
+def test_half_precision_generates_nearly_the_same_images():
     pipe = pipeline()
     full = latents(pipe, batch_size=2, generator=seeded(0))
     pipe.to(torch.bfloat16)
@@ -190,7 +190,7 @@ def test_progress_bar_counts_the_steps(capsys):
     assert "2/2" in capsys.readouterr().err
 
 
-def test_a_compiled_network_is_sampled_like_the_plain_one():
+def test_a_compiled_network_gives_the_same_samples():
     pipe = pipeline()
     plain = latents(pipe, batch_size=2, generator=seeded(0))
     graphs = CompileCounter()
@@ -201,19 +201,19 @@ def test_a_compiled_network_is_sampled_like_the_plain_one():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("offload", [None, "enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_on_a_gpu_the_pictures_are_those_of_the_cpu_also_when_offloaded(offload):
+def test_images_on_a_gpu_match_the_cpu_also_when_offloaded(offload):
     pipe = pipeline()
     expected = latents(pipe, batch_size=2, generator=seeded(0, 1))
     getattr(pipe, offload)() if offload else pipe.to("cuda")
-    drawn = latents(pipe, batch_size=2, generator=seeded(0, 1))
-    assert drawn.device.type == "cuda"
-    torch.testing.assert_close(drawn.cpu(), expected, rtol=0, atol=2e-2)  # convolutions in TF32
+    samples = latents(pipe, batch_size=2, generator=seeded(0, 1))
+    assert samples.device.type == "cuda"
+    torch.testing.assert_close(samples.cpu(), expected, rtol=0, atol=2e-2)  # convolutions in TF32
     if offload:
         assert pipe.unet.device.type in ("cpu", "meta")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"batch_size": 0, "class_labels": []}, "`batch_size` is 0"),
         ({"class_labels": None}, "`class_labels` is None, .* from 0 to 2 .* 2 images"),
@@ -225,16 +225,16 @@ def test_on_a_gpu_the_pictures_are_those_of_the_cpu_also_when_offloaded(offload)
         ({"class_labels": ["a", "b"]}, r"`class_labels` is \['a', 'b'\]"),
         ({"class_labels": "01"}, "`class_labels` is 01"),
         ({"generator": [torch.Generator()] * 3}, "list of 3, .* 2 images"),
-        ({"latents": torch.zeros(2, 3, 12, 8)}, r"\(2, 3, 12, 8\), but must have \(2, 3, 8, 12\)"),
+        ({"latents": torch.zeros(2, 3, 12, 8)}, r"\(2, 3, 12, 8\), but must have shape \(2, 3, 8, 12\)"),
         ({"output_type": "jpg"}, "'jpg', but must be 'pil', 'np', 'pt' or 'latent'"),
         ({"callback_on_step_end_tensor_inputs": ["z"]}, r"only \['latents'\]"),
         ({"num_inference_steps": 5}, "use 1 to 4"),
         ({"timesteps": [0, 3]}, "must descend"),
-        ({"num_inference_steps": 2, "timesteps": [3, 0]}, "Only one of"),
+        ({"num_inference_steps": 2, "timesteps": [3, 0]}, "only one of"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(arguments, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
         pipeline(num_class_embeds=3)(**{"batch_size": 2, "class_labels": [0, 1], **arguments})
 
 

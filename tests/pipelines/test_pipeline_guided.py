@@ -1,4 +1,4 @@
-"""Claims about guided sampling, on tiny networks."""
+"""Guided sampling with tiny networks."""
 
 import inspect
 from contextlib import contextmanager
@@ -75,8 +75,8 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def draw(pipe: GuidedPipeline, loss=GREEN, guidance_scale=10.0, seeds=(0, 1, 2), num_inference_steps=4, **options):
-    """The last sample and the losses of each step."""
+def generate(pipe: GuidedPipeline, loss=GREEN, guidance_scale=10.0, seeds=(0, 1, 2), num_inference_steps=4, **options):
+    """Return the final samples and the losses of each step."""
     options = {"generator": generators(*seeds), "batch_size": len(seeds), **options}
     output = pipe(loss, guidance_scale, num_inference_steps=num_inference_steps, output_type="latent", **options)
     return output.images, output.guidance_losses
@@ -84,7 +84,7 @@ def draw(pipe: GuidedPipeline, loss=GREEN, guidance_scale=10.0, seeds=(0, 1, 2),
 
 @contextmanager
 def recorded_steps(scheduler):
-    """What `step` is called with."""
+    """Record the arguments of `step`."""
     step, calls = scheduler.step, []
 
     def recording_step(model_output, timestep, sample, **options):
@@ -99,8 +99,8 @@ def recorded_steps(scheduler):
         del scheduler.step
 
 
-def move_at_first_step(pipe: GuidedPipeline, loss, latents: torch.Tensor, **options) -> torch.Tensor:
-    """By how much the sample moves for a scale of 1, at a timestep in the middle."""
+def update_at_first_step(pipe: GuidedPipeline, loss, latents: torch.Tensor, **options) -> torch.Tensor:
+    """Return the guidance update of the sample at an intermediate timestep, for a scale of 1."""
     options = {"guidance_scale": 1.0, **options}
     with recorded_steps(pipe.scheduler) as calls:
         pipe(loss, batch_size=len(latents), num_inference_steps=2, latents=latents, guidance_end=0.5, **options)
@@ -117,12 +117,12 @@ def tiny_generator(**changes) -> NCSNpp:
     network = NCSNpp(**{**size, "latent_dim": 6, "latent_embed_dim": 8, **changes}).eval()
     for name, parameter in network.named_parameters():
         if "weight" in name:
-            torch.nn.init.normal_(parameter, std=0.2)  # at its own initialisation it hardly depends on its input
+            torch.nn.init.normal_(parameter, std=0.2)  # at its own initialization it hardly depends on its input
     return network
 
 
 class Denoiser(ModelMixin, ConfigMixin):
-    """A denoiser of pictures within [-1, 1], which says what it predicts in any of the three ways."""
+    """A denoiser of images within [-1, 1] with any of the three prediction types."""
 
     @register_to_config
     def __init__(self, prediction_type: str = "epsilon", sample_size: int = 8, in_channels: int = 3):
@@ -143,7 +143,7 @@ class Denoiser(ModelMixin, ConfigMixin):
 
 
 def guided_denoiser(kind, prediction_type: str = "epsilon", **config) -> GuidedPipeline:
-    """With a scheduler of this kind, which does not clip."""
+    """Return a pipeline with a scheduler of this class, which by default does not clip."""
     if "clip_sample" in inspect.signature(kind.__init__).parameters:
         config = {"clip_sample": False, **config}
     pipe = guided(kind(prediction_type=prediction_type, **config), Denoiser(prediction_type).eval())
@@ -152,7 +152,7 @@ def guided_denoiser(kind, prediction_type: str = "epsilon", **config) -> GuidedP
 
 
 class Offset(ModelMixin, ConfigMixin):
-    """Predicts x_0 to be the sample plus a constant."""
+    """A network that outputs the sample plus a constant."""
 
     @register_to_config
     def __init__(self, sample_size: int = 8, in_channels: int = 3, offset: float = 0.0):
@@ -163,11 +163,11 @@ class Offset(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=self.weight * sample + self.config.offset)
 
 
-# --- what it samples ---
+# --- samples ---
 
 
 @pytest.mark.parametrize("kind", [DDPMPipeline, DDIMPipeline])
-def test_without_a_scale_it_draws_what_the_pipeline_itself_draws(kind):
+def test_with_scale_zero_samples_are_those_of_the_unguided_pipeline(kind):
     own = kind(tiny_unet().eval(), DDPMScheduler())
     own.set_progress_bar_config(disable=True)
     expected = own(batch_size=2, generator=generators(3, 4), num_inference_steps=6, output_type="np").images
@@ -177,7 +177,7 @@ def test_without_a_scale_it_draws_what_the_pipeline_itself_draws(kind):
     assert np.array_equal(output.images, expected)
 
 
-def test_without_a_scale_it_draws_what_a_ddgan_draws():
+def test_with_scale_zero_samples_are_those_of_a_ddgan():
     own = DDGANPipeline(tiny_generator(), DDGANScheduler())
     expected = own(batch_size=2, generator=generators(3, 4), output_type="np").images
     output = GuidedPipeline.from_pipe(own)(GREEN, 0.0, batch_size=2, generator=generators(3, 4), output_type="np")
@@ -192,60 +192,60 @@ def test_guidance_lowers_the_loss(kind, prediction_type):
         pytest.skip("Diffusers' EulerAncestralDiscreteScheduler steps with no prediction of x_0 itself")
     pipe = guided_denoiser(kind, prediction_type)
     options = {"num_inference_steps": 4 if kind is DDGANScheduler else 8, "seeds": (0, 1)}
-    free, way_of_the_free = draw(pipe, guidance_scale=0.0, **options)
+    unguided_samples, unguided_losses = generate(pipe, guidance_scale=0.0, **options)
     for gradient in ("sample", "model"):
-        pulled, way = draw(pipe, guidance_scale=40.0, gradient=gradient, **options)
-        assert way.shape == way_of_the_free.shape and torch.equal(way[0], way_of_the_free[0])
-        assert (GREEN(pulled) < GREEN(free) - 0.05).all()
+        samples, losses = generate(pipe, guidance_scale=40.0, gradient=gradient, **options)
+        assert losses.shape == unguided_losses.shape and torch.equal(losses[0], unguided_losses[0])
+        assert (GREEN(samples) < GREEN(unguided_samples) - 0.05).all()
 
 
 @pytest.mark.parametrize("gradient", ["sample", "model"])
 @pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, DDGANScheduler])
-def test_an_image_does_not_depend_on_its_neighbours(kind, gradient):
+def test_an_image_does_not_depend_on_its_batch(kind, gradient):
     pipe = guided_denoiser(kind, "sample" if kind is DDGANScheduler else "epsilon")
     if kind is DDGANScheduler:
         pipe.unet = tiny_generator()
     for loss in (GREEN, lambda images: GREEN(images).mean()):
-        expected, losses = draw(pipe, loss, gradient=gradient)
+        expected, losses = generate(pipe, loss, gradient=gradient)
         for seeds in ((5, 1, 0), (1,)):
-            found, found_losses = draw(pipe, loss, seeds=seeds, gradient=gradient)
-            place = seeds.index(1)
-            # at another place and in a batch of another size sums are made in another order
-            torch.testing.assert_close(found[place], expected[1], rtol=0, atol=1e-5)
-            torch.testing.assert_close(found_losses[:, place], losses[:, 1], rtol=0, atol=1e-5)
-            assert (found[place] - expected[2]).abs().max() > 0.1
+            actual, actual_losses = generate(pipe, loss, seeds=seeds, gradient=gradient)
+            position = seeds.index(1)
+            # networks sum in another order for other batch sizes and positions in the batch
+            torch.testing.assert_close(actual[position], expected[1], rtol=0, atol=1e-5)
+            torch.testing.assert_close(actual_losses[:, position], losses[:, 1], rtol=0, atol=1e-5)
+            assert (actual[position] - expected[2]).abs().max() > 0.1
 
 
-def test_one_number_for_all_pulls_each_image_as_one_number_each():
+def test_a_scalar_loss_guides_like_one_loss_per_image():
     pipe = guided()
-    expected, losses = draw(pipe)
-    found, one_by_one = draw(pipe, lambda images: GREEN(images).sum())
-    torch.testing.assert_close(found, expected)
+    expected, losses = generate(pipe)
+    actual, one_by_one = generate(pipe, lambda images: GREEN(images).sum())
+    torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(one_by_one, losses)
 
 
 @pytest.mark.parametrize("gradient", ["sample", "model"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_scale_means_the_same_where_samples_are_kept_at_another_scale(prediction_type, gradient):
+def test_a_scale_means_the_same_for_schedulers_that_scale_their_samples(prediction_type, gradient):
     ddim, euler = (
         guided_denoiser(kind, prediction_type, timestep_spacing="trailing")
         for kind in (DDIMScheduler, EulerDiscreteScheduler)
     )
     options = {"num_inference_steps": 10, "gradient": gradient, "guidance_scale": 40.0, "latents": noise(3, 3, 8, 8)}
-    # the two are one method but for where they begin: Euler's first sigma is 157, which it takes for 157.4
-    expected, found = draw(ddim, **options), draw(euler, **options)
-    assert (expected[0] - draw(ddim, **{**options, "guidance_scale": 0.0})[0]).abs().mean() > 0.05
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-3)
-    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-3)
+    # both are the same method except for the start: Euler scales the noise by 157.4, but its first sigma is 157
+    expected, actual = generate(ddim, **options), generate(euler, **options)
+    assert (expected[0] - generate(ddim, **{**options, "guidance_scale": 0.0})[0]).abs().mean() > 0.05
+    torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("gradient", ["sample", "model"])
 @pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler, DDGANScheduler])
-def test_a_network_of_clean_pictures_is_guided_as_the_v_prediction_that_it_amounts_to(kind, gradient):
+def test_a_network_that_predicts_x_0_is_guided_like_the_equivalent_v_prediction(kind, gradient):
     options = {"guidance_scale": 40.0, "gradient": gradient}
-    expected, losses = draw(guided_denoiser(kind, "v_prediction"), **options)
-    found, same_losses = draw(guided_denoiser(kind, "sample"), **options)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    expected, losses = generate(guided_denoiser(kind, "v_prediction"), **options)
+    actual, same_losses = generate(guided_denoiser(kind, "sample"), **options)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(same_losses, losses, rtol=0, atol=1e-4)
 
 
@@ -253,7 +253,7 @@ def test_a_network_of_clean_pictures_is_guided_as_the_v_prediction_that_it_amoun
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_through_the_model_the_gradient_is_that_of_finite_differences(prediction_type):
+def test_model_gradient_matches_finite_differences(prediction_type):
     unet = tiny_unet().eval().double()
     pipe = guided(DDIMScheduler(prediction_type=prediction_type, clip_sample=False), unet)
     latents = noise(2, 3, 8, 8, dtype=torch.float64)
@@ -262,11 +262,11 @@ def test_through_the_model_the_gradient_is_that_of_finite_differences(prediction
     def at(x):
         return pipe(loss, 0.0, batch_size=2, num_inference_steps=2, latents=x).guidance_losses[0].double()
 
-    # the losses come back in float32, so a step that is not small
+    # the losses are returned in float32, so the step is not small
     direction = noise(2, 3, 8, 8, dtype=torch.float64)
     slope = (at(latents + 0.01 * direction) - at(latents - 0.01 * direction)) / 0.02
-    move = move_at_first_step(pipe, loss, latents, gradient="model")
-    torch.testing.assert_close(-(move * direction).sum((1, 2, 3)), slope, rtol=5e-3, atol=0)
+    update = update_at_first_step(pipe, loss, latents, gradient="model")
+    torch.testing.assert_close(-(update * direction).sum((1, 2, 3)), slope, rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -277,17 +277,17 @@ def test_through_the_model_the_gradient_is_that_of_finite_differences(prediction
         ("v_prediction", lambda alpha_bar: alpha_bar**0.5),
     ],
 )
-def test_through_the_sample_the_gradient_is_that_of_the_formula_for_the_clean_picture(prediction_type, factor):
+def test_sample_gradient_is_that_of_the_formula_for_the_clean_image(prediction_type, factor):
     pipe = guided(DDIMScheduler(prediction_type=prediction_type))
     direction = noise(3, 8, 8)
-    move = move_at_first_step(pipe, lambda images: (images * direction).sum((1, 2, 3)), noise(2, 3, 8, 8))
+    update = update_at_first_step(pipe, lambda images: (images * direction).sum((1, 2, 3)), noise(2, 3, 8, 8))
     expected = -factor(pipe.scheduler.alphas_cumprod[500].item()) * direction
-    torch.testing.assert_close(move, expected.expand_as(move), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(update, expected.expand_as(update), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gradient", ["sample", "model"])
 @pytest.mark.parametrize("clip", [{"clip_sample": True, "clip_sample_range": 1.5}, {"thresholding": True}])
-def test_the_loss_sees_the_clipped_picture_and_its_gradient_passes_the_clip(clip, gradient):
+def test_the_loss_sees_the_clipped_image_and_its_gradient_passes_the_clipping(clip, gradient):
     seen = []
 
     def loss(images):
@@ -296,14 +296,16 @@ def test_the_loss_sees_the_clipped_picture_and_its_gradient_passes_the_clip(clip
 
     latents = 4 * noise(1, 3, 8, 8)
     kind = {"prediction_type": "sample", "clip_sample": False}
-    plain = move_at_first_step(guided(DDIMScheduler(**kind), Offset()), loss, latents, gradient=gradient)
-    clipped = move_at_first_step(guided(DDIMScheduler(**{**kind, **clip}), Offset()), loss, latents, gradient=gradient)
+    plain = update_at_first_step(guided(DDIMScheduler(**kind), Offset()), loss, latents, gradient=gradient)
+    clipped = update_at_first_step(
+        guided(DDIMScheduler(**{**kind, **clip}), Offset()), loss, latents, gradient=gradient
+    )
     assert seen[0].abs().max() > 4
     assert seen[1].abs().max() <= (1.5 if "clip_sample" in clip else 1)
     torch.testing.assert_close(clipped, plain)
 
 
-def test_the_loss_sees_the_picture_that_the_step_takes():
+def test_the_loss_sees_the_x_0_that_the_step_uses():
     for kind in (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler):
         settings = inspect.signature(kind.__init__).parameters
         threshold = {"thresholding": True, "sample_max_value": 1.2} if "thresholding" in settings else {}
@@ -315,7 +317,7 @@ def test_the_loss_sees_the_picture_that_the_step_takes():
 
         predicted = []
         with recorded_steps(pipe.scheduler) as calls:
-            draw(pipe, loss, guidance_scale=0.0)
+            generate(pipe, loss, guidance_scale=0.0)
         for i, (output, t, sample) in enumerate(calls):
             fresh = guided(kind(**threshold)).scheduler
             fresh.set_timesteps(4)
@@ -326,11 +328,11 @@ def test_the_loss_sees_the_picture_that_the_step_takes():
         torch.testing.assert_close(torch.stack(seen), torch.stack(predicted), rtol=1e-4, atol=1e-4)
 
 
-def test_the_gradient_of_each_image_is_scaled_down_to_a_norm():
+def test_the_gradient_of_each_image_is_clipped_to_a_norm():
     latents, pipe = noise(2, 3, 8, 8), guided()
     loss = lambda images: (images * torch.tensor([1e-3, 10.0]).view(2, 1, 1, 1)).sum((1, 2, 3))  # noqa: E731
-    free = move_at_first_step(pipe, loss, latents)
-    bound = move_at_first_step(pipe, loss, latents, max_grad_norm=2.0, guidance_scale=3.0)
+    free = update_at_first_step(pipe, loss, latents)
+    bound = update_at_first_step(pipe, loss, latents, max_grad_norm=2.0, guidance_scale=3.0)
     torch.testing.assert_close(bound[0], 3 * free[0])
     torch.testing.assert_close(bound[1], 6 * free[1] / free[1].norm())
 
@@ -341,7 +343,7 @@ def test_the_gradient_of_each_image_is_scaled_down_to_a_norm():
 @pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler])
 def test_a_scale_schedule_is_a_function_of_the_noise_level_at_the_timestep(kind):
     pipe, levels = guided(kind()), []
-    draw(pipe, scale_schedule=lambda alpha_bar: levels.append(alpha_bar) or 1.0)
+    generate(pipe, scale_schedule=lambda alpha_bar: levels.append(alpha_bar) or 1.0)
     expected = DDIMScheduler().alphas_cumprod[pipe.scheduler.timesteps.long()]
     assert levels == sorted(levels)
     torch.testing.assert_close(torch.tensor(levels), expected, rtol=0.01, atol=1e-4)  # UniPC rounds its timesteps
@@ -356,9 +358,9 @@ def test_a_scale_schedule_is_a_function_of_the_noise_level_at_the_timestep(kind)
         ("sqrt_one_minus_alpha_bar", lambda a: (1 - a) ** 0.5),
     ],
 )
-def test_schedules_by_name_are_what_their_names_say(name, function):
+def test_named_schedules_compute_what_they_are_named_for(name, function):
     pipe = guided()
-    assert torch.equal(draw(pipe, scale_schedule=name)[0], draw(pipe, scale_schedule=function)[0])
+    assert torch.equal(generate(pipe, scale_schedule=name)[0], generate(pipe, scale_schedule=function)[0])
     figure = pipe.plot_scale_schedules(5)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     alpha_bars = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps]
@@ -369,36 +371,36 @@ def test_schedules_by_name_are_what_their_names_say(name, function):
 def test_only_the_steps_from_start_to_end_are_guided():
     pipe = guided()
     with recorded_steps(pipe.scheduler) as calls:
-        _, losses = draw(pipe, num_inference_steps=10, guidance_start=0.3, guidance_end=0.7)
+        _, losses = generate(pipe, num_inference_steps=10, guidance_start=0.3, guidance_end=0.7)
     assert losses.isnan().all(1).tolist() == [not 3 <= i < 7 for i in range(10)]
     assert not losses[3:7].isnan().any()
-    unguided, _ = draw(pipe, num_inference_steps=10, guidance_scale=0.0)
-    assert torch.equal(draw(pipe, num_inference_steps=10, guidance_end=0.0)[0], unguided)
+    unguided, _ = generate(pipe, num_inference_steps=10, guidance_scale=0.0)
+    assert torch.equal(generate(pipe, num_inference_steps=10, guidance_end=0.0)[0], unguided)
     with recorded_steps(pipe.scheduler) as free:
-        draw(pipe, num_inference_steps=10, guidance_scale=0.0)
+        generate(pipe, num_inference_steps=10, guidance_scale=0.0)
     assert [torch.equal(a[2], b[2]) for a, b in zip(calls, free, strict=True)] == [True] * 3 + [False] * 7
 
 
-def test_a_loss_with_a_parameter_step_is_told_it():
+def test_a_loss_with_a_step_parameter_receives_the_step():
     steps = []
 
     def loss(images, step):
         steps.append(step)
         return GREEN(images)
 
-    draw(guided(), loss)
+    generate(guided(), loss)
     assert steps == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_a_scheduler_is_stepped_once_a_step(kind):
+def test_the_scheduler_steps_once_per_network_evaluation(kind):
     pipe = guided(kind(), tiny_generator() if kind is DDGANScheduler else None)
     with recorded_steps(pipe.scheduler) as calls:
-        draw(pipe, gradient="model")
+        generate(pipe, gradient="model")
     assert len(calls) == 4
 
 
-# --- the network is left as it was ---
+# --- the network is not changed ---
 
 
 @pytest.mark.parametrize("gradient", ["sample", "model"])
@@ -416,65 +418,65 @@ def test_parameters_get_no_gradients_and_stay_trainable(gradient):
 
     losses = []
     with pytest.raises(KeyboardInterrupt):
-        draw(guided(unet=unet), loss, gradient=gradient)
+        generate(guided(unet=unet), loss, gradient=gradient)
     assert {name: parameter.requires_grad for name, parameter in unet.named_parameters()} == before
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
 def saved_bytes(**options) -> int:
-    """Of what autograd keeps in one guided step."""
+    """Return the size of what autograd saves in one guided step."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor.numel() * tensor.element_size()) or tensor, lambda tensor: tensor
     ):
-        draw(num_inference_steps=1, **options)
+        generate(num_inference_steps=1, **options)
     return sum(kept)
 
 
-def test_through_the_sample_nothing_of_the_network_is_kept():
+def test_sample_gradient_keeps_no_activations_of_the_network():
     images = 3 * 3 * 8 * 8 * 4
     assert saved_bytes(pipe=guided(), gradient="sample") <= 4 * images
     assert saved_bytes(pipe=guided(), gradient="model") > 40 * images
 
 
 @pytest.mark.parametrize("network", [tiny_unet, tiny_generator])
-def test_gradient_checkpointing_is_used_and_left_as_it_was(network):
+def test_gradient_checkpointing_is_used_and_left_enabled(network):
     scheduler = DDGANScheduler() if network is tiny_generator else DDIMScheduler()
     pipe = guided(scheduler, network().eval())
-    expected = draw(pipe, gradient="model")
+    expected = generate(pipe, gradient="model")
     kept = saved_bytes(pipe=pipe, gradient="model")
     assert not pipe.unet.is_gradient_checkpointing
     pipe.unet.enable_gradient_checkpointing()
-    found = draw(pipe, gradient="model")
+    actual = generate(pipe, gradient="model")
     assert pipe.unet.is_gradient_checkpointing
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     assert saved_bytes(pipe=pipe, gradient="model") < 0.7 * kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gradient", ["sample", "model"])
-def test_beside_a_network_in_half_precision_the_sample_stays_whole(dtype, gradient):
+def test_samples_stay_float32_with_a_half_precision_network(dtype, gradient):
     pipe = guided()
-    expected, _ = draw(pipe, gradient=gradient)
+    expected, _ = generate(pipe, gradient=gradient)
     pipe.unet.to(dtype)
     with recorded_steps(pipe.scheduler) as calls:
-        found, _ = draw(pipe, gradient=gradient)
+        actual, _ = generate(pipe, gradient=gradient)
     assert all(sample.dtype == torch.float32 for _, _, sample in calls)
     # bfloat16 is not the same arithmetic on every CPU; unrelated samples are 0.5 apart
-    assert (found - expected).abs().mean() < 0.15
+    assert (actual - expected).abs().mean() < 0.15
 
 
 def test_a_compiled_network_works():
     pipe = guided()
-    expected, _ = draw(pipe, num_inference_steps=1)
+    expected, _ = generate(pipe, num_inference_steps=1)
     pipe.unet = torch.compile(pipe.unet, backend="eager")
-    torch.testing.assert_close(draw(pipe, num_inference_steps=1)[0], expected)
+    torch.testing.assert_close(generate(pipe, num_inference_steps=1)[0], expected)
 
 
-# --- where pipelines come from ---
+# --- loading ---
 
 
-def test_it_is_made_of_any_pipeline_and_shares_its_parts():
+def test_from_pipe_shares_the_components_of_any_pipeline():
     for own in (
         DDPMPipeline(tiny_unet().half(), DDPMScheduler()),
         DDGANPipeline(tiny_generator(), DDGANScheduler()),
@@ -492,19 +494,19 @@ def test_folders_of_other_pipelines_load_as_guided_ones(tmp_path):
         pipe = GuidedPipeline.from_pretrained(tmp_path / folder, trust_remote_code=True)
         assert isinstance(pipe, GuidedPipeline) and type(pipe.unet).__name__ == kind
         pipe.set_progress_bar_config(disable=True)
-        assert draw(pipe)[1].shape == (4, 3)
+        assert generate(pipe)[1].shape == (4, 3)
 
 
-def test_the_file_alone_serves_as_a_custom_pipeline(tiny_model):
+def test_the_file_works_as_a_custom_pipeline(tiny_model):
     file = str(ROOT / "pipelines" / "pipeline_guided.py")
     pipe = DiffusionPipeline.from_pretrained(tiny_model, custom_pipeline=file, trust_remote_code=True)
     assert type(pipe).__name__ == "GuidedPipeline" and not isinstance(pipe, GuidedPipeline)
     pipe.set_progress_bar_config(disable=True)
-    expected = draw(guided(DDPMScheduler(), GuidedPipeline.from_pretrained(tiny_model).unet))
-    torch.testing.assert_close(draw(pipe), expected)
+    expected = generate(guided(DDPMScheduler(), GuidedPipeline.from_pretrained(tiny_model).unet))
+    torch.testing.assert_close(generate(pipe), expected)
 
 
-def test_the_file_alone_serves_folders_with_a_pipeline_of_their_own_by_its_absolute_path_without_py(tmp_path):
+def test_the_file_works_as_a_custom_pipeline_for_folders_with_custom_code(tmp_path):
     torch.manual_seed(0)
     DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "plain")
     DDGANPipeline(tiny_generator(), DDGANScheduler()).save_pretrained(tmp_path / "own")
@@ -515,17 +517,17 @@ def test_the_file_alone_serves_folders_with_a_pipeline_of_their_own_by_its_absol
         pipe.set_progress_bar_config(disable=True)
         loaded = GuidedPipeline.from_pretrained(tmp_path / folder)
         loaded.set_progress_bar_config(disable=True)
-        torch.testing.assert_close(draw(pipe), draw(loaded))
+        torch.testing.assert_close(generate(pipe), generate(loaded))
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned", "learned_range"])
 @pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
-def test_a_learned_variance_may_ride_along(kind, variance):
+def test_learned_variance_is_supported(kind, variance):
     learned = kind is DDPMScheduler and variance != "fixed_small"
     pipe = guided(kind(variance_type=variance) if learned else kind(), tiny_unet(out_channels=6 if learned else 3))
     if not learned:
         pipe.unet = tiny_unet(out_channels=6) if kind is not DDPMScheduler else pipe.unet
-    samples, _ = draw(pipe, gradient="model")
+    samples, _ = generate(pipe, gradient="model")
     assert samples.shape == (3, 3, 8, 8)
 
 
@@ -534,7 +536,7 @@ def test_a_learned_variance_may_ride_along(kind, variance):
 
 @pytest.mark.parametrize("labels", [2, [2, 2], torch.tensor([2, 2], dtype=torch.uint8)])
 @pytest.mark.parametrize("kind", ["unet", "class_conditioned", "context", "ddgan"])
-def test_classes_are_passed_on(kind, labels):
+def test_class_labels_reach_the_network(kind, labels):
     torch.manual_seed(0)
     network = {
         "unet": lambda: tiny_unet(num_class_embeds=3),
@@ -548,47 +550,48 @@ def test_classes_are_passed_on(kind, labels):
         if "class_embedding" in name or "context" in name:
             torch.nn.init.normal_(parameter, std=3)
     pipe = guided(DDGANScheduler() if kind == "ddgan" else DDIMScheduler(), network.eval())
-    two, _ = draw(pipe, seeds=(0, 1), class_labels=labels)
-    assert torch.equal(two, draw(pipe, seeds=(0, 1), class_labels=[2, 2])[0])
-    one_and_two, _ = draw(pipe, seeds=(0, 1), class_labels=[1, 2])
+    two, _ = generate(pipe, seeds=(0, 1), class_labels=labels)
+    assert torch.equal(two, generate(pipe, seeds=(0, 1), class_labels=[2, 2])[0])
+    one_and_two, _ = generate(pipe, seeds=(0, 1), class_labels=[1, 2])
     assert torch.equal(one_and_two[1], two[1]) and not torch.allclose(one_and_two[0], two[0], atol=1e-3)
-    many = [([2], "are 1"), (3, "0 to 2"), ([-1, 0], "0 to 2"), ([[0], [1]], "one integer an image")]
-    for wrong, said in [*many, ([0.5, 1.0], "takes 3" if kind == "context" else "one integer an image")]:
-        with pytest.raises(ValueError, match=said):
-            draw(pipe, seeds=(0, 1), class_labels=wrong)
+    invalid = [([2], "has 1 entries"), (3, "0 to 2"), ([-1, 0], "0 to 2"), ([[0], [1]], "one integer per image")]
+    invalid.append(([0.5, 1.0], "must have 3 columns" if kind == "context" else "one integer per image"))
+    for wrong, message in invalid:
+        with pytest.raises(ValueError, match=message):
+            generate(pipe, seeds=(0, 1), class_labels=wrong)
     with pytest.raises(ValueError, match="class_labels"):
-        draw(pipe, seeds=(0, 1))
+        generate(pipe, seeds=(0, 1))
 
 
-def test_contexts_are_passed_on_and_mixed():
+def test_contexts_reach_the_network_and_can_be_mixed():
     torch.manual_seed(0)
     pipe = guided(unet=ContextUnet(n_feat=16, height=8, n_cfeat=3).eval())
-    half, _ = draw(pipe, seeds=(0, 1), class_labels=[0.5, 0.5, 0.0])
-    assert torch.equal(half, draw(pipe, seeds=(0, 1), class_labels=torch.tensor([[0.5, 0.5, 0.0]] * 2))[0])
-    assert not torch.equal(half, draw(pipe, seeds=(0, 1), class_labels=0)[0])
+    half, _ = generate(pipe, seeds=(0, 1), class_labels=[0.5, 0.5, 0.0])
+    assert torch.equal(half, generate(pipe, seeds=(0, 1), class_labels=torch.tensor([[0.5, 0.5, 0.0]] * 2))[0])
+    assert not torch.equal(half, generate(pipe, seeds=(0, 1), class_labels=0)[0])
 
 
 @pytest.mark.parametrize("names", [["ant", "bee", "cat"], {0: "ant", 1: "bee", 2: "cat"}])
-def test_classes_have_names_and_the_null_class_is_one(names, tmp_path):
+def test_classes_can_be_named_and_the_null_class_is_accepted(names, tmp_path):
     torch.manual_seed(0)
     small = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1}
     unet = ClassConditionedUnet(8, 3, 3, num_classes=3, class_dropout=0.1, id2label=names, **small).eval()
     guided(unet=unet).save_pretrained(tmp_path)
     pipe = GuidedPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    expected, _ = draw(pipe, class_labels=[2, 3, 1])
-    assert torch.equal(draw(pipe, class_labels=["cat", 3, "bee"])[0], expected)
-    assert torch.equal(draw(pipe, class_labels="cat")[0], draw(pipe, class_labels=2)[0])
+    expected, _ = generate(pipe, class_labels=[2, 3, 1])
+    assert torch.equal(generate(pipe, class_labels=["cat", 3, "bee"])[0], expected)
+    assert torch.equal(generate(pipe, class_labels="cat")[0], generate(pipe, class_labels=2)[0])
     with pytest.raises(ValueError, match=r"no class 'dog'.*'ant', 'bee', 'cat'"):
-        draw(pipe, class_labels="dog")
+        generate(pipe, class_labels="dog")
     with pytest.raises(ValueError, match=r"no class 'cat'.*id2label"):
-        draw(guided(unet=tiny_unet(num_class_embeds=3)), class_labels="cat")
+        generate(guided(unet=tiny_unet(num_class_embeds=3)), class_labels="cat")
 
 
-# --- what comes out ---
+# --- outputs ---
 
 
-def test_output_types_show_the_same_pictures():
+def test_output_types_hold_the_same_images():
     pipe, options = guided(), {"batch_size": 2, "num_inference_steps": 3}
     latent, pt, array, pil = (
         pipe(GREEN, 5.0, generator=generators(0, 1), output_type=kind, **options).images
@@ -596,7 +599,9 @@ def test_output_types_show_the_same_pictures():
     )
     torch.testing.assert_close(pt, (latent / 2 + 0.5).clamp(0, 1))
     assert np.array_equal(pt.permute(0, 2, 3, 1).numpy(), array)
-    assert all(np.array_equal(np.asarray(image), (each * 255).round()) for image, each in zip(pil, array, strict=True))
+    assert all(
+        np.array_equal(np.asarray(image), (values * 255).round()) for image, values in zip(pil, array, strict=True)
+    )
     images, losses = pipe(GREEN, 5.0, generator=generators(0, 1), output_type="pt", return_dict=False, **options)
     assert torch.equal(images, pt) and losses.shape == (3, 2)
 
@@ -604,11 +609,11 @@ def test_output_types_show_the_same_pictures():
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
 def test_channels_become_modes(channels, mode):
     pipe = guided(unet=tiny_unet(in_channels=channels, out_channels=channels, sample_size=(8, 16)))
-    (picture,) = pipe(SymmetryLoss(), num_inference_steps=2).images
-    assert picture.mode == mode and picture.size == (16, 8)
+    (image,) = pipe(SymmetryLoss(), num_inference_steps=2).images
+    assert image.mode == mode and image.size == (16, 8)
 
 
-def test_losses_are_those_of_the_predicted_pictures_and_are_drawn(capsys):
+def test_losses_are_those_of_the_predicted_images_and_are_plotted(capsys):
     pipe, seen = guided(), []
     pipe.set_progress_bar_config()
 
@@ -624,7 +629,7 @@ def test_losses_are_those_of_the_predicted_pictures_and_are_drawn(capsys):
     np.testing.assert_allclose(lines[2], output.guidance_losses.mean(1))
 
 
-def test_a_callback_sees_and_changes_the_sample_and_ends_it():
+def test_a_callback_can_change_the_sample_and_end_sampling():
     pipe, seen = guided(), []
 
     def callback(pipe, step, timestep, tensors):
@@ -632,17 +637,17 @@ def test_a_callback_sees_and_changes_the_sample_and_ends_it():
         pipe._interrupt = step == 1
         return {"latents": torch.zeros_like(tensors["latents"])}
 
-    samples, losses = draw(pipe, callback_on_step_end=callback)
+    samples, losses = generate(pipe, callback_on_step_end=callback)
     assert seen == [(0, 750), (1, 500)]
     assert not samples.any() and losses[2:].isnan().all()
 
 
-def test_by_default_it_takes_40_steps_or_all_there_are():
+def test_default_is_40_steps_or_all_of_the_process():
     assert guided()(GREEN).guidance_losses.shape == (40, 1)
     assert guided(DDGANScheduler(), tiny_generator())(GREEN).guidance_losses.shape == (4, 1)
 
 
-# --- what cannot be guided ---
+# --- invalid input ---
 
 
 @pytest.mark.parametrize(
@@ -653,7 +658,7 @@ def test_by_default_it_takes_40_steps_or_all_there_are():
         PNDMScheduler(skip_prk_steps=True),
         UnCLIPScheduler(),
         DDPMWuerstchenScheduler(),
-        IPNDMScheduler.from_config(DDPMScheduler().config),  # whose config has a prediction_type of DDPM's
+        IPNDMScheduler.from_config(DDPMScheduler().config),  # its config holds the prediction_type of DDPM
         ScoreSdeVeScheduler(),
         CogVideoXDPMScheduler(),
         DDIMInverseScheduler(),
@@ -665,19 +670,19 @@ def test_by_default_it_takes_40_steps_or_all_there_are():
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_a_scheduler_that_knows_no_clean_picture_or_does_not_step_once_is_refused(scheduler):
-    for use in (draw, GuidedPipeline.from_pipe):
+def test_schedulers_without_x_0_or_with_several_evaluations_per_step_are_refused(scheduler):
+    for use in (generate, GuidedPipeline.from_pipe):
         with pytest.raises(ValueError, match=rf"{type(scheduler).__name__} cannot guide.*DDIM") as error:
             use(guided(scheduler))
         assert "\n" not in str(error.value)
 
 
-def test_without_gradients_it_says_so():
+def test_inference_mode_is_refused():
     with torch.inference_mode(), pytest.raises(ValueError, match=r"outside of `torch\.inference_mode`"):
-        draw(guided())
+        generate(guided())
 
 
-def test_networks_that_need_more_are_refused():
+def test_networks_with_other_inputs_are_refused():
     with pytest.raises(ValueError, match="encoder_hidden_states"):
         GuidedPipeline(
             UNet2DConditionModel(
@@ -692,14 +697,14 @@ def test_networks_that_need_more_are_refused():
         )
 
 
-def test_pipelines_of_latents_are_refused():
+def test_latent_diffusion_pipelines_are_refused():
     own = LDMPipeline(VQModel(norm_num_groups=4, block_out_channels=(8,)), tiny_unet(), DDIMScheduler())
-    with pytest.raises(ValueError, match=r"vqvae.*pictures themselves"):
+    with pytest.raises(ValueError, match=r"vqvae.*images themselves"):
         GuidedPipeline.from_pipe(own)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"loss": lambda images: images.mean((2, 3))}, r"shape \(3, 3\)"),
         ({"loss": lambda images: 1.0}, "a float"),
@@ -717,6 +722,6 @@ def test_pipelines_of_latents_are_refused():
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "latents"),
     ],
 )
-def test_what_does_not_fit_is_said(wrong, said):
-    with pytest.raises(ValueError, match=said):
-        draw(guided(), **wrong)
+def test_invalid_arguments_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        generate(guided(), **wrong)

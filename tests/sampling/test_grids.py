@@ -1,4 +1,4 @@
-"""Claims about how pictures are laid out."""
+"""Image grids."""
 
 import numpy as np
 import pytest
@@ -13,27 +13,27 @@ from ddgan.sampling.grids import (
     to_pil,
 )
 
-COLOURS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200)]
+COLORS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200)]
 WHITE = (255, 255, 255)
 
 
-def flat(colour, width: int = 100, height: int = 100, mode: str = "RGB") -> Image.Image:
-    return Image.new(mode, (width, height), colour)
+def flat(color, width: int = 100, height: int = 100, mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, (width, height), color)
 
 
-def is_white(picture: Image.Image) -> bool:
-    return (np.asarray(picture) == 255).all()
+def is_white(image: Image.Image) -> bool:
+    return (np.asarray(image) == 255).all()
 
 
-def test_pictures_lie_row_by_row_between_white_gutters():
-    grid = image_grid([flat(colour) for colour in COLOURS], columns=2)
+def test_images_are_arranged_row_by_row_between_white_gutters():
+    grid = image_grid([flat(color) for color in COLORS], columns=2)
     assert grid.size == (2 * 100 + 3 * GUTTER, 3 * 100 + 4 * GUTTER)
-    for i, colour in enumerate(COLOURS):
+    for i, color in enumerate(COLORS):
         left, top = GUTTER + i % 2 * (100 + GUTTER), GUTTER + i // 2 * (100 + GUTTER)
         tile = np.asarray(grid.crop((left, top, left + 100, top + 100)))
-        assert (tile == colour).all()
+        assert (tile == color).all()
     assert is_white(grid.crop((100 + GUTTER, 0, 100 + 2 * GUTTER, grid.height)))
-    assert is_white(grid.crop((100 + 2 * GUTTER, 2 * 100 + 3 * GUTTER, *grid.size)))  # where a sixth would be
+    assert is_white(grid.crop((100 + 2 * GUTTER, 2 * 100 + 3 * GUTTER, *grid.size)))  # the empty sixth cell
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (4, 2, 2), (5, 3, 2), (16, 4, 4), (17, 5, 4)])
@@ -43,7 +43,7 @@ def test_a_grid_is_about_square(count, columns, rows):
 
 
 @pytest.mark.parametrize(("side", "factor"), [(8, 12), (28, 3), (32, 3), (64, 1), (96, 1), (128, 1)])
-def test_small_pictures_are_enlarged_by_a_whole_factor_without_blur(side, factor):
+def test_small_images_are_enlarged_by_an_integer_factor_without_blur(side, factor):
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     grid = image_grid([to_pil(noise)])
     assert grid.size == (side * factor + 2 * GUTTER,) * 2
@@ -52,21 +52,21 @@ def test_small_pictures_are_enlarged_by_a_whole_factor_without_blur(side, factor
     assert (tile == noise.repeat(factor, 0).repeat(factor, 1)).all()
 
 
-def test_rectangles_keep_their_shape():
+def test_rectangles_keep_their_aspect_ratio():
     grid = image_grid([flat("red", width=16, height=32)] * 2, columns=2)
     assert grid.size == (2 * 48 + 3 * GUTTER, 96 + 2 * GUTTER)
 
 
-def test_grey_and_transparent_pictures_are_shown_on_white():
-    grey = to_pil(np.full((100, 100, 1), 77, np.uint8))
-    assert grey.mode == "L" and image_grid([grey]).getpixel((50, 50)) == (77, 77, 77)
+def test_gray_and_transparent_images_are_shown_on_white():
+    gray = to_pil(np.full((100, 100, 1), 77, np.uint8))
+    assert gray.mode == "L" and image_grid([gray]).getpixel((50, 50)) == (77, 77, 77)
     red_and_clear = to_pil(np.full((100, 100, 4), (255, 0, 0, 255), np.uint8))
     red_and_clear.paste((255, 0, 0, 0), (0, 0, 50, 100))
     grid = image_grid([red_and_clear])
     assert grid.getpixel((25 + GUTTER, 50)) == WHITE and grid.getpixel((75 + GUTTER, 50)) == (255, 0, 0)
 
 
-def test_labels_stand_in_margins_of_their_own():
+def test_labels_are_in_separate_margins():
     plain = image_grid([flat("red")] * 4, columns=2)
     labelled = image_grid([flat("red")] * 4, 2, column_labels=["a", "b"], row_labels=["first", "second"])
     left, top = labelled.width - plain.width + GUTTER, labelled.height - plain.height + GUTTER
@@ -82,7 +82,7 @@ def test_labels_stand_in_margins_of_their_own():
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_before_stands_left_of_after_under_captions(mode):
+def test_before_is_left_of_after_with_captions_above(mode):
     before, after = (image_grid([flat(shade, mode=mode)] * 4) for shade in (50, 100))
     both = before_after(before, after)
     assert both.width == 2 * before.width + 3 * GUTTER
@@ -93,7 +93,7 @@ def test_before_stands_left_of_after_under_captions(mode):
     assert both.crop((right, top, right + after.width, top + after.height)).tobytes() == after.tobytes()
 
 
-def test_a_strip_has_noise_above_predictions():
+def test_a_strip_shows_noise_above_predictions():
     strip = steps_strip([900, 500, 0], [flat("blue")] * 3, [flat("red")] * 3)
     middle = strip.width - GUTTER - 50
     assert strip.getpixel((middle, strip.height - GUTTER - 50)) == (255, 0, 0)

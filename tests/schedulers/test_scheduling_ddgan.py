@@ -1,4 +1,4 @@
-"""The noise process against recorded values of the published implementation and the mathematics of Gaussians."""
+"""The DDGAN scheduler, compared with recorded values of the reference implementation and with Gaussian formulas."""
 
 import json
 from functools import partial
@@ -16,7 +16,7 @@ RECORDED = np.load(GOLDEN / "scheduler.npz", allow_pickle=False)
 CASES = json.loads(str(RECORDED["config_json"]))["cases"]
 VALID = [pytest.param(case, id=case["key"]) for case in CASES if case["valid"]]
 INVALID = [pytest.param(case, id=case["key"]) for case in CASES if not case["valid"]]
-# What was recorded was computed in float32, with coefficients up to 3e-6 off.
+# the recorded values were computed in float32, with errors of up to 3e-6 in the coefficients
 FLOAT32_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -39,32 +39,32 @@ def seeded(seed):
 
 
 @pytest.fixture
-def draw(monkeypatch):
-    """Has the scheduler draw the given noises, in this order, and no more."""
+def use_noises(monkeypatch):
+    """Make the scheduler use the given noises, in this order, and no others."""
 
-    def draw_these(*noises):
+    def use_noises(*noises):
         left = list(noises)
         monkeypatch.setattr(scheduling_ddgan, "randn_tensor", lambda shape, **_: left.pop(0).expand(shape))
 
-    return draw_these
+    return use_noises
 
 
-def posterior(draw, scheduler, t):
-    """The three coefficients of q(x_s | x_t, x_0): of x_0, of x_t and of the noise, in float64."""
+def posterior(use_noises, scheduler, t):
+    """Return the coefficients of x_0, x_t and the noise in q(x_s | x_t, x_0), in float64."""
     zero, one = torch.zeros(1, 1, 1, 1).double(), torch.ones(1, 1, 1, 1).double()
     t = torch.tensor([t])
     coefficients = []
     for x_0, x_t, noise in ((one, zero, zero), (zero, one, zero), (zero, zero, one)):
-        draw(noise)
+        use_noises(noise)
         coefficients.append(scheduler.step(x_0, t, x_t).prev_sample.item())
     return coefficients
 
 
 @pytest.mark.parametrize("case", VALID)
-def test_schedule_and_posterior_match_the_recorded_coefficients(case, draw):
+def test_schedule_and_posterior_match_the_recorded_coefficients(case, use_noises):
     scheduler, key = scheduler_of(case), case["key"]
     T = case["num_timesteps"]
-    coefficients = torch.tensor([posterior(draw, scheduler, t) for t in range(T)])
+    coefficients = torch.tensor([posterior(use_noises, scheduler, t) for t in range(T)])
     ours = {
         "betas": scheduler.betas.float(),
         "alphas_cumprod": scheduler.alphas_cumprod.float(),
@@ -77,24 +77,24 @@ def test_schedule_and_posterior_match_the_recorded_coefficients(case, draw):
 
 
 @pytest.mark.parametrize("case", VALID)
-def test_pair_with_the_recorded_noises_matches(case, draw):
+def test_pair_with_the_recorded_noises_matches(case, use_noises):
     get = partial(recorded, case["key"], "q_sample_pairs")
-    # The reference draws the noise of the noisier sample first.
-    draw(get("noise_second_drawn"), get("noise_first_drawn"))
+    # the reference generates the noise of the noisier sample first
+    use_noises(get("noise_second_drawn"), get("noise_first_drawn"))
     less_noisy, noisier = scheduler_of(case).add_noise_pair(get("x_start"), get("t"))
     torch.testing.assert_close(less_noisy, get("x_t"), **FLOAT32_TOLERANCE)
     torch.testing.assert_close(noisier, get("x_t_plus_one"), **FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("case", VALID)
-def test_posterior_draw_with_the_recorded_noise_matches_for_a_timestep_a_sample(case, draw):
+def test_posterior_sample_with_the_recorded_noise_matches_with_one_timestep_per_sample(case, use_noises):
     get = partial(recorded, case["key"], "sample_posterior")
-    draw(get("noise"))
+    use_noises(get("noise"))
     output = scheduler_of(case).step(get("x_0"), get("t"), get("x_t"))
     torch.testing.assert_close(output.prev_sample, get("output"), **FLOAT32_TOLERANCE)
 
 
-def test_recorded_sampling_run_is_repeated_step_by_step(draw):
+def test_recorded_sampling_run_is_reproduced_step_by_step(use_noises):
     run = {
         name: torch.from_numpy(a)
         for name, a in np.load(GOLDEN / "sample_trajectory.npz").items()
@@ -105,13 +105,13 @@ def test_recorded_sampling_run_is_repeated_step_by_step(draw):
     x = run["input/x_init"] * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
         torch.testing.assert_close(x, run[f"step{i}/x"], **FLOAT32_TOLERANCE)
-        draw(run[f"step{i}/noise"])
+        use_noises(run[f"step{i}/noise"])
         x = scheduler.step(run[f"step{i}/x_0_predicted"], t, x).prev_sample
     torch.testing.assert_close(x, run["output"], **FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_impossible_schedules_are_refused_with_the_possible_values(case):
+def test_invalid_schedules_are_refused_with_the_possible_values(case):
     with pytest.raises(ValueError, match="0 < beta_min < beta_max < 1"):
         scheduler_of(case)
 
@@ -130,7 +130,7 @@ def test_impossible_schedules_are_refused_with_the_possible_values(case):
     ],
     ids=str,
 )
-def test_variance_that_does_not_grow_within_0_and_1_is_refused(kwargs):
+def test_variance_that_does_not_increase_within_0_and_1_is_refused(kwargs):
     with pytest.raises(ValueError, match="Possible values"):
         DDGANScheduler(**kwargs)
 
@@ -138,7 +138,7 @@ def test_variance_that_does_not_grow_within_0_and_1_is_refused(kwargs):
 @pytest.mark.parametrize(
     "kwargs", [{"num_train_timesteps": 0}, {"prediction_type": "x0"}, {"variance_schedule": "linear"}], ids=str
 )
-def test_unknown_names_and_empty_processes_are_refused(kwargs):
+def test_unknown_options_and_zero_timesteps_are_refused(kwargs):
     with pytest.raises(ValueError, match="must be"):
         DDGANScheduler(**kwargs)
 
@@ -153,8 +153,8 @@ def test_schedule_is_float64_and_follows_its_formula():
 
 
 @pytest.mark.parametrize("timesteps", [[7, 6, 5, 4, 3, 2, 1, 0], [7, 4, 3, 0], [6, 2], [5]], ids=str)
-def test_posterior_of_any_sub_sequence_conditions_the_composed_gaussian(timesteps, draw):
-    """x_s given x_0 and x_t given x_s are Gaussian; conditioning their joint on x_t gives mean and variance."""
+def test_posterior_of_any_sub_sequence_conditions_the_composed_gaussian(timesteps, use_noises):
+    """Given x_0, x_s and x_t are jointly Gaussian; conditioning on x_t gives mean and variance of x_s."""
     scheduler = DDGANScheduler(num_train_timesteps=8, beta_max=6.0)
     scheduler.set_timesteps(timesteps=timesteps)
     assert scheduler.timesteps.tolist() == timesteps
@@ -165,12 +165,14 @@ def test_posterior_of_any_sub_sequence_conditions_the_composed_gaussian(timestep
         gain = a_ts**0.5 * (1 - a_s) / (1 - a_s * a_ts)
         mean_of_x_0 = a_s**0.5 - gain * (a_s * a_ts) ** 0.5
         std = ((1 - a_s) - gain * a_ts**0.5 * (1 - a_s)) ** 0.5
-        np.testing.assert_allclose(posterior(draw, scheduler, t), [mean_of_x_0, gain, std], rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(
+            posterior(use_noises, scheduler, t), [mean_of_x_0, gain, std], rtol=1e-10, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("timesteps", [None, [3, 1], [2, 0]], ids=str)
-def test_denoising_with_the_true_picture_stays_on_the_noise_levels(timesteps):
-    """If x_t follows q(x_t | x_0), what `step` draws follows q(x_s | x_0): same mean and variance, in closed form."""
+def test_denoising_with_the_true_image_stays_at_the_noise_levels(timesteps):
+    """If x_t follows q(x_t | x_0), the result of `step` has mean and variance of q(x_s | x_0)."""
     scheduler = DDGANScheduler(beta_max=5.0)
     scheduler.set_timesteps(timesteps=timesteps)
     generator = seeded(0)
@@ -181,7 +183,7 @@ def test_denoising_with_the_true_picture_stays_on_the_noise_levels(timesteps):
     for t, s in zip(scheduler.timesteps, rest, strict=False):
         x = scheduler.step(x_0, t, x, generator=generator).prev_sample
         level = scheduler.alphas_cumprod[s]
-        # five standard errors of a mean and of a variance of n draws
+        # five standard errors of a mean and of a variance of n samples
         assert abs(x.mean() - 0.7 * level.sqrt()) < 5 * ((1 - level) / n).sqrt()
         assert abs(x.var() / (1 - level) - 1) < 5 * (2 / n) ** 0.5
     assert torch.equal(scheduler.step(x_0, scheduler.timesteps[-1], x, generator=generator).prev_sample, x_0)
@@ -191,7 +193,7 @@ def test_denoising_with_the_true_picture_stays_on_the_noise_levels(timesteps):
     ("T", "steps", "expected"),
     [(4, None, [3, 2, 1, 0]), (4, 4, [3, 2, 1, 0]), (4, 2, [3, 1]), (4, 1, [3]), (8, 3, [7, 4, 2]), (2, 2, [1, 0])],
 )
-def test_fewer_steps_are_spread_evenly_and_begin_at_pure_noise(T, steps, expected):
+def test_fewer_steps_are_evenly_spaced_and_start_at_pure_noise(T, steps, expected):
     scheduler = DDGANScheduler(num_train_timesteps=T)
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == expected
@@ -200,7 +202,7 @@ def test_fewer_steps_are_spread_evenly_and_begin_at_pure_noise(T, steps, expecte
 
 
 @pytest.mark.parametrize("T", [1, 2, 5, 8, 50])
-def test_every_number_of_steps_up_to_all_of_them_descends(T):
+def test_timesteps_descend_for_every_number_of_steps(T):
     scheduler = DDGANScheduler(num_train_timesteps=T)
     for n in range(1, T + 1):
         scheduler.set_timesteps(n)
@@ -222,22 +224,22 @@ def test_every_number_of_steps_up_to_all_of_them_descends(T):
     ],
     ids=str,
 )
-def test_impossible_timesteps_are_refused(kwargs):
+def test_invalid_timesteps_are_refused(kwargs):
     with pytest.raises(ValueError, match=r"timesteps|num_inference_steps"):
         DDGANScheduler().set_timesteps(**kwargs)
 
 
-def test_set_timesteps_without_arguments_undoes_a_sub_sequence(draw):
+def test_set_timesteps_without_arguments_resets_a_sub_sequence(use_noises):
     scheduler = DDGANScheduler()
-    full = [posterior(draw, scheduler, t) for t in range(4)]
+    full = [posterior(use_noises, scheduler, t) for t in range(4)]
     scheduler.set_timesteps(2)
-    assert posterior(draw, scheduler, 3) != full[3]
+    assert posterior(use_noises, scheduler, 3) != full[3]
     scheduler.set_timesteps()
-    assert [posterior(draw, scheduler, t) for t in range(4)] == full
+    assert [posterior(use_noises, scheduler, t) for t in range(4)] == full
 
 
-def test_noise_pair_is_markov_and_its_noisier_half_is_what_the_network_sees():
-    """The pair's second sample follows q(x_t | x_0) and their correlation is the chain's."""
+def test_noise_pair_is_markov_and_its_noisier_sample_is_the_network_input():
+    """x_t follows q(x_t | x_0), and its covariance with x_{t-1} is that of the Markov chain."""
     scheduler = DDGANScheduler(beta_max=5.0)
     n, t = 200_000, 2
     x_0 = torch.full((n, 1, 1, 1), 0.5, dtype=torch.float64)
@@ -249,7 +251,7 @@ def test_noise_pair_is_markov_and_its_noisier_half_is_what_the_network_sees():
     assert abs(covariance - (1 - scheduler.betas[t]).sqrt() * (1 - level_below)) < 5 / n**0.5
 
 
-def test_add_noise_agrees_with_its_formula_and_pair_at_0_holds_the_picture():
+def test_add_noise_follows_its_formula_and_the_pair_at_0_holds_the_image():
     scheduler = DDGANScheduler()
     x_0, noise = torch.randn(4, 3, 5, 7), torch.randn(4, 3, 5, 7)
     t = torch.tensor([0, 1, 2, 3])
@@ -262,7 +264,7 @@ def test_add_noise_agrees_with_its_formula_and_pair_at_0_holds_the_picture():
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
-def test_prediction_types_mean_the_same_picture(prediction_type):
+def test_prediction_types_give_the_same_image(prediction_type):
     scheduler = DDGANScheduler(prediction_type=prediction_type, beta_max=5.0)
     x_0, noise = torch.randn(2, 1, 4, 4).double(), torch.randn(2, 1, 4, 4).double()
     for t in range(4):
@@ -273,7 +275,7 @@ def test_prediction_types_mean_the_same_picture(prediction_type):
         torch.testing.assert_close(step.pred_original_sample, x_0)
 
 
-def test_clip_sample_clips_the_predicted_picture_before_the_posterior():
+def test_clip_sample_clips_the_predicted_image_before_the_posterior():
     x_0, x_t = 3 * torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
     clipped = DDGANScheduler(clip_sample=True).step(x_0, 2, x_t, generator=seeded(0))
     plain = DDGANScheduler().step(x_0.clamp(-1, 1), 2, x_t, generator=seeded(0))
@@ -300,7 +302,7 @@ def test_half_precision_is_the_float32_result_rounded_once(dtype):
         assert torch.equal(half, full.to(dtype))
 
 
-def test_list_of_generators_makes_each_sample_independent_of_its_neighbours():
+def test_with_a_list_of_generators_samples_are_independent():
     scheduler = DDGANScheduler()
     x_0, x_t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
     together = scheduler.step(x_0, 2, x_t, generator=[seeded(5), seeded(6), seeded(7)]).prev_sample
@@ -315,7 +317,7 @@ def test_list_of_generators_makes_each_sample_independent_of_its_neighbours():
         assert torch.equal(whole[1:2], one)
 
 
-def test_last_step_draws_nothing():
+def test_last_step_uses_no_random_numbers():
     generator = seeded(0)
     before = generator.get_state()
     scheduler = DDGANScheduler()
@@ -328,7 +330,7 @@ def test_last_step_draws_nothing():
     assert not torch.equal(generator.get_state(), before)
 
 
-def test_number_tensor_and_timestep_a_sample_are_the_same_step():
+def test_timestep_may_be_a_number_a_tensor_or_one_per_sample():
     scheduler = DDGANScheduler()
     x_0, x_t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
     steps = [
@@ -339,7 +341,7 @@ def test_number_tensor_and_timestep_a_sample_are_the_same_step():
         torch.testing.assert_close(step, steps[0])
 
 
-def test_output_is_a_dataclass_or_the_same_as_a_tuple():
+def test_output_is_a_dataclass_or_an_equal_tuple():
     scheduler = DDGANScheduler()
     x_0, x_t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     output = scheduler.step(x_0, 1, x_t, generator=seeded(0))
@@ -375,7 +377,7 @@ def test_saved_and_loaded_scheduler_is_the_same(tmp_path):
     assert DDGANScheduler.from_config(scheduler.config).config == scheduler.config
 
 
-def test_scheduler_keeps_the_conventions_of_diffusers():
+def test_scheduler_follows_the_conventions_of_diffusers():
     scheduler = DDGANScheduler()
     sample = torch.randn(1, 3, 4, 4)
     assert scheduler.scale_model_input(sample, 3) is sample

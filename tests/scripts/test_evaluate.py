@@ -27,17 +27,17 @@ SHORT = ("--scheduler", "ddim", "--num_inference_steps", "2")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny_model) -> dict[str, Path]:
-    """A classifier of colour pictures and one of grey ones, samples and a reference of 40 pictures each."""
+    """A classifier of color images and one of gray images, samples and a reference of 40 images each."""
     root = tmp_path_factory.mktemp("evaluate")
-    for name, channels, classes in (("colour", 3, 3), ("grey", 1, 10)):
+    for name, channels, classes in (("color", 3, 3), ("gray", 1, 10)):
         torch.manual_seed(channels)
         network = ImageClassifier(sample_size=8, in_channels=channels, num_classes=classes, widths=(8, 16))
-        network.head.weight.data *= 100  # so that it sees all classes
+        network.head.weight.data *= 100  # so that it predicts all classes
         network.save_pretrained(root / name)
     write_images(root / "reference", 40)
     samples = write_images(root / "samples", 60)
     for path in sorted(samples.iterdir())[:20]:
-        path.unlink()  # the reference has these first pictures too
+        path.unlink()  # the reference has the same first images
     for path in samples.iterdir():
         Image.open(path).point(lambda value: value // 2 + 64).save(path)
     return {**{path.name: path for path in root.iterdir()}, "model": tiny_model}
@@ -45,13 +45,13 @@ def folders(tmp_path_factory, tiny_model) -> dict[str, Path]:
 
 @pytest.fixture
 def run(folders, tmp_path):
-    """Run evaluate.py in this process with the colour classifier; returns what is in its file."""
+    """Run evaluate.py in this process with the color classifier and return the content of its results file."""
 
     def run(*flags, reference: str | Path | None = "reference", output: str = "evaluation.json") -> dict:
         against = ["--reference", folders.get(reference, reference)] if reference else []
-        start = [*against, "--feature_extractor", folders["colour"], "--cache_dir", tmp_path / "cache"]
-        given = [*start, "--output", tmp_path / output, *flags]
-        evaluate.main([str(flag) for flag in given])
+        defaults = [*against, "--feature_extractor", folders["color"], "--cache_dir", tmp_path / "cache"]
+        all_flags = [*defaults, "--output", tmp_path / output, *flags]
+        evaluate.main([str(flag) for flag in all_flags])
         return json.loads((tmp_path / output).read_text())
 
     return run
@@ -65,123 +65,125 @@ ALL = {"fid", "kid", "precision", "recall", "density", "coverage", "classifier_s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same number however it is measured
+# The same numbers in every way of measuring
 
 
-def test_a_pipeline_gives_what_its_generated_images_give(run, folders, tmp_path):
-    drawn = run("--pipeline", folders["model"], *SHORT, "--num_images", 12)
-    assert {name.partition("@")[0] for name in drawn["metrics"]} == ALL
+def test_a_pipeline_and_its_generated_images_give_the_same_numbers(run, folders, tmp_path):
+    sampled = run("--pipeline", folders["model"], *SHORT, "--num_images", 12)
+    assert {name.partition("@")[0] for name in sampled["metrics"]} == ALL
     generated = ("--pipeline", folders["model"], *SHORT, "--num_images", 12, "--output_dir", tmp_path / "generated")
     generate.main([str(flag) for flag in generated])
-    assert values(run("--images", tmp_path / "generated" / "images")) == values(drawn)
+    assert values(run("--images", tmp_path / "generated" / "images")) == values(sampled)
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(run, folders, tmp_path):
+def test_two_processes_give_the_same_numbers_as_one(run, folders, tmp_path):
     flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 22, "--batch_size", 4]
     one = run(*flags)
-    start = ["--reference", folders["reference"], "--feature_extractor", folders["colour"]]
+    defaults = ["--reference", folders["reference"], "--feature_extractor", folders["color"]]
     more = ["--cache_dir", tmp_path / "cache2", "--output", tmp_path / "two.json"]
-    said = run_ranks(SCRIPT, *start, *more, *flags, output=tmp_path / "output.txt")
+    output = run_ranks(SCRIPT, *defaults, *more, *flags, output=tmp_path / "output.txt")
     assert values(json.loads((tmp_path / "two.json").read_text())) == values(one)
-    assert said.count("all numbers") == 1
+    assert output.count("all numbers") == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
-def test_the_batch_size_does_not_matter(run, folders, tmp_path, batch_size):
+def test_the_batch_size_does_not_change_the_numbers(run, folders, tmp_path, batch_size):
     whole = values(run("--images", folders["samples"]))
     parts = values(run("--images", folders["samples"], "--batch_size", batch_size, "--cache_dir", tmp_path / "other"))
     assert parts == pytest.approx(whole, rel=1e-4)
 
 
-def test_the_order_of_the_images_does_not_matter(run, folders, tmp_path):
-    (tmp_path / "turned").mkdir()
+def test_the_order_of_the_images_does_not_change_the_numbers(run, folders, tmp_path):
+    (tmp_path / "reversed").mkdir()
     for i, path in enumerate(sorted(folders["samples"].iterdir(), reverse=True)):
-        os.link(path, tmp_path / "turned" / f"{i:03d}.png")
-    turned = values(run("--images", tmp_path / "turned"))
-    assert turned == pytest.approx(values(run("--images", folders["samples"])), rel=1e-6)
+        os.link(path, tmp_path / "reversed" / f"{i:03d}.png")
+    reversed_values = values(run("--images", tmp_path / "reversed"))
+    assert reversed_values == pytest.approx(values(run("--images", folders["samples"])), rel=1e-6)
 
 
-def test_an_interrupted_evaluation_goes_on(run, folders, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_resumes(run, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "PART_IMAGES", 4)
     flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 20, "--batch_size", 2]
-    whole, drawn, draw = values(run(*flags)), [], evaluate.sample
+    whole, seeds_seen, sample = values(run(*flags)), [], evaluate.sample
 
     def stops(pipe, seeds, *rest):
-        if len(drawn) > 12:
+        if len(seeds_seen) > 12:
             raise KeyboardInterrupt
-        drawn.extend(seeds)
-        return draw(pipe, seeds, *rest)
+        seeds_seen.extend(seeds)
+        return sample(pipe, seeds, *rest)
 
     monkeypatch.setattr(evaluate, "sample", stops)
     with pytest.raises(KeyboardInterrupt):
         run(*flags)
-    drawn.clear()
+    seeds_seen.clear()
     assert values(run(*flags)) == whole
-    assert drawn == [0, *range(12, 20)]  # the first one tells the size
+    assert seeds_seen == [0, *range(12, 20)]  # the first sample determines the size
     assert not list((tmp_path / "cache").glob("*.parts"))
 
 
 @pytest.fixture
-def drawn(monkeypatch) -> list[int]:
-    """The seeds of pictures that are drawn."""
-    seen, draw = [], evaluate.sample
-    monkeypatch.setattr(evaluate, "sample", lambda pipe, seeds, *rest: seen.extend(seeds) or draw(pipe, seeds, *rest))
-    return seen
+def sampled(monkeypatch) -> list[int]:
+    """The seeds of generated samples."""
+    seeds_seen, sample = [], evaluate.sample
+    monkeypatch.setattr(
+        evaluate, "sample", lambda pipe, seeds, *rest: seeds_seen.extend(seeds) or sample(pipe, seeds, *rest)
+    )
+    return seeds_seen
 
 
 def stopped(*_args, **_more):
     raise KeyboardInterrupt
 
 
-def test_what_was_drawn_is_not_lost_when_it_is_not_measured(run, folders, tmp_path, monkeypatch, drawn):
+def test_samples_are_not_lost_when_their_metrics_were_not_computed(run, folders, tmp_path, monkeypatch, sampled):
     flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 20]
     with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
         patches.setattr(metrics, "kernel_distance", stopped)
         run(*flags)
-    drawn.clear()
+    sampled.clear()
     run(*flags)
-    assert drawn == [0]  # the first one tells the size
+    assert sampled == [0]  # the first sample determines the size
 
 
-def test_pictures_are_kept_whole_though_an_interrupted_evaluation_did_not_keep_them(
-    run, folders, tmp_path, monkeypatch, drawn
+def test_all_samples_are_saved_although_an_interrupted_evaluation_did_not_save_them(
+    run, folders, tmp_path, monkeypatch, sampled
 ):
     flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 20]
-    keep = ["--save_images", tmp_path / "kept"]
+    save = ["--save_images", tmp_path / "saved"]
     with monkeypatch.context() as patches:
         patches.setattr(metrics, "kernel_distance", stopped)
-        for more in ((), keep):
+        for more in ((), save):
             with pytest.raises(KeyboardInterrupt):
                 run(*flags, *more)
-    drawn.clear()
-    run(*flags, *keep)
-    assert [path.name for path in sorted((tmp_path / "kept").iterdir())] == [f"{i:06d}.png" for i in range(20)]
-    assert drawn == [0]  # those that were kept are not drawn again
+    sampled.clear()
+    run(*flags, *save)
+    assert [path.name for path in sorted((tmp_path / "saved").iterdir())] == [f"{i:06d}.png" for i in range(20)]
+    assert sampled == [0]  # saved samples are not generated again
 
 
-@pytest.mark.parametrize(("named", "said"), [("few", "few has 11 images; .* at least 12"), ("other", "16 dimensions")])
-def test_references_that_cannot_be_measured_against_are_refused_before_pictures_are_drawn(
-    run, folders, tmp_path, drawn, named, said
-):
+@pytest.mark.parametrize(
+    ("name", "message"), [("few", "few has 11 images; .* at least 12"), ("other", "16 dimensions")]
+)
+def test_unusable_references_are_rejected_before_sampling(run, folders, tmp_path, sampled, name, message):
     write_images(tmp_path / "few", 11)
     np.savez(tmp_path / "other.npz", mu=np.zeros(8), sigma=np.eye(8))
-    reference = tmp_path / (named if named == "few" else "other.npz")
-    with pytest.raises(InputError, match=said):
+    reference = tmp_path / (name if name == "few" else "other.npz")
+    with pytest.raises(InputError, match=message):
         run("--pipeline", folders["model"], *SHORT, "--num_images", 20, reference=reference)
-    assert drawn == [0]
+    assert sampled == [0]
 
 
-def test_too_few_held_out_images_are_refused_before_pictures_are_drawn(run, folders, drawn):
+def test_too_few_held_out_images_are_rejected_before_sampling(run, folders, sampled):
     with pytest.raises(InputError, match="samples has 40 images; there must be at least 100"):
         run("--pipeline", folders["model"], *SHORT, "--num_images", 20, "--held_out", folders["samples"])
-    assert drawn == [0]
+    assert sampled == [0]
 
 
-def test_identical_images_are_at_no_distance(run, folders):
-    found = values(run("--images", folders["reference"]))
-    assert abs(found["fid@40"]) < 1e-6
-    assert found["precision@40"] == found["recall@40"] == found["coverage@40"] == 1
+def test_identical_images_have_no_distance(run, folders):
+    same = values(run("--images", folders["reference"]))
+    assert abs(same["fid@40"]) < 1e-6
+    assert same["precision@40"] == same["recall@40"] == same["coverage@40"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,18 +192,18 @@ def test_identical_images_are_at_no_distance(run, folders):
 
 @pytest.fixture
 def measured(monkeypatch) -> list[int]:
-    """How many images each call of the extractor was given."""
-    calls, measure = [], ClassifierFeatures.measure
+    """The number of images in each call of the extractor."""
+    calls, extract = [], ClassifierFeatures.extract
 
     def counted(self, images):
         calls.append(len(images))
-        return measure(self, images)
+        return extract(self, images)
 
-    monkeypatch.setattr(ClassifierFeatures, "measure", counted)
+    monkeypatch.setattr(ClassifierFeatures, "extract", counted)
     return calls
 
 
-def test_a_reference_is_measured_once_for_its_data_extractor_and_count(run, folders, tmp_path, measured):
+def test_features_are_cached_by_data_extractor_and_count(run, folders, tmp_path, measured):
     def images_measured(*flags) -> int:
         measured.clear()
         run("--images", folders["samples"], *flags, reference=reference)
@@ -212,16 +214,16 @@ def test_a_reference_is_measured_once_for_its_data_extractor_and_count(run, fold
     assert images_measured() == 40
     assert images_measured("--num_reference", 20) == 60
     assert images_measured("--num_reference", 20) == 40
-    assert images_measured("--feature_extractor", folders["grey"]) == 70
+    assert images_measured("--feature_extractor", folders["gray"]) == 70
     Image.new("RGB", (8, 8)).save(reference / "000.png")
     assert images_measured() == 70
 
 
-def test_contents_are_told_by_the_images_wherever_they_are(run, folders, tmp_path):
+def test_contents_are_identified_by_the_images_not_their_place(run, folders, tmp_path):
     def contents(reference: Path) -> str:
         results = run("--images", folders["samples"], reference=reference)
-        (said,) = {entry["protocol"]["reference"] for entry in results["metrics"].values()}
-        assert f"contents {results['reference']['contents']}" in said
+        (described,) = {entry["protocol"]["reference"] for entry in results["metrics"].values()}
+        assert f"contents {results['reference']['contents']}" in described
         return results["reference"]["contents"]
 
     one = write_images(tmp_path / "one", 13)
@@ -250,13 +252,13 @@ def stack(folder: Path) -> np.ndarray:
 
 def test_every_form_of_reference_gives_the_same_numbers(run, folders, tmp_path):
     whole = values(run("--images", folders["samples"]))
-    (kept,) = (tmp_path / "cache").glob("*.safetensors")
+    (cached,) = (tmp_path / "cache").glob("*.safetensors")
 
-    pictures = [Image.open(path) for path in sorted(folders["reference"].iterdir())]
-    table = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features({"image": datasets.Image()}))
+    images = [Image.open(path) for path in sorted(folders["reference"].iterdir())]
+    table = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
     table.to_parquet(tmp_path / "data" / "train.parquet")
     np.savez(tmp_path / "images.npz", arr_0=stack(folders["reference"]))
-    for reference in (kept, tmp_path / "data", tmp_path / "data" / "train.parquet", tmp_path / "images.npz"):
+    for reference in (cached, tmp_path / "data", tmp_path / "data" / "train.parquet", tmp_path / "images.npz"):
         assert values(run("--images", folders["samples"], reference=reference)) == pytest.approx(whole, rel=1e-6)
 
 
@@ -266,21 +268,21 @@ def test_every_form_of_samples_gives_the_same_numbers(run, folders, tmp_path):
     assert values(run("--images", tmp_path / "images.npz")) == pytest.approx(whole, rel=1e-6)
 
 
-def test_saved_statistics_give_fid_alone(run, folders, tmp_path):
+def test_saved_statistics_give_only_the_fid(run, folders, tmp_path):
     whole = values(run("--images", folders["samples"]))
-    (kept,) = (tmp_path / "cache").glob("*.safetensors")
-    found = metrics.Gaussian.of(features.read_features(kept)["features"])
-    np.savez(tmp_path / "statistics.npz", mu=found.mean, sigma=found.covariance)
+    (cached,) = (tmp_path / "cache").glob("*.safetensors")
+    gaussian = metrics.Gaussian.of(features.read_features(cached)["features"])
+    np.savez(tmp_path / "statistics.npz", mu=gaussian.mean, sigma=gaussian.covariance)
     results = run("--images", folders["samples"], reference=tmp_path / "statistics.npz")
     assert values(results) == {name: whole[name] for name in ("fid@40", "classifier_score@40")}
     assert any("saved statistics" in warning for warning in results["warnings"])
 
 
-def test_features_of_another_network_are_refused(run, folders, tmp_path):
+def test_features_of_another_network_are_rejected(run, folders, tmp_path):
     run("--images", folders["samples"])
-    (kept,) = (tmp_path / "cache").glob("*.safetensors")
-    with pytest.raises(InputError, match="are those of colour, not of grey"):
-        run("--images", folders["samples"], "--feature_extractor", folders["grey"], reference=kept)
+    (cached,) = (tmp_path / "cache").glob("*.safetensors")
+    with pytest.raises(InputError, match="are those of color, not of gray"):
+        run("--images", folders["samples"], "--feature_extractor", folders["gray"], reference=cached)
 
 
 def test_a_split_of_a_folder(run, folders, tmp_path):
@@ -290,7 +292,7 @@ def test_a_split_of_a_folder(run, folders, tmp_path):
     assert results["reference"]["images"] == 20
 
 
-def test_repeated_training_images_are_told_from_held_out_ones(run, folders, tmp_path):
+def test_repeated_training_images_are_detected_with_held_out_ones(run, folders, tmp_path):
     training, held_out = write_images(tmp_path / "training", 100), tmp_path / "held_out"
     for i, path in enumerate(sorted(write_images(tmp_path / "more", 200).iterdir())[100:]):
         held_out.mkdir(exist_ok=True)
@@ -301,8 +303,8 @@ def test_repeated_training_images_are_told_from_held_out_ones(run, folders, tmp_
     assert fresh["memorised@100"] <= 0.02 and fresh["nearest_training_ratio@100"] == pytest.approx(1)
 
 
-@pytest.mark.skipif(not (SHARED / "MNIST").exists(), reason="MNIST is not beside this clone")
-def test_the_floor_of_mnist_is_half_against_half_in_a_digit_classifiers_features(run, folders, tmp_path):
+@pytest.mark.skipif(not (SHARED / "MNIST").exists(), reason="MNIST is not next to this clone")
+def test_the_floor_of_mnist_in_the_features_of_a_digit_classifier(run, folders, tmp_path):
     digits = ROOT / "examples" / "classifiers" / "mnist"
     noise = np.random.default_rng(0).integers(0, 256, (400, 28, 28), dtype=np.uint8)
     np.savez(tmp_path / "noise.npz", arr_0=noise)
@@ -314,46 +316,46 @@ def test_the_floor_of_mnist_is_half_against_half_in_a_digit_classifiers_features
     assert abs(floors["kid"]["value"]) < 3 * floors["kid"]["spread"] < results["kid@400"]["value"]
     assert floors["coverage"]["value"] > 0.8 and results["coverage@400"]["value"] < 0.1
     assert floors["classifier_score"]["halves"] == [400, 1000]
-    assert floors["classifier_score"]["value"] > 8  # ten digits, told with certainty, but not evenly in splits of 40
+    assert floors["classifier_score"]["value"] > 8  # ten digits, certain, but unevenly distributed in splits of 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Classes and modes
 
 
-def test_classes_are_compared_with_what_the_classifier_sees(run, folders):
+def test_class_accuracy_compares_requested_and_predicted_classes(run, folders):
     results = run("--images", folders["samples"], "--class_labels", 2, 0, reference=None)
-    network = ImageClassifier.from_pretrained(folders["colour"])
-    pictures = torch.from_numpy(stack(folders["samples"])).permute(0, 3, 1, 2) / 127.5 - 1
-    seen = network(pictures).argmax(1).tolist()
-    asked = [2, 0] * 20
-    right = [a == s for a, s in zip(asked, seen, strict=True)]
-    assert results["metrics"]["class_accuracy@40"]["value"] == pytest.approx(sum(right) / 40)
-    assert results["class_accuracies"] == {"0": sum(right[1::2]) / 20, "1": None, "2": sum(right[::2]) / 20}
-    assert results["confusion"][2] == [seen[::2].count(label) for label in range(3)]
-    assert 0 < sum(right) < 40
+    network = ImageClassifier.from_pretrained(folders["color"])
+    images = torch.from_numpy(stack(folders["samples"])).permute(0, 3, 1, 2) / 127.5 - 1
+    predicted = network(images).argmax(1).tolist()
+    requested = [2, 0] * 20
+    correct = [a == b for a, b in zip(requested, predicted, strict=True)]
+    assert results["metrics"]["class_accuracy@40"]["value"] == pytest.approx(sum(correct) / 40)
+    assert results["class_accuracies"] == {"0": sum(correct[1::2]) / 20, "1": None, "2": sum(correct[::2]) / 20}
+    assert results["confusion"][2] == [predicted[::2].count(label) for label in range(3)]
+    assert 0 < sum(correct) < 40
 
 
-def test_the_confusion_is_drawn(run, folders, tmp_path, capsys):
+def test_the_confusion_matrix_is_plotted(run, folders, tmp_path, capsys):
     run("--images", folders["samples"], "--class_labels", 0, 1, 2)
     assert Image.open(tmp_path / "evaluation-confusion.png").size[0] > 3 * 40
     printed = capsys.readouterr().out
     assert "accuracy of 1: " in printed and "evaluation-confusion.png" in printed
 
 
-def test_a_conditional_pipeline_draws_the_classes_in_turn(run, tmp_path):
+def test_a_conditional_pipeline_samples_the_classes_in_turn(run, tmp_path):
     unet = tiny_unet(num_class_embeds=3)
     unet.class_embedding.weight.data *= 20
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
-    flags = ["--pipeline", tmp_path / "model", *SHORT, "--num_images", 12, "--save_images", tmp_path / "kept"]
+    flags = ["--pipeline", tmp_path / "model", *SHORT, "--num_images", 12, "--save_images", tmp_path / "saved"]
     results = run(*flags, "--class_labels", 1, 2, reference=None)
     generated = ("--pipeline", tmp_path / "model", *SHORT, "--num_images", 12, "--output_dir", tmp_path / "generated")
     generate.main([str(flag) for flag in (*generated, "--class_labels", 1, 2)])
-    assert (stack(tmp_path / "kept") == stack(tmp_path / "generated" / "images")).all()
+    assert (stack(tmp_path / "saved") == stack(tmp_path / "generated" / "images")).all()
     assert [sum(row) for row in results["confusion"]] == [0, 6, 6]
 
 
-def test_a_guided_pipeline_is_measured_as_it_is_generated(run, tmp_path):
+def test_guidance_is_the_same_as_in_generate(run, tmp_path):
     torch.manual_seed(0)
     levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     unet = ClassConditionedUnet(8, 3, 3, 3, 2, 0.1, layers_per_block=1, norm_num_groups=4, **levels)
@@ -361,46 +363,46 @@ def test_a_guided_pipeline_is_measured_as_it_is_generated(run, tmp_path):
     ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
     shared = ["--pipeline", tmp_path / "model", *SHORT, "--class_labels", 1, 2, "--num_images", 12]
     guided = [*shared, "--guidance_scale", 3]
-    results = run(*guided, "--save_images", tmp_path / "kept", reference=None)
+    results = run(*guided, "--save_images", tmp_path / "saved", reference=None)
     run(*shared, "--save_images", tmp_path / "unguided", reference=None)
     generate.main([str(flag) for flag in (*guided, "--output_dir", tmp_path / "generated")])
-    assert (stack(tmp_path / "kept") == stack(tmp_path / "generated" / "images")).all()
-    assert (stack(tmp_path / "kept") != stack(tmp_path / "unguided")).any()
+    assert (stack(tmp_path / "saved") == stack(tmp_path / "generated" / "images")).all()
+    assert (stack(tmp_path / "saved") != stack(tmp_path / "unguided")).any()
     assert "guidance scale 3.0" in results["metrics"]["class_accuracy@12"]["protocol"]["samples"]
 
 
-def test_stacked_digits_are_seen_channel_by_channel(run, folders):
-    flags = ["--stacked_mnist", "--classifier", folders["grey"], "--batch_size", 16]
+def test_stacked_digits_are_classified_channel_by_channel(run, folders):
+    flags = ["--stacked_mnist", "--classifier", folders["gray"], "--batch_size", 16]
     results = run("--images", folders["samples"], *flags, reference=None)
-    network = ImageClassifier.from_pretrained(folders["grey"])
-    pictures = torch.from_numpy(stack(folders["samples"])) / 127.5 - 1
-    digits = torch.stack([network(pictures[..., channel][:, None]).argmax(1) for channel in range(3)], 1)
+    network = ImageClassifier.from_pretrained(folders["gray"])
+    images = torch.from_numpy(stack(folders["samples"])) / 127.5 - 1
+    digits = torch.stack([network(images[..., channel][:, None]).argmax(1) for channel in range(3)], 1)
     expected = coverage.stacked_mnist_coverage(digits)
     assert values(results) == {"modes@40": expected.modes, "mode_kl@40": pytest.approx(expected.kl)}
     assert 1 < expected.modes < 40
     (warning,) = results["warnings"]
     assert "counted in 40 samples" in warning and "25,600" in warning
     for entry in results["metrics"].values():
-        assert f"grey, digest {weights_digest(network)}, resize to 8x8, bicubic" in entry["protocol"]["classifier"]
+        assert f"gray, digest {weights_digest(network)}, resize to 8x8, bicubic" in entry["protocol"]["classifier"]
 
 
-def test_modes_of_stacked_digits_are_counted_in_as_many_pictures_as_the_paper_has(run, folders, monkeypatch, capsys):
-    draw = evaluate.sample
+def test_modes_of_stacked_digits_are_counted_in_as_many_samples_as_in_the_paper(run, folders, monkeypatch, capsys):
+    sample = evaluate.sample
 
     def stops(pipe, seeds, *rest):
         if seeds != [0]:
             stopped()
-        return draw(pipe, seeds, *rest)
+        return sample(pipe, seeds, *rest)
 
     monkeypatch.setattr(evaluate, "sample", stops)
-    for flags, count in ((["--stacked_mnist", "--classifier", folders["grey"]], 25_600), ([], 10_000)):
+    for flags, count in ((["--stacked_mnist", "--classifier", folders["gray"]], 25_600), ([], 10_000)):
         with pytest.raises(KeyboardInterrupt):
             run("--pipeline", folders["model"], *SHORT, *flags)
-        assert f"/{count} [" in capsys.readouterr().err  # of the progress bar
+        assert f"/{count} [" in capsys.readouterr().err  # the total of the progress bar
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is told beside the numbers
+# Protocol, tables, cards and warnings
 
 
 def test_every_number_has_its_protocol(run, folders):
@@ -418,7 +420,7 @@ def test_every_number_has_its_protocol(run, folders):
         assert results["metrics"][f"{name}@12"]["floor"]["halves"] == [12, 20]
 
 
-def test_the_table_shows_each_number_beside_its_floor(run, folders, capsys):
+def test_the_table_has_each_number_with_its_floor(run, folders, capsys):
     results = run("--images", folders["samples"])
     printed = capsys.readouterr().out
     for name, key in (("FID", "fid"), ("KID", "kid"), ("coverage", "coverage")):
@@ -428,7 +430,7 @@ def test_the_table_shows_each_number_beside_its_floor(run, folders, capsys):
     assert "floor: 20 images of one half of the reference against 20 of the other" in printed
 
 
-def test_the_model_card_gets_the_numbers_in_place_of_earlier_ones(run, folders, tmp_path):
+def test_numbers_in_the_model_card_replace_earlier_ones(run, folders, tmp_path):
     unet, model = tiny_unet(), tmp_path / "model"
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(model)
     (model / "README.md").write_text("---\nlicense: mit\ntags:\n- ddpm\n---\n\n# Mine\n\nWords.\n")
@@ -454,7 +456,7 @@ def warnings(results: dict) -> str:
     return "\n".join(results["warnings"])
 
 
-def test_too_few_samples_are_warned_about_with_the_bias(run, folders):
+def test_too_few_samples_have_a_warning_with_the_bias(run, folders):
     results = run("--images", folders["samples"])
     bias = results["metrics"]["fid@40"]["protocol"]["estimated_bias"]
     assert bias > 0
@@ -465,55 +467,58 @@ def test_too_few_samples_are_warned_about_with_the_bias(run, folders):
     )
 
 
-def test_jpeg_against_png_is_warned_about(run, folders, tmp_path):
+def test_jpeg_against_png_has_a_warning(run, folders, tmp_path):
     (tmp_path / "jpeg").mkdir()
     for path in folders["reference"].iterdir():
         Image.open(path).save(tmp_path / "jpeg" / f"{path.stem}.jpg")
-    said = "The samples are PNG, the reference images JPEG"
-    assert said in warnings(run("--images", folders["samples"], reference=tmp_path / "jpeg"))
+    message = "The samples are PNG, the reference images JPEG"
+    assert message in warnings(run("--images", folders["samples"], reference=tmp_path / "jpeg"))
     assert "JPEG" not in warnings(run("--images", folders["samples"]))
 
 
-def test_grey_against_colour_is_warned_about(run, folders, tmp_path):
-    (tmp_path / "grey").mkdir()
+def test_gray_against_color_has_a_warning(run, folders, tmp_path):
+    (tmp_path / "gray").mkdir()
     for path in folders["reference"].iterdir():
-        Image.open(path).convert("L").save(tmp_path / "grey" / path.name)
-    assert "samples are colour, the reference is grey" in warnings(
-        run("--images", folders["samples"], reference=tmp_path / "grey")
+        Image.open(path).convert("L").save(tmp_path / "gray" / path.name)
+    assert "samples are color, the reference is gray" in warnings(
+        run("--images", folders["samples"], reference=tmp_path / "gray")
     )
-    seen = run("--images", folders["samples"], "--feature_extractor", folders["grey"])
-    assert "The samples have colours, which this classifier" in warnings(seen)
+    results = run("--images", folders["samples"], "--feature_extractor", folders["gray"])
+    assert "The samples are in color, which this classifier" in warnings(results)
 
 
-def test_resized_references_are_warned_about(run, folders, tmp_path):
+def test_resized_references_have_a_warning(run, folders, tmp_path):
     large = write_images(tmp_path / "large", 30, size=(16, 12))
     results = run("--images", folders["samples"], reference=large)
     assert "16x12, were cropped at the centre, to 8x8, bicubic" in warnings(results)
-    (kept,) = (tmp_path / "cache").glob("large-*.safetensors")
+    (cached,) = (tmp_path / "cache").glob("large-*.safetensors")
     samples = write_images(tmp_path / "small", 30, size=(6, 6))
-    said = "reference was measured at 8x8, the samples are 6x6"
-    assert said in warnings(run("--images", samples, reference=kept))
+    message = "reference was measured at 8x8, the samples are 6x6"
+    assert message in warnings(run("--images", samples, reference=cached))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("flags", "message"),
     [
         (["--pipeline", "MODEL", "--images", "SAMPLES"], "either --pipeline"),
         ([], "either --pipeline"),
         (["--images", "SAMPLES", "--num_images", 41], "has 40 images"),
         (["--images", "SAMPLES", "--num_images", 11], "at least 12"),
         (["--images", "SAMPLES", "--reference", "nowhere.npz"], "no such file"),
-        (["--images", "SAMPLES", "--feature_extractor", "nowhere"], "neither inception-v3-compat nor dinov2"),
-        (["--images", "SAMPLES", "--class_labels", 3], "colour knows 0 to 2"),
-        (["--images", "SAMPLES", "--stacked_mnist"], "colour is not"),
-        (["--images", "SAMPLES", "--save_images", "x"], "are there already"),
+        (
+            ["--images", "SAMPLES", "--feature_extractor", "nowhere"],
+            "neither one of the extractors",
+        ),
+        (["--images", "SAMPLES", "--class_labels", 3], "color has the classes 0 to 2"),
+        (["--images", "SAMPLES", "--stacked_mnist"], "color is not"),
+        (["--images", "SAMPLES", "--save_images", "x"], "already exist"),
         (["--images", "SAMPLES", "--held_out", "SAMPLES"], "at least 100"),
     ],
 )
-def test_what_cannot_be_used_is_said(run, folders, wrong, said):
+def test_unusable_flags_are_rejected(run, folders, flags, message):
     names = {"MODEL": folders["model"], "SAMPLES": folders["samples"]}
-    with pytest.raises(InputError, match=said):
-        run(*(names.get(flag, flag) for flag in wrong))
+    with pytest.raises(InputError, match=message):
+        run(*(names.get(flag, flag) for flag in flags))
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet", ".safetensors"])
@@ -523,41 +528,41 @@ def test_a_damaged_file_is_named(run, folders, tmp_path, suffix):
         run("--images", folders["samples"], reference=tmp_path / f"damaged{suffix}")
 
 
-def test_the_reference_is_not_held_out(run, folders, tmp_path, drawn):
+def test_held_out_images_must_not_be_the_reference(run, folders, tmp_path, sampled):
     training = write_images(tmp_path / "training", 100)
     with pytest.raises(InputError, match="holds the images of --reference"):
         run("--pipeline", folders["model"], *SHORT, "--held_out", training, reference=training)
-    assert len(drawn) <= 1  # the one that tells the size
+    assert len(sampled) <= 1  # the one that determines the size
 
 
-def test_some_of_the_images_are_drawn_at_random(run, folders, tmp_path):
+def test_fewer_images_are_a_random_subset(run, folders, tmp_path):
     both = tmp_path / "both"
     for kind, source in (("a", "reference"), ("b", "samples")):
         (both / kind).mkdir(parents=True)
         for path in folders[source].iterdir():
             os.link(path, both / kind / path.name)
-    some = values(run("--images", both, "--num_images", 40))
-    assert some["precision@40"] < 1  # the first 40 are those of the reference
-    assert values(run("--images", both, "--num_images", 40, "--seed", 5)) == some
+    subset = values(run("--images", both, "--num_images", 40))
+    assert subset["precision@40"] < 1  # the first 40 are those of the reference
+    assert values(run("--images", both, "--num_images", 40, "--seed", 5)) == subset
 
 
-def test_a_guided_pipeline_cannot_be_measured_without_its_loss(run, folders, tmp_path):
+def test_a_guided_pipeline_without_its_loss_is_rejected(run, folders, tmp_path):
     GuidedPipeline.from_pipe(DDPMPipeline.from_pretrained(folders["model"])).save_pretrained(tmp_path / "guided")
-    with pytest.raises(InputError, match="A GuidedPipeline draws nothing without its loss"):
+    with pytest.raises(InputError, match="A GuidedPipeline cannot be called without loss"):
         run("--pipeline", tmp_path / "guided", *SHORT)
 
 
-def test_without_a_reference_or_a_classifier_there_is_nothing_to_measure(folders):
+def test_a_reference_or_a_classifier_is_required(folders):
     with pytest.raises(InputError, match="--reference, or a --classifier"):
         evaluate.main(["--images", str(folders["samples"])])
 
 
-def test_broken_and_unequal_images_are_named(run, folders, tmp_path):
+def test_broken_images_and_images_of_another_size_are_named(run, folders, tmp_path):
     samples = write_images(tmp_path / "mixed", 120)
     Image.new("RGB", (9, 8)).save(samples / "050.png")
     with pytest.raises(RunError, match=r"000\.png is 8x8, .*050\.png is 9x8"):
         run("--images", samples)
-    (samples / "050.png").write_bytes(b"no picture")
+    (samples / "050.png").write_bytes(b"not an image")
     with pytest.raises(RunError, match=r"cannot be read: .*050\.png"):
         run("--images", samples)
     with pytest.raises(RunError, match=r"cannot be read: .*050\.png"):

@@ -1,4 +1,4 @@
-"""Claims about scripts/generate.py, through its command line."""
+"""scripts/generate.py, through its command line."""
 
 import json
 from pathlib import Path
@@ -29,12 +29,12 @@ def images(output: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def whole(tiny_model, tmp_path) -> Path:
-    """Seven pictures, made in one go."""
+    """Output folder of seven images from one run."""
     generate.main(flags(tiny_model, tmp_path / "whole"))
     return tmp_path / "whole"
 
 
-def test_every_picture_has_a_seed_of_its_own(tiny_model, whole, tmp_path):
+def test_every_image_has_its_own_seed(tiny_model, whole, tmp_path):
     assert sorted(images(whole)) == [f"{i:06d}.png" for i in range(7)]
     assert len(set(images(whole).values())) == 7
     generate.main(flags(tiny_model, tmp_path / "later", "--seed", 4, "--num_images", 2))
@@ -43,7 +43,7 @@ def test_every_picture_has_a_seed_of_its_own(tiny_model, whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory) -> Path:
-    """Wide enough for sums whose order, and so whose rounding, depends on batch size, threads and memory alignment."""
+    """A network whose rounding depends on batch size, threads and memory alignment, because its sums are long."""
     folder = tmp_path_factory.mktemp("models") / "wide"
     DDPMPipeline(tiny_unet(sample_size=32, block_out_channels=(64, 128)), DDPMScheduler()).save_pretrained(folder)
     return folder
@@ -63,16 +63,16 @@ def test_files_do_not_depend_on_the_batch_size(wide_model, wide_images, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_files_of_one(wide_model, wide_images, tmp_path):
+def test_two_processes_write_the_same_files_as_one(wide_model, wide_images, tmp_path):
     output = tmp_path / "two"
     more = ("--grid", "--intermediates", 2)
-    said = run_ranks(SCRIPT, *flags(wide_model, output, *more), output=tmp_path / "output.txt")
+    printed = run_ranks(SCRIPT, *flags(wide_model, output, *more), output=tmp_path / "output.txt")
     assert images(output) == wide_images
-    assert said.count(str(output / "images")) == 1
+    assert printed.count(str(output / "images")) == 1
     assert (output / "grid.png").exists() and (output / "intermediates.png").exists()
 
 
-def test_an_interrupted_run_goes_on(tiny_model, whole):
+def test_an_interrupted_run_continues(tiny_model, whole):
     expected = images(whole)
     folder = whole / "images"
     for i in (1, 3, 6):
@@ -84,13 +84,13 @@ def test_an_interrupted_run_goes_on(tiny_model, whole):
     assert (folder / "000000.png").stat().st_mtime_ns == kept
 
 
-def test_more_pictures_are_added_to_those_there(tiny_model, whole):
+def test_more_images_are_added_to_existing_ones(tiny_model, whole):
     generate.main(flags(tiny_model, whole, "--num_images", 9))
     assert len(images(whole)) == 9
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (["--color", "teal"], "color was None, is teal; guidance_scale was None, is 40.0"),
         (["--seed", 1], "seed was 0, is 1"),
@@ -100,14 +100,14 @@ def test_more_pictures_are_added_to_those_there(tiny_model, whole):
         (["--class_labels", 1], "class_labels was None, is \\[1\\]"),
     ],
 )
-def test_pictures_of_other_settings_are_not_mixed_in(tiny_model, whole, change, said):
+def test_images_with_other_settings_are_not_added(tiny_model, whole, change, message):
     before = images(whole)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         generate.main(flags(tiny_model, whole, "--num_images", 9, *change))
     assert images(whole) == before
 
 
-def test_pictures_of_other_weights_under_the_same_name_are_not_mixed_in(tmp_path):
+def test_images_of_other_weights_under_the_same_name_are_not_added(tmp_path):
     model, output = tmp_path / "model", tmp_path / "output"
     unet = tiny_unet()
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(model)
@@ -118,7 +118,7 @@ def test_pictures_of_other_weights_under_the_same_name_are_not_mixed_in(tmp_path
         generate.main(flags(model, output))
 
 
-def test_pictures_of_unknown_settings_are_not_added_to(tiny_model, whole):
+def test_nothing_is_added_to_images_with_unknown_settings(tiny_model, whole):
     (whole / "generate.json").unlink()
     with pytest.raises(InputError, match=r"no generate\.json"):
         generate.main(flags(tiny_model, whole))
@@ -135,7 +135,7 @@ def test_classes_are_used_in_turn(tmp_path):
     assert turn == [(zero, two)[i % 2][i] for i in range(7)]
 
 
-def test_classes_are_given_by_number_or_name_and_guided(tmp_path):
+def test_classes_are_given_by_label_or_name_and_can_be_guided(tmp_path):
     unet = ClassConditionedUnet(
         sample_size=8,
         num_classes=3,
@@ -174,19 +174,29 @@ def guidance(clip: Path) -> list:
 
 
 def distance(output: Path, color: tuple[int, int, int]) -> float:
-    """Of all pixels to the colour, on average."""
+    """Return the mean absolute distance of all pixels to a color."""
     return np.mean([np.abs(np.asarray(Image.open(path)) - color).mean() for path in (output / "images").iterdir()])
 
 
-def test_guided_pictures_come_nearer_to_the_colour(tiny_model, tmp_path):
+def test_guided_images_are_closer_to_the_color(tiny_model, tmp_path):
     color = ["--color", "#BB2266"]
-    for name, more in (("free", []), ("pulled", color), ("harder", [*color, "--guidance_scale", 80])):
+    for name, more in (("unguided", []), ("guided", color), ("stronger", [*color, "--guidance_scale", 80])):
         generate.main(flags(tiny_model, tmp_path / name, *more))
-    free, pulled, harder = (distance(tmp_path / name, (187, 34, 102)) for name in ("free", "pulled", "harder"))
-    assert harder < pulled - 5 and pulled < free - 5
+    names = ("unguided", "guided", "stronger")
+    unguided, guided, stronger = (distance(tmp_path / name, (187, 34, 102)) for name in names)
+    assert stronger < guided - 5 and guided < unguided - 5
 
 
-def test_an_interrupted_guided_run_goes_on_with_the_same_pictures(wide_model, clip, tmp_path):
+def test_towards_guides_like_the_other_flags(tiny_model, tmp_path):
+    generate.main(flags(tiny_model, tmp_path / "color", "--color", "teal"))
+    generate.main(flags(tiny_model, tmp_path / "towards", "--towards", "color:teal"))
+    generate.main(flags(tiny_model, tmp_path / "twice", "--towards", "2*color:teal"))
+    assert images(tmp_path / "towards") == images(tmp_path / "color") != images(tmp_path / "twice")
+    settings = json.loads((tmp_path / "towards" / "generate.json").read_text())
+    assert settings["towards"] == ["color:teal"]
+
+
+def test_an_interrupted_guided_run_continues_with_the_same_images(wide_model, clip, tmp_path):
     generate.main(flags(wide_model, tmp_path / "whole", *guidance(clip), "--num_images", 4))
     generate.main(flags(wide_model, tmp_path / "parts", *guidance(clip), "--num_images", 1))
     generate.main(flags(wide_model, tmp_path / "parts", *guidance(clip), "--num_images", 4, "--batch_size", 3))
@@ -197,14 +207,14 @@ def test_an_interrupted_guided_run_goes_on_with_the_same_pictures(wide_model, cl
         generate.main(flags(wide_model, tmp_path / "whole", *guidance(clip), "--guidance_scale", 40))
 
 
-def test_the_way_to_a_guided_picture_ends_in_it(tiny_model, tmp_path):
+def test_guided_intermediates_end_in_the_final_image(tiny_model, tmp_path):
     generate.main(flags(tiny_model, tmp_path, "--color", "teal", "--num_images", 1, "--intermediates", 3))
     strip, first = Image.open(tmp_path / "intermediates.png"), Image.open(tmp_path / "images" / "000000.png")
     last = strip.crop((strip.width - 100, strip.height - 100, strip.width - 4, strip.height - 4))
     assert last.tobytes() == first.resize((96, 96), Image.Resampling.NEAREST).tobytes()
 
 
-def test_a_guided_network_of_classes_is_told_them(tmp_path):
+def test_guided_sampling_of_a_class_conditional_network_uses_the_labels(tmp_path):
     unet = tiny_unet(num_class_embeds=3)
     unet.class_embedding.weight.data *= 20
     unet.register_to_config(id2label=["ant", "bee", "cat"])
@@ -215,13 +225,13 @@ def test_a_guided_network_of_classes_is_told_them(tmp_path):
     assert [a == b for a, b in zip(turn, zero, strict=True)] == [i % 2 == 0 for i in range(7)]
 
 
-def test_a_scheduler_that_cannot_guide_is_said(tmp_path):
+def test_a_scheduler_that_cannot_guide_is_refused(tmp_path):
     DDPMPipeline(tiny_unet(), HeunDiscreteScheduler()).save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="HeunDiscreteScheduler cannot guide"):
         generate.main(flags(tmp_path / "model", tmp_path / "out", "--scheduler", "as-saved", "--color", "teal"))
 
 
-def test_a_guided_pipeline_wants_to_know_towards_what(tmp_path):
+def test_a_guided_pipeline_needs_a_target(tmp_path):
     GuidedPipeline(tiny_unet(), DDIMScheduler()).save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="--color"):
         generate.main(flags(tmp_path / "model", tmp_path / "out"))
@@ -230,12 +240,12 @@ def test_a_guided_pipeline_wants_to_know_towards_what(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_half_precision(tiny_model, tmp_path, dtype):
+def test_half_precision_works(tiny_model, tmp_path, dtype):
     generate.main(flags(tiny_model, tmp_path / "half", "--dtype", dtype, "--num_images", 2))
     assert len(set(images(tmp_path / "half").values())) == 2
 
 
-def test_grid_and_intermediates_are_beside_the_pictures(tiny_model, whole, capsys):
+def test_grid_and_intermediates_are_saved_next_to_the_images(tiny_model, whole, capsys):
     generate.main(flags(tiny_model, whole, "--grid", "--intermediates", 3))
     assert sorted(path.name for path in whole.iterdir()) == [
         "generate.json",
@@ -249,16 +259,24 @@ def test_grid_and_intermediates_are_beside_the_pictures(tiny_model, whole, capsy
     first = Image.open(whole / "images" / "000000.png").resize((96, 96), Image.Resampling.NEAREST)
     assert grid.crop((4, 4, 100, 100)).tobytes() == first.tobytes()
     last = strip.crop((strip.width - 100, strip.height - 100, strip.width - 4, strip.height - 4))
-    assert last.tobytes() == first.tobytes()  # the last prediction is the first picture
+    assert last.tobytes() == first.tobytes()  # the last prediction is the first image
 
 
-def test_settings_are_kept_to_be_read(whole):
+def test_a_run_of_a_version_without_towards_continues(tiny_model, whole):
+    settings = json.loads((whole / "generate.json").read_text())
+    del settings["towards"]
+    (whole / "generate.json").write_text(json.dumps(settings))
+    generate.main(flags(tiny_model, whole, "--num_images", 9))
+    assert len(images(whole)) == 9
+
+
+def test_settings_are_saved(whole):
     settings = json.loads((whole / "generate.json").read_text())
     assert (settings["scheduler"], settings["num_inference_steps"], settings["seed"]) == ("ddim", 3, 0)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (["--num_images", 0], "at least 1"),
         (["--scheduler", "ddmp"], "ddpm"),
@@ -267,8 +285,8 @@ def test_settings_are_kept_to_be_read(whole):
         (["--class_labels", 1], "not conditioned"),
         (["--pipeline", "nowhere"], "No pipeline nowhere"),
         (["--pipeline", ""], "--pipeline"),
-        (["--color", "teel"], "'teel' is no colour"),
-        (["--guidance_scale", 3], "--color, --clip_prompt or --class_labels"),
+        (["--color", "teel"], "'teel' is not a known color"),
+        (["--guidance_scale", 3], "--color, --clip_prompt or --towards, or .* --class_labels"),
         (["--guidance_scale", 3, "--class_labels", 1], "takes no guidance_scale"),
         (["--class_labels", "one"], "not conditioned"),
         (["--guidance_gradient", "model"], "--color"),
@@ -278,12 +296,12 @@ def test_settings_are_kept_to_be_read(whole):
         (["--color", "teal", "--class_labels", 1], "class"),
     ],
 )
-def test_what_cannot_be_used_is_said(tiny_model, tmp_path, wrong, said):
-    with pytest.raises(InputError, match=said):
+def test_invalid_arguments_are_refused(tiny_model, tmp_path, wrong, message):
+    with pytest.raises(InputError, match=message):
         generate.main(flags(tiny_model, tmp_path / "output", *wrong))
 
 
-def test_a_mistake_ends_the_command_with_one_paragraph_and_code_2(tiny_model, tmp_path):
+def test_invalid_input_ends_the_command_with_one_paragraph_and_exit_code_2(tiny_model, tmp_path):
     done = run_script(SCRIPT, *flags(tiny_model, tmp_path / "output", "--num_images", -1))
     assert done.returncode == 2
     assert "error: --num_images is -1" in done.stderr and "Traceback" not in done.stderr

@@ -175,7 +175,7 @@ def test_branches_pull_requests_and_spaces(local_hub, folder, drawn, capsys, tmp
     push_to_hub.main(flags(folder, "--space"))
     said = capsys.readouterr().out
     assert f"Space          {local_hub.url}/spaces/ann/model/commit/" in said and "HF_TOKEN" not in said
-    assert {"app.py", "drawing.py", "ddgan/__init__.py"} <= set(local_hub.files("ann/model", kind="space"))
+    assert {"app.py", "generation.py", "ddgan/__init__.py"} <= set(local_hub.files("ann/model", kind="space"))
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ SHORT = ("--widths", "8", "16", "--num_epochs", "8", "--batch_size", "8", "--lea
 CLASSES = ("left", "right")
 
 
-def picture(label: int, number: int) -> Image.Image:
-    """Noise that is brighter on one side: the left for class 0, the right for class 1."""
+def make_image(label: int, number: int) -> Image.Image:
+    """Return noise that is brighter on one side: the left for class 0, the right for class 1."""
     pixels = np.random.default_rng([label, number]).integers(0, 128, (8, 8, 3), dtype=np.uint8)
     pixels[:, 4 * label : 4 * label + 4] += 100
     return Image.fromarray(pixels)
@@ -28,7 +28,7 @@ def write_classes(folder: Path, count: int) -> Path:
     for label, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for number in range(count):
-            picture(label, number).save(folder / name / f"{number}.png")
+            make_image(label, number).save(folder / name / f"{number}.png")
     return folder
 
 
@@ -38,19 +38,19 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(header + array.tobytes())
 
 
-def train(data: tuple, output: Path, *more) -> ImageClassifier:
-    train_classifier.main([str(flag) for flag in (*data, "--output_dir", output, *SHORT, *more)])
+def train(data: tuple, output: Path, *flags) -> ImageClassifier:
+    train_classifier.main([str(flag) for flag in (*data, "--output_dir", output, *SHORT, *flags)])
     return ImageClassifier.from_pretrained(output)
 
 
 def accuracy(classifier: ImageClassifier) -> float:
-    """On pictures that no training has seen."""
-    images = np.stack([np.asarray(picture(label, 1000 + i)) for label in (0, 1) for i in range(20)])
+    """Return the accuracy on images that are not part of any training set."""
+    images = np.stack([np.asarray(make_image(label, 1000 + i)) for label in (0, 1) for i in range(20)])
     logits = classifier(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1)
     return (logits.argmax(1) == torch.arange(2).repeat_interleave(20)).double().mean().item()
 
 
-def test_a_folder_with_a_sub_folder_for_each_class(tmp_path, capsys):
+def test_a_folder_with_one_subfolder_per_class(tmp_path, capsys):
     data = write_classes(tmp_path / "sides", 40)
     classifier = train(("--train_data_dir", data), tmp_path / "classifier")
     assert classifier.class_names == ["left", "right"]
@@ -58,7 +58,7 @@ def test_a_folder_with_a_sub_folder_for_each_class(tmp_path, capsys):
     assert "of 8 images (held out)" in capsys.readouterr().out  # a tenth of 80
 
 
-def test_a_folder_with_train_and_test(tmp_path, capsys):
+def test_a_folder_with_train_and_test_splits(tmp_path, capsys):
     write_classes(tmp_path / "sides" / "train", 30)
     write_classes(tmp_path / "sides" / "test", 7)
     classifier = train(("--train_data_dir", tmp_path / "sides"), tmp_path / "classifier")
@@ -67,9 +67,9 @@ def test_a_folder_with_train_and_test(tmp_path, capsys):
 
 
 def test_a_dataset_with_labels(tmp_path, capsys):
-    features = datasets.Features({"side": datasets.ClassLabel(names=list(CLASSES)), "picture": datasets.Image()})
+    features = datasets.Features({"side": datasets.ClassLabel(names=list(CLASSES)), "image": datasets.Image()})
     for split, count in (("train", 30), ("test", 5)):
-        rows = {"side": [0, 1] * count, "picture": [picture(i % 2, i) for i in range(2 * count)]}
+        rows = {"side": [0, 1] * count, "image": [make_image(i % 2, i) for i in range(2 * count)]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / f"{split}.parquet")
     classifier = train(("--dataset_name", tmp_path / "data"), tmp_path / "classifier")
     assert classifier.class_names == ["left", "right"]
@@ -77,10 +77,10 @@ def test_a_dataset_with_labels(tmp_path, capsys):
     assert "of 10 images (the test split)" in capsys.readouterr().out
 
 
-def test_an_mnist_style_folder_is_grey(tmp_path, capsys):
+def test_an_mnist_style_folder_gives_a_grayscale_classifier(tmp_path, capsys):
     for part, count in (("train", 60), ("t10k", 6)):
         labels = np.arange(count, dtype=np.uint8) % 2
-        images = np.stack([np.asarray(picture(label, i).convert("L")) for i, label in enumerate(labels)])
+        images = np.stack([np.asarray(make_image(label, i).convert("L")) for i, label in enumerate(labels)])
         write_idx(tmp_path / "sides" / "raw" / f"{part}-images-idx3-ubyte", images)
         write_idx(tmp_path / "sides" / "raw" / f"{part}-labels-idx1-ubyte", labels)
     classifier = train(("--train_data_dir", tmp_path / "sides"), tmp_path / "classifier")
@@ -88,7 +88,7 @@ def test_an_mnist_style_folder_is_grey(tmp_path, capsys):
     assert "of 6 images (the test split)" in capsys.readouterr().out
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_size_fits(tmp_path):
+def test_the_same_seed_gives_the_same_weights_at_another_image_size(tmp_path):
     data = write_classes(tmp_path / "sides", 10)
     flags = ("--image_size", "6", "--random_flip", "--num_epochs", "1")
     first, second, other = (
@@ -100,33 +100,34 @@ def test_the_same_seed_gives_the_same_weights_and_another_size_fits(tmp_path):
     assert not torch.equal(first.head.weight, other.head.weight)
 
 
-def test_augmentation_moves_each_image_within_its_range_and_without_strength_not_at_all():
+def test_augmentation_changes_each_image_within_the_value_range_unless_disabled():
     images = torch.rand(6, 3, 8, 8) * 2 - 1
-    still, moved, mirrored = (
-        train_classifier.augmented(images, strength, flip, torch.Generator().manual_seed(0))
+    unchanged, augmented, flipped = (
+        train_classifier.augment(images, strength, flip, torch.Generator().manual_seed(0))
         for strength, flip in ((0, False), (1, False), (0, True))
     )
-    torch.testing.assert_close(still, images, atol=1e-5, rtol=0)
-    assert moved.min() >= -1 and moved.max() <= 1
-    assert ((moved - images).abs().amax((1, 2, 3)) > 0.1).all()
-    turned = [torch.allclose(m, image.flip(2), atol=1e-5) for m, image in zip(mirrored, images, strict=True)]
-    kept = [torch.allclose(m, image, atol=1e-5) for m, image in zip(mirrored, images, strict=True)]
-    assert all(t != k for t, k in zip(turned, kept, strict=True)) and any(turned) and any(kept)
+    torch.testing.assert_close(unchanged, images, atol=1e-5, rtol=0)
+    assert augmented.min() >= -1 and augmented.max() <= 1
+    assert ((augmented - images).abs().amax((1, 2, 3)) > 0.1).all()
+    pairs = list(zip(flipped, images, strict=True))
+    is_flipped = [torch.allclose(result, image.flip(2), atol=1e-5) for result, image in pairs]
+    is_same = [torch.allclose(result, image, atol=1e-5) for result, image in pairs]
+    assert all(a != b for a, b in zip(is_flipped, is_same, strict=True)) and any(is_flipped) and any(is_same)
 
 
-def test_the_card_tells_the_accuracy_and_the_command(tmp_path):
+def test_the_card_has_the_accuracy_and_the_command(tmp_path):
     data = write_classes(tmp_path / "sides", 10)
     train(("--train_data_dir", data), tmp_path / "my-classifier", "--num_epochs", "1")
     card = ModelCard.load(tmp_path / "my-classifier" / "README.md")
     (result,) = card.data.eval_results
     assert (result.metric_type, result.dataset_name) == ("accuracy", "sides") and 0 <= result.metric_value <= 1
-    made_by = "train_classifier.py --train_data_dir sides --output_dir my-classifier --split train"
-    assert made_by in card.text and "--widths 8 16" in card.text
+    command = "train_classifier.py --train_data_dir sides --output_dir my-classifier --split train"
+    assert command in card.text and "--widths 8 16" in card.text
     assert str(tmp_path) not in card.content
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("flags", "message"),
     [
         ([], "either --dataset_name or --train_data_dir"),
         (["--train_data_dir", "nowhere"], "no such folder"),
@@ -136,25 +137,25 @@ def test_the_card_tells_the_accuracy_and_the_command(tmp_path):
         (["--train_data_dir", "sides", "--num_epochs", "0"], "at least 1"),
     ],
 )
-def test_what_cannot_be_used_is_said(tmp_path, monkeypatch, wrong, said):
+def test_unusable_data_and_settings_are_refused(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     write_classes(tmp_path / "sides", 2)
     (tmp_path / "one" / "left").mkdir(parents=True)
     (tmp_path / "flat").mkdir()
-    picture(0, 0).save(tmp_path / "one" / "left" / "0.png")
-    picture(0, 0).save(tmp_path / "flat" / "0.png")
-    with pytest.raises(InputError, match=said):
-        train_classifier.main(wrong)
+    make_image(0, 0).save(tmp_path / "one" / "left" / "0.png")
+    make_image(0, 0).save(tmp_path / "flat" / "0.png")
+    with pytest.raises(InputError, match=message):
+        train_classifier.main(flags)
 
 
-def test_a_broken_image_is_named(tmp_path):
+def test_a_broken_image_is_reported_by_name(tmp_path):
     data = write_classes(tmp_path / "sides", 3)
-    (data / "left" / "broken.png").write_bytes(b"no picture")
+    (data / "left" / "broken.png").write_bytes(b"not an image")
     with pytest.raises(RunError, match=r"left/broken\.png"):
         train(("--train_data_dir", data), tmp_path / "classifier")
 
 
-def test_one_grey_image_does_not_make_the_classifier_grey(tmp_path):
+def test_one_grayscale_image_among_color_images_is_converted(tmp_path):
     data = write_classes(tmp_path / "sides", 3)
     first = min((data / "left").iterdir())
     Image.open(first).convert("L").save(first)

@@ -1,4 +1,4 @@
-"""Claims about what the two networks of a Denoising Diffusion GAN are trained to do."""
+"""Claims about the objectives of a Denoising Diffusion GAN."""
 
 import math
 
@@ -15,23 +15,23 @@ from ddgan.training.randomness import PerSampleRNG
 
 
 class Recorded:
-    """Stands for `PerSampleRNG` with numbers that were drawn elsewhere."""
+    """Replaces `PerSampleRNG` by recorded random numbers."""
 
     device = torch.device("cpu")
 
     def __init__(self, tensors, part):
         self.t = tensors[f"{part}/t"]
-        # the reference draws the noise of the noisier sample first
+        # the reference implementation draws the noise of the noisier image first
         names = ("q_noise_second_drawn", "q_noise_first_drawn", "z", "posterior_noise")
-        self.left = [tensors[f"{part}/{name}"] for name in names]
+        self.remaining = [tensors[f"{part}/{name}"] for name in names]
 
     def integers(self, high):
         return self.t
 
     def normal(self, *shape):
-        drawn = self.left.pop(0)
-        assert drawn.shape[1:] == shape
-        return drawn
+        numbers = self.remaining.pop(0)
+        assert numbers.shape[1:] == shape
+        return numbers
 
 
 def statistics(network):
@@ -55,23 +55,23 @@ def test_one_iteration_matches_the_recorded_one(golden, variant, gamma, lazy_reg
         _, network_config, state_dict = golden(name)
         networks[name] = convert(state_dict, network_config).train()
     generator, discriminator = networks.values()
-    adversaries = GANSetup(generator, discriminator, DDGANScheduler(config["num_timesteps"]))
+    gan = GANSetup(generator, discriminator, DDGANScheduler(config["num_timesteps"]))
     expected = {key.removeprefix(f"{variant}/"): value.item() for key, value in recorded.items() if variant in key}
 
     before = {name: statistics(network) for name, network in networks.items()}
 
     def update(network, objective, rate, part):
         optimizer = torch.optim.Adam(network.parameters(), lr=rate, betas=(config["beta1"], config["beta2"]))
-        samples = MicroBatch(recorded["input/real"], None, Recorded(recorded, part), step)
-        values = {name: value.mean() for name, value in objective(network, samples).items()}
+        batch = MicroBatch(recorded["input/real"], None, Recorded(recorded, part), step)
+        values = {name: value.mean() for name, value in objective(network, batch).items()}
         values["loss"].backward()
         norm = torch.stack([p.grad.norm() for p in network.parameters() if p.grad is not None]).norm()
         optimizer.step()
         return {name: value.item() for name, value in values.items()}, norm.item()
 
-    d, d_norm = update(discriminator, DiscriminatorObjective(adversaries, gamma, lazy_reg), config["lr_d"], "d_step")
+    d, d_norm = update(discriminator, DiscriminatorObjective(gan, gamma, lazy_reg), config["lr_d"], "d_step")
     assert all(p.grad is None for p in generator.parameters())
-    g, g_norm = update(generator, GeneratorObjective(adversaries), config["lr_g"], "g_step")
+    g, g_norm = update(generator, GeneratorObjective(gan), config["lr_g"], "g_step")
 
     r1 = 0 if d["r1"] != d["r1"] else d["r1"]
     assert r1 == pytest.approx(expected["R1_penalty"], rel=1e-5)
@@ -88,12 +88,12 @@ def test_one_iteration_matches_the_recorded_one(golden, variant, gamma, lazy_reg
         columns += [recorded[f"{letter}/{column}"].tolist() for column in ("sum_after", "l2_after")]
         for *start, total, norm in zip(*columns, strict=True):
             name = min(after, key=lambda name: math.dist(before[network][name], start))
-            if "to_k.bias" not in name:  # its gradient is rounding noise, which Adam makes a whole step of
+            if "to_k.bias" not in name:  # its gradient is rounding noise, which Adam turns into a full step
                 assert after.pop(name) == (pytest.approx(total, abs=5e-5), pytest.approx(norm, abs=1e-6)), name
         assert all("to_k.bias" in name for name in after)
 
 
-def tiny_adversaries(**changes):
+def tiny_gan(**changes):
     torch.manual_seed(0)
     generator = NCSNpp(
         sample_size=8,
@@ -112,42 +112,42 @@ def tiny_adversaries(**changes):
     return GANSetup(generator, discriminator, DDGANScheduler(), **changes)
 
 
-def samples(step=0, count=8):
+def micro_batch(step=0, count=8):
     images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return MicroBatch(images, None, PerSampleRNG(range(count), torch.device("cpu")), step)
 
 
 def test_r1_is_due_at_its_interval_and_the_squared_norm_of_the_gradient():
-    ours = tiny_adversaries()
-    objective = DiscriminatorObjective(ours, r1_gamma=3.0, lazy_reg=2)
-    due, not_due = objective(ours.discriminator, samples(step=4)), objective(ours.discriminator, samples(step=5))
+    gan = tiny_gan()
+    objective = DiscriminatorObjective(gan, r1_gamma=3.0, lazy_reg=2)
+    due, not_due = objective(gan.discriminator, micro_batch(step=4)), objective(gan.discriminator, micro_batch(step=5))
     assert not_due["r1"].isnan().all()
     torch.testing.assert_close(due["loss"] - due["r1"], not_due["loss"])
 
-    t, less_noisy, noisier = ours.real_pair(samples(step=4))
+    t, less_noisy, noisier = gan.real_pair(micro_batch(step=4))
     less_noisy.requires_grad_()
-    (gradient,) = torch.autograd.grad(ours.discriminator(less_noisy, t, noisier).sum(), less_noisy)
+    (gradient,) = torch.autograd.grad(gan.discriminator(less_noisy, t, noisier).sum(), less_noisy)
     torch.testing.assert_close(due["r1"], 3.0 / 2 * gradient.flatten(1).square().sum(1))
 
 
 def test_r1_stays_in_float32_under_mixed_precision():
-    ours = tiny_adversaries()
-    objective = DiscriminatorObjective(ours, r1_gamma=1.0, lazy_reg=1)
-    exact = objective(ours.discriminator, samples())
+    gan = tiny_gan()
+    objective = DiscriminatorObjective(gan, r1_gamma=1.0, lazy_reg=1)
+    exact = objective(gan.discriminator, micro_batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = objective(ours.discriminator, samples())
+        mixed = objective(gan.discriminator, micro_batch())
     assert torch.equal(mixed["r1"], exact["r1"])
     assert torch.equal(mixed["real"], exact["real"])
     assert not torch.equal(mixed["fake"], exact["fake"])
 
 
-def test_augmentations_do_what_they_say_and_alike_for_all_pictures_of_a_sample():
-    draws = PerSampleRNG(range(64), torch.device("cpu"))
-    pictures = torch.rand(64, 3, 16, 24, generator=torch.Generator().manual_seed(0)) + 0.5
-    moved = DifferentiableAugmentation(["translation"], draws, 16, 24)(pictures)
+def test_augmentations_do_as_documented_and_alike_for_all_images_of_a_sample():
+    rng = PerSampleRNG(range(64), torch.device("cpu"))
+    images = torch.rand(64, 3, 16, 24, generator=torch.Generator().manual_seed(0)) + 0.5
+    moved = DifferentiableAugmentation(["translation"], rng, 16, 24)(images)
     reached = set()
-    for before, after in zip(pictures, moved, strict=True):
-        found = [
+    for before, after in zip(images, moved, strict=True):
+        shifts = [
             (up, left)
             for up in range(-2, 3)
             for left in range(-3, 4)
@@ -156,30 +156,30 @@ def test_augmentations_do_what_they_say_and_alike_for_all_pictures_of_a_sample()
                 after,
             )
         ]
-        assert len(found) == 1
-        reached |= set(found)
+        assert len(shifts) == 1
+        reached |= set(shifts)
     assert len(reached) > 20
 
-    cut = DifferentiableAugmentation(["cutout"], draws, 16, 24)(pictures)
+    cut = DifferentiableAugmentation(["cutout"], rng, 16, 24)(images)
     holes = (cut == 0).all(dim=1)
-    assert torch.equal(cut[~holes[:, None].expand_as(cut)], pictures[~holes[:, None].expand_as(cut)])
+    assert torch.equal(cut[~holes[:, None].expand_as(cut)], images[~holes[:, None].expand_as(cut)])
     assert holes.any(dim=2).sum(1).max() == 8
     assert holes.any(dim=1).sum(1).max() == 12
     assert (holes.sum((1, 2)) > 0).all()
 
-    color = DifferentiableAugmentation(["color"], draws, 16, 24)
-    assert torch.equal(color(pictures), color(pictures))
-    grey = pictures[:, :1].expand_as(pictures)
-    assert (color(grey) - color(grey)[:, :1]).abs().max() < 1e-5  # no colour comes out of none
-    shift = (color(pictures) - pictures).mean(dim=(1, 2, 3))
+    color = DifferentiableAugmentation(["color"], rng, 16, 24)
+    assert torch.equal(color(images), color(images))
+    gray = images[:, :1].expand_as(images)
+    assert (color(gray) - color(gray)[:, :1]).abs().max() < 1e-5  # gray stays gray
+    shift = (color(images) - images).mean(dim=(1, 2, 3))
     assert shift.min() < -0.4
     assert shift.max() > 0.4
     assert shift.abs().max() <= 0.5 + 1e-5
 
 
 def test_gradients_of_the_penalty_pass_through_every_augmentation():
-    ours = tiny_adversaries(augment=["color", "translation", "cutout"])
-    values = DiscriminatorObjective(ours, r1_gamma=1.0, lazy_reg=1)(ours.discriminator, samples())
+    gan = tiny_gan(augment=["color", "translation", "cutout"])
+    values = DiscriminatorObjective(gan, r1_gamma=1.0, lazy_reg=1)(gan.discriminator, micro_batch())
     values["r1"].sum().backward()
-    assert all(p.grad.isfinite().all() for p in ours.discriminator.parameters() if p.grad is not None)
-    assert ours.discriminator.conv_in.weight.grad.abs().max() > 0
+    assert all(p.grad.isfinite().all() for p in gan.discriminator.parameters() if p.grad is not None)
+    assert gan.discriminator.conv_in.weight.grad.abs().max() > 0

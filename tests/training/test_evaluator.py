@@ -1,9 +1,10 @@
-"""Claims about evaluation in the course of a run: it disturbs nothing, is exact, and keeps the best."""
+"""Claims about evaluation during training: it does not affect the run, is exact, and keeps the best pipeline."""
 
 import json
 import re
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,11 @@ from ddgan.core.errors import InputError, RunError
 from ddgan.core.files import replace_folder
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import ClassifierFeatures
+from ddgan.evaluation.metrics import MetricValue
 from ddgan.scripts import evaluate
-from ddgan.training.checkpoints import load_state, remove_leftovers
+from ddgan.training.checkpoints import load_state
+from ddgan.training.evaluator import EvaluationHistory
+from ddgan.training.run_folder import RunFolder
 from ddgan.training.tracking import read_metrics
 
 NAMES = ("fid", "kid", "precision", "recall", "density", "coverage", "classifier_score")
@@ -38,21 +42,21 @@ CLASSES = (
 def write_classifier(folder: Path, channels: int, names: str) -> Path:
     torch.manual_seed(channels)
     network = ImageClassifier(8, channels, len(names), (8, 16), dict(enumerate(names)))
-    network.head.weight.data *= 100  # so that it sees all classes
+    network.head.weight.data *= 100  # so that it predicts all classes
     network.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory) -> Path:
-    """Sees colour pictures."""
-    return write_classifier(tmp_path_factory.mktemp("classifiers") / "colour", 3, "xyz")
+    """A classifier of color images."""
+    return write_classifier(tmp_path_factory.mktemp("classifiers") / "color", 3, "xyz")
 
 
 @pytest.fixture(scope="module")
-def kinds(tmp_path_factory) -> tuple[Path, Path]:
-    """13 grey images in three sub-folders, and a classifier of them."""
-    root = tmp_path_factory.mktemp("kinds")
+def gray_images(tmp_path_factory) -> tuple[Path, Path]:
+    """13 gray images in three class folders, and a classifier of them."""
+    root = tmp_path_factory.mktemp("gray")
     for i, path in enumerate(sorted(write_images(root / "all", 13).iterdir())):
         (root / "images" / "abc"[i % 3]).mkdir(exist_ok=True, parents=True)
         Image.open(path).convert("L").save(root / "images" / "abc"[i % 3] / path.name)
@@ -61,7 +65,7 @@ def kinds(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """Where features of references are kept."""
+    """The folder of cached features of references."""
     monkeypatch.setattr("ddgan.training.evaluator.CACHE_DIR", tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -71,22 +75,22 @@ def every(steps: int, classifier: Path, *more) -> list:
 
 
 def evaluated(run: Path) -> dict[int, dict[str, float]]:
-    """What was measured at which step."""
+    """The metrics of each evaluated step."""
     rows = read_metrics(run / "metrics.csv")
     return {row["step"]: {k: v for k, v in row.items() if "@" in k} for row in rows if row["fid@13"] == row["fid@13"]}
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
-    """Everything that training changes, from the newest checkpoint."""
+    """All tensors that training changes, from the newest checkpoint."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    found = {}
+    tensors = {}
     for path in newest.glob("*.safetensors"):
-        found |= {f"{path.name}/{name}": value for name, value in load_file(path).items()}
+        tensors |= {f"{path.name}/{name}": value for name, value in load_file(path).items()}
     for path in newest.glob("optimizer*.bin"):
         for i, values in torch.load(path, weights_only=True)["state"].items():
-            found |= {f"{path.name}/{i}/{name}": value for name, value in values.items()}
-    assert any(name.startswith("ema") for name in found) and any(name.startswith("optimizer") for name in found)
-    return found
+            tensors |= {f"{path.name}/{i}/{name}": value for name, value in values.items()}
+    assert all(any(name.startswith(part) for name in tensors) for part in ("ema", "optimizer"))
+    return tensors
 
 
 def assert_same_training(a: Path, b: Path) -> None:
@@ -96,7 +100,7 @@ def assert_same_training(a: Path, b: Path) -> None:
     rows = [
         [{k: v for k, v in row.items() if "@" not in k} for row in read_metrics(r / "metrics.csv")] for r in (a, b)
     ]
-    assert str(rows[0]) == str(rows[1])  # NaN, where there is none, is the same too
+    assert str(rows[0]) == str(rows[1])  # as text, since missing values are NaN
 
 
 def assert_same_folder(a: Path, b: Path) -> None:
@@ -114,7 +118,7 @@ def train(script, flags: str, images: Path, output: Path, *more) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Nothing is disturbed, and all is exact
+# Training is unaffected, and resuming is exact
 
 
 def test_fine_tuning_with_and_without_evaluation_end_bit_identical(finetune, classifier):
@@ -131,16 +135,18 @@ def test_fine_tuning_with_and_without_evaluation_end_bit_identical(finetune, cla
     ("script", "flags"),
     [(train_ddgan, f"{DDGAN} --class_conditional --image_channels 1"), (train_class_conditional, CLASSES)],
 )
-def test_training_by_class_with_and_without_evaluation_ends_bit_identical(kinds, tmp_path, script, flags):
-    images, judge = kinds
+def test_class_conditional_training_with_and_without_evaluation_ends_bit_identical(
+    gray_images, tmp_path, script, flags
+):
+    images, classifier = gray_images
     plain = train(script, flags, images, tmp_path / "plain")
-    run = train(script, flags, images, tmp_path / "run", *every(3, judge))
+    run = train(script, flags, images, tmp_path / "run", *every(3, classifier))
     assert_same_training(plain, run)
     assert list(evaluated(run)) == [3, 6]
     for values in evaluated(run).values():
         assert values.keys() == COLUMNS | {"class_accuracy@13"}
         assert 13 * values["class_accuracy@13"] == pytest.approx(round(13 * values["class_accuracy@13"]))
-    assert "accuracy of classes@13" in (run / "README.md").read_text()
+    assert "class accuracy@13" in (run / "README.md").read_text()
     assert (run / "best" / "model_index.json").exists()
 
 
@@ -148,22 +154,22 @@ def test_a_resumed_run_measures_the_same_and_keeps_its_best(finetune, classifier
     flags = ("--num_epochs", 4, "--checkpointing_steps", 2, "--checkpoints_total_limit", 0, *every(3, classifier))
     straight = finetune("straight", *flags)
     run = finetune("run", *flags)
-    for step in (6, 4, 2):  # from where the best was known, and from where none was
-        going_on = run / "checkpoints" / f"step-{step:08d}"
-        finetune("run", *flags, "--resume_from_checkpoint", going_on)
+    for step in (6, 4, 2):  # with and without an evaluation before the checkpoint
+        checkpoint = run / "checkpoints" / f"step-{step:08d}"
+        finetune("run", *flags, "--resume_from_checkpoint", checkpoint)
         assert_same_training(straight, run)
         assert (straight / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
         assert_same_folder(straight / "best", run / "best")
-        known = [load_state(sorted((r / "checkpoints").iterdir())[-1])["evaluations"] for r in (straight, run)]
-        for evaluations in known:
+        histories = [load_state(sorted((r / "checkpoints").iterdir())[-1])["evaluations"] for r in (straight, run)]
+        for evaluations in histories:
             evaluations.pop("seconds")
             for name in ("last", "best"):
                 evaluations[name]["protocol"].pop("samples")  # has the run's name
-        assert known[0] == known[1]
+        assert histories[0] == histories[1]
 
 
-def test_a_run_that_was_stopped_before_an_evaluation_makes_up_for_it(finetune, classifier):
-    """Stopped at the step itself, or begun without evaluation."""
+def test_a_run_that_was_stopped_before_an_evaluation_catches_up(finetune, classifier):
+    """Because it stopped at that step, or started without evaluation."""
     flags = ("--lr_scheduler", "constant", "--max_train_steps")
     straight = finetune("straight", *flags, 6, *every(3, classifier))
     run = finetune("run", *flags, 3)
@@ -173,23 +179,23 @@ def test_a_run_that_was_stopped_before_an_evaluation_makes_up_for_it(finetune, c
     assert (straight / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
 
 
-def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(finetune, classifier, monkeypatch):
-    """At the first of the run, and again where the resumed run makes up for it."""
+def test_a_signal_ends_an_evaluation_and_the_resumed_run_repeats_it(finetune, classifier, monkeypatch):
+    """Once at the first evaluation of the run, and once in the evaluation of the resumed run."""
     flags = ("--max_train_steps", 3, *every(2, classifier))
     straight = finetune("straight", *flags)
-    measure = ClassifierFeatures.measure
+    extract = ClassifierFeatures.extract
     sampled = []
 
     def stopped_at_the_first_sample(self, images):
         sampled.append(len(images))
         signal.raise_signal(signal.SIGTERM)
-        return measure(self, images)
+        return extract(self, images)
 
     for more in ((), ("--resume_from_checkpoint", "latest")):
         with monkeypatch.context() as patches, pytest.raises(SystemExit, match="143"):
-            patches.setattr(ClassifierFeatures, "measure", stopped_at_the_first_sample)
+            patches.setattr(ClassifierFeatures, "extract", stopped_at_the_first_sample)
             finetune("run", *flags, *more)
-    assert sampled == [8, 8], "pictures were drawn after the signal"
+    assert sampled == [8, 8], "images were generated after the signal"
     run = finetune("run", *flags, "--resume_from_checkpoint", "latest")
     assert_same_training(straight, run)
     assert evaluated(run) == evaluated(straight)
@@ -201,19 +207,19 @@ def test_two_processes_measure_what_one_measures(finetune, classifier, tiny_mode
     still = ("--learning_rate", 0, "--batch_size", 4, "--max_train_steps", 2, *every(1, classifier))
     one, two = finetune("one", *still), tmp_path / "two"
     script, flags = ROOT / "finetune_model.py", finetune_flags(tiny_model, images, two, *still)
-    said = run_ranks(script, *flags, output=tmp_path / "output.txt")
+    output = run_ranks(script, *flags, output=tmp_path / "output.txt")
     assert evaluated(two) == evaluated(one)
     assert DDPMPipeline.from_pretrained(two / "best")
-    assert said.count("step 2: FID@13") == 1
+    assert output.count("step 2: FID@13") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is measured, told and kept
+# Numbers, cards and the best pipeline
 
 
 @pytest.fixture
 def run(finetune, classifier) -> Path:
-    """Measured after each of six steps that are too large to get better."""
+    """Evaluated after each of six steps that are too large to improve the model."""
     flags = ("--num_epochs", 3, "--learning_rate", 0.1, "--ema_decay", 0.5, "--log_samples_every", 1)
     return finetune("run", *flags, *every(1, classifier))
 
@@ -222,16 +228,18 @@ def test_the_best_pipeline_is_kept_and_scripts_evaluate_finds_its_numbers(run, i
     fids = {step: values["fid@13"] for step, values in evaluated(run).items()}
     best = min(fids, key=fids.get)
     assert list(fids) == [1, 2, 3, 4, 5, 6] and best != 6
-    given = ["--pipeline", run / "best", "--scheduler", "ddim", "--num_inference_steps", 2, "--num_images", 13]
-    given += ["--reference", images, "--feature_extractor", classifier, "--cache_dir", cache, "--no_update_card"]
-    evaluate.main([str(flag) for flag in [*given, "--output", run / "found.json"]])
-    found = {name: entry["value"] for name, entry in json.loads((run / "found.json").read_text())["metrics"].items()}
-    assert found == pytest.approx(evaluated(run)[best], rel=1e-2, abs=1e-3)  # pictures that are drawn one by one
-    assert found["fid@13"] != pytest.approx(fids[6], rel=0.05)
+    flags = ["--pipeline", run / "best", "--scheduler", "ddim", "--num_inference_steps", 2, "--num_images", 13]
+    flags += ["--reference", images, "--feature_extractor", classifier, "--cache_dir", cache, "--no_update_card"]
+    evaluate.main([str(flag) for flag in [*flags, "--output", run / "evaluation.json"]])
+    values = {
+        name: entry["value"] for name, entry in json.loads((run / "evaluation.json").read_text())["metrics"].items()
+    }
+    assert values == pytest.approx(evaluated(run)[best], rel=1e-2, abs=1e-3)  # these are generated one by one
+    assert values["fid@13"] != pytest.approx(fids[6], rel=0.05)
     assert len(list(cache.glob("thirteen-*.safetensors"))) == 1, "the reference was measured twice"
 
 
-def test_the_numbers_and_their_protocol_are_on_the_cards(run):
+def test_the_cards_have_the_numbers_with_their_protocol(run):
     measured = evaluated(run)
     best = min(measured, key=lambda step: measured[step]["fid@13"])
     for folder, step in ((run, 6), (run / "best", best)):
@@ -240,14 +248,14 @@ def test_the_numbers_and_their_protocol_are_on_the_cards(run):
         assert written["FID@13"].metric_value == pytest.approx(measured[step]["fid@13"], rel=1e-5)
         assert len(written) == len(NAMES)
         samples = written["FID@13"].metric_args["samples"]
-        for said in (f"step {step},", "weights averaged (EMA)", "seeds 0 to 12", "DDIMScheduler", "drawn at once 8"):
-            assert said in samples
+        for text in (f"step {step},", "weights averaged (EMA)", "seeds 0 to 12", "DDIMScheduler", "drawn at once 8"):
+            assert text in samples
         assert "images 13" in written["FID@13"].metric_args["reference"]
         assert f"pipeline run, step {step}, weights" in card.content
         assert str(run.parent) not in card.content
     card = ModelCard.load(run / "README.md").content
-    assert f"after {best} steps: `best/`" in card and "![Measured along the run.](eval.png)" in card
-    assert "| evaluations | 6, which took" in card
+    assert f"after {best} steps: `best/`" in card and "![Evaluations during training.](eval.png)" in card
+    assert "| evaluations | 6, " in card
     best_card = (run / "best" / "README.md").read_text()
     assert "# run, best checkpoint" in best_card and 'from_pretrained("best")' in best_card
     assert f"{best} of 6 optimizer steps" in best_card
@@ -255,15 +263,15 @@ def test_the_numbers_and_their_protocol_are_on_the_cards(run):
     assert Image.open(run / "eval.png").width > 500
 
 
-def test_what_was_measured_is_shown_as_it_comes(finetune, classifier, capsys):
+def test_evaluations_are_printed_and_tracked(finetune, classifier, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = finetune("run", "--report_to", "tensorboard", *every(2, classifier))
-    said = "".join(capsys.readouterr())
-    assert re.search(r"step 2: FID@13 \S+ \(floor \S+\), KID@13 \S+ ± \S+ \(floor \S+ ± \S+\)", said)
-    assert "the best so far; it took" in said
-    assert said.count("warning: Too few samples: 13.") == 1
-    assert "2 evaluations took" in said and f"best model     {run / 'best'}: step " in said
+    output = "".join(capsys.readouterr())
+    assert re.search(r"step 2: FID@13 \S+ \(floor \S+\), KID@13 \S+ ± \S+ \(floor \S+ ± \S+\)", output)
+    assert "the best so far; it took" in output
+    assert output.count("warning: Too few samples: 13.") == 1
+    assert "2 evaluations took" in output and f"best model     {run / 'best'}: step " in output
     events = next(path for path in (run / "logs").rglob("events*") if path.parent.name == "run")
     tracked = EventAccumulator(str(events)).Reload()
     fids = {event.step: event.value for event in tracked.Scalars("fid@13")}
@@ -271,7 +279,7 @@ def test_what_was_measured_is_shown_as_it_comes(finetune, classifier, capsys):
     assert len(tracked.Scalars("evaluation_seconds")) == 2
 
 
-def test_a_best_that_cannot_be_written_whole_leaves_the_one_before(tmp_path):
+def test_a_failed_write_of_the_best_pipeline_keeps_the_previous_one(tmp_path):
     def write(folder: Path, weights: str, files: int) -> None:
         for i in range(3):
             if i == files:
@@ -284,14 +292,14 @@ def test_a_best_that_cannot_be_written_whole_leaves_the_one_before(tmp_path):
         with nullcontext() if files == 3 else pytest.raises(OSError):
             replace_folder(best, lambda folder, weights=weights, files=files: write(folder, weights, files))
     assert {path.read_text() for path in (best / "unet").iterdir()} == {"second"}
-    remove_leftovers(tmp_path)
+    RunFolder(tmp_path).remove_leftovers()
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def test_the_reference_is_measured_once(finetune, classifier, monkeypatch):
-    calls, measure = [], ClassifierFeatures.measure
+    calls, extract = [], ClassifierFeatures.extract
     monkeypatch.setattr(
-        ClassifierFeatures, "measure", lambda self, images: calls.append(len(images)) or measure(self, images)
+        ClassifierFeatures, "extract", lambda self, images: calls.append(len(images)) or extract(self, images)
     )
     finetune("first", "--max_train_steps", 1, *every(1, classifier))
     assert sum(calls) == 13 + 13
@@ -300,52 +308,94 @@ def test_the_reference_is_measured_once(finetune, classifier, monkeypatch):
     assert sum(calls) == 13
 
 
-def test_numbers_that_do_not_compare_do_not_compete(finetune, classifier, tmp_path):
+def test_best_metric_decides_which_step_is_the_best(finetune, classifier):
+    """The direction is that of the metric: the lowest FID, but the highest score."""
+    flags = ("--num_epochs", 3, "--learning_rate", 0.1, "--ema_decay", 0.5, *every(1, classifier))
+    by_fid = finetune("fid", *flags)
+    by_score = finetune("score", *flags, "--best_metric", "classifier_score")
+    measured = evaluated(by_fid)
+    assert evaluated(by_score) == measured
+    lowest_fid = min(measured, key=lambda step: measured[step]["fid@13"])
+    highest_score = max(measured, key=lambda step: measured[step]["classifier_score@13"])
+    assert lowest_fid != highest_score
+    for run, step in ((by_fid, lowest_fid), (by_score, highest_score)):
+        assert f"{step} of 6 optimizer steps" in (run / "best" / "README.md").read_text()
+    saved = load_state(by_score / "checkpoints" / "step-00000006")["evaluations"]
+    assert "Inception score with a classifier@13" in EvaluationHistory.from_json(saved).best.summary()
+
+
+def test_a_metric_that_a_run_does_not_measure_is_rejected_before_training(finetune, classifier, tmp_path):
+    with pytest.raises(InputError, match=r"--best_metric is class_accuracy, which this run does not measure.* fid,"):
+        finetune("run", *every(1, classifier), "--best_metric", "class_accuracy")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluations_of_earlier_versions_are_read():
+    metric = {"value": 2.0, "spread": None, "protocol": {"estimated_bias": 0.5}}
+    saved = {"step": 3, "measures": {"fid@13": metric}, "floors": {"fid": metric}, "protocol": {"samples": "seeds 0"}}
+    saved |= {"alike": "abc", "dataset": "images", "split": "all", "warnings": []}
+    history = EvaluationHistory.from_json({"last": saved, "best": saved, "since": 3, "count": 1, "seconds": 1.5})
+    assert history.best.metrics["fid@13"].value == 2.0 and history.best.comparison_key == "abc"
+    assert history.best.best_metric == "fid"
+    assert history.to_json()["last"] == saved | {"best_metric": "fid"}
+    better = replace(history.best, step=4, metrics={"fid@13": MetricValue(1.0)})
+    worse = replace(history.best, step=5, metrics={"fid@13": MetricValue(3.0)})
+    assert history.add(better, 1.0) and not history.add(worse, 1.0)
+    assert (history.best.step, history.since, history.count) == (4, 3, 3)
+    by_kid = replace(worse, step=6, best_metric="kid")  # the best of the earlier steps is unknown
+    assert history.add(by_kid, 1.0) and (history.best.step, history.since) == (6, 3)
+
+
+def test_the_best_is_chosen_among_comparable_evaluations(finetune, classifier, tmp_path):
     flags = ("--lr_scheduler", "constant", "--max_train_steps")
     run = finetune("run", *flags, 2, *every(1, classifier))
     other = write_classifier(tmp_path / "other", 3, "wxyz")
     finetune("run", *flags, 3, *every(3, other), "--resume_from_checkpoint", "latest")
-    known = load_state(run / "checkpoints" / "step-00000003")["evaluations"]
-    assert (known["best"]["step"], known["since"]) == (3, 3)
+    history = load_state(run / "checkpoints" / "step-00000003")["evaluations"]
+    assert (history["best"]["step"], history["since"]) == (3, 3)
     assert "3 of 3 optimizer steps" in (run / "best" / "README.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What cannot be measured is said before training
+# Errors before training
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--eval_every", -1], "eval_every is -1; it must be at least 0"),
         (["--eval_every", 1, "--eval_images", 11], "at least 12"),
-        (["--eval_every", 1, "--feature_extractor", "nowhere"], "--eval_every: nowhere is neither inception"),
+        (["--best_metric", "fidelity"], "best_metric is fidelity; it must be one of fid, kid, precision"),
+        (
+            ["--eval_every", 1, "--feature_extractor", "nowhere"],
+            "--eval_every: nowhere is neither one of the extractors",
+        ),
         (
             ["--eval_every", 1, "--extractor_weights", "nowhere.pth"],
             "--eval_every: The file nowhere.pth does not hold",
         ),
     ],
 )
-def test_what_cannot_be_measured_is_said_before_training(finetune, tmp_path, flags, said):
-    with pytest.raises(InputError, match=said):
+def test_errors_are_reported_before_training(finetune, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
         finetune("run", *flags)
     assert not (tmp_path / "run").exists()
 
 
-def test_too_few_training_images_are_said_before_training(finetune, classifier, tmp_path):
+def test_too_few_training_images_are_reported_before_training(finetune, classifier, tmp_path):
     few = write_images(tmp_path / "few", 9)
     with pytest.raises(InputError, match="of which there must be at least 12; few has 9"):
         finetune("run", "--train_data_dir", few, *every(1, classifier))
 
 
-def test_a_stream_is_not_measured_against(finetune, classifier, tmp_path):
+def test_a_stream_is_rejected_as_reference(finetune, classifier, tmp_path):
     flags = ("--train_data_dir", "", "--dataset_name", make_dataset(tmp_path / "data", 20), "--streaming")
     with pytest.raises(InputError, match=r"which a stream does not hold.*scripts/evaluate\.py"):
         finetune("run", *flags, "--max_train_steps", 2, *every(1, classifier))
     assert not (tmp_path / "run").exists()
 
 
-def test_broken_training_images_are_left_out_of_the_reference_as_they_are_of_training(
+def test_broken_training_images_are_left_out_of_the_reference_as_in_training(
     finetune, classifier, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("ddgan.training.loading._CHECKED_IMAGES", 1)

@@ -1,4 +1,4 @@
-"""What must never change: a step is the same however it is cut up, and a run however it is interrupted."""
+"""Invariants: a step is the same however it is split, and a run however it is interrupted."""
 
 import os
 import random
@@ -23,7 +23,7 @@ def losses(run: Path) -> list[float]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, averaged weights, optimizer and metrics are the same to the last bit."""
+    """Weights, EMA weights, optimizer and metrics are bit-identical."""
     newest = [sorted((run / "checkpoints").glob("step-*"))[-1] for run in (a, b)]
     assert newest[0].name == newest[1].name
     for file in ("model.safetensors", "ema.safetensors"):
@@ -54,7 +54,7 @@ def wait_for_steps(run: Path, steps: int) -> None:
     raise AssertionError(f"{run} did not reach step {steps}")
 
 
-# dropout draws differ with the way a batch is cut up, so these start from a model without it
+# dropout depends on how a batch is split, so these start from a model without it
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "no-dropout"
@@ -62,35 +62,35 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-# Adam divides by the root of the squared gradient, so where a gradient is rounding noise it makes a full step of it.
+# Adam divides by the root of the squared gradient, so it turns a gradient that is rounding noise into a full step.
 # At this rate four such steps stay below the bound on the difference; the gradients are compared by their norms.
 LOW_RATE = ("--learning_rate", "1e-6", "--max_grad_norm", "0")
 
 
-def test_accumulated_micro_batches_equal_one_batch_also_in_a_short_window(finetune, model):
+def test_accumulated_micro_batches_equal_one_batch_also_if_it_is_short(finetune, model):
     whole = finetune("whole", "--start_model", model, "--batch_size", 8, *LOW_RATE)
     parts = finetune("parts", "--start_model", model, "--batch_size", 2, "--grad_accumulation_steps", 4, *LOW_RATE)
-    assert len(losses(whole)) == 4  # two epochs of 13 images: windows of 8 and 5
+    assert len(losses(whole)) == 4  # two epochs of 13 images: global batches of 8 and 5
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-6)
     moved = largest_difference(weights(whole), load_file(model / "unet/diffusion_pytorch_model.safetensors"))
     assert moved > 1e-6
     assert largest_difference(weights(whole), weights(parts)) < 1e-6
 
 
-def test_the_gradient_is_that_of_the_mean_over_the_window(finetune, model):
-    """The same with gradients themselves, through their norm, which no optimizer rescales."""
+def test_the_gradient_is_that_of_the_mean_over_the_global_batch(finetune, model):
+    """The same for the gradients themselves, through their norm, which no optimizer rescales."""
     whole = finetune("whole", "--start_model", model, "--batch_size", 8, *LOW_RATE)
     parts = finetune("parts", "--start_model", model, "--batch_size", 3, "--grad_accumulation_steps", 3, *LOW_RATE)
     first = [read_metrics(run / "metrics.csv")[0]["grad_norm"] for run in (whole, parts)]
-    assert first[0] != pytest.approx(first[1], rel=1e-3)  # windows of 8 and of 9 images are not the same
+    assert first[0] != pytest.approx(first[1], rel=1e-3)  # global batches of 8 and of 9 images differ
     parts = finetune("again", "--start_model", model, "--batch_size", 1, "--grad_accumulation_steps", 8, *LOW_RATE)
     norms = [[row["grad_norm"] for row in read_metrics(run / "metrics.csv")] for run in (whole, parts)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_also_where_one_has_no_image_left(finetune, model, tmp_path):
-    images = write_images(tmp_path / "nine", 9)  # windows of 8 and 1: in the second, one process only stands in
+def test_two_processes_equal_one_also_if_one_has_no_image_left(finetune, model, tmp_path):
+    images = write_images(tmp_path / "nine", 9)  # global batches of 8 and 1: in the second, one process has no image
     flags = ("--start_model", model, "--train_data_dir", images, *LOW_RATE)
     one = finetune("one", *flags, "--batch_size", 8)
     two = tmp_path / "two"
@@ -101,12 +101,12 @@ def test_two_processes_equal_one_also_where_one_has_no_image_left(finetune, mode
     assert largest_difference(weights(one), weights(two)) < 1e-6
     norms = [[row["grad_norm"] for row in read_metrics(run / "metrics.csv")] for run in (one, two)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # Adam would hide a gradient of the wrong scale
-    assert "| images a step | 8, 2 processes |" in (two / "README.md").read_text()
+    assert "| images per step | 8, 2 processes |" in (two / "README.md").read_text()
     for name in ("samples/step-00000004.png", "before_after.png", "loss.png"):
         assert (two / name).exists()
 
 
-def test_a_run_repeats_itself_and_another_seed_does_not(finetune):
+def test_a_run_is_reproducible_and_depends_on_the_seed(finetune):
     first, again, other = (finetune(name, "--seed", seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert_same_run(first, again)
     assert losses(first) != losses(other)
@@ -126,14 +126,14 @@ def test_neither_samples_nor_saves_nor_workers_disturb_training(finetune):
     assert len(list((busy / "checkpoints").iterdir())) == 2  # --checkpoints_total_limit
 
 
-def test_averaged_weights_are_what_is_saved_and_never_what_is_trained(finetune):
-    averaged, plain = finetune("averaged"), finetune("plain", "--ema_decay", 0)
-    assert largest_difference(weights(averaged), weights(plain)) == 0
-    saved = load_file(averaged / "unet/diffusion_pytorch_model.safetensors")
-    newest = sorted((averaged / "checkpoints").glob("step-*"))[-1]
+def test_ema_weights_are_saved_and_never_trained(finetune):
+    ema, plain = finetune("ema"), finetune("plain", "--ema_decay", 0)
+    assert largest_difference(weights(ema), weights(plain)) == 0
+    saved = load_file(ema / "unet/diffusion_pytorch_model.safetensors")
+    newest = sorted((ema / "checkpoints").glob("step-*"))[-1]
     shadow = load_file(newest / "ema.safetensors")
     assert sorted(t.sum().item() for t in saved.values()) == sorted(t.sum().item() for t in shadow.values())
-    assert largest_difference(saved, weights(averaged)) > 1e-4
+    assert largest_difference(saved, weights(ema)) > 1e-4
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ def test_two_processes_stop_together_and_resume_bit_identical(tiny_model, images
     assert_same_run(straight, run)
 
 
-def test_learning_rates_count_optimizer_steps_whatever_is_accumulated(finetune):
+def test_learning_rates_count_optimizer_steps_not_micro_batches(finetune):
     flags = ("--lr_warmup_steps", 2, "--lr_scheduler", "linear", "--num_epochs", 4)
     rates = [
         [row["learning_rate"] for row in read_metrics(run / "metrics.csv")]

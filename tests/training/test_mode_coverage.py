@@ -1,6 +1,6 @@
-"""The toy problem of 25 Gaussians (arXiv 1705.07761): does a generator that our objectives train reach every mode?
+"""The toy problem of 25 Gaussians (arXiv 1705.07761): a generator trained with our objectives reaches the modes.
 
-Points of the plane are pictures of two channels and one pixel, so all but the two networks is what trains pictures.
+Points in the plane are images with two channels and one pixel, so all code but the two networks is that for images.
 """
 
 from itertools import pairwise
@@ -19,12 +19,12 @@ from ddgan.evaluation.coverage import gaussian_coverage, gaussian_grid
 from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
 from ddgan.training.objectives.denoising import MicroBatch
 
-CENTRES, STD = gaussian_grid(), 0.1
+CENTERS, STD = gaussian_grid(), 0.1
 TIMESTEPS, WAVES, WIDTH, BATCH, STEPS = 4, 32, 128, 256, 800
 
 
-class BatchDraws:
-    """`PerSampleRNG` with one generator for the whole batch: for points it would take longer than the networks."""
+class BatchRNG:
+    """`PerSampleRNG` with one generator per batch: one per point would take longer than the networks."""
 
     device = torch.device("cpu")
 
@@ -39,7 +39,7 @@ class BatchDraws:
 
 
 class Perceptron(nn.Module):
-    """Three hidden layers on points, their waves of random lengths (arXiv 2006.10739), t and what else there is."""
+    """Three hidden layers on points, their random Fourier features (arXiv 2006.10739), t and other inputs."""
 
     def __init__(self, points, others, outputs):
         super().__init__()
@@ -76,29 +76,30 @@ class PointDiscriminator(nn.Module):
 
 
 @pytest.mark.slow
-def test_a_generator_of_four_steps_reaches_the_25_gaussians():
+def test_a_four_step_generator_covers_25_gaussians():
     torch.manual_seed(0)
     generator, discriminator, scheduler = PointGenerator(), PointDiscriminator(), DDGANScheduler(TIMESTEPS)
-    adversaries = GANSetup(generator, discriminator, scheduler)
-    objectives = DiscriminatorObjective(adversaries, r1_gamma=0.05, lazy_reg=15), GeneratorObjective(adversaries)
-    players = [(n, torch.optim.Adam(n.parameters(), 1e-3, (0.5, 0.9))) for n in (discriminator, generator)]
-    averaged = EMAModel(generator.parameters(), decay=0.99)
-    random = torch.Generator().manual_seed(0)
+    gan = GANSetup(generator, discriminator, scheduler)
+    objectives = DiscriminatorObjective(gan, r1_gamma=0.05, lazy_reg=15), GeneratorObjective(gan)
+    networks = (discriminator, generator)
+    optimizers = [torch.optim.Adam(network.parameters(), 1e-3, (0.5, 0.9)) for network in networks]
+    ema = EMAModel(generator.parameters(), decay=0.99)
+    rng = torch.Generator().manual_seed(0)
     for step in range(STEPS):
-        modes = torch.randint(len(CENTRES), (BATCH,), generator=random)
-        points = CENTRES[modes].float() + STD * torch.randn(BATCH, 2, generator=random)
-        for stream, ((network, optimizer), objective) in enumerate(zip(players, objectives, strict=True)):
-            samples = MicroBatch(points.view(BATCH, 2, 1, 1), None, BatchDraws(2 * step + stream), step)
+        modes = torch.randint(len(CENTERS), (BATCH,), generator=rng)
+        points = CENTERS[modes].float() + STD * torch.randn(BATCH, 2, generator=rng)
+        for stream, (network, optimizer, objective) in enumerate(zip(networks, optimizers, objectives, strict=True)):
+            batch = MicroBatch(points.view(BATCH, 2, 1, 1), None, BatchRNG(2 * step + stream), step)
             optimizer.zero_grad()
-            objective(network, samples)["loss"].mean().backward(inputs=list(network.parameters()))
+            objective(network, batch)["loss"].mean().backward(inputs=list(network.parameters()))
             optimizer.step()
-        averaged.step(generator.parameters())
-    averaged.copy_to(generator.parameters())
+        ema.step(generator.parameters())
+    ema.copy_to(generator.parameters())
 
     pipeline = DDGANPipeline(generator, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(batch_size=2500, generator=torch.Generator().manual_seed(0), output_type="latent").images
-    found, at_one = gaussian_coverage(drawn.flatten(1), CENTRES, STD)
-    assert found.modes >= 20  # 22 to 25 from other seeds
-    assert found.kl < 1  # as of nine modes alike; 0.4 to 0.7 from other seeds
-    assert at_one > 0.3  # 0.07 of the points between -5 and 5 are at a mode
+    samples = pipeline(batch_size=2500, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    coverage, fraction_at_modes = gaussian_coverage(samples.flatten(1), CENTERS, STD)
+    assert coverage.modes >= 20  # 22 to 25 with other seeds
+    assert coverage.kl < 1  # that of nine equally frequent modes; 0.4 to 0.7 with other seeds
+    assert fraction_at_modes > 0.3  # of uniform points between -5 and 5 it is 0.07

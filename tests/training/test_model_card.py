@@ -1,4 +1,4 @@
-"""Claims about the uploads of a run, against a Hub on this machine, and about the cards that it uploads."""
+"""Claims about the model cards of runs, and their uploads to a local Hub server."""
 
 import os
 import re
@@ -32,7 +32,7 @@ CLASSES = "--attention_levels 1 --norm_num_groups 4 --sample_steps 2"
 
 @pytest.fixture
 def kinds(tmp_path) -> Path:
-    """Six grey images in three sub-folders."""
+    """Six gray images in three subfolders."""
     for i in range(6):
         (tmp_path / "kinds" / "abc"[i % 3]).mkdir(exist_ok=True, parents=True)
         Image.new("L", (8, 8), 40 * i).save(tmp_path / "kinds" / "abc"[i % 3] / f"{i}.png")
@@ -40,13 +40,13 @@ def kinds(tmp_path) -> Path:
 
 
 def python_of(card: str) -> str:
-    """The code on a card."""
+    """The Python snippet on a card."""
     return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
 
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch) -> list:
-    """Flags of a run that is measured at steps of which there is no grid of samples."""
+    """Flags of a run that is evaluated at steps without a sample grid."""
     monkeypatch.setattr("ddgan.training.evaluator.CACHE_DIR", tmp_path / "cache")
     ImageClassifier(8, 3, 2, (8, 16), dict(enumerate("xy"))).save_pretrained(tmp_path / "classifier")
     flags = ["--eval_every", 3, "--eval_images", 13, "--feature_extractor", tmp_path / "classifier"]
@@ -54,7 +54,7 @@ def measured(tmp_path, monkeypatch) -> list:
 
 
 def convert(folder: Path) -> None:
-    """A pipeline folder from a small checkpoint of the published kind."""
+    """Convert a small checkpoint of the published kind to a pipeline folder."""
     golden = np.load(ROOT / "tests/fixtures/golden/generator_a.npz", allow_pickle=False)
     prefix = "state_dict/"
     state = {key.removeprefix(prefix): torch.from_numpy(golden[key]) for key in golden.files if prefix in key}
@@ -65,12 +65,12 @@ def convert(folder: Path) -> None:
     convert_ddgan_checkpoint.main([*flags, "--num_samples", "1"])
 
 
-def test_a_card_shows_the_newest_grid_and_says_of_which_step_it_is(finetune, measured):
+def test_a_card_shows_the_newest_grid_and_names_its_step(finetune, measured):
     run = finetune("run", *measured)
     best = (run / "best" / "README.md").read_text()
     step = re.search(r"\| trained for \| (\d) of 4", best)[1]
     caption, grid = {
-        "3": ("Samples after 2 steps; the weights here are those of step 3.", "samples/step-00000002.png"),
+        "3": ("Samples after 2 steps; these weights are from step 3.", "samples/step-00000002.png"),
         "4": ("Samples after 4 steps.", "samples/step-00000004.png"),
     }[step]
     assert f"![{caption}]({grid})\n\n*{caption}*" in best
@@ -79,9 +79,7 @@ def test_a_card_shows_the_newest_grid_and_says_of_which_step_it_is(finetune, mea
 
 
 @pytest.mark.slow
-def test_the_code_on_every_card_runs_where_nothing_but_diffusers_is_installed(
-    local_hub, finetune, measured, kinds, tmp_path
-):
+def test_the_snippet_on_every_card_runs_with_plain_diffusers(local_hub, finetune, measured, kinds, tmp_path):
     run = finetune("finetuned", "--push_to_hub", *measured)
     convert(tmp_path / "converted")
     for script, name, more in ((train_ddgan, "ddgan", DDGAN), (train_class_conditional, "classes", CLASSES)):
@@ -108,17 +106,17 @@ def test_the_code_on_every_card_runs_where_nothing_but_diffusers_is_installed(
     assert [int(line) for line in done.stdout.splitlines()] == [8, 8, 8, 8, 32, 8, 16, 28, 32, 32]
 
 
-def test_every_save_is_uploaded_and_the_last_one_is_whole(local_hub, finetune, capsys):
+def test_every_save_is_uploaded_and_the_last_one_is_complete(local_hub, finetune, capsys):
     run = finetune("run", "--push_to_hub", "--hub_private", "--save_model_every", 1)
-    repo, said = local_hub.repos["model", "ann/run"], capsys.readouterr().out
-    there = local_hub.files("ann/run")
+    repo, output = local_hub.repos["model", "ann/run"], capsys.readouterr().out
+    files = local_hub.files("ann/run")
     assert repo.private and 2 <= len(repo.refs["main"]) - 1 <= 4
-    assert f"uploaded       {local_hub.url}/ann/run/commit/{repo.refs['main'][-1]}" in said
-    assert there.keys() - {".gitattributes"} >= set(pipeline_files(run)) >= {"before_after.png", "README.md"}
+    assert f"uploaded       {local_hub.url}/ann/run/commit/{repo.refs['main'][-1]}" in output
+    assert files.keys() - {".gitattributes"} >= set(pipeline_files(run)) >= {"before_after.png", "README.md"}
     card = (run / "README.md").read_text()
-    assert there.pop("README.md").decode() == card.replace('from_pretrained("run")', 'from_pretrained("ann/run")')
-    assert all(there[name] == (run / name).read_bytes() for name in pipeline_files(run) if name != "README.md")
-    assert not [name for name in there if name.startswith(("checkpoints", "config", "metrics", "logs", "."))][1:]
+    assert files.pop("README.md").decode() == card.replace('from_pretrained("run")', 'from_pretrained("ann/run")')
+    assert all(files[name] == (run / name).read_bytes() for name in pipeline_files(run) if name != "README.md")
+    assert not [name for name in files if name.startswith(("checkpoints", "config", "metrics", "logs", "."))][1:]
     assert not list(run.glob(".tmp-*"))
 
 
@@ -134,26 +132,26 @@ def test_the_card_passes_the_hubs_validation(local_hub, finetune):
         ModelCard(text.replace("library_name: ", "license: my own\nlibrary_name: ")).validate()
 
 
-def test_a_run_ends_well_whatever_the_uploads_do_and_says_how_to_finish_them(local_hub, finetune, capsys, monkeypatch):
+def test_failed_uploads_do_not_harm_a_run_that_prints_how_to_finish_them(local_hub, finetune, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     local_hub.fail(COMMIT, times=1000, instead=503)
     run = finetune("run", "--push_to_hub", "--hub_private", "--save_model_every", 2)
-    said = capsys.readouterr().out
-    assert "The upload to ann/run failed: " in said and list(local_hub.files("ann/run")) == [".gitattributes"]
-    command = re.search(r"python scripts/push_to_hub\.py (.*)", said)[1].split()
+    output = capsys.readouterr().out
+    assert "The upload to ann/run failed: " in output and list(local_hub.files("ann/run")) == [".gitattributes"]
+    command = re.search(r"python scripts/push_to_hub\.py (.*)", output)[1].split()
     assert command == ["--folder", str(run), "--repo_id", "ann/run", "--private"]
     local_hub.faults.clear()
-    monkeypatch.setattr(push_to_hub, "sample_standalone", lambda *_, **__: b"drawn elsewhere")
+    monkeypatch.setattr(push_to_hub, "sample_standalone", lambda *_, **__: b"generated elsewhere")
     push_to_hub.main(command)
     assert set(pipeline_files(run)) < local_hub.files("ann/run").keys()
     push_to_hub.main(["--folder", str(run), "--repo_id", "ann/again"])
     assert 'from_pretrained("ann/again")' in local_hub.files("ann/again")["README.md"].decode()
 
 
-def test_what_is_wrong_is_said_before_training(local_hub, finetune, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"--push_to_hub: You have no right to write to bob/mine"):
+def test_problems_with_the_hub_are_reported_before_training(local_hub, finetune, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"--push_to_hub: You have no write access to bob/mine"):
         finetune("run", "--push_to_hub", "--hub_model_id", "bob/mine")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(InputError, match="--push_to_hub: The Hub does not take this token"):
+    with pytest.raises(InputError, match="--push_to_hub: The Hub rejects this token"):
         finetune("run", "--push_to_hub")
     assert not (tmp_path / "run").exists()

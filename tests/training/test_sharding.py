@@ -1,4 +1,4 @@
-"""FSDP on two CPU processes. Accelerate shards on GPUs only, so the script tells it that it sees some."""
+"""FSDP on two CPU processes. Accelerate shards on GPUs only, so the script pretends that there are some."""
 
 import shutil
 
@@ -39,7 +39,7 @@ def test_a_sharded_run_saves_whole_pipelines_and_resumes_bit_identical(tiny_mode
     torch.manual_seed(0)
     ImageClassifier(8, 3, 3, (8,)).save_pretrained(tmp_path / "classifier")
     flags = ("--batch_size", 4, "--max_train_steps", 5, "--checkpointing_steps", 3, "--log_samples_every", 2)
-    # three batches: in the second round one process draws what no one counts, so that both call the network together
+    # three batches: in the second round one process generates images that are discarded, as both must call the network
     flags += ("--eval_every", 2, "--eval_images", 12, "--feature_extractor", tmp_path / "classifier")
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     for run, more in ((straight, ()), (resumed, ("--resume_from_checkpoint", "latest"))):

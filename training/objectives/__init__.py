@@ -1,1 +1,1 @@
-"""Training objectives: one loss per sample."""
+"""Training objectives: the loss of each sample in a micro-batch."""

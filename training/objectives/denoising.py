@@ -1,8 +1,8 @@
-"""What a denoising network is trained to do: one loss a sample, from clean images and random draws."""
+"""Denoising objectives: one loss per sample, from clean images and random numbers."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,14 @@ class MicroBatch:
 
     Attributes:
         images: (B, C, H, W) in [-1, 1].
-        labels: their classes, (B,), where the run has them.
-        draws: the source of all that is random about them.
-        step: the optimizer step that they belong to, from 0.
+        labels: their classes, (B,), if the run has labels.
+        rng: the random numbers of the samples.
+        step: index of the optimizer step, from 0.
     """
 
     images: torch.Tensor
     labels: torch.Tensor | None
-    draws: PerSampleRNG
+    rng: PerSampleRNG
     step: int
 
 
@@ -32,12 +32,12 @@ class DenoisingObjective:
     """The simple loss of DDPM (Ho et al. 2020, arXiv 2006.11239, eq. 14) for each prediction type.
 
     Args:
-        scheduler: its `prediction_type` says what the network predicts: `epsilon`, `sample`, or `v_prediction`
-            (Salimans & Ho 2022, arXiv 2202.00512, sec. 4).
-        min_snr_gamma: weigh each sample by min(SNR, gamma), as a loss on the clean image (Hang et al. 2023,
-            arXiv 2303.09556, sec. 3.4); None leaves the network's own target unweighted.
-        timestep_sampling: `uniform`, or `logit_normal`, which favours the middle ones: the logit of t / T is standard
-            normal (Esser et al. 2024, arXiv 2403.03206, eq. 19).
+        scheduler: the noise process; its `prediction_type` is what the network predicts: `epsilon`, `sample`, or
+            `v_prediction` (Salimans & Ho 2022, arXiv 2202.00512, sec. 4).
+        min_snr_gamma: weight each sample by min(SNR, gamma), as a loss on the clean image (Hang et al. 2023,
+            arXiv 2303.09556, sec. 3.4); None leaves the loss on the network's own target unweighted.
+        timestep_sampling: `uniform`, or `logit_normal`, which favors timesteps in the middle: the logit of t / T is
+            standard normal (Esser et al. 2024, arXiv 2403.03206, eq. 19).
     """
 
     def __init__(
@@ -50,56 +50,57 @@ class DenoisingObjective:
         self.min_snr_gamma = min_snr_gamma
         self.timestep_sampling = timestep_sampling
 
-    def __call__(self, network: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
-        """Mean squared error of each sample: `loss`, (B,)."""
-        images, draws = samples.images, samples.draws
-        timesteps = self._timesteps(draws)
-        noise = draws.normal(*images.shape[1:])
+    def __call__(self, network: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Return the mean squared error of each sample: `loss`, (B,)."""
+        images = batch.images
+        timesteps = self._timesteps(batch.rng)
+        noise = batch.rng.normal(*images.shape[1:])
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         prediction = network(noisy, timesteps, return_dict=False)[0]
-        if prediction.shape[1] == 2 * images.shape[1]:  # a learned variance rides along
+        if prediction.shape[1] == 2 * images.shape[1]:  # the second half is a learned variance
             prediction = prediction.chunk(2, dim=1)[0]
-        kind = self.scheduler.config.prediction_type
-        if kind == "epsilon":
+        prediction_type = self.scheduler.config.prediction_type
+        if prediction_type == "epsilon":
             target = noise
-        elif kind == "sample":
+        elif prediction_type == "sample":
             target = images
         else:
             target = self.scheduler.get_velocity(images, noise, timesteps)
         loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
         if self.min_snr_gamma is None:
             return {"loss": loss}
-        signal = self.scheduler.alphas_cumprod.to(images.device)[timesteps]
-        snr = signal / (1 - signal)
+        alphas_cumprod = self.scheduler.alphas_cumprod.to(images.device)[timesteps]
+        snr = alphas_cumprod / (1 - alphas_cumprod)
         # a loss on the clean image equals one on epsilon times 1 / SNR, and one on v times 1 / (SNR + 1)
-        divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[kind]
+        divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
         return {"loss": loss * snr.clamp(max=self.min_snr_gamma) / divisor}
 
-    def _timesteps(self, draws: PerSampleRNG) -> torch.Tensor:
-        count = self.scheduler.config.num_train_timesteps
+    def _timesteps(self, rng: PerSampleRNG) -> torch.Tensor:
+        num_timesteps = self.scheduler.config.num_train_timesteps
         if self.timestep_sampling == "uniform":
-            return draws.integers(count)
-        # in float32 a sigmoid can be 1
-        return (draws.normal().sigmoid() * count).long().clamp(max=count - 1)
+            return rng.integers(num_timesteps)
+        # clamped because a sigmoid can round to 1 in float32
+        return (rng.normal().sigmoid() * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
 class ClassConditionalObjective(DenoisingObjective):
-    """The denoising loss of a network that is told the class, or now and then the null class.
+    """The denoising loss of a class-conditional network, which sees the null class instead with some probability.
 
     Training with both is what classifier-free guidance needs (Ho & Salimans 2022, arXiv 2207.12598, alg. 1).
 
     Args:
-        scheduler, options: as of `DenoisingObjective`.
-        num_classes: the label of the null class.
-        class_dropout: the probability of the null class.
+        scheduler: see `DenoisingObjective`.
+        num_classes: number of classes, and the label of the null class.
+        class_dropout: probability of the null class.
+        options: further arguments of `DenoisingObjective`.
     """
 
-    def __init__(self, scheduler: DDPMScheduler, num_classes: int, class_dropout: float = 0.0, **options):
+    def __init__(self, scheduler: DDPMScheduler, num_classes: int, class_dropout: float = 0.0, **options: Any):
         super().__init__(scheduler, **options)
         self.num_classes = num_classes
         self.class_dropout = class_dropout
 
-    def __call__(self, network: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
-        """Mean squared error of each sample: `loss`, (B,)."""
-        labels = samples.labels.masked_fill(samples.draws.uniform() < self.class_dropout, self.num_classes)
-        return super().__call__(partial(network, class_labels=labels), samples)
+    def __call__(self, network: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Return the mean squared error of each sample: `loss`, (B,)."""
+        labels = batch.labels.masked_fill(batch.rng.uniform() < self.class_dropout, self.num_classes)
+        return super().__call__(partial(network, class_labels=labels), batch)

@@ -70,7 +70,8 @@ class FewStepProcess:
 
     def signal(self, timesteps: torch.Tensor) -> torch.Tensor:
         """alphas_cumprod, (B,) in float32: the share of the image in the variance; 0 at the noisiest timestep,
-        where samplers begin with noise alone."""
+        where samplers begin with noise alone.
+        """
         return self._alphas_cumprod(timesteps).float().masked_fill(timesteps == self.top, 0)
 
     def _alphas_cumprod(self, timesteps: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Make the untrained pipeline that `noto-emoji-32` was trained from.
+"""Create the untrained pipeline that the training of `noto-emoji-32` started from.
 
 python untrained.py path/to/untrained
 """

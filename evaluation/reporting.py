@@ -1,0 +1,145 @@
+"""Results for readers: tables, warnings, and the model-index of a model card."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard
+
+from ..core.files import replace_file
+from .coverage import STACKED_MNIST_SAMPLES
+from .facts import EvaluationProtocol
+from .metrics import METRICS, MetricValue
+
+TASK = "unconditional-image-generation"
+ENOUGH_FOR_FID = 10_000
+
+
+def metric_title(key: str) -> str:
+    """Return the title of a metric with the key `name@images`."""
+    name, _, images = key.partition("@")
+    return f"{METRICS[name].title}@{images}"
+
+
+def format_value(metric: MetricValue) -> str:
+    """Format a value with its standard deviation, if it has one."""
+    return f"{metric.value:.4g}" + (f" ± {metric.std:.2g}" if metric.std is not None else "")
+
+
+def format_table(metrics: dict[str, MetricValue], floors: dict[str, MetricValue]) -> str:
+    """Format metrics, keyed `name@images`, as a table with the real-vs-real baseline where it is known."""
+    rows = [("", "value", "floor"), ("", "", "")]
+    for key, metric in metrics.items():
+        name = key.partition("@")[0]
+        rows.append((metric_title(key), format_value(metric), format_value(floors[name]) if name in floors else ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    rows[1] = tuple("-" * width for width in widths)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def comparability_warnings(
+    protocol: EvaluationProtocol, channels: int, dimensions: int, bias: float | None, counts_modes: bool
+) -> list[str]:
+    """Return what makes these numbers differ from those of a paper or of another run.
+
+    Args:
+        protocol: what the numbers depend on.
+        channels: number of channels of the extractor.
+        dimensions: number of dimensions of the features.
+        bias: of the Frechet distance, where it was estimated.
+        counts_modes: whether modes of StackedMNIST are counted, whose digits are classified channel by channel.
+    """
+    warnings = []
+    samples, reference, extractor = protocol.samples, protocol.reference, protocol.extractor
+    count, properties, color = samples.count, samples.properties, {1: "gray", 3: "color"}
+    if reference and count < ENOUGH_FOR_FID:
+        warnings.append(
+            f"Too few samples: {count:,}. FID falls with their number; with infinitely many it would be lower by "
+            f"about {bias:.3g}, estimated from halves of the samples. Compare it only with FID@{count}, or measure "
+            f"{ENOUGH_FOR_FID:,} or more (papers: 50,000)."
+        )
+    if counts_modes and count != STACKED_MNIST_SAMPLES:
+        warnings.append(
+            f"Modes were counted in {count:,} samples. Fewer samples cover fewer modes and lie further from uniform: "
+            f"papers, including that on Denoising Diffusion GANs, count them in {STACKED_MNIST_SAMPLES:,}."
+        )
+    for name, number in (("samples", count), ("reference images", reference and reference.images)):
+        if reference and number is not None and number <= dimensions:
+            warnings.append(
+                f"There are {number:,} {name}, not more than the {dimensions:,} dimensions of the features: the "
+                "covariance is singular, and FID says little. Features with fewer dimensions, or KID, need fewer "
+                "images."
+            )
+    if reference and reference.channels not in (None, properties.channels):
+        warnings.append(
+            f"The samples are {color[properties.channels]}, the reference is {color[reference.channels]}: much of the "
+            "distance is due to that difference."
+        )
+    for name, number in (("samples", properties.channels), ("reference images", reference and reference.channels)):
+        if channels == 1 and not counts_modes and number == 3:
+            warnings.append(f"The {name} are in color, which this classifier of gray images does not see.")
+    if reference is None:
+        return warnings
+
+    if ("JPEG" in (reference.format or "")) != ("JPEG" in properties.format):
+        warnings.append(
+            f"The samples are {properties.format}, the reference images {reference.format or 'unknown'}: JPEG leaves "
+            "artifacts that affect the features. Compare images that were saved in the same format."
+        )
+    if reference.statistics is not None:
+        warnings.append(
+            f"The reference consists of saved statistics ({reference.statistics}): whether its images were resized "
+            "and saved like the samples, and measured by the same network, is unknown."
+        )
+    elif reference.preparation != "as they are":
+        warnings.append(
+            f"The reference images, {reference.size}, were {reference.preparation}. Numbers for references that were "
+            "resized with another filter are not comparable."
+        )
+    if reference.measured_at not in (None, properties.size):
+        warnings.append(
+            f"The reference was measured at {reference.measured_at}, the samples are {properties.size}: part of the "
+            "distance is due to different resizing."
+        )
+    if reference.resize not in (None, extractor.resize):
+        warnings.append(
+            f"The reference was resized {reference.resize}, the samples {extractor.resize}: part of the distance is "
+            "due to the different filters."
+        )
+    return warnings
+
+
+def model_index_entries(
+    metrics: dict[str, MetricValue], dataset: str, split: str | None, protocol: dict[str, str]
+) -> list[EvalResult]:
+    """Return metrics, keyed `name@images`, as entries of a card's model-index, each with its protocol.
+
+    Args:
+        protocol: see `EvaluationProtocol.descriptions`.
+    """
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=key.partition("@")[0],
+            metric_name=metric_title(key),
+            metric_value=float(f"{metric.value:.6g}"),
+            metric_args={**protocol, **metric.protocol}
+            | ({} if metric.std is None else {"spread": float(f"{metric.std:.6g}")}),
+        )
+        for key, metric in metrics.items()
+    ]
+
+
+def update_model_index(card_path: Path, entries: list[EvalResult]) -> None:
+    """Write entries to the model-index of a card, replacing those of the same data, metric and number of images."""
+    card = ModelCard.load(card_path)
+
+    def identity(entry: EvalResult) -> tuple:
+        return entry.dataset_name, entry.dataset_split, entry.metric_type, (entry.metric_name or "").partition("@")[2]
+
+    replaced = {identity(entry) for entry in entries}
+    others = [entry for entry in card.data.eval_results or [] if identity(entry) not in replaced]
+    card.data.eval_results = [*others, *entries]
+    card.data.model_name = card.data.model_name or card_path.resolve().parent.name
+    replace_file(card_path, card.save)

@@ -1,0 +1,364 @@
+"""Models, generation and limits of the Space, independent of its page in app.py."""
+
+import itertools
+import os
+import sys
+import time
+import traceback
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from ddgan import ClassConditionalPipeline, CLIPLoss, ColorLoss, DDGANPipeline, GuidanceLoss, GuidedPipeline
+from ddgan.core.errors import InputError, RunError
+from ddgan.guidance.clip import DEFAULT_MODEL
+from ddgan.hub.upload import SPACE_VARIABLE
+from ddgan.sampling.generation import sample
+from ddgan.sampling.grids import steps_strip
+from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.sampling.traces import DenoisingTrace, Step, trace_steps
+
+CLIP_VARIABLE = "DDGAN_CLIP"  # environment variable that names the CLIP model
+EMBEDDED_MODELS = Path(__file__).resolve().parents[1] / "models"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+MAX_IMAGES = 16
+MAX_STEPS = 200
+MAX_SEED = 2**31 - 1
+MAX_PROMPT_LENGTH = 200  # characters
+MAX_SECONDS = 120  # for one request
+DEFAULT_STEPS = 40
+DEFAULT_CLASS_GUIDANCE = 1.5
+STRIP_STEPS = 8
+MIN_DISPLAY_SIDE = 256  # pixels; smaller images are enlarged
+
+ALL_CLASSES = -1  # the choice that cycles through the classes
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline that visitors can choose, listed on the page as `name`."""
+
+    name: str
+    pipe: DiffusionPipeline
+
+    @property
+    def channels(self) -> int:
+        return self.pipe.unet.config.in_channels
+
+    @property
+    def is_color(self) -> bool:
+        return self.channels >= 3
+
+    @property
+    def is_ddgan(self) -> bool:
+        return isinstance(self.pipe, DDGANPipeline)
+
+    @property
+    def classes(self) -> list[str]:
+        """The class names, or the class numbers where there are no names; empty if not class-conditional."""
+        conditional = ClassConditionalPipeline(self.pipe.unet, self.pipe.scheduler)
+        try:
+            count = conditional.num_classes
+        except ValueError:
+            return []
+        names = {label: name for name, label in conditional.labels.items()}
+        return [names.get(label, str(label)) for label in range(count)]
+
+    @property
+    def supports_class_guidance(self) -> bool:
+        return isinstance(self.pipe, ClassConditionalPipeline) and self.pipe.has_null_class
+
+    @property
+    def schedulers(self) -> list[str]:
+        """The names of the compatible schedulers, the default first."""
+        compatible = [name for name, scheduler in SCHEDULERS.items() if scheduler in self.pipe.scheduler.compatibles]
+        return sorted([*compatible, "as-saved"], key=lambda name: name != "ddim")
+
+    @property
+    def max_steps(self) -> int:
+        return min(MAX_STEPS, self.pipe.scheduler.config.num_train_timesteps)
+
+    @property
+    def default_steps(self) -> int:
+        return min(DEFAULT_STEPS, self.max_steps)
+
+    def describe(self) -> str:
+        """Return one line for the page: kind, number of training timesteps, image size, classes, parameters."""
+        size = self.pipe.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        colors = {1: "grayscale", 3: "color", 4: "color with alpha"}.get(self.channels, f"{self.channels} channels")
+        parameters = sum(parameter.numel() for parameter in self.pipe.unet.parameters()) / 1e6
+        classes = f" · {len(self.classes)} classes" if self.classes else ""
+        kind = "Denoising Diffusion GAN" if self.is_ddgan else "Diffusion model"
+        timesteps = self.pipe.scheduler.config.num_train_timesteps
+        return f"{kind}, {timesteps} timesteps · {width}×{height}, {colors}{classes} · {parameters:.1f} M parameters"
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """The settings of one request, except for its guidance.
+
+    Attributes:
+        num_images: how many images to generate.
+        steps: number of denoising steps.
+        scheduler: a key of `SCHEDULERS`, or `as-saved`.
+        seed: seed of the first image; image i is generated from `seed + i`.
+        label: a class of the model, or `ALL_CLASSES`.
+
+    Raises:
+        InputError: if a number was left empty.
+    """
+
+    num_images: int
+    steps: int
+    scheduler: str
+    seed: int
+    label: int | None = ALL_CLASSES
+
+    def __post_init__(self):
+        numbers = (("number of images", self.num_images), ("number of steps", self.steps), ("seed", self.seed))
+        for name, value in numbers:
+            if value is None:
+                raise InputError(f"The {name} is empty. Enter a whole number.")
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_images)
+
+    def labels(self, model: Model) -> list[int] | None:
+        """Return one class per image, or None if the model is not class-conditional."""
+        if not model.classes:
+            return None
+        if self.label in (ALL_CLASSES, None):
+            return [i % len(model.classes) for i in range(self.num_images)]
+        return [self.label] * self.num_images
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Generated images, the denoising steps of the first one as an image strip, and the seconds it all took."""
+
+    images: list[Image.Image]
+    strip: Image.Image
+    seconds: float
+
+
+class StepProgress:
+    """Reports each denoising step to the page, and stops a request that takes too long.
+
+    Args:
+        progress: called with (step, number of steps) and a description.
+        seconds: the time limit, counted from the construction.
+    """
+
+    def __init__(self, progress: Callable[[tuple[int, int], str], Any], seconds: float = MAX_SECONDS):
+        self.progress, self.seconds, self.deadline = progress, seconds, time.monotonic() + seconds
+
+    def report(self, step: Step, description: str) -> None:
+        """Report one step.
+
+        Raises:
+            RunError: if the time limit has passed.
+        """
+        self.progress((step.number + 1, step.total), description)
+        if time.monotonic() > self.deadline:
+            raise RunError(
+                f"Generation was stopped after {self.seconds:g} seconds, at step {step.number + 1} of {step.total} "
+                f"({description}). Choose fewer images or fewer steps."
+            )
+
+
+def load_models() -> dict[str, Model]:
+    """Load the pipelines that `DDGAN_PIPELINE` names (comma-separated folders or Hub repositories), or the embedded ones.
+
+    Returns:
+        The models by name, color models first.
+
+    Raises:
+        InputError: if no pipeline is found, or one of them cannot be used here.
+    """
+    named = [place.strip() for place in os.environ.get(SPACE_VARIABLE, "").split(",") if place.strip()]
+    places = named or sorted(str(index.parent) for index in EMBEDDED_MODELS.glob("*/model_index.json"))
+    if not places:
+        raise InputError(
+            f"No pipeline found. Set the environment variable {SPACE_VARIABLE} to a pipeline folder or a repository "
+            "on the Hub."
+        )
+    models = [load_model(place, name) for name, place in unique_names(places).items()]
+    return {model.name: model for model in sorted(models, key=lambda model: not model.is_color)}
+
+
+def unique_names(places: list[str]) -> dict[str, str]:
+    """Name each place once: a Hub repository by its id, a folder by as many path components as make it unique."""
+    parts = {Path(place).resolve().parts if Path(place).is_dir() else (place,): place for place in places}
+    for depth in itertools.count(1):
+        names = {Path(*path[-depth:]).as_posix(): place for path, place in parts.items()}
+        if len(names) == len(parts):
+            return names
+
+
+def load_model(place: str, name: str) -> Model:
+    """Load a pipeline and generate one image with it.
+
+    Raises:
+        InputError: if it cannot be loaded, or not be guided.
+    """
+    model = Model(name, load_pipeline(place, device=DEVICE))
+    try:
+        GuidedPipeline.from_pipe(with_scheduler(model.pipe, model.schedulers[0]))
+    except (AttributeError, ValueError) as error:
+        raise InputError(f"{place} cannot be used here: {error}") from error
+    # a warm-up: the first image takes longest, and a pipeline that fails should do so before anybody visits
+    request = GenerationRequest(num_images=1, steps=1, scheduler=model.schedulers[0], seed=0)
+    generate(model, request, StepProgress(lambda *_: None))
+    return model
+
+
+def find_clip() -> tuple[str | None, str]:
+    """Find the CLIP model for text guidance: the one `DDGAN_CLIP` names, or the default model if the Hub's cache has it.
+
+    Returns:
+        The `model` argument of `CLIPLoss` and an empty string, or None and the reason to show on the page.
+    """
+    name = os.environ.get(CLIP_VARIABLE)
+    try:
+        name = name or snapshot_download(DEFAULT_MODEL, local_files_only=True)
+        CLIPLoss("an image", name, device=DEVICE)
+    except LocalEntryNotFoundError:
+        return None, (
+            "Text guidance needs a CLIP model, and none is available here. Whoever runs this app can name one in the "
+            f"environment variable `{CLIP_VARIABLE}`, such as `{DEFAULT_MODEL}` (600 MB)."
+        )
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return None, "Text guidance needs a CLIP model, and the one of this app cannot be loaded. See the app's log."
+    return name, ""
+
+
+def guidance_loss(kind: str, target: str, clip: str | None) -> GuidanceLoss:
+    """Return the loss of a guidance tab.
+
+    Args:
+        kind: `color` or `prompt`.
+        target: the color as text, or the prompt.
+        clip: the `model` argument of `CLIPLoss`.
+
+    Raises:
+        InputError: if the target is empty, too long or not a color.
+    """
+    if kind == "prompt":
+        if not target.strip():
+            raise InputError("The prompt is empty. Describe the images you want.")
+        if len(target) > MAX_PROMPT_LENGTH:
+            raise InputError(f"The prompt has {len(target)} characters; the limit is {MAX_PROMPT_LENGTH}.")
+    return ColorLoss(target) if kind == "color" else CLIPLoss(target, clip, device=DEVICE)
+
+
+def generate(
+    model: Model, request: GenerationRequest, progress: StepProgress, class_guidance: float = 1.0
+) -> GenerationResult:
+    """Generate images without a guidance loss.
+
+    Args:
+        class_guidance: scale of classifier-free guidance; ignored by models that were not trained for it.
+
+    Raises:
+        InputError: if the model does not support a setting.
+        RunError: if the time limit passes.
+    """
+    if isinstance(model.pipe, GuidedPipeline):
+        return generate_guided(
+            model, request, progress, lambda images: images.mean((1, 2, 3)), 0.0, "sample", "unguided"
+        )
+    options = {"guidance_scale": class_guidance} if model.supports_class_guidance else {}
+    return _generate(model, with_scheduler(model.pipe, request.scheduler), request, progress, "unguided", **options)
+
+
+def generate_guided(
+    model: Model,
+    request: GenerationRequest,
+    progress: StepProgress,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    scale: float,
+    gradient: str,
+    description: str = "guided",
+) -> GenerationResult:
+    """Generate images guided by a loss; for `loss`, `scale` and `gradient` see `GuidedPipeline`.
+
+    Raises:
+        InputError, RunError: see `generate`.
+    """
+    try:
+        pipe = GuidedPipeline.from_pipe(with_scheduler(model.pipe, request.scheduler))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    pipe.set_progress_bar_config(disable=True)
+    options = {"loss": loss, "guidance_scale": scale, "gradient": gradient}
+    return _generate(model, pipe, request, progress, description, **options)
+
+
+def _generate(
+    model: Model,
+    pipe: DiffusionPipeline,
+    request: GenerationRequest,
+    progress: StepProgress,
+    description: str,
+    **options: Any,
+) -> GenerationResult:
+    trace = DenoisingTrace(STRIP_STEPS)
+
+    def on_step(step: Step) -> None:
+        trace.record(step)
+        progress.report(step, description)
+
+    start = time.perf_counter()
+    with trace_steps(pipe, on_step):
+        images = sample(pipe, request.seeds, request.steps, request.labels(model), **options)
+    seconds = time.perf_counter() - start
+    return GenerationResult(images, steps_strip(trace.timesteps, trace.noisy, trace.clean), seconds)
+
+
+def mean_loss(images: list[Image.Image], loss: GuidanceLoss) -> float:
+    tensor = torch.stack([pil_to_tensor(image) for image in images]) / 127.5 - 1
+    with torch.no_grad():
+        return loss(tensor).mean().item()
+
+
+def user_message(error: Exception) -> str:
+    """Return the message for the page; the details of unexpected errors go to the log only."""
+    if isinstance(error, (InputError, RunError)):
+        return str(error)
+    traceback.print_exception(error)
+    return "Something went wrong in this app. Its log has the details."
+
+
+def enlarge(image: Image.Image) -> Image.Image:
+    """Enlarge a small image by a whole factor, so that browsers do not blur it."""
+    factor = max(1, MIN_DISPLAY_SIDE // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def save_zip(path: Path, model: Model, request: GenerationRequest, result: GenerationResult) -> None:
+    """Save the images at their original size, named by model and seed, and the denoising steps of the first one."""
+    name = model.name.rpartition("/")[2]
+    with zipfile.ZipFile(path, "w") as archive:
+        for seed, image in zip(request.seeds, result.images, strict=True):
+            with archive.open(f"{name}-seed-{seed}.png", "w") as file:
+                image.save(file, "PNG")
+        with archive.open(f"{name}-seed-{request.seed}-steps.png", "w") as file:
+            result.strip.save(file, "PNG")
+
+
+def most_similar(ddgan: Model, others: list[Model]) -> Model:
+    """Return the model that compares best with a DDGAN: one with the same classes, then the same channels."""
+    return max(others, key=lambda model: (model.classes == ddgan.classes, model.channels == ddgan.channels))

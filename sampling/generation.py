@@ -1,0 +1,183 @@
+"""Generate images from a pipeline, each from its own seed."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from ..core.errors import InputError
+from .grids import to_pil
+from .loading import with_scheduler
+
+
+@torch.no_grad()
+def sample(
+    pipe: DiffusionPipeline,
+    seeds: Sequence[int],
+    num_inference_steps: int | None = None,
+    class_labels: Sequence[int | str] | None = None,
+    **options: Any,
+) -> list[Image.Image]:
+    """Generate one image per seed: gray, RGB or RGBA, depending on the channels of the network.
+
+    All noise of an image comes from its own CPU generator, so that the image depends only on its seed: exactly, for a
+    given device and number of seeds, otherwise up to the rounding of the network's arithmetic. In a plain
+    `DDPMPipeline` or `DDIMPipeline` the sample stays float32 whatever the dtype of the network. Any other pipeline is
+    called as it is.
+
+    Args:
+        pipe: The pipeline.
+        seeds: One seed per image.
+        num_inference_steps: Number of denoising steps. None means all steps for DDPM, at most 50 for other schedulers
+            of these two pipelines, and the default of any other pipeline.
+        class_labels: One class per seed if the network is class-conditional, by label or, if it has names, by name.
+        options: Further arguments of the call of other pipelines, such as the loss of a guided one.
+
+    Raises:
+        InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, or if
+            the pipeline does not accept an argument.
+    """
+    num_train_timesteps = pipe.scheduler.config.num_train_timesteps
+    if num_inference_steps is not None and num_inference_steps > num_train_timesteps:
+        raise InputError(
+            f"{num_inference_steps} inference steps are more than the {num_train_timesteps} timesteps that this "
+            "pipeline was trained with."
+        )
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    if type(pipe) in (DDPMPipeline, DDIMPipeline) and not options:
+        if num_inference_steps is None:
+            uses_all = isinstance(pipe.scheduler, DDPMScheduler)
+            num_inference_steps = num_train_timesteps if uses_all else min(50, num_train_timesteps)
+        return to_pil_images(_denoise(pipe, generators, num_inference_steps, class_labels))
+
+    parameters = inspect.signature(pipe.__call__).parameters
+    if class_labels is None and getattr(parameters.get("class_labels"), "default", None) is inspect.Parameter.empty:
+        names = ", ".join(getattr(pipe, "labels", []))
+        raise InputError(
+            f"A {type(pipe).__name__} is class-conditional, so each image needs a class label"
+            + (f": one of {names}." if names else ".")
+        )
+    arguments = {**options, "num_inference_steps": num_inference_steps, "class_labels": class_labels}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    for name in arguments:
+        if name not in parameters:
+            raise InputError(f"A {type(pipe).__name__} takes no {name}.")
+    if "batch_size" in parameters:
+        arguments["batch_size"] = len(seeds)
+    arguments |= {"generator": generators, "output_type": "np"}
+    required = [p.name for p in parameters.values() if p.default is p.empty and "VAR" not in p.kind.name]
+    if missing := [name for name in required if name not in arguments]:
+        raise InputError(f"A {type(pipe).__name__} cannot be called without {' and '.join(missing)}.")
+    try:
+        images = pipe(**arguments).images
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return [to_pil(image) for image in (images * 255).round().astype(np.uint8)]
+
+
+def sample_in_full_batches(
+    generate: Callable[[list[int]], list[Image.Image]], indices: Sequence[int], batch_size: int
+) -> list[Image.Image]:
+    """Generate the image of each index in batches of one size; the last batch is padded and the surplus discarded.
+
+    The arithmetic of an accelerator depends on the batch size, so that only equal batches give identical images.
+
+    Args:
+        generate: Returns the images of a list of indices.
+        indices: The images to generate.
+        batch_size: Number of images per call.
+    """
+    images = []
+    for start in range(0, len(indices), batch_size):
+        batch = list(indices[start : start + batch_size])
+        padding = batch[-1:] * (batch_size - len(batch))
+        images += generate(batch + padding)[: len(batch)]
+    return images
+
+
+@dataclass(frozen=True)
+class PipelineSampler:
+    """The settings with which a training run samples from its pipeline.
+
+    Attributes:
+        scheduler: `as-saved`, or a key of `SCHEDULERS`.
+        num_inference_steps: As for `sample`.
+        options: Further arguments, as for `sample`.
+    """
+
+    scheduler: str
+    num_inference_steps: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, pipeline: DiffusionPipeline, seeds: list[int], labels: list[int] | None) -> list[Image.Image]:
+        """Generate one image per seed and, for a class-conditional pipeline, class label."""
+        pipeline = with_scheduler(pipeline, self.scheduler)
+        return sample(pipeline, seeds, self.num_inference_steps, labels, **self.options)
+
+    def protocol(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """Return what an image depends on besides the weights, its seed and its class."""
+        scheduler = type(with_scheduler(pipeline, self.scheduler).scheduler).__name__
+        return {"scheduler": scheduler, "num_inference_steps": self.num_inference_steps, **self.options}
+
+
+def num_classes(network: ModelMixin) -> int | None:
+    """Return the number of classes of a class-conditional network, without the null class; None if it has none."""
+    sizes = (network.config.get(name) for name in ("num_classes", "n_cfeat", "num_class_embeds"))
+    return next(filter(None, sizes), None)
+
+
+def parse_class_labels(texts: Sequence[str]) -> list[int | str]:
+    """Parse class labels of the command line: digits are labels, anything else is a class name."""
+    return [int(text) if text.isdecimal() else text for text in texts]
+
+
+def to_pil_images(images: torch.Tensor) -> list[Image.Image]:
+    """Convert a tensor `(N, C, H, W)`, clipped to [-1, 1], to PIL images."""
+    images = (images.float() / 2 + 0.5).clamp(0, 1)
+    return [to_pil(image) for image in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _denoise(
+    pipe: DDPMPipeline | DDIMPipeline,
+    generators: list[torch.Generator],
+    num_inference_steps: int,
+    class_labels: Sequence[int | str] | None,
+) -> torch.Tensor:
+    """Sample like the `__call__` of these pipelines, also with schedulers that scale the network's input."""
+    unet, scheduler = pipe.unet, pipe.scheduler
+    condition = _class_condition(unet, class_labels)
+    size, channels = unet.config.sample_size, unet.config.in_channels
+    height, width = (size, size) if isinstance(size, int) else size
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    step_kwargs = {"generator": generators} if takes_generator else {}
+    scheduler.set_timesteps(num_inference_steps, device=unet.device)
+    shape = (len(generators), channels, height, width)
+    sample = randn_tensor(shape, generator=generators, device=unet.device) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(sample, t).to(unet.dtype)
+        output = unet(model_input, t, **condition).sample.float()
+        if not isinstance(scheduler, DDPMScheduler):  # only DDPM uses a learned variance in the further channels
+            output = output[:, :channels]
+        sample = scheduler.step(output, t, sample, **step_kwargs).prev_sample
+    return sample
+
+
+def _class_condition(unet: ModelMixin, class_labels: Sequence[int | str] | None) -> dict[str, torch.Tensor]:
+    count = num_classes(unet)
+    if count is None:
+        if class_labels is not None:
+            raise InputError("This network is not conditioned on a class: do not pass class labels.")
+        return {}
+    if class_labels is None or not all(label in range(count) for label in class_labels):
+        received = "none" if class_labels is None else list(dict.fromkeys(class_labels))
+        raise InputError(
+            f"This network is conditioned on one of {count} classes, so each image needs a class label from 0 to "
+            f"{count - 1}, but got {received}."
+        )
+    return {"class_labels": torch.tensor(class_labels, device=unet.device)}

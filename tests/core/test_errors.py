@@ -1,0 +1,66 @@
+"""How a command ends."""
+
+import errno
+import re
+
+import pytest
+
+from ddgan.core.errors import InputError, RunError, naming_file, run_command
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(InputError("bad"), 2), (RunError("bad"), 1), (OSError(errno.ENOSPC, "bad"), 1)],
+)
+def test_an_error_for_the_user_ends_a_command_with_one_paragraph(error, code, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"\nerror: {error}\n"
+
+
+def test_other_errors_keep_their_traceback():
+    def main():
+        raise error
+
+    for error in (ValueError("a bug"), OSError(errno.EIO, "broken disk")):
+        with pytest.raises(type(error)):
+            run_command(main)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(InputError("bad"), ""), (RunError("bad"), "\nerror in process 1: bad\n")]
+)
+def test_only_the_first_process_reports_bad_input(error, message, capsys, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        (
+            "a/b.npz",
+            ValueError("no magic\nand more"),
+            "a/b.npz cannot be read as a .npz file; is it complete? (no magic)",
+        ),
+        ("a/b", KeyError("x"), "a/b cannot be read; is it complete? ('x')"),
+        ("a/b", InputError("already explained"), "already explained"),
+    ],
+)
+def test_a_library_error_names_the_file(path, error, message):
+    with pytest.raises(InputError, match=re.escape(message) + "$"), naming_file(path, KeyError):
+        raise error
+
+
+def test_an_unexpected_library_error_keeps_its_type():
+    with pytest.raises(KeyError), naming_file("a/b"):
+        raise KeyError("x")

@@ -1,0 +1,75 @@
+"""Atomic writes, links and hashes."""
+
+import pytest
+
+from ddgan.core.files import (
+    copy_folder,
+    fingerprint,
+    fingerprint_bytes,
+    location_name,
+    replace_file,
+    replace_folder,
+    replace_tree,
+)
+
+
+def interrupted(path):
+    """Write half of a file, or a folder with such a file, and stop."""
+    target = path if path.suffix else path / "file.txt"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("ha")
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_write_leaves_the_previous_file(tmp_path):
+    path = tmp_path / "new folder" / "file.txt"
+    replace_file(path, lambda temporary: temporary.write_text("whole"))
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, interrupted)
+    assert path.read_text() == "whole"
+    replace_file(path, lambda temporary: temporary.write_text("again"))
+    assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+    assert path.read_text() == "again"
+
+
+@pytest.mark.parametrize("replace", [replace_folder, replace_tree])
+def test_an_interrupted_write_leaves_the_previous_folder(tmp_path, replace):
+    def write(folder):
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet" / "config.json").write_text("whole")
+        (folder / "index.json").write_text("whole")
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("of a person")
+    replace(folder, write)
+    with pytest.raises(KeyboardInterrupt):
+        replace(folder, interrupted)
+    assert (folder / "index.json").read_text() == (folder / "unet" / "config.json").read_text() == "whole"
+    replace(folder, write)
+    assert (folder / "notes.txt").exists() == (replace is replace_tree)
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".tmp")]
+
+
+def test_a_copied_folder_keeps_its_contents_when_the_original_is_replaced(tmp_path):
+    replace_file(tmp_path / "first" / "file.txt", lambda path: path.write_text("old"))
+    copy_folder(tmp_path / "first", tmp_path / "second")
+    replace_file(tmp_path / "first" / "file.txt", lambda path: path.write_text("new"))
+    assert (tmp_path / "second" / "file.txt").read_text() == "old"
+
+
+def test_hashes_do_not_change_between_versions():
+    """They name cached features and identify runs."""
+    assert (
+        fingerprint({"b": [1, 2.5, None], "a": "x"})
+        == fingerprint({"a": "x", "b": [1, 2.5, None]})
+        == "eb9f9445c996562490f96112"
+    )
+    assert fingerprint_bytes(b"") == "b8e1dda3ac0aa3820ad2990b"
+
+
+def test_a_local_folder_goes_by_its_own_name(tmp_path, monkeypatch):
+    (tmp_path / "cats").mkdir()
+    monkeypatch.chdir(tmp_path / "cats")
+    assert location_name(".") == location_name(str(tmp_path / "cats")) == "cats"
+    assert location_name("user/cats") == "user/cats"

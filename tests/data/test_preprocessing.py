@@ -1,0 +1,114 @@
+"""Conversion of images of every mode, bit depth, shape and orientation to tensors."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from ddgan.data.preprocessing import Preprocessing, read_image
+
+
+def load(image, channels=3, size=(8, 8), **options) -> torch.Tensor:
+    preprocessing = Preprocessing(channels, *size, **options)
+    return preprocessing.finish(preprocessing.load(image), sample_key=0)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr"])
+def test_every_mode_is_converted_to_the_channels_of_the_model(mode, channels, tmp_path):
+    gray = np.linspace(0, 65535 if mode.startswith("I") else 255, 64).reshape(8, 8)
+    if mode.startswith("I"):
+        image = Image.fromarray(gray.astype(np.uint16 if mode == "I;16" else np.int32))
+    else:
+        image = Image.fromarray(gray.astype(np.float32) if mode == "F" else gray.astype(np.uint8)).convert(mode)
+    pixels = load(image, channels)
+    assert pixels.shape == (channels, 8, 8)
+    assert pixels.dtype == torch.float32
+    assert pixels[0, 0, 0] == pytest.approx(-1, abs=0.05)
+    assert pixels[0, -1, -1] == pytest.approx(1, abs=0.05)
+
+
+def test_16_bit_images_keep_their_range():
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    expected = torch.from_numpy(np.round(ramp * (255 / 65535)) / 127.5 - 1).float()
+    assert torch.allclose(load(Image.fromarray(ramp), channels=1)[0], expected, atol=1e-6)
+
+
+def test_dark_16_bit_images_stay_dark():
+    dark = Image.fromarray(np.full((8, 8), 200, dtype=np.uint16))
+    assert load(dark, channels=1).max() == pytest.approx(1 / 127.5 - 1)
+
+
+def test_transparency_becomes_white_if_the_model_has_no_alpha():
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert torch.equal(load(clear), torch.ones(3, 8, 8))
+    assert load(clear, channels=4)[3].max() == -1
+    palette = Image.new("P", (8, 8), 3)
+    palette.info["transparency"] = 3
+    assert torch.equal(load(palette, channels=1), torch.ones(1, 8, 8))
+
+
+def test_a_photo_is_set_upright(tmp_path):
+    photo = Image.new("RGB", (16, 8), "black")
+    photo.paste("white", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
+    photo.save(tmp_path / "photo.png", exif=exif)
+    pixels = load(Image.open(tmp_path / "photo.png"), size=(16, 8))
+    assert pixels[:, 0].min() == 1
+    assert pixels[:, -1].max() == -1
+
+
+def test_a_photo_with_invalid_metadata_is_read(tmp_path):
+    def saved(suffix: str, *rows: bytes, head: bytes = b"Exif\0\0II*\0\x08\0\0\0") -> Path:
+        table = struct.pack("<H", len(rows)) + b"".join(rows) + bytes(4)
+        photo.save(tmp_path / f"photo{suffix}", exif=head + table, quality=100)
+        return tmp_path / f"photo{suffix}"
+
+    photo = Image.new("RGB", (16, 8), "black")
+    photo.paste("white", (0, 0, 8, 8))
+    rotated = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    maker = struct.pack("<HHII", 0x010F, 5, 1, 8)  # a fraction in place of a name
+    width = struct.pack("<HHI4s", 0x0100, 2, 4, b"abc")  # a name in place of a number
+    preprocessing = Preprocessing(1, 16, 8)
+    for invalid in (maker, width):
+        for suffix in (".jpg", ".png", ".webp"):
+            pixels = read_image(saved(suffix, invalid, rotated), preprocessing)
+            assert pixels[0, :4].min() > 250
+            assert pixels[0, -4:].max() < 5
+    upright = read_image(saved(".png", rotated, head=b"Exif\0\0none of EXIF"), Preprocessing(1, 8, 16))
+    assert upright[0, :, :8].min() > upright[0, :, 8:].max()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_undone_as_pillow_does(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "photo.png")))
+    assert np.array_equal(read_image(tmp_path / "photo.png", Preprocessing(1, 8, 8))[0], expected)
+
+
+def test_images_of_another_shape_are_cropped_not_distorted():
+    wide = Image.new("L", (32, 8), 0)
+    wide.paste(255, (12, 0, 20, 8))
+    assert load(wide, channels=1, center_crop=True).min() == 1  # the white square in the middle
+    crops = set()
+    preprocessing = Preprocessing(1, 8, 8)
+    for key in range(50):
+        crops.add(preprocessing.finish(preprocessing.load(wide), key).mean().item())
+    assert len(crops) > 5
+    assert load(Image.new("L", (20, 30)), channels=1, size=(8, 16)).shape == (1, 8, 16)
+
+
+def test_half_of_the_samples_are_flipped_depending_on_the_key_alone():
+    ramp = Image.fromarray(np.tile(np.arange(8, dtype=np.uint8), (8, 1)))
+    preprocessing = Preprocessing(1, 8, 8, random_flip=True)
+    flipped = [preprocessing.finish(preprocessing.load(ramp), key)[0, 0, 0] > -1 for key in range(400)]
+    assert 150 < sum(flipped) < 250
+    again = [preprocessing.finish(preprocessing.load(ramp), key)[0, 0, 0] > -1 for key in range(400)]
+    assert flipped == again

@@ -1,0 +1,162 @@
+"""One image per seed, from any pipeline."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, PNDMScheduler
+from tiny import level_difference, tiny_pipeline, tiny_unet
+
+from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
+from ddgan.core.errors import InputError
+from ddgan.sampling.generation import num_classes, parse_class_labels, sample
+from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.sampling.traces import intermediates
+
+# networks sum in another order for other batch sizes, which can change the rounding to 256 levels
+ONE_LEVEL = 1
+
+
+@pytest.mark.parametrize("kind", [DDPMPipeline, DDIMPipeline])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_generates_an_image_from_its_seed(kind, name):
+    pipe = with_scheduler(kind(tiny_unet().eval(), DDPMScheduler()), name)
+    assert isinstance(pipe.scheduler, SCHEDULERS[name])
+    first, second = sample(pipe, [3, 4], 5)
+    (again,) = sample(pipe, [3], 5)
+    assert first.size == (8, 8) and first.mode == "RGB"
+    assert level_difference(first, again) <= ONE_LEVEL
+    assert level_difference(first, second) > 50
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_images_are_those_of_the_pipeline_itself(name):
+    pipe = with_scheduler(tiny_pipeline(), name)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    expected = pipe(batch_size=2, generator=generators, num_inference_steps=6).images
+    assert [level_difference(a, b) for a, b in zip(sample(pipe, [3, 4], 6), expected, strict=True)] == [0, 0]
+
+
+def test_deterministic_schedulers_converge_to_the_same_image():
+    pipe = tiny_pipeline(DDPMScheduler(clip_sample=False))
+    expected, *others = (
+        np.asarray(sample(with_scheduler(pipe, name), [0], 100)[0]).astype(float)
+        for name in ("ddim", "dpmsolver", "unipc", "euler")
+    )
+    # all solve the same differential equation, with errors due to the step size
+    assert [np.abs(other - expected).mean() < 3 for other in others] == [True] * 3
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_an_image_does_not_depend_on_its_batch(name):
+    pipe = with_scheduler(tiny_pipeline(), name)
+    assert level_difference(sample(pipe, [3, 5], 5)[1], sample(pipe, [7, 5], 5)[1]) == 0
+    assert level_difference(sample(pipe, [3, 5], 5)[1], sample(pipe, [5, 3], 5)[0]) == 0
+
+
+def test_a_saved_scheduler_whose_step_takes_no_generator_works():
+    pipe = tiny_pipeline(PNDMScheduler(skip_prk_steps=True))
+    assert level_difference(*(sample(pipe, [5], 6)[0] for _ in range(2))) == 0
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_channels_become_modes(channels, mode):
+    (image,) = sample(tiny_pipeline(in_channels=channels, out_channels=channels), [0], 2)
+    assert image.mode == mode
+
+
+def test_rectangles_are_height_by_width():
+    (image,) = sample(tiny_pipeline(sample_size=(8, 16)), [0], 2)
+    assert (image.height, image.width) == (8, 16)
+
+
+@pytest.mark.parametrize(("dtype", "levels"), [(torch.float16, 4), (torch.bfloat16, 32)])  # 11 and 8 bits of 24
+def test_half_precision_generates_nearly_the_same_image(dtype, levels, tmp_path):
+    whole = tiny_pipeline()
+    whole.save_pretrained(tmp_path)
+    half = load_pipeline(str(tmp_path), dtype)
+    assert half.unet.dtype == dtype
+    # noise and sample stay in float32, so that only the network's output is rounded
+    assert level_difference(sample(half, [5], 10)[0], sample(whole, [5], 10)[0]) <= levels
+
+
+def test_class_labels_determine_the_class():
+    pipe = tiny_pipeline(num_class_embeds=3)
+    torch.nn.init.normal_(pipe.unet.class_embedding.weight, std=20)
+    zero, one, one_alone = *sample(pipe, [5, 5], 5, [0, 1]), *sample(pipe, [5], 5, [1])
+    assert level_difference(one, one_alone) <= ONE_LEVEL
+    assert level_difference(zero, one) > 10
+
+
+@pytest.mark.parametrize("labels", [None, [3], [-1]])
+def test_missing_and_unknown_labels_are_refused(labels):
+    with pytest.raises(InputError, match="from 0 to 2"):
+        sample(tiny_pipeline(num_class_embeds=3), [5], 5, labels)
+
+
+def test_an_unconditional_network_refuses_labels():
+    with pytest.raises(InputError, match="not conditioned"):
+        sample(tiny_pipeline(), [5], 5, [0])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_learned_variance_is_supported(name):
+    pipe = tiny_pipeline(DDPMScheduler(variance_type="learned_range"), out_channels=6)
+    assert sample(with_scheduler(pipe, name), [0], 3)[0].mode == "RGB"
+
+
+def test_options_of_other_pipelines_are_refused():
+    with pytest.raises(InputError, match="DDPMPipeline takes no loss"):
+        sample(tiny_pipeline(), [0], loss=torch.mean)
+
+
+def test_more_steps_than_trained_are_refused():
+    with pytest.raises(InputError, match=r"11 inference steps .* 10 "):
+        sample(tiny_pipeline(DDPMScheduler(num_train_timesteps=10)), [0], 11)
+
+
+def test_classes_can_be_given_by_label_or_name():
+    unet = ClassConditionedUnet(
+        sample_size=8,
+        num_classes=3,
+        class_dropout=0.1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        id2label=["ant", "bee", "cat"],
+    ).eval()
+    unet.class_embedding.weight.data *= 20
+    pipe = with_scheduler(ClassConditionalPipeline(unet, DDPMScheduler()), "ddim")
+    pipe.set_progress_bar_config(disable=True)
+    by_number, by_name, other, guided = (
+        sample(pipe, [5, 6], 3, labels, **options)
+        for labels, options in (
+            ([0, 2], {}),
+            (["ant", 2], {}),
+            (["ant", "bee"], {}),
+            (["ant", "cat"], {"guidance_scale": 3.0}),
+        )
+    )
+    assert [level_difference(a, b) for a, b in zip(by_number, by_name, strict=True)] == [0, 0]
+    assert level_difference(by_number[0], other[0]) <= ONE_LEVEL < level_difference(by_number[1], other[1])
+    assert level_difference(by_number[0], guided[0]) > ONE_LEVEL
+    _, _, clean = intermediates(pipe, 5, 3, 3, "cat", guidance_scale=3.0)
+    assert level_difference(clean[-1], sample(pipe, [5], 3, ["cat"], guidance_scale=3.0)[0]) == 0
+    with pytest.raises(InputError, match="needs a class label: one of ant, bee, cat"):
+        sample(pipe, [5], 3)
+    with pytest.raises(InputError, match="nearest names are 'cat'"):
+        sample(pipe, [5], 3, ["car"])
+    with pytest.raises(InputError, match="labels are 0 to 2, and 3 for the null class"):
+        sample(pipe, [5], 3, [4])
+
+
+def test_the_number_of_classes_is_read_from_the_config_of_any_network():
+    assert num_classes(tiny_unet()) is None
+    assert num_classes(tiny_unet(num_class_embeds=3)) == 3
+    assert num_classes(ContextUnet(n_feat=8, n_cfeat=4, class_dropout=0.1)) == 4
+    assert num_classes(ClassConditionedUnet(num_classes=7, class_dropout=0.1)) == 7
+
+
+def test_digits_are_class_labels_and_other_texts_are_names():
+    assert parse_class_labels(["3", "Food & Drink"]) == [3, "Food & Drink"]

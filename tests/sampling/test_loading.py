@@ -1,0 +1,110 @@
+"""Loading of pipelines and exchange of schedulers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+from tiny import level_difference, tiny_pipeline, tiny_unet
+
+from ddgan import DDGANScheduler
+from ddgan.core.errors import InputError
+from ddgan.sampling.generation import sample
+from ddgan.sampling.loading import load_pipeline, with_scheduler
+
+CUSTOM_PIPELINE = '''
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class ShadePipeline(DiffusionPipeline):
+    """Noise around a gray level that depends on the class."""
+
+    def __init__(self, scheduler):
+        super().__init__()
+        self.register_modules(scheduler=scheduler)
+
+    def __call__(self, batch_size=1, class_labels=None, generator=None, output_type="pil"):
+        noise = randn_tensor((batch_size, 8, 8, 3), generator=generator)
+        shade = torch.tensor(class_labels or [0] * batch_size).view(-1, 1, 1, 1) / 10
+        return ImagePipelineOutput(images=(shade + 0.05 * noise.tanh()).clamp(0, 1).numpy())
+'''
+
+
+@pytest.fixture
+def custom_folder(tmp_path):
+    """A pipeline folder with custom code."""
+    DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    index = {"_class_name": ["pipeline_shade", "ShadePipeline"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_diffusers_version": "0.42.1"}))
+    (tmp_path / "pipeline_shade.py").write_text(CUSTOM_PIPELINE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["dpmsolver", "unipc"])
+@pytest.mark.parametrize("clips", [True, False])
+def test_solvers_for_latents_clip_if_the_saved_scheduler_clips(name, clips):
+    scheduler = with_scheduler(tiny_pipeline(DDPMScheduler(clip_sample=clips)), name).scheduler
+    scheduler.set_timesteps(5)
+    far = torch.full((1, 3, 8, 8), 9.0)
+    scheduler.step(far, scheduler.timesteps[0], -far)
+    predicted_clean = scheduler.model_outputs[-1]
+    assert (predicted_clean.abs().max() <= 1) == clips
+
+
+def test_with_scheduler_does_not_change_the_pipeline():
+    pipe = tiny_pipeline()
+    other = with_scheduler(pipe, "euler")
+    assert type(pipe.scheduler) is DDPMScheduler and other.unet is pipe.unet
+    assert with_scheduler(pipe, "as-saved") is pipe
+
+
+def test_a_custom_noise_process_is_not_replaced():
+    pipe = tiny_pipeline(DDGANScheduler())
+    with pytest.raises(InputError, match="DDGANScheduler"):
+        with_scheduler(pipe, "ddim")
+    assert sample(with_scheduler(pipe, "as-saved"), [0])[0].size == (8, 8)
+
+
+def test_custom_code_runs_only_if_trusted(custom_folder):
+    with pytest.raises(InputError, match="--trust_remote_code"):
+        load_pipeline(str(custom_folder))
+    pipe = load_pipeline(str(custom_folder), trust_remote_code=True)
+    dark, bright = sample(pipe, [0, 1], class_labels=[2, 8])
+    assert abs(np.asarray(dark).mean() - 51) < 5 and abs(np.asarray(bright).mean() - 204) < 5
+    assert level_difference(bright, sample(pipe, [1], class_labels=[8])[0]) == 0
+    with pytest.raises(InputError, match="num_inference_steps"):
+        sample(pipe, [0], num_inference_steps=5)
+
+
+def test_a_folder_without_a_pipeline_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"model_index\.json"):
+        load_pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "./nothing", "a/b/c"])
+def test_a_missing_pipeline_is_reported_with_the_places_searched(name):
+    with pytest.raises(InputError, match=rf"No pipeline {name} .*folder.*Hub") as error:
+        load_pipeline(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_pipeline_folder_is_not_looked_for_on_the_hub(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_pipeline(str(tmp_path))
+
+
+def test_ddim_pipelines_load_and_sample(tmp_path):
+    DDIMPipeline(tiny_unet().eval(), DDIMScheduler()).save_pretrained(tmp_path)
+    assert sample(load_pipeline(str(tmp_path)), [0], 4)[0].size == (8, 8)
+
+
+def test_a_gated_repository_is_reported_with_the_steps_to_get_access(local_hub):
+    local_hub.add("bob/faces", **{"model_index.json": b'{"_class_name": "DDPMPipeline"}'})
+    local_hub.repos["model", "bob/faces"].gated = True
+    with pytest.raises(InputError, match=r"bob/faces is gated\. Accept its terms"):
+        load_pipeline("bob/faces")

@@ -1,0 +1,65 @@
+"""Claims about the EMA weights, which the loop and objectives share."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from ddgan.training.arguments import RunArguments
+from ddgan.training.ema import EMA
+
+
+def trained_ema(**args) -> EMA:
+    """The EMA weights of a small network with dropout, after a step that changes its weights."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 4))
+    ema = EMA(network, RunArguments(**args))
+    ema.prepare(Accelerator(cpu=True))
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(1)
+        ema.step()
+    return ema
+
+
+def test_an_objective_can_call_the_ema_network_without_touching_the_trained_one():
+    ema, inputs = trained_ema(ema_decay=0.9), torch.ones(2, 4)
+    before = [parameter.clone() for parameter in ema.network.parameters()]
+    output = ema(inputs)
+    assert not output.requires_grad
+    assert all(map(torch.equal, before, ema.network.parameters()))
+    assert ema.network.training
+    with ema.applied():
+        assert not ema.network.training
+        assert not any(map(torch.equal, before, ema.network.parameters()))
+        assert torch.equal(ema.network(inputs), output)
+    assert all(map(torch.equal, before, ema.network.parameters()))
+    assert ema.network.training
+
+
+def test_the_trained_weights_return_after_an_error():
+    ema = trained_ema(ema_decay=0.9)
+    before = [parameter.clone() for parameter in ema.network.parameters()]
+    try:
+        with ema.applied():
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert all(map(torch.equal, before, ema.network.parameters()))
+
+
+def test_without_ema_the_weights_are_those_in_training():
+    ema, inputs = trained_ema(ema_decay=0.0), torch.ones(2, 4)
+    with ema.applied():
+        assert torch.equal(ema.network(inputs), ema(inputs))
+
+
+def test_a_saved_average_continues_as_if_never_interrupted(tmp_path):
+    straight, resumed = trained_ema(ema_decay=0.9), trained_ema(ema_decay=0.9)
+    straight.save(tmp_path)
+    resumed.average.shadow_params = [torch.zeros_like(tensor) for tensor in resumed.average.shadow_params]
+    resumed.load(tmp_path, {"step": 2})
+    for ema in (straight, resumed):
+        ema.step()
+    assert all(map(torch.equal, straight.average.shadow_params, resumed.average.shadow_params))

@@ -1,0 +1,106 @@
+"""Claims about metrics.csv and the plots of a run."""
+
+from math import isnan
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ddgan.core.errors import InputError
+from ddgan.evaluation import metrics
+from ddgan.evaluation.metrics import METRICS, MetricValue
+from ddgan.training import tracking
+from ddgan.training.evaluator import Evaluation, EvaluationHistory
+from ddgan.training.tracking import MetricsFile, plot_evaluations, plot_losses, read_metrics, tracker_names
+
+
+def evaluation(step: int, best_metric: str = "fid", **values: float) -> Evaluation:
+    metrics = {f"{name}@13": MetricValue(value) for name, value in values.items()}
+    return Evaluation(step, metrics, {"fid": MetricValue(0.1)}, {}, "key", "images", "all", [], best_metric)
+
+
+@pytest.fixture
+def titles(monkeypatch) -> list[list[str]]:
+    """The legends of each panel of plotted figures."""
+    panels, new_figure = [], tracking._new_figure
+
+    def figure(height: float):
+        figure = new_figure(height)
+        save = figure.savefig
+
+        def savefig(*args, **options):
+            legends = [axes.get_legend() for axes in figure.axes]
+            panels.extend([text.get_text() for text in legend.get_texts()] for legend in legends if legend)
+            save(*args, **options)
+
+        figure.savefig = savefig
+        return figure
+
+    monkeypatch.setattr(tracking, "_new_figure", figure)
+    return panels
+
+
+def test_rows_are_appended_and_missing_values_are_empty(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.csv", resumed_step=0)
+    file.append([{"step": 1, "loss": 0.1}, {"step": 2, "loss": float("nan")}])
+    file.amend({"fid@13": 3.5})
+    file.append([{"step": 3, "loss": 1 / 3}])
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "step,loss,fid@13",
+        "1,0.1,",
+        "2,,3.5",
+        "3,0.3333333333333333,",
+    ]
+    assert isnan(read_metrics(tmp_path / "metrics.csv")[1]["loss"])
+
+
+def test_rows_after_the_resumed_step_and_cut_off_rows_are_dropped(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,loss\n1,0.5\n2,0.25\n3,0.1")
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    MetricsFile(path, resumed_step=1)
+    assert path.read_text().splitlines() == ["step,loss", "1,0.5"]
+    MetricsFile(path, resumed_step=0)
+    assert not path.exists()
+
+
+def plot(folder: Path, *evaluations: Evaluation) -> None:
+    history = EvaluationHistory()
+    file = MetricsFile(folder / "metrics.csv", resumed_step=0)
+    for item in evaluations:
+        history.add(item, 1.0)
+        file.append([{"step": item.step, "loss": 1.0, "learning_rate": 0.1} | item.values()])
+    plot_evaluations(folder / "metrics.csv", folder / "eval.png", history)
+    assert Image.open(folder / "eval.png").width > 500
+
+
+def test_each_metric_is_in_its_panel(tmp_path, titles):
+    values = {"fid": 2.0, "kid": 0.1, "precision": 0.5, "density": 3.0, "recall": 0.4, "class_accuracy": 0.9}
+    plot(tmp_path, evaluation(1, **values), evaluation(2, **values))
+    assert titles == [["FID@13"], ["KID@13"], ["precision@13", "recall@13", "class accuracy@13"]]
+
+
+def test_new_metrics_and_the_metric_of_the_best_step_have_panels_of_their_own(tmp_path, titles, monkeypatch):
+    new_metric = metrics.Metric("new", frozenset({"reference"}), lambda inputs: MetricValue(1.0), panel="new")
+    monkeypatch.setitem(METRICS, "new", new_metric)
+    plot(tmp_path, evaluation(1, fid=2.0), evaluation(2, "density", fid=1.0, density=1.0, new=5.0))
+    assert titles == [["FID@13"], ["density@13"], ["new@13"]]
+
+
+def test_every_loss_is_plotted(tmp_path, titles):
+    rows = [{"step": step, "g_loss": 0.1, "d_loss": 0.2, "learning_rate": 0.1} for step in range(1, 41)]
+    MetricsFile(tmp_path / "metrics.csv", resumed_step=0).append(rows)
+    plot_losses(tmp_path / "metrics.csv", tmp_path / "loss.png")
+    assert titles == [["g_loss, mean of the last 2 steps", "d_loss, mean of the last 2 steps"]]
+
+
+def test_a_missing_tracker_is_reported_with_its_installation(monkeypatch):
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    for name, command in (
+        ("wandb", r"-e '\.\[wandb\]'"),
+        ("tensorboard", r"-e '\.\[train\]'"),
+        ("trackio", "trackio"),
+    ):
+        with pytest.raises(InputError, match=f"--report_to {name} needs .*pip install {command}"):
+            tracker_names(name)
+    assert tracker_names("none") == tracker_names("all") == []

@@ -1,0 +1,97 @@
+"""The exponential moving average (EMA) of a network's weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from .arguments import RunArguments
+from .sharding import local_shards, num_shards, reshard
+
+
+class EMA:
+    """The EMA weights of a network; with `--ema_decay 0` they are its own weights.
+
+    The trainer updates them after each optimizer step. An objective that needs an EMA teacher is given the same object
+    and calls it like the network.
+
+    Args:
+        network: the network whose weights are averaged, one of the pipeline's components.
+        args: the decay and its warm-up.
+    """
+
+    def __init__(self, network: torch.nn.Module, args: RunArguments):
+        self.network, self.args = network, args
+        self.average: EMAModel | None = None
+
+    @property
+    def enabled(self) -> bool:
+        return self.args.ema_decay > 0
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Start averaging from the present weights, once Accelerate has placed and sharded the network."""
+        self.accelerator = accelerator
+        if self.enabled:
+            self.average = EMAModel(
+                local_shards(self.network.parameters()),
+                decay=self.args.ema_decay,
+                use_ema_warmup=True,
+                inv_gamma=self.args.ema_inv_gamma,
+                power=self.args.ema_power,
+                foreach=True,
+            )
+
+    def step(self) -> None:
+        """Update the EMA weights after an optimizer step."""
+        if self.average:
+            self.average.step(local_shards(self.network.parameters()))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context, the network holds its EMA weights and is in evaluation mode."""
+        if self.average:
+            self.average.store(local_shards(self.network.parameters()))
+            self.average.copy_to(local_shards(self.network.parameters()))
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.train()
+            reshard(self.network)
+            if self.average:
+                self.average.restore(local_shards(self.network.parameters()))
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network with its EMA weights, in evaluation mode and without gradients; not with FSDP."""
+        names = [name for name, _ in self.network.named_parameters()]
+        weights = dict(zip(names, self.average.shadow_params, strict=True)) if self.average else {}
+        self.network.eval()
+        try:
+            return torch.func.functional_call(self.network, weights, args, kwargs)
+        finally:
+            self.network.train()
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the EMA weights into a checkpoint: one file, or one for each process with FSDP."""
+        if self.average and (num_shards(self.accelerator) > 1 or self.accelerator.is_main_process):
+            tensors = {str(i): tensor.contiguous() for i, tensor in enumerate(self.average.shadow_params)}
+            save_file(tensors, folder / self._file_name)
+        return {}
+
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
+        """Read the EMA weights from a checkpoint."""
+        if self.average:
+            tensors = load_file(folder / self._file_name)
+            self.average.shadow_params = [tensors[str(i)].to(self.accelerator.device) for i in range(len(tensors))]
+            self.average.optimization_step = state["step"]
+
+    @property
+    def _file_name(self) -> str:
+        sharded = num_shards(self.accelerator) > 1
+        return f"ema_{self.accelerator.process_index}.safetensors" if sharded else "ema.safetensors"

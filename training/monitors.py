@@ -1,0 +1,50 @@
+"""Monitors of training: they read the metrics as they are logged, and return a warning when something is wrong."""
+
+import math
+from collections import deque
+from statistics import fmean
+
+# mean logits of the discriminator beyond these, on the correct sides, mean a loss below 0.014
+_SATURATED_LOGIT = 5
+# the discriminator's loss if it answers 50 : 50 every time
+_CHANCE_LOSS = 2 * math.log(2)
+_LOSS_MARGIN = 0.01
+# consecutive saturated steps, or steps in the mean loss, before a warning
+_PATIENCE = 500
+
+
+class GANBalanceMonitor:
+    """Warns when the discriminator has won, or is worse than chance: either way the generator learns little.
+
+    Each of the two warnings is given once. It reads the columns `d_loss`, `d_real`, `d_fake` (logits) and `d_r1`.
+    """
+
+    def __init__(self):
+        self.saturated_steps = 0
+        self.losses: deque[float] = deque(maxlen=_PATIENCE)
+        self.warned: set[str] = set()
+
+    def __call__(self, rows: list[dict[str, float]]) -> str | None:
+        """Read the newest rows of metrics.csv and return a warning, or None."""
+        for row in rows:
+            saturated = row["d_real"] > _SATURATED_LOGIT and row["d_fake"] < -_SATURATED_LOGIT
+            self.saturated_steps = self.saturated_steps + 1 if saturated else 0
+            if math.isnan(row["d_r1"]):  # otherwise the loss contains the penalty
+                self.losses.append(row["d_loss"])
+        if self.saturated_steps >= _PATIENCE and "saturated" not in self.warned:
+            self.warned.add("saturated")
+            return (
+                "The discriminator has separated real from generated images almost perfectly for "
+                f"{self.saturated_steps} steps (mean logits {rows[-1]['d_real']:.1f} and {rows[-1]['d_fake']:.1f}), "
+                "so the generator is falling behind. A larger --r1_gamma, a smaller --lr_d, or --diffaug translation "
+                "cutout on a small dataset usually helps."
+            )
+        loss = fmean(self.losses) if len(self.losses) == _PATIENCE else 0
+        if loss > _CHANCE_LOSS + _LOSS_MARGIN and "chance" not in self.warned:
+            self.warned.add("chance")
+            return (
+                f"The discriminator has been worse than chance for {_PATIENCE} steps (mean loss {loss:.3f}, at chance "
+                f"{_CHANCE_LOSS:.3f}), so the generator learns little from it. A smaller --lr_d, an --lr_g below it, "
+                "or --diffaug without color usually helps."
+            )
+        return None

@@ -1,0 +1,78 @@
+"""The run folder: the name of every file that a training run writes."""
+
+import shutil
+from pathlib import Path
+
+from ..core.errors import InputError
+from ..core.run_files import CONFIG_FILE, PIPELINE_FILE, SAMPLES_FOLDER
+
+
+class RunFolder:
+    """The folder of a training run (`--output_dir`).
+
+    Attributes:
+        path: the folder; the pipeline is saved at its top level.
+        card: the model card.
+        config: every argument in force; its presence marks the folder as a run.
+        metrics: one row for each optimizer step.
+        loss_plot, eval_plot: the curves of the losses and of the evaluations.
+        before_after: the first and the last grid of samples side by side.
+        best: folder of the pipeline with the best evaluation.
+        checkpoints: folder of the checkpoints.
+        logs: folder of the trackers that write local files.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.card = self.path / "README.md"
+        self.config = self.path / CONFIG_FILE
+        self.metrics = self.path / "metrics.csv"
+        self.loss_plot = self.path / "loss.png"
+        self.eval_plot = self.path / "eval.png"
+        self.before_after = self.path / "before_after.png"
+        self.best = self.path / "best"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+
+    def grid(self, step: int) -> Path:
+        """Return the path of the sample grid of a step."""
+        return self.path / SAMPLES_FOLDER / f"step-{step:08d}.png"
+
+    def newest_grid(self, step: int) -> Path | None:
+        """Return the newest existing sample grid up to a step."""
+        grids = (self.path / SAMPLES_FOLDER).glob("step-*.png")
+        return max((path for path in grids if step_of_grid(path) <= step), key=step_of_grid, default=None)
+
+    def check_usable(self, resuming: bool) -> None:
+        """Check that a run can start here, or resume, without overwriting anything else.
+
+        Raises:
+            InputError: if the path is a file, or the folder holds another run or files that no run wrote.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--output_dir {self.path} is a file. Name a folder; it is created if it does not exist.")
+        if self.config.exists():
+            if not resuming:
+                raise InputError(
+                    f"{self.path} already contains a run. Resume it with --resume_from_checkpoint latest, or choose "
+                    "another folder with --output_dir."
+                )
+            return
+        own_files = [self.path / PIPELINE_FILE, self.card, self.metrics]
+        own_files += [self.loss_plot, self.eval_plot, self.before_after]
+        if existing := [path.name for path in own_files if path.exists()]:
+            raise InputError(
+                f"{self.path} contains {' and '.join(existing)}, which no run wrote and this run would overwrite. "
+                "Choose another folder with --output_dir."
+            )
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of interrupted writes."""
+        folders = (self.path, self.path / SAMPLES_FOLDER, self.checkpoints)
+        for path in [path for folder in folders for path in folder.glob(".tmp-*")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def step_of_grid(grid: Path) -> int:
+    """Return the optimizer step of a sample grid from its file name."""
+    return int(grid.stem.removeprefix("step-"))

@@ -1,0 +1,40 @@
+"""Grids of samples from fixed seeds, which show the progress of a run."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from ..core.files import replace_file
+from ..sampling.grids import before_after
+from .arguments import RunArguments
+from .job import TrainingJob
+from .run_folder import RunFolder
+
+
+@torch.no_grad()
+def sample_grid(job: TrainingJob, args: RunArguments, accelerator: Accelerator) -> Image.Image | None:
+    """Sample the fixed seeds of a run, a part of them in each process, and return the grid in the main process."""
+    indices = list(range(args.num_samples))
+    with accelerator.split_between_processes(indices, apply_padding=True) as own_indices:
+        images: list[Image.Image] = []
+        for start in range(0, len(own_indices), args.batch_size):  # as many as fit into memory in training
+            batch = own_indices[start : start + args.batch_size]
+            labels = job.labels and [job.labels[i] for i in batch]
+            images += job.sampler(job.pipeline, [args.seed + i for i in batch], labels)
+        image_of = dict(zip(own_indices, images, strict=True))
+    if accelerator.num_processes > 1:
+        gathered: list[Any] = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(gathered, image_of)
+        image_of = {index: image for part in gathered for index, image in part.items()}
+    return job.grid([image_of[index] for index in indices]) if accelerator.is_main_process else None
+
+
+def save_before_after(folder: RunFolder, step: int) -> None:
+    """Save the grids of step 0 and of `step` side by side, if both exist and have the same size."""
+    paths = [folder.grid(0), folder.grid(step)]
+    if all(path.exists() for path in paths):
+        before, after = map(Image.open, paths)
+        if before.size == after.size:  # otherwise --num_samples has changed
+            replace_file(folder.before_after, before_after(before, after).save)

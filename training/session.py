@@ -1,0 +1,124 @@
+"""The setup that all training scripts share, from Python or from the command line.
+
+Each script has a function that takes its argument dataclasses, so a notebook can train without a command line:
+
+    from ddgan.finetune_model import FinetuneArguments, finetune
+    from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
+
+    run = finetune(
+        RunArguments(output_dir="faces", max_train_steps=1000),
+        LearningRateArguments(learning_rate=5e-5),
+        DataArguments(train_data_dir="photos", image_size=64),
+        EvaluationArguments(),
+        FinetuneArguments(start_model="google/ddpm-celebahq-256"),
+    )
+    pipe = DiffusionPipeline.from_pretrained(run.folder)
+
+`accelerate.notebook_launcher(finetune, arguments, num_processes=...)` starts it on several GPUs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration
+
+from ..core.errors import InputError
+from ..data.preprocessing import Preprocessing
+from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
+from .evaluator import open_evaluator
+from .job import TrainingJob
+from .loading import TrainingData
+from .loop import Trainer
+from .model_card import FinishedRun, create_repository
+from .run_folder import RunFolder
+from .tracking import tracker_names
+
+
+@dataclass
+class Session:
+    """A training run that is ready to start.
+
+    Attributes:
+        run: its arguments.
+        accelerator: where it runs.
+        repo_id: the repository that it is uploaded to, in the main process.
+    """
+
+    run: RunArguments
+    accelerator: Accelerator
+    repo_id: str | None = None
+
+    @classmethod
+    def open(cls, run: RunArguments, supports_fsdp: bool = False) -> "Session":
+        """Check that the run folder can be used, start Accelerate, and create the repository on the Hub.
+
+        Args:
+            supports_fsdp: whether the network of the run can be sharded.
+
+        Raises:
+            InputError: if the folder holds another run that is not to be resumed, a tracker is not installed, the
+                machine does not support the mixed precision, or the Hub refuses the repository.
+        """
+        accelerator = start_accelerator(run)
+        if accelerator.is_fsdp2 and not supports_fsdp:
+            raise InputError(
+                "Only finetune_model.py trains with FSDP; this network is small enough for --multi_gpu, which trains "
+                "it on several processes without sharding."
+            )
+        repo_id = create_repository(run) if run.push_to_hub and accelerator.is_main_process else None
+        return cls(run, accelerator, repo_id)
+
+    def load_data(
+        self, args: DataArguments, channels: int, size: Sequence[int], labels: LabelArguments | None = None
+    ) -> TrainingData:
+        """Open the training images.
+
+        Args:
+            channels: of the images as the network takes them, 1 to 4.
+            size: height and width.
+            labels: where the class labels are, if the run uses them.
+        """
+        height, width = size
+        return TrainingData(
+            args,
+            Preprocessing(channels, height, width, args.center_crop, args.random_flip),
+            self.accelerator.process_index,
+            labels,
+            batch_size=self.run.batch_size,
+            accumulation=self.run.grad_accumulation_steps,
+            processes=self.accelerator.num_processes,
+            seed=self.run.seed,
+        )
+
+    def train(
+        self, job: TrainingJob, data: TrainingData, evaluation: EvaluationArguments | None = None
+    ) -> FinishedRun:
+        """Train a job to its end, with evaluations if there are arguments for them.
+
+        Raises:
+            InputError, RunError, RunStopped: see `Evaluator` and `Trainer.train`.
+        """
+        evaluator = open_evaluator(evaluation, self.run, data, self.accelerator) if evaluation else None
+        return Trainer(job, data, self.run, self.accelerator, evaluator, self.repo_id).train()
+
+
+def start_accelerator(run: RunArguments) -> Accelerator:
+    """Check that the run folder can be used, and start Accelerate; no file is written yet."""
+    folder = RunFolder(run.output_dir)
+    folder.check_usable(resuming=bool(run.resume_from_checkpoint))
+    accelerator = Accelerator(
+        mixed_precision=run.mixed_precision,
+        log_with=tracker_names(run.report_to) or None,
+        project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--mixed_precision fp16 needs a GPU. On a CPU, use bf16 or no.")
+    if accelerator.distributed_type == DistributedType.FSDP and (run.channels_last or not accelerator.is_fsdp2):
+        raise InputError(
+            "FSDP training needs FSDP version 2 (fsdp_version: 2, as in examples/accelerate/fsdp.yaml) and does not "
+            "support --channels_last, since FSDP shards contiguous parameters only."
+        )
+    accelerator.wait_for_everyone()  # until all have checked the folder, before the main process writes to it
+    return accelerator

@@ -1,0 +1,96 @@
+"""Losses and gradient norms of optimizer steps, read back from the device a few steps at a time."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from ..core.errors import RunError
+from .checkpoints import Checkpoints
+from .plan import BatchPlan
+
+# optimizer steps in a row that the gradient scaler of fp16 may skip, each at half the scale of the one before, until
+# there is no scale left to try
+_MAX_SKIPPED_STEPS = 50
+
+
+@dataclass
+class _Step:
+    """A step not yet read back: numbers known on the host, and sums over processes and norms still on the device."""
+
+    row: dict[str, float]
+    sums: dict[str, torch.Tensor]
+    norms: dict[str, torch.Tensor]
+
+
+class StepLog:
+    """The steps whose numbers are still on the device, so that training need not wait for each of them."""
+
+    def __init__(self, accelerator: Accelerator, plan: BatchPlan, checkpoints: Checkpoints):
+        self.accelerator, self.plan, self.checkpoints = accelerator, plan, checkpoints
+        self.pending: list[_Step] = []
+        self.skipped_steps = 0  # in a row, up to the newest
+
+    def add(
+        self,
+        step: int,
+        learning_rates: dict[str, float],
+        sums: dict[str, torch.Tensor],
+        norms: dict[str, torch.Tensor],
+    ) -> None:
+        """Add a step.
+
+        Args:
+            learning_rates: by column.
+            sums: by column, the part of this process in each mean over the global batch.
+            norms: by column, the norms of the gradients, equal in all processes.
+        """
+        row = {"step": step, "epoch": self.plan.epoch(step), "images": self.plan.images_seen(step)}
+        self.pending.append(_Step(row | learning_rates, sums, norms))
+
+    def read(self) -> list[dict[str, float]]:
+        """Read back the rows of metrics.csv since the last call; every process must call this.
+
+        Raises:
+            RunError: if a loss is not finite, or gradients are not and no gradient scaler can help.
+        """
+        if not self.pending:
+            return []
+        table = torch.stack([torch.stack(list(step.sums.values())) for step in self.pending])
+        sums = self.accelerator.reduce(table, reduction="sum").tolist()
+        norms = torch.stack([torch.stack(list(step.norms.values())) for step in self.pending]).tolist()
+        rows = []
+        for step, step_sums, step_norms in zip(self.pending, sums, norms, strict=True):
+            losses = dict(zip(step.sums, step_sums, strict=True))
+            row = step.row | losses | dict(zip(step.norms, step_norms, strict=True))
+            self._check_finite(row, step_norms)
+            rows.append(row)
+        self.pending.clear()
+        return rows
+
+    def _check_finite(self, row: dict[str, float], norms: list[float]) -> None:
+        self.skipped_steps = 0 if all(map(math.isfinite, norms)) else self.skipped_steps + 1
+        # the gradient scaler of fp16 skips a step whose gradient is not finite
+        allowed = 0 if self.accelerator.scaler is None else _MAX_SKIPPED_STEPS
+        losses_are_finite = all(math.isfinite(value) for name, value in row.items() if name.endswith("loss"))
+        if losses_are_finite and self.skipped_steps <= allowed:
+            return
+        step = int(row["step"])
+        if losses_are_finite:
+            value = f"gradient of step {step}" + (f", like those of the {allowed} before it," if allowed else "")
+        else:
+            value = f"loss of step {step}"
+        raise RunError(
+            f"The {value} is not finite ({_format_row(row)}). Nothing was overwritten. The last good checkpoint is "
+            f"{self.checkpoints.last()}. A lower learning rate, or bf16 in place of fp16, usually helps; resume with "
+            "--resume_from_checkpoint latest."
+        )
+
+
+def _format_row(row: dict[str, float]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:g}"
+        for name, value in row.items()
+        if name.endswith(("loss", "grad_norm", "learning_rate"))
+    )
