@@ -69,8 +69,9 @@ class FewStepProcess:
         return mean + _scale(((1 - signal_s) / (1 - signal_t) * (1 - alpha)).sqrt(), noise)
 
     def signal(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """alphas_cumprod, (B,) in float32: the share of the image in the variance; 0 at the noisiest timestep,
-        where samplers begin with noise alone.
+        """Return the image's share of the variance of x_t, (B,) in float32.
+
+        That is alphas_cumprod, and 0 at the noisiest timestep, where samplers begin with noise alone.
         """
         return self._alphas_cumprod(timesteps).float().masked_fill(timesteps == self.top, 0)
 
@@ -108,14 +109,14 @@ class FewStepSetup:
             return {}
         labels = samples.labels
         if self.null_class is not None:
-            labels = labels.masked_fill(samples.draws.uniform() < self.class_dropout, self.null_class)
+            labels = labels.masked_fill(samples.rng.uniform() < self.class_dropout, self.null_class)
         return {"class_labels": labels}
 
     def transition(self, samples: MicroBatch) -> Transition:
         """A random transition for each sample, with x_t made from its image."""
         transitions = self.process.transitions.to(samples.images.device)
-        t, s = transitions[samples.draws.integers(len(transitions))].unbind(1)
-        noise = samples.draws.normal(*samples.images.shape[1:])
+        t, s = transitions[samples.rng.integers(len(transitions))].unbind(1)
+        noise = samples.rng.normal(*samples.images.shape[1:])
         noisier = self.process.add_noise(samples.images, t, noise)
         return Transition(t, s, torch.where(_per_image(t == self.process.top), noise, noisier))
 
@@ -126,23 +127,23 @@ class FewStepSetup:
         output = generator(transition.noisier, transition.t, **conditions, return_dict=False)[0].float()
         output = output[:, : samples.images.shape[1]]  # without a learned variance
         image = self.process.predicted_image(output, transition.noisier, transition.t)
-        noise = samples.draws.normal(*image.shape[1:])
+        noise = samples.rng.normal(*image.shape[1:])
         return image, self.process.posterior_sample(image, transition, noise)
 
     def real(self, samples: MicroBatch, transition: Transition) -> torch.Tensor:
         """x_s of the forward process."""
-        return self.process.add_noise(samples.images, transition.s, samples.draws.normal(*samples.images.shape[1:]))
+        return self.process.add_noise(samples.images, transition.s, samples.rng.normal(*samples.images.shape[1:]))
 
     def prepare(self, samples: MicroBatch, s: torch.Tensor, *images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Timesteps and images as they are judged: augmented alike, with independent instance noise."""
-        draws, shape = samples.draws, images[0].shape[1:]
+        rng, shape = samples.rng, images[0].shape[1:]
         if self.augment:
-            augment = DifferentiableAugmentation(self.augment, draws, *shape[1:])
+            augment = DifferentiableAugmentation(self.augment, rng, *shape[1:])
             images = tuple(augment(part) for part in images)
-        noised = (draws.uniform() < self.instance_noise) & (s == CLEAN)
-        timesteps = torch.where(noised, draws.integers((self.process.top + 1) // 4), s)
+        noised = (rng.uniform() < self.instance_noise) & (s == CLEAN)
+        timesteps = torch.where(noised, rng.integers((self.process.top + 1) // 4), s)
         images = tuple(
-            torch.where(_per_image(noised), self.process.add_noise(part, timesteps, draws.normal(*shape)), part)
+            torch.where(_per_image(noised), self.process.add_noise(part, timesteps, rng.normal(*shape)), part)
             for part in images
         )
         return timesteps.clamp(min=0), *images
@@ -174,7 +175,7 @@ class DiscriminatorObjective:
         with torch.no_grad():
             _, generated = setup.generate(setup.generator, samples, transition, conditions)
         timesteps, real, fake = setup.prepare(samples, transition.s, setup.real(samples, transition), generated)
-        noise = [self.step * samples.draws.normal(*real.shape[1:]) for _ in range(2)]
+        noise = [self.step * samples.rng.normal(*real.shape[1:]) for _ in range(2)]
         images = torch.cat([real, fake, real + noise[0], fake + noise[1]])
         conditions = {name: labels.repeat(4) for name, labels in conditions.items()}
         real, fake, *shifted = discriminator(images, timesteps.repeat(4), **conditions).float().chunk(4)
