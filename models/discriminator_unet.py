@@ -37,7 +37,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
 
     The head of the lowest resolution sees the output of the mid block, the others that of the last residual (and
     attention) block before each downsampling. Attention runs in [`AttnProcessor`], since fused attention kernels have
-    no second derivative, which gradient penalties need.
+    no second derivative, which gradient penalties need. Autocast does not apply.
 
     Args:
         unet_config (`dict`): arguments of the [`UNet2DModel`].
@@ -157,35 +157,37 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
                 f"{'' if class_conditional else 'not '}class-conditional."
             )
 
-        # 1. time and class
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
-        if self.class_embedding is not None:
-            if self.class_embed_type == "timestep":
-                class_labels = self.time_proj(class_labels).to(sample.dtype)
-            temb = temb + self.class_embedding(class_labels).to(sample.dtype)
+        # gradient penalties compare logits that are almost equal, which mixed precision would round away
+        with torch.autocast(sample.device.type, enabled=False):
+            # 1. time and class
+            timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+            temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
+            if self.class_embedding is not None:
+                if self.class_embed_type == "timestep":
+                    class_labels = self.time_proj(class_labels).to(sample.dtype)
+                temb = temb + self.class_embedding(class_labels).to(sample.dtype)
 
-        # 2. features at each resolution
-        if self.center_input_sample:
-            sample = 2 * sample - 1.0
-            noisy_sample = 2 * noisy_sample - 1.0 if self.config.pair else None
-        inputs = [sample]
-        if self.input_class_embedding is not None:
-            class_emb = self.input_class_embedding(class_labels).to(sample.dtype)
-            inputs.append(class_emb[:, :, None, None].expand(-1, -1, *sample.shape[2:]))
-        if self.config.pair:
-            inputs.append(noisy_sample)
-        hidden_states, skip_sample, features = self.conv_in(torch.cat(inputs, dim=1)), sample, []
-        for block in self.down_blocks:
-            if hasattr(block, "skip_conv"):
-                hidden_states, states, skip_sample = block(hidden_states, temb, skip_sample=skip_sample)
-            else:
-                hidden_states, states = block(hidden_states, temb)
-            features.append(states[len(block.resnets) - 1])
-        if self.mid_block is not None:
-            features[-1] = self.mid_block(hidden_states, temb)
+            # 2. features at each resolution
+            if self.center_input_sample:
+                sample = 2 * sample - 1.0
+                noisy_sample = 2 * noisy_sample - 1.0 if self.config.pair else None
+            inputs = [sample]
+            if self.input_class_embedding is not None:
+                class_emb = self.input_class_embedding(class_labels).to(sample.dtype)
+                inputs.append(class_emb[:, :, None, None].expand(-1, -1, *sample.shape[2:]))
+            if self.config.pair:
+                inputs.append(noisy_sample)
+            hidden_states, skip_sample, features = self.conv_in(torch.cat(inputs, dim=1)), sample, []
+            for block in self.down_blocks:
+                if hasattr(block, "skip_conv"):
+                    hidden_states, states, skip_sample = block(hidden_states, temb, skip_sample=skip_sample)
+                else:
+                    hidden_states, states = block(hidden_states, temb)
+                features.append(states[len(block.resnets) - 1])
+            if self.mid_block is not None:
+                features[-1] = self.mid_block(hidden_states, temb)
 
-        # 3. logits
-        features = features[-len(self.heads) :]
-        logits = [head(hidden_states) for head, hidden_states in zip(self.heads, features, strict=True)]
-        return torch.stack(logits, dim=1)
+            # 3. logits
+            features = features[-len(self.heads) :]
+            logits = [head(hidden_states) for head, hidden_states in zip(self.heads, features, strict=True)]
+            return torch.stack(logits, dim=1)

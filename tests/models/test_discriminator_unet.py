@@ -219,6 +219,13 @@ def test_saved_network_loads_the_same_with_variant_and_dtype(tmp_path):
     assert logits.dtype == torch.bfloat16
 
 
+def test_logits_are_computed_in_float32_under_autocast():
+    model = tiny()
+    expected = model(*inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(*inputs()), expected)
+
+
 def test_discriminator_of_a_half_precision_unet_is_in_float32():
     model = UNetDiscriminator.from_unet(tiny_unet().half(), num_heads=2)
     assert model(*inputs()).dtype == torch.float32

@@ -172,6 +172,23 @@ def test_generator_is_drawn_to_its_image_but_not_from_noise_alone():
     torch.testing.assert_close(values["loss"], values["adversarial"] + 0.5 * share * distance)
 
 
+def test_conversion_is_regression_to_v():
+    setup = tiny_setup(step_counts=[4])
+    objective = GeneratorObjective(setup, 0.5, conversion_steps=3)
+    seen = []
+    setup.generator.register_forward_hook(lambda module, args, output: seen.append((*args, output[0])))
+    first = objective(setup.generator, samples())
+    assert first["adversarial"].isnan().all()
+    noisier, t, v = seen[0]
+    signal = scheduler().alphas_cumprod[t][:, None, None, None]
+    target = (signal.sqrt() * noisier - samples().images) / (1 - signal).sqrt()
+    squares = (v - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(first["loss"], squares, rtol=1e-3, atol=0)  # alphas_cumprod[999] = 4e-5 is left out
+    last = samples()
+    last.step = 3
+    assert objective(setup.generator, last)["adversarial"].isfinite().all()
+
+
 def test_noisiest_image_is_noise_alone():
     setup = tiny_setup(step_counts=[1])
     first = setup.transition(samples())

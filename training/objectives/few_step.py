@@ -69,9 +69,9 @@ class FewStepProcess:
         return mean + _scale(((1 - signal_s) / (1 - signal_t) * (1 - alpha)).sqrt(), noise)
 
     def signal(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return alphas_cumprod, (B,) in float32: the share of the image in the variance.
+        """Return the image's share of the variance of x_t, (B,) in float32.
 
-        It is 0 at the noisiest timestep, where samplers begin with noise alone.
+        That is alphas_cumprod, and 0 at the noisiest timestep, where samplers begin with noise alone.
         """
         return self._alphas_cumprod(timesteps).float().masked_fill(timesteps == self.top, 0)
 
@@ -109,14 +109,14 @@ class FewStepSetup:
             return {}
         labels = samples.labels
         if self.null_class is not None:
-            labels = labels.masked_fill(samples.draws.uniform() < self.class_dropout, self.null_class)
+            labels = labels.masked_fill(samples.rng.uniform() < self.class_dropout, self.null_class)
         return {"class_labels": labels}
 
     def transition(self, samples: MicroBatch) -> Transition:
         """A random transition for each sample, with x_t made from its image."""
         transitions = self.process.transitions.to(samples.images.device)
-        t, s = transitions[samples.draws.integers(len(transitions))].unbind(1)
-        noise = samples.draws.normal(*samples.images.shape[1:])
+        t, s = transitions[samples.rng.integers(len(transitions))].unbind(1)
+        noise = samples.rng.normal(*samples.images.shape[1:])
         noisier = self.process.add_noise(samples.images, t, noise)
         return Transition(t, s, torch.where(_per_image(t == self.process.top), noise, noisier))
 
@@ -127,23 +127,23 @@ class FewStepSetup:
         output = generator(transition.noisier, transition.t, **conditions, return_dict=False)[0].float()
         output = output[:, : samples.images.shape[1]]  # without a learned variance
         image = self.process.predicted_image(output, transition.noisier, transition.t)
-        noise = samples.draws.normal(*image.shape[1:])
+        noise = samples.rng.normal(*image.shape[1:])
         return image, self.process.posterior_sample(image, transition, noise)
 
     def real(self, samples: MicroBatch, transition: Transition) -> torch.Tensor:
         """x_s of the forward process."""
-        return self.process.add_noise(samples.images, transition.s, samples.draws.normal(*samples.images.shape[1:]))
+        return self.process.add_noise(samples.images, transition.s, samples.rng.normal(*samples.images.shape[1:]))
 
     def prepare(self, samples: MicroBatch, s: torch.Tensor, *images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Timesteps and images as they are judged: augmented alike, with independent instance noise."""
-        draws, shape = samples.draws, images[0].shape[1:]
+        rng, shape = samples.rng, images[0].shape[1:]
         if self.augment:
-            augment = DifferentiableAugmentation(self.augment, draws, *shape[1:])
+            augment = DifferentiableAugmentation(self.augment, rng, *shape[1:])
             images = tuple(augment(part) for part in images)
-        noised = (draws.uniform() < self.instance_noise) & (s == CLEAN)
-        timesteps = torch.where(noised, draws.integers((self.process.top + 1) // 4), s)
+        noised = (rng.uniform() < self.instance_noise) & (s == CLEAN)
+        timesteps = torch.where(noised, rng.integers((self.process.top + 1) // 4), s)
         images = tuple(
-            torch.where(_per_image(noised), self.process.add_noise(part, timesteps, draws.normal(*shape)), part)
+            torch.where(_per_image(noised), self.process.add_noise(part, timesteps, rng.normal(*shape)), part)
             for part in images
         )
         return timesteps.clamp(min=0), *images
@@ -175,7 +175,7 @@ class DiscriminatorObjective:
         with torch.no_grad():
             _, generated = setup.generate(setup.generator, samples, transition, conditions)
         timesteps, real, fake = setup.prepare(samples, transition.s, setup.real(samples, transition), generated)
-        noise = [self.step * samples.draws.normal(*real.shape[1:]) for _ in range(2)]
+        noise = [self.step * samples.rng.normal(*real.shape[1:]) for _ in range(2)]
         images = torch.cat([real, fake, real + noise[0], fake + noise[1]])
         conditions = {name: labels.repeat(4) for name, labels in conditions.items()}
         real, fake, *shifted = discriminator(images, timesteps.repeat(4), **conditions).float().chunk(4)
@@ -191,23 +191,33 @@ class GeneratorObjective:
 
     The distance is weighted by the share of that image in x_t, and left out where x_t is noise alone.
 
+    A network that has predicted the noise so far first learns to predict v (arXiv 2202.00512), by regression at the
+    timesteps of the transitions: at high noise levels x_0 computed from the predicted noise multiplies its error, by
+    157 at the last timestep of DDPM's schedule.
+
     Args:
         reconstruction_weight: weight of the mean squared distance.
+        conversion_steps: optimizer steps of that regression, before the adversarial ones.
     """
 
-    def __init__(self, setup: FewStepSetup, reconstruction_weight: float):
+    def __init__(self, setup: FewStepSetup, reconstruction_weight: float, conversion_steps: int = 0):
         self.setup, self.reconstruction_weight = setup, reconstruction_weight
+        self.conversion_steps = conversion_steps
 
     def __call__(self, generator: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
-        """`loss` and its parts `adversarial` and `reconstruction`, each (B,)."""
+        """`loss` and its parts, `adversarial` (NaN in the regression) and `reconstruction`, each (B,)."""
         setup = self.setup
         conditions = setup.conditions(samples)
         transition = setup.transition(samples)
         image, generated = setup.generate(generator, samples, transition, conditions)
+        distance = (image - samples.images).square().mean(dim=(1, 2, 3))
+        signal = setup.process.signal(transition.t)
+        if samples.step < self.conversion_steps:
+            loss = distance / (1 - signal)  # the mean squared error of v
+            return {"loss": loss, "adversarial": torch.full_like(loss, torch.nan), "reconstruction": loss.detach()}
         timesteps, generated = setup.prepare(samples, transition.s, generated)
         adversarial = F.softplus(-setup.discriminator(generated, timesteps, **conditions).float()).mean(1)
-        distance = (image - samples.images).square().mean(dim=(1, 2, 3))
-        reconstruction = setup.process.signal(transition.t) * distance
+        reconstruction = signal * distance
         loss = adversarial + self.reconstruction_weight * reconstruction
         return {"loss": loss, "adversarial": adversarial, "reconstruction": reconstruction}
 
