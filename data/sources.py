@@ -19,6 +19,7 @@ import numpy as np
 from torchvision.datasets.mnist import FashionMNIST
 
 from ..core.errors import InputError, naming_file
+from ..core.extras import missing_extra
 from ..core.files import fingerprint, fingerprint_bytes
 from ..core.run_files import is_run_folder
 from .images import IMAGE_SUFFIXES, BrokenImageError, file_bytes
@@ -697,7 +698,7 @@ def _import_datasets() -> ModuleType:
         import datasets.exceptions
     except ImportError:
         raise InputError(
-            "Reading a dataset needs the package `datasets`: pip install 'diffusers-ddgan[train]'. A folder of images "
-            "can be read without it."
+            f"Reading a dataset needs a package: {missing_extra('datasets', 'train')}. A folder of images can be read "
+            "without it."
         ) from None
     return datasets
