@@ -69,9 +69,11 @@ class ImageSource(Protocol):
 
     def name(self, i: int) -> str:
         """Return how messages name image i."""
+        ...
 
     def fingerprint(self, indices: Sequence[int]) -> str:
         """Return a hash of the contents of these images; copies in another place have the same one."""
+        ...
 
     def labels(self, column: str | None) -> Labels:
         """Return the classes of the images.
@@ -82,6 +84,7 @@ class ImageSource(Protocol):
         Raises:
             InputError: if there are no labels, or they cannot be classes.
         """
+        ...
 
 
 class MissingSplitError(InputError):

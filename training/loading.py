@@ -1,7 +1,7 @@
 """Micro-batches of training images, from image sources or streams."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice
@@ -151,11 +151,11 @@ class StreamedImages(torch.utils.data.IterableDataset):
         rows = stream.select(self.columns)
         # shuffles the shards alone; `_rows` shuffles the rows. Newer versions would interleave several shards
         interleaves = "max_buffer_input_shards" in signature(rows.shuffle).parameters
-        options = {"max_buffer_input_shards": 1} if interleaves else {}
+        options: dict[str, Any] = {"max_buffer_input_shards": 1} if interleaves else {}
         rows = rows.shuffle(seed=plan.seed, buffer_size=1, **options)
         self.stream = split_dataset_by_node(rows, rank, plan.processes)
         self.preprocessing, self.plan, self.rank = preprocessing, plan, rank
-        self.numbers = range(len(labels.classes)) if labels else None
+        self.numbers = range(len(labels.classes) if labels else 0)
         self.skip_broken = args.skip_broken_images
         self.start_step, self.position = 0, None
 
@@ -182,7 +182,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
     def _next(self, rows: Iterator, broken: list[str]) -> tuple[torch.Tensor, int | None, dict]:
         first_pass = None
-        for (cell, *label), position in rows:
+        while True:
+            (cell, *label), position = next(rows)
             first_pass = position["pass"] if first_pass is None else first_pass
             if position["pass"] > first_pass + 1:
                 raise RunError(f"A whole pass over the stream had no image that can be read; the last: {broken[-1]}")
@@ -276,7 +277,7 @@ class TrainingData:
         """Names of the classes in the order of their numbers; None in a run without labels."""
         return self.labels and self.labels.classes
 
-    def batches(self, start: int, stop: int, position: dict | None) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, position: dict | None) -> Generator[Batch, None, None]:
         """Iterate over the micro-batches of this process for optimizer steps start .. stop-1.
 
         Args:
