@@ -11,6 +11,7 @@ out for testing. The result is an `ImageClassifier` folder with a model card.
 import math
 import shlex
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
