@@ -24,7 +24,7 @@ _EXPORTS = {
     "ReferenceLoss": ".guidance.losses",
     "CLIPLoss": ".guidance.clip",
 }
-__all__ = [*_EXPORTS]
+__all__ = [*_EXPORTS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name):

@@ -61,10 +61,8 @@ class FinetuneArguments:
     min_snr_gamma: float | None = option(
         None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)"
     )
-    freeze: Literal["none", "all_but_attention", "all_but_norms", "all_but_up_blocks"] = option(
-        "none", "which part of the UNet to freeze"
-    )
-    sample_scheduler: Literal[tuple(SCHEDULERS)] = option("ddim", "scheduler for the sample grids")
+    freeze: str = option("none", "which part of the UNet to freeze", choices=TRAINED_PARTS)
+    sample_scheduler: str = option("ddim", "scheduler for the sample grids", choices=SCHEDULERS)
     sample_steps: int = option(40, "sampling steps for these grids")
 
     def __post_init__(self):
@@ -94,7 +92,7 @@ def finetune(
         RunError: if the run fails after it has started.
     """
     session = Session.open(run, supports_fsdp=True)
-    size = data_args.resolution or (data_args.image_size and [data_args.image_size] * 2)
+    size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
     pipeline = load_start_model(args.start_model, size, args.prediction_type)
     unet = pipeline.unet
     data = session.load_data(data_args, unet.config.in_channels, image_size(unet))

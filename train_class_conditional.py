@@ -53,8 +53,10 @@ class ClassConditionalArguments:
     _argument_group_name = "class conditioning"
     _alternatives = ({"dataset", "dataset_name", "train_data_dir"},)
 
-    dataset: Literal["mnist", "fashion_mnist"] | None = option(
-        None, "images in --data_dir, downloaded if missing (default: mnist, unless other images are named)"
+    dataset: str | None = option(
+        None,
+        "images in --data_dir, downloaded if missing (default: mnist, unless other images are named)",
+        choices=DATASETS,
     )
     data_dir: str = option("data", "folder with torchvision's MNIST/raw or FashionMNIST/raw")
 
@@ -158,6 +160,7 @@ def train_class_conditional(
     size = data_args.resolution or [data_args.image_size or 28] * 2
     data = session.load_data(chosen_data, args.image_channels, size, label_args)
     classes = data.classes
+    assert classes is not None  # images without labels raise an error
     labels, grid = rows_by_class(run.num_samples, classes)
     run = session.run = replace(run, num_samples=len(labels))  # full rows
     torch.manual_seed(run.seed)  # the same initial weights in every process and every run with this seed

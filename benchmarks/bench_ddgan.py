@@ -114,7 +114,7 @@ class DDGAN:
         """Return the floating-point operations per second of one large matrix product."""
         a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=DEVICE)
         with self.precision():
-            a @ b
+            a @ b  # pyright: ignore[reportUnusedExpression]
             return 2 * MATRIX_SIZE**3 / median(seconds(lambda: a @ b) for _ in range(rounds))
 
 
@@ -131,11 +131,11 @@ class ReferenceUNet:
             out_channels=channels,
             layers_per_block=2,
             block_out_channels=widths,
-            down_block_types=["DownBlock2D", "AttnDownBlock2D"] + ["DownBlock2D"] * (levels - 2),
-            up_block_types=["UpBlock2D"] * (levels - 2) + ["AttnUpBlock2D", "UpBlock2D"],
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", *["DownBlock2D"] * (levels - 2)),
+            up_block_types=(*["UpBlock2D"] * (levels - 2), "AttnUpBlock2D", "UpBlock2D"),
             downsample_padding=0,
             attention_head_dim=None,
-        ).to(DEVICE)
+        ).to(DEVICE)  # pyright: ignore[reportArgumentType]
         self.x = torch.randn(batch_size, channels, 32, 32, device=DEVICE)
         self.t = torch.randint(0, 1000, (batch_size,), device=DEVICE)
 
@@ -155,7 +155,7 @@ def set_float32_precision(precision: str) -> None:
     torch.backends.cudnn.conv.fp32_precision = precision
 
 
-def seconds(work: Callable[[], None]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     start = synchronized_time()
     work()
     return synchronized_time() - start
@@ -213,7 +213,7 @@ def compare(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="pairs of measurements per variant")
     parser.add_argument(
         "--variant", nargs=2, metavar=("CONFIGURATION", "VARIANT"), help="measure only this variant, in this process"
@@ -222,6 +222,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.variant:
-        print(json.dumps(measure(*args.variant, args.rounds)))
+        name, variant = args.variant
+        print(json.dumps(measure(name, variant, args.rounds)))
     else:
         compare(args.rounds)

@@ -71,7 +71,12 @@ def plain_loop(model: Path) -> Iterator[None]:
         return {"image": [torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1 for array in arrays]}
 
     dataset = load_dataset(str(EMBEDDED_DATASET), split="train").with_transform(pixels)
-    loader = torch.utils.data.DataLoader(dataset, BATCH_SIZE, shuffle=True, pin_memory=DEVICE == "cuda")
+    loader = torch.utils.data.DataLoader(
+        dataset,  # pyright: ignore[reportArgumentType]
+        BATCH_SIZE,
+        shuffle=True,
+        pin_memory=DEVICE == "cuda",
+    )
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
     while True:
         for batch in loader:
@@ -154,7 +159,7 @@ def compare(steps: int, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="timed optimizer steps of each run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--variant", choices=[PLAIN, *FLAGS], help="measure only this variant, in this process")

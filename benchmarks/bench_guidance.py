@@ -95,7 +95,9 @@ def compare_losses(folder: Path | None) -> None:
     """Print losses with and without guidance; a color loss is at most 2, since pixel values are in [-1, 1]."""
     compare_scales(EMOJI, GREEN, folder, "guidance_scales.png")
     compare_scales(CLASSES, GREEN, folder, "guidance_classes.png")
-    compare_scales(DIGITS, SymmetryLoss(), folder, "guidance_digits.png", load_extractor(str(CLASSIFIER)))
+    classifier = load_extractor(str(CLASSIFIER))
+    assert isinstance(classifier, ClassifierFeatures)
+    compare_scales(DIGITS, SymmetryLoss(), folder, "guidance_digits.png", classifier)
 
     pipe = load()
     for schedule in SCALE_SCHEDULES:

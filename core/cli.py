@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,9 +16,9 @@ from transformers import HfArgumentParser
 from .errors import InputError
 
 
-def option(default: Any, help: str) -> Any:
-    """Return a dataclass field with a default and a `--help` text."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
+    """Return a dataclass field with a default, a `--help` text and, where only these are allowed, its values."""
+    return field(default=default, metadata={"help": help} if choices is None else {"help": help, "choices": choices})
 
 
 def require_at_least(minimum: float, arguments: Any, *names: str) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from ..core.extras import missing_extra
 from ..data.images import RESIZE, resized, with_channels
 from .classifier import ImageClassifier
 from .facts import ExtractorFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INCEPTION, DINOV2, PIXELS = "inception-v3-compat", "dinov2", "pixels-8x8"
 DINOV2_WEIGHTS = "facebook/dinov2-large"  # the model of arXiv 2306.04675
@@ -72,7 +76,7 @@ class InceptionV3Compat(FeatureExtractor):
 class Dinov2(FeatureExtractor):
     """A DINOv2 transformer; its features are the normalized class token."""
 
-    def __init__(self, network: nn.Module, name: str):
+    def __init__(self, network: "PreTrainedModel", name: str):
         self.size = 16 * network.config.patch_size
         super().__init__(f"{DINOV2} ({name})", network, 3, f"to {self.size}x{self.size}, {RESIZE}")
 
@@ -99,6 +103,7 @@ class ClassifierFeatures(FeatureExtractor):
     """The penultimate layer and the logits of an `ImageClassifier`."""
 
     logits_input = "classifier_logits"
+    network: ImageClassifier
 
     def __init__(self, network: ImageClassifier, name: str):
         self.size = network.config.sample_size

@@ -148,7 +148,7 @@ def _extract_checked(batch: range, extract: Callable[[range], Features]) -> Feat
         broken = (~tensor.isfinite()).reshape(len(batch), -1).any(1).nonzero()
         if len(broken):
             raise ValueError(
-                f"The {name} of image {batch[broken[0].item()]} are not finite. The image or the network is broken: "
+                f"The {name} of image {batch[int(broken[0])]} are not finite. The image or the network is broken: "
                 "look at the image, and compute in float32."
             )
     return {**features, "image": torch.tensor(batch)}

@@ -262,14 +262,17 @@ class MetricInputs:
 
     @cached_property
     def manifold_metrics(self) -> dict[str, MetricValue]:
+        assert self.reference is not None
         return manifold_metrics(self.features, self.reference)
 
     @cached_property
     def memorization_metrics(self) -> dict[str, MetricValue]:
+        assert self.reference is not None and self.held_out is not None
         return memorization_metrics(self.features, self.reference, self.held_out)
 
     @cached_property
     def mode_coverage(self) -> ModeCoverage:
+        assert self.digits is not None
         return stacked_mnist_coverage(self.digits)
 
 
@@ -288,7 +291,7 @@ class Metric:
 
     title: str
     needs: frozenset[str]
-    compute: Callable[[MetricInputs], MetricValue]
+    compute: Callable[[Any], MetricValue]  # of `MetricInputs` in which those that it needs are not None
     lower_is_better: bool = False
     panel: str | None = None
     is_headline: bool = False
@@ -388,7 +391,9 @@ def reference_baseline(
     """
     first, second = _shuffled_order(_checked(reference, min_images=2)).tensor_split(2)
     first = first[:count]
-    scored = {logits_input: logits[first]} if logits is not None and len(first) >= IS_SPLITS else {}
+    scored: dict[str, torch.Tensor] = {}
+    if logits is not None and logits_input is not None and len(first) >= IS_SPLITS:
+        scored[logits_input] = logits[first]
     other_half = reference[second]
     inputs = MetricInputs(reference[first], other_half, Gaussian.of(other_half), **scored)
     baseline = compute_metrics(inputs)

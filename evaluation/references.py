@@ -83,6 +83,7 @@ class Reference:
     def gaussian(self) -> Gaussian:
         """Mean and covariance of the features."""
         if self._gaussian is None:
+            assert self.features is not None  # one of the two is given
             self._gaussian = Gaussian.of(self.features["features"])
         return self._gaussian
 
@@ -94,6 +95,7 @@ class Reference:
         """
         key = count, logits_input
         if key not in self._baselines:
+            assert self.features is not None
             logits = self.features.get("logits") if logits_input else None
             self._baselines[key] = reference_baseline(self.features["features"], count, logits, logits_input)
         return self._baselines[key]

@@ -26,7 +26,7 @@ def format_value(metric: MetricValue) -> str:
 
 def format_table(metrics: dict[str, MetricValue], floors: dict[str, MetricValue]) -> str:
     """Format metrics, keyed `name@images`, as a table with the real-vs-real baseline where it is known."""
-    rows = [("", "value", "floor"), ("", "", "")]
+    rows: list[tuple[str, ...]] = [("", "value", "floor"), ("", "", "")]
     for key, metric in metrics.items():
         name = key.partition("@")[0]
         rows.append((metric_title(key), format_value(metric), format_value(floors[name]) if name in floors else ""))

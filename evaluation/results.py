@@ -101,6 +101,7 @@ def compute_results(
             inputs["reference"] = reference.features["features"]
             floors = reference.baseline(samples.count, None if has_digits else extractor.logits_input)
     if held_out:
+        assert held_out.features is not None
         inputs["held_out"] = held_out.features["features"]
     classes = None
     if has_digits:
@@ -109,6 +110,7 @@ def compute_results(
         if extractor.logits_input:
             inputs[extractor.logits_input] = features["logits"]
         if "classes" in features:
+            assert class_labels is not None and classifier is not None
             repeats = -(-samples.count // len(class_labels))
             requested = torch.tensor(class_labels).repeat(repeats)[: samples.count]
             names = classifier.network.class_names

@@ -37,13 +37,13 @@ class Arguments:
     clip_model: list[str] | None = option(None, CLIP_MODEL_HELP)
     guidance_scale: float = option(40.0, "guidance scale; larger images need a larger one")
     gradient: Literal["sample", "model"] = option("sample", "model: differentiate through the network too")
-    scale_schedule: Literal[tuple(SCALE_SCHEDULES)] = option(
-        "constant", "factor of the guidance scale as a function of the noise level"
+    scale_schedule: str = option(
+        "constant", "factor of the guidance scale as a function of the noise level", choices=SCALE_SCHEDULES
     )
     guidance_start: float = option(0.0, "fraction of the steps at which guidance starts")
     guidance_end: float = option(1.0, "fraction of the steps at which guidance ends")
     max_grad_norm: float | None = option(None, "maximum norm of each image's gradient")
-    scheduler: Literal["as-saved", *SCHEDULERS] = option("ddim", "scheduler to sample with")
+    scheduler: str = option("ddim", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
     num_inference_steps: int | None = option(None, f"denoising steps (default: {DEFAULT_STEPS})")
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from textwrap import shorten
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,7 +166,7 @@ class Encoder(ABC):
     """
 
     def __init__(self, model: torch.nn.Module, size, mean: Sequence[float], std: Sequence[float], device):
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         realign_parameters(model)
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
@@ -185,7 +186,7 @@ class Encoder(ABC):
         images = (images / 2 + 0.5 - self.mean) / self.std
         features = self.image_features(images.to(self.dtype)).float()
         if images.requires_grad and self.dtype != torch.float32:
-            scale = None  # of each image's gradient within the model, against underflow
+            scale: torch.Tensor  # of each image's gradient within the model, against underflow
 
             def scale_gradient(gradient):
                 nonlocal scale

@@ -56,7 +56,7 @@ class WeightedSum(GuidanceLoss):
         self.terms = list(terms)
 
     def __call__(self, images: torch.Tensor, step: int = 0) -> torch.Tensor:
-        return sum(weight * loss(images, step) for weight, loss in self.terms)
+        return sum(weight * loss(images, step) for weight, loss in self.terms)  # pyright: ignore[reportReturnType]
 
 
 def _terms(loss: GuidanceLoss) -> list[tuple[float, GuidanceLoss]]:

@@ -1,10 +1,11 @@
 """Model cards: written from the facts of a run or, where these are unknown, from the contents of a pipeline folder."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, hf_hub_url
@@ -169,7 +170,7 @@ def card_text(facts: CardFacts) -> str:
     )
 
 
-def table(rows: dict[str, Any]) -> str:
+def table(rows: Mapping[str, Any]) -> str:
     """Return a Markdown table of two columns without headings."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
@@ -282,7 +283,7 @@ def with_model_card(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPi
     return pipeline_class
 
 
-def license_of(model: str) -> dict[str, str]:
+def license_of(model: str) -> dict[str, Any]:
     """Return the license on the card of a pipeline folder or a repository on the Hub, as fields of `CardFacts`.
 
     Empty if it is unknown. The link to a license text in the repository becomes a full address.
@@ -298,7 +299,7 @@ def license_of(model: str) -> dict[str, str]:
     return {name: value for name, value in values.items() if value}
 
 
-def is_repo_id(name: str | None) -> bool:
+def is_repo_id(name: str | None) -> TypeGuard[str]:
     """Return whether a name has the form of a repository on the Hub, `user/name`, and is no local path."""
     if not name or "/" not in name or Path(name).exists():
         return False

@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # noqa: F40
 
 from .. import __all__ as installed
 
-_PACKAGE = __package__.rpartition(".")[0]
+_PACKAGE = __name__.rsplit(".", 2)[0]
 
 
 def __getattr__(name):
@@ -48,6 +48,6 @@ def installed_class(path_or_repo: str, **kwargs) -> type[DiffusionPipeline]:
     Raises:
         OSError: if there is no pipeline.
     """
-    name = DiffusionPipeline.load_config(path_or_repo, **kwargs)["_class_name"]
+    name = DiffusionPipeline.load_config(path_or_repo, **kwargs)["_class_name"]  # pyright: ignore[reportCallIssue, reportArgumentType]
     name = name if isinstance(name, str) else name[-1]
     return getattr(import_module(_PACKAGE), name) if name in installed else DiffusionPipeline

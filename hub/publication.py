@@ -26,7 +26,7 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 # ![caption](name), ![caption](<name>), src="name", src='name'
 _IMAGE_LINK = re.compile(r"""!\[[^]]*]\((?:<([^>]+)>|([^)\s]+))|src=(["'])(.+?)\3""")
 _SPACE_FILES = (".py", ".md", ".txt", ".css", *_IMAGES)
-_PACKAGE = __package__.partition(".")[0]
+_PACKAGE = __name__.partition(".")[0]
 _PACKAGE_FOLDER = Path(__file__).parents[1]
 
 

@@ -33,7 +33,7 @@ def save_samples(pipe: DiffusionPipeline, folder: Path) -> None:
         for module in in_training:
             module.training = False
         arguments = sample_arguments(pipe, 9)
-        images = pipe(**arguments).images
+        images = pipe(**arguments).images  # pyright: ignore[reportCallIssue]
         settings = [f"Seeds 0 to 8, {len(pipe.scheduler.timesteps)} steps"]
         settings += ["the classes in turn"] * ("class_labels" in arguments) + ["no guidance"] * ("loss" in arguments)
         caption = PngInfo()

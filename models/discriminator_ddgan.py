@@ -14,6 +14,8 @@ from torch import nn
 class DDGANDiscriminatorBlock(nn.Module):
     """Residual block with a time embedding. With `down` it halves height and width, rounding down."""
 
+    kernel: torch.Tensor
+
     def __init__(self, in_channels: int, out_channels: int, time_embed_dim: int, down: bool):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -116,7 +118,7 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for block in self.blocks:
-            nn.init.xavier_uniform_(block.conv2.weight, gain=1e-5)
+            nn.init.xavier_uniform_(block.conv2.weight, gain=1e-5)  # pyright: ignore[reportArgumentType]
         if near_zero_conv_out:
             nn.init.xavier_uniform_(self.conv_out.weight, gain=1e-5)
         if self.class_embedding is not None:
@@ -163,7 +165,7 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb)  # pyright: ignore[reportOptionalCall]
             else:
                 hidden_states = block(hidden_states, temb)
 

@@ -21,7 +21,7 @@ class UNetDiscriminatorHead(nn.Module):
         self.act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels, 1, 1)
         nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        nn.init.zeros_(self.conv_out.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.conv(self.act(self.norm(hidden_states)))
@@ -75,6 +75,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
         self.input_class_embedding = None
         image_channels = unet.config.in_channels
         if num_class_labels is not None:
+            assert class_emb_size is not None
             self.input_class_embedding = nn.Embedding(num_class_labels, class_emb_size)
             image_channels -= class_emb_size
         self.conv_in = unet.conv_in
@@ -92,7 +93,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
                 module.set_processor(AttnProcessor())
 
     @classmethod
-    def from_unet(cls, unet: nn.Module, num_heads: int = 3, pair: bool = False) -> "UNetDiscriminator":
+    def from_unet(cls, unet: ModelMixin, num_heads: int = 3, pair: bool = False) -> "UNetDiscriminator":
         """Builds a discriminator, in float32, whose encoder is a copy of a UNet's.
 
         Args:
@@ -120,7 +121,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
             weight[:, : inner.config.in_channels] = state["conv_in.weight"]
             state["conv_in.weight"] = weight
         model.load_state_dict(state, strict=False)  # the decoder of the UNet is left out, the heads are new
-        return model.to(inner.device)
+        return model.to(inner.device)  # pyright: ignore[reportArgumentType]
 
     def forward(
         self,

@@ -244,5 +244,5 @@ class ContextUnet(ModelMixin, ConfigMixin):
 
     def _run_block(self, block: nn.Module, *args: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *args)
+            return self._gradient_checkpointing_func(block, *args)  # pyright: ignore[reportOptionalCall]
         return block(*args)

@@ -57,6 +57,8 @@ class Downsample(nn.Module):
     With `fir` the filter is the outer product of (1 3 3 1) normalized to sum 1, otherwise a 2x2 mean.
     """
 
+    kernel: torch.Tensor
+
     def __init__(self, in_channels: int, out_channels: int, fir: bool, with_conv: bool):
         super().__init__()
         self.fir = fir
@@ -81,6 +83,8 @@ class Upsample(nn.Module):
 
     With `fir` this is the transposed FIR filter of `Downsample` with gain 4, otherwise nearest-neighbor interpolation.
     """
+
+    kernel: torch.Tensor
 
     def __init__(self, in_channels: int, out_channels: int, fir: bool, with_conv: bool):
         super().__init__()
@@ -182,6 +186,7 @@ class AttentionBlock(nn.Module, AttentionModuleMixin):
     _default_processor_cls = AttentionProcessor
     _available_processors = (AttentionProcessor,)
     _supports_qkv_fusion = False
+    processor: AttentionProcessor
 
     def __init__(self, channels: int, skip_rescale: bool):
         super().__init__()
@@ -191,7 +196,7 @@ class AttentionBlock(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.Linear(channels, channels)
-        self.set_processor(AttentionProcessor())
+        self.set_processor(AttentionProcessor())  # pyright: ignore[reportArgumentType]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2)
@@ -309,7 +314,7 @@ class NCSNppUpBlock(nn.Module):
             pyramid = extend_to(self.pyramid_upsampler(pyramid), hidden_states.shape[2:])
             if self.residual_pyramid:
                 pyramid = hidden_states = (pyramid + hidden_states) * self.skip_scale
-        if self.pyramid_conv is not None:
+        if self.pyramid_norm is not None and self.pyramid_conv is not None:
             level_output = self.pyramid_conv(F.silu(self.pyramid_norm(hidden_states)))
             pyramid = level_output if pyramid is None else pyramid + level_output
         if self.upsampler is not None:
@@ -429,8 +434,9 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
 
         # 1. embeddings of the timestep, of z and of the class
         base_channels = base_channels or block_out_channels[0]
-        time_embed_dim = 4 * base_channels if time_conditioning else None
+        time_embed_dim = None
         if time_conditioning:
+            time_embed_dim = 4 * base_channels
             if time_embedding_type == "fourier":
                 self.time_proj = GaussianFourierProjection(base_channels, fourier_scale, set_W_to_weight=False)
                 self.time_embedding = TimestepEmbedding(2 * base_channels, time_embed_dim)
@@ -496,7 +502,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         self.mid_block = NCSNppMidBlock(channels, resnet, attention)
 
         # 4. up
-        pyramid_channels = None
+        pyramid_channels = block_out_channels[-1]
         self.up_blocks = nn.ModuleList()
         for level, out in reversed(list(enumerate(block_out_channels))):
             level_skip_channels = [skip_channels.pop() for _ in range(layers_per_block + 1)]
@@ -620,14 +626,15 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         # 4. up
         pyramid = None
         for block in self.up_blocks:
-            skips, block_skips = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+            skips, block_skips = skips[: -len(block.resnets)], skips[-len(block.resnets) :]  # pyright: ignore[reportArgumentType]
             size = skips[-1].shape[2:] if skips else None
             hidden_states, pyramid = self._run_block(block, hidden_states, block_skips, pyramid, temb, z_emb, size)
 
         # 5. out
-        if self.conv_out is not None:
+        if self.conv_norm_out is not None and self.conv_out is not None:
             hidden_states = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
         else:
+            assert pyramid is not None
             hidden_states = pyramid
         if self.config.tanh_output:
             hidden_states = hidden_states.tanh()
@@ -638,11 +645,11 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
 
     def _run_block(self, block, *args):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *args)
+            return self._gradient_checkpointing_func(block, *args)  # pyright: ignore[reportOptionalCall]
         return block(*args)
 
 
 def init_uniform(layer: nn.Linear | nn.Conv2d, scale: float = 1.0):
     """Initialize a layer with uniform weights of variance `scale / fan_avg` and zero biases."""
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale))
-    nn.init.zeros_(layer.bias)
+    nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]

@@ -285,7 +285,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         class_labels = self.encode_class_labels(class_labels, batch_size).to(device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
-        latents = self.prepare_latents(len(class_labels), generator, latents, dtype)
+        sample = self.prepare_latents(len(class_labels), generator, latents, dtype)
         if self.do_classifier_free_guidance:
             null_class = 0 if class_labels.is_floating_point() else self.num_classes
             class_labels = torch.cat([torch.full_like(class_labels, null_class), class_labels])
@@ -296,27 +296,27 @@ class ClassConditionalPipeline(DiffusionPipeline):
         step_kwargs = {"eta": eta, "generator": generator, "use_clipped_model_output": use_clipped}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
 
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore[reportArgumentType, reportCallIssue]
             if self.interrupt:
                 continue
-            model_input = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
+            model_input = torch.cat([sample, sample]) if self.do_classifier_free_guidance else sample
             model_input = self.scheduler.scale_model_input(model_input, t).to(self.unet.dtype)
             output = self.unet(model_input, t, class_labels=class_labels, return_dict=False)[0].to(dtype)
             if self.do_classifier_free_guidance:
                 unconditional, conditional = output.chunk(2)
                 output = unconditional + self.guidance_scale * (conditional - unconditional)
-            latents = self.scheduler.step(output, t, latents, **step_kwargs).prev_sample
+            sample = self.scheduler.step(output, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
-                available = {"latents": latents, "class_labels": class_labels}
+                available = {"latents": sample, "class_labels": class_labels}
                 callback_kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                 callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                latents = callback_outputs.get("latents", latents)
+                sample = callback_outputs.get("latents", sample)
                 class_labels = callback_outputs.get("class_labels", class_labels)
 
         self.maybe_free_model_hooks()
 
-        images = latents
+        images = sample
         if output_type != "latent":
             images = (images / 2 + 0.5).clamp(0, 1)
         if output_type in ("np", "pil"):
@@ -325,4 +325,4 @@ class ClassConditionalPipeline(DiffusionPipeline):
             images = self.numpy_to_pil(images)
         if not return_dict:
             return (images,)
-        return ImagePipelineOutput(images=images)
+        return ImagePipelineOutput(images=images)  # pyright: ignore[reportArgumentType]

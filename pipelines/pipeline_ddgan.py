@@ -131,23 +131,23 @@ class DDGANPipeline(DiffusionPipeline):
         if latents is None:
             shape = self._latents_shape(batch_size)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents = latents.to(device, torch.float32)
+        sample = latents.to(device, torch.float32)
         z_shape = (batch_size, self.unet.config.latent_dim)
         device_timesteps = self.scheduler.timesteps.to(device)  # one copy, because each waits for the device
 
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore[reportArgumentType, reportCallIssue]
             z = randn_tensor(z_shape, generator=generator, device=device, dtype=torch.float32)
-            x_0 = self.unet(latents.to(dtype), device_timesteps[i], z.to(dtype), class_labels=class_labels).sample
-            latents = self.scheduler.step(x_0, t, latents, generator=generator).prev_sample
+            x_0 = self.unet(sample.to(dtype), device_timesteps[i], z.to(dtype), class_labels=class_labels).sample
+            sample = self.scheduler.step(x_0, t, sample, generator=generator).prev_sample
 
             if callback_on_step_end is not None:
-                available = {"latents": latents}
+                available = {"latents": sample}
                 callback_kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, i, t, callback_kwargs).get("latents", latents)
+                sample = callback_on_step_end(self, i, t, callback_kwargs).get("latents", sample)
 
         self.maybe_free_model_hooks()
 
-        images = latents
+        images = sample
         if output_type != "latent":
             images = (images / 2 + 0.5).clamp(0, 1)
         if output_type in ("np", "pil"):
@@ -156,7 +156,7 @@ class DDGANPipeline(DiffusionPipeline):
             images = self.numpy_to_pil(images)
         if not return_dict:
             return (images,)
-        return ImagePipelineOutput(images=images)
+        return ImagePipelineOutput(images=images)  # pyright: ignore[reportArgumentType]
 
     def _latents_shape(self, batch_size: int) -> tuple[int, int, int, int]:
         size = self.unet.config.sample_size

@@ -236,16 +236,16 @@ class GuidedPipeline(DiffusionPipeline):
         condition = self._encode_class_labels(class_labels, batch_size, device)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        sample = latents.to(device, dtype) * self.scheduler.init_noise_sigma
         takes_z = "z" in _forward_parameters(self.unet)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {"generator": generator} if takes_generator else {}
+        step_kwargs: dict[str, Any] = {"generator": generator} if takes_generator else {}
 
         per_image_loss = _PerImageLoss(loss)
         guidance_losses = torch.full((len(alpha_bars), batch_size), torch.nan)
         guided_steps = range(round(guidance_start * len(alpha_bars)), round(guidance_end * len(alpha_bars)))
 
-        with _frozen(self.unet), self.progress_bar(total=len(alpha_bars)) as progress_bar:
+        with _frozen(self.unet), self.progress_bar(total=len(alpha_bars)) as progress_bar:  # pyright: ignore[reportCallIssue]
             for i, (t, alpha_bar) in enumerate(zip(self.scheduler.timesteps, alpha_bars, strict=True)):
                 if self.interrupt:
                     continue
@@ -255,7 +255,7 @@ class GuidedPipeline(DiffusionPipeline):
                 if takes_z:
                     z = randn_tensor((batch_size, self.unet.config.latent_dim), generator, device, torch.float32)
                     condition["z"] = z.to(self.unet.dtype)
-                model_input = self.scheduler.scale_model_input(latents, t).detach().requires_grad_(guided)
+                model_input = self.scheduler.scale_model_input(sample, t).detach().requires_grad_(guided)
                 with torch.set_grad_enabled(guided and gradient == "model"):
                     output = self.unet(model_input.to(self.unet.dtype), t, **condition).sample.to(dtype)
 
@@ -273,8 +273,8 @@ class GuidedPipeline(DiffusionPipeline):
                     if self.scheduler.config.prediction_type == "sample":
                         output = output.detach().clone()
                         output[:, :channels] += alpha_bar**0.5 * update
-                    input_scale = self.scheduler.scale_model_input(torch.ones_like(latents), t)
-                    latents = latents + update / input_scale
+                    input_scale = self.scheduler.scale_model_input(torch.ones_like(sample), t)
+                    sample = sample + update / input_scale
                     guidance_losses[i] = losses.detach()
                     progress_bar.set_postfix(loss=f"{guidance_losses[i].mean():.4g}")
 
@@ -282,17 +282,17 @@ class GuidedPipeline(DiffusionPipeline):
                 output = output.detach()
                 if not isinstance(self.scheduler, DDPMScheduler):
                     output = output[:, :channels]
-                latents = self.scheduler.step(output, t, latents, **step_kwargs).prev_sample
+                sample = self.scheduler.step(output, t, sample, **step_kwargs).prev_sample
 
                 if callback_on_step_end is not None:
-                    available = {"latents": latents}
+                    available = {"latents": sample}
                     callback_kwargs = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = callback_on_step_end(self, i, t, callback_kwargs).get("latents", latents)
+                    sample = callback_on_step_end(self, i, t, callback_kwargs).get("latents", sample)
                 progress_bar.update()
 
         self.maybe_free_model_hooks()
 
-        images = latents
+        images = sample
         if output_type != "latent":
             images = (images / 2 + 0.5).clamp(0, 1)
         if output_type in ("np", "pil"):

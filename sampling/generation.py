@@ -43,7 +43,7 @@ def sample(
         InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, or if
             the pipeline does not accept an argument.
     """
-    num_train_timesteps = pipe.scheduler.config.num_train_timesteps
+    num_train_timesteps: int = pipe.scheduler.config.num_train_timesteps
     if num_inference_steps is not None and num_inference_steps > num_train_timesteps:
         raise InputError(
             f"{num_inference_steps} inference steps are more than the {num_train_timesteps} timesteps that this "
@@ -75,7 +75,7 @@ def sample(
     if missing := [name for name in required if name not in arguments]:
         raise InputError(f"A {type(pipe).__name__} cannot be called without {' and '.join(missing)}.")
     try:
-        images = pipe(**arguments).images
+        images = pipe(**arguments).images  # pyright: ignore[reportCallIssue]
     except ValueError as error:
         raise InputError(str(error)) from error
     return [to_pil(image) for image in (images * 255).round().astype(np.uint8)]
@@ -144,7 +144,7 @@ def to_pil_images(images: torch.Tensor) -> list[Image.Image]:
 
 
 def _denoise(
-    pipe: DDPMPipeline | DDIMPipeline,
+    pipe: DiffusionPipeline,
     generators: list[torch.Generator],
     num_inference_steps: int,
     class_labels: Sequence[int | str] | None,
@@ -155,7 +155,7 @@ def _denoise(
     size, channels = unet.config.sample_size, unet.config.in_channels
     height, width = (size, size) if isinstance(size, int) else size
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    step_kwargs = {"generator": generators} if takes_generator else {}
+    step_kwargs: dict[str, Any] = {"generator": generators} if takes_generator else {}
     scheduler.set_timesteps(num_inference_steps, device=unet.device)
     shape = (len(generators), channels, height, width)
     sample = randn_tensor(shape, generator=generators, device=unet.device) * scheduler.init_noise_sigma

@@ -254,8 +254,11 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         x_0 = original_samples.to(dtype)
         if noise is None:
-            noise = [randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=dtype) for _ in range(2)]
-        first_noise, second_noise = (n.to(dtype) for n in noise)
+            first_noise, second_noise = (
+                randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=dtype) for _ in range(2)
+            )
+        else:
+            first_noise, second_noise = (n.to(dtype) for n in noise)
         less_noisy = self._at("signal_below", timesteps, x_0) * x_0
         less_noisy = less_noisy + self._at("noise_below", timesteps, x_0) * first_noise
         noisier = (

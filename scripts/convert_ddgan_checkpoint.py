@@ -9,7 +9,7 @@ arguments and the discriminator, which is saved to the subfolder discriminator/.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ddgan import DDGANPipeline, DDGANScheduler
 from ddgan.conversion.ddgan_checkpoints import (
@@ -35,8 +35,10 @@ class ConvertArguments:
 
     checkpoint_path: str | None = option(None, "checkpoint to convert: netG_*.pth or content.pth")
     config_path: str | None = option(None, "JSON file with the training arguments of the checkpoint")
-    recipe: Literal[tuple(PUBLISHED_MODELS)] | None = option(
-        None, "published model to take the training arguments from, instead of --config_path"
+    recipe: str | None = option(
+        None,
+        "published model to take the training arguments from, instead of --config_path",
+        choices=PUBLISHED_MODELS,
     )
     output_dir: str | None = option(None, "folder for the pipeline")
     num_samples: int = option(16, "images to generate on the CPU for the model card, slow at 256x256; 0 for none")

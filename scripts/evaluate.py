@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 from zipfile import ZipFile
 
 import torch
@@ -89,11 +88,11 @@ class EvaluateArguments:
     stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
     batch_size: int = option(64, "images per forward pass; on a CPU samples are generated one by one")
     seed: int = option(0, "seed of the first sample; the next ones follow it")
-    scheduler: Literal["as-saved", *SCHEDULERS] = option("as-saved", "scheduler to sample with")
+    scheduler: str = option("as-saved", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
     num_inference_steps: int | None = option(
         None, "network evaluations per sample (default: all of a DDPM's, 50 of others', or the pipeline's own)"
     )
-    dtype: Literal[tuple(DTYPES)] = option("fp32", "number format of the pipeline's network")
+    dtype: str = option("fp32", "number format of the pipeline's network", choices=DTYPES)
     class_labels: list[int] | None = option(None, "class of each image, used in turn: --class_labels 0 1 2")
     guidance_scale: float | None = option(
         None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
@@ -179,7 +178,7 @@ def select_classifier(
     if args.stacked_mnist:
         if (classes, classifier.channels) != (10, 1):
             raise InputError(f"--stacked_mnist needs a classifier of ten gray digits, which {classifier.name} is not.")
-    elif min(args.class_labels) < 0 or max(args.class_labels) >= classes:
+    elif args.class_labels is not None and (min(args.class_labels) < 0 or max(args.class_labels) >= classes):
         raise InputError(
             f"--class_labels are {sorted(set(args.class_labels))}, but the classifier {classifier.name} has the "
             f"classes 0 to {classes - 1}."
@@ -205,6 +204,7 @@ class PipelineSamples:
         self.count = args.num_images or (STACKED_MNIST_SAMPLES if args.stacked_mnist else DEFAULT_NUM_IMAGES)
         # results of an accelerator depend on the batch size only, those of a CPU on more, so there it is 1
         self.batch_size = 1 if accelerator.device.type == "cpu" else args.batch_size
+        assert args.pipeline is not None
         pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
         contents = pipeline_hash(pipe)
         self.pipe = with_scheduler(pipe, args.scheduler)
@@ -247,6 +247,7 @@ class StoredSamples:
     """Existing images, all of one size, with the same attributes as `PipelineSamples`."""
 
     def __init__(self, args: EvaluateArguments):
+        assert args.images is not None
         self.source = open_source(args.images, image_column=args.image_column)
         self.images = ReferenceImages(self.source)
         total = len(self.source)
@@ -294,7 +295,7 @@ def extract_sample_features(
     def extract(indices: range) -> Features:
         images = samples.batch(indices)
         features = extractor(images)
-        if args.stacked_mnist:
+        if classifier and args.stacked_mnist:
             digits = classifier(images.flatten(0, 1)[:, None])["logits"].argmax(1)
             return {**features, "digits": digits.view(-1, 3)}
         if classifier:
@@ -454,7 +455,7 @@ def write_results(results: Results, args: EvaluateArguments, seconds: float) -> 
         replace_file(confusion_path(args), lambda path: figure.savefig(path, dpi=110))
     if card := card_to_update(args):
         protocol = results.protocol
-        dataset = protocol.reference.name if protocol.reference else protocol.classifier.name
+        dataset = (protocol.reference or protocol.classifier or protocol.extractor).name
         split = protocol.reference and protocol.reference.split
         update_model_index(card, model_index_entries(results.metrics, dataset, split, protocol.descriptions()))
 

@@ -45,11 +45,11 @@ class GenerateArguments:
     num_images: int = option(16, "total number of images; a higher number adds to existing images")
     batch_size: int = option(16, "images per batch on an accelerator; on a CPU it is always 1")
     seed: int = option(0, "seed of the first image; the following images have the following seeds")
-    scheduler: Literal["as-saved", *SCHEDULERS] = option("as-saved", "scheduler to sample with")
+    scheduler: str = option("as-saved", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
     num_inference_steps: int | None = option(
         None, "denoising steps (default: all for DDPM, 50 for other schedulers, or the pipeline's own default)"
     )
-    dtype: Literal[tuple(DTYPES)] = option("fp32", "data type of the network")
+    dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def generate(indices: list[int]) -> list[Image.Image]:
         labels = [label_of(i) for i in indices] if args.class_labels else None
-        return sample(pipe, [args.seed + i for i in indices], args.num_inference_steps, labels, **guidance)
+        return sample(pipe, [args.seed + i for i in indices], args.num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
 
     shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
     missing = [i for i in shard if not image_path(output, i).exists()]
@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
 def guidance_loss(args: GenerateArguments, device: torch.device) -> GuidanceLoss:
     losses: list[GuidanceLoss] = [ColorLoss(args.color)] if args.color else []
     if args.clip_prompt:
+        assert args.clip_model is not None
         losses.append(CLIPLoss(args.clip_prompt, *args.clip_model, device=device))
     losses += [parse_loss(text, args.clip_model, device) for text in args.towards or []]
     return sum_losses(losses)

@@ -11,6 +11,7 @@ out for testing. The result is an `ImageClassifier` folder with a model card.
 import math
 import shlex
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     train, test, names, test_name = load_data(args)
     model = ImageClassifier(
         train.images.shape[-1], train.images.shape[1], len(names), tuple(args.widths), dict(enumerate(names))
-    ).to(device)
+    ).to(device)  # pyright: ignore[reportArgumentType]
     start = time.perf_counter()
     fit(model, train, args)
     minutes = (time.perf_counter() - start) / 60
@@ -152,7 +153,7 @@ def augment(images: torch.Tensor, strength: float, flip: bool, generator: torch.
     affine = torch.cat(
         [rotation * scale.view(-1, 1, 1), 2 * uniform(SHIFT, 2, 1)], 2
     )  # the image side is 2 in grid coordinates
-    grid = F.affine_grid(affine, images.shape, align_corners=False)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     transformed = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     noise = torch.randn(images.shape, generator=generator) * uniform(NOISE, 1, 1, 1)
     return (transformed + noise).clamp(-1, 1)
@@ -205,7 +206,7 @@ def open_splits(args: ClassifierArguments) -> tuple[ImageSource, ImageSource | N
     """Open the images to learn from, and those of the test split; None if there is no such split."""
     open_split = partial(
         open_source,
-        args.train_data_dir or args.dataset_name,
+        args.train_data_dir or args.dataset_name,  # pyright: ignore[reportArgumentType]
         config=args.dataset_config,
         image_column=args.image_column,
         folder_as="images" if args.train_data_dir else "dataset",
@@ -250,7 +251,7 @@ def card_text(
     minutes: float,
 ) -> str:
     """The card as Markdown: accuracy, data, settings, use."""
-    dataset = location_name(args.dataset_name or args.train_data_dir)
+    dataset = location_name(args.dataset_name or args.train_data_dir)  # pyright: ignore[reportArgumentType]
     title = Path(args.output_dir).resolve().name
     size, channels = model.config.sample_size, model.config.in_channels
     result = EvalResult(
@@ -309,7 +310,7 @@ def to_flags(settings: dict[str, object]) -> list[str]:
     return flags
 
 
-def table(rows: dict[str, object]) -> str:
+def table(rows: Mapping[str, object]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 

@@ -62,8 +62,9 @@ class RunArguments:
     _alternatives = ({"num_epochs", "max_train_steps"},)
     _default_output_dir: ClassVar = "finetuned"
 
-    output_dir: str | None = option(None, "the run folder (default: --model_save_name)")
-    model_save_name: str | None = option(
+    # __post_init__ replaces None in these two and in report_to
+    output_dir: str = option(None, "the run folder (default: --model_save_name)")
+    model_save_name: str = option(
         None, "name of the model on its card and on the Hub (default: the name of --output_dir)"
     )
     seed: int = option(0, "random seed; runs with the same seed and settings are identical")
@@ -91,7 +92,7 @@ class RunArguments:
     resume_from_checkpoint: str | None = option(
         None, "resume from this checkpoint folder of the run, or from the `latest`"
     )
-    report_to: Literal["tensorboard", "wandb", "trackio", "none", "all"] | None = option(
+    report_to: Literal["tensorboard", "wandb", "trackio", "none", "all"] = option(
         None, "where metrics and samples go (default: wandb with --wandb_project, else tensorboard)"
     )
     wandb_project: str | None = option(None, "project name for the tracker")

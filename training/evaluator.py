@@ -50,7 +50,7 @@ class Evaluation:
     protocol: dict[str, str]
     comparison_key: str
     dataset: str
-    split: str
+    split: str | None
     warnings: list[str]
     best_metric: str = "fid"
 
@@ -122,13 +122,11 @@ class EvaluationHistory:
     def add(self, evaluation: Evaluation, seconds: float) -> bool:
         """Add an evaluation and return whether it is the best so far."""
         self.last, self.count, self.seconds = evaluation, self.count + 1, self.seconds + seconds
-        is_comparable = self.best is not None and self.best.comparison_key == evaluation.comparison_key
-        if not is_comparable:
-            self.since = evaluation.step
+        best = self.best
+        if best is None or best.comparison_key != evaluation.comparison_key:
+            best, self.since = None, evaluation.step
         # after a change of --best_metric, the best of the earlier steps is unknown
-        is_best = (
-            not is_comparable or self.best.best_metric != evaluation.best_metric or evaluation.is_better(self.best)
-        )
+        is_best = best is None or best.best_metric != evaluation.best_metric or evaluation.is_better(best)
         if is_best:
             self.best = evaluation
         return is_best
@@ -145,7 +143,7 @@ class EvaluationHistory:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "EvaluationHistory":
         evaluations = {name: Evaluation.from_json(values[name]) for name in ("last", "best") if values.get(name)}
-        return cls(**values | evaluations)
+        return cls(**{**values, **evaluations})
 
 
 class Evaluator:
@@ -185,10 +183,9 @@ class Evaluator:
         try:
             with accelerator.main_process_first():  # it downloads weights, which the others then find
                 self.extractor = load_extractor(args.feature_extractor or INCEPTION, args.extractor_weights)
-            knows_classes = (
-                isinstance(self.extractor, ClassifierFeatures) and self.extractor.network.class_names == data.classes
-            )
-            self.classifier = self.extractor if knows_classes else None
+            self.classifier = None
+            if isinstance(self.extractor, ClassifierFeatures) and self.extractor.network.class_names == data.classes:
+                self.classifier = self.extractor
             self._require_best_metric()
             images = ReferenceImages(data.source, data.args.skip_broken_images)
             with self._extractor_on_device():
@@ -267,7 +264,7 @@ class Evaluator:
                 description="evaluating",
                 before_batch=before_batch,
             )
-        evaluation: list[Evaluation | None] = [None]
+        evaluation: list[Any] = [None]
         if features is not None:
             samples = SampleFacts(
                 count=count,
@@ -298,18 +295,18 @@ class Evaluator:
             )
         except ValueError as error:
             raise RunError(f"The samples of this run cannot be measured: {error}") from error
-        protocol = results.protocol
+        protocol, reference = results.protocol, self.reference.facts
         checkpoint = {"pipeline": self.run.model_save_name, "step": step}
         described = replace(protocol, samples=replace(samples, origin=checkpoint | samples.origin))
-        comparable = [samples.as_dict(), protocol.reference.as_dict(), protocol.extractor.as_dict()]
+        comparable = [samples.as_dict(), reference.as_dict(), protocol.extractor.as_dict()]
         return Evaluation(
             step=step,
             metrics=results.metrics,
             floors=results.floors,
             protocol=described.descriptions(),
             comparison_key=fingerprint(comparable),
-            dataset=protocol.reference.name,
-            split=protocol.reference.split,
+            dataset=reference.name,
+            split=reference.split,
             warnings=results.warnings,
             best_metric=self.args.best_metric,
         )

@@ -1,7 +1,7 @@
 """Micro-batches of training images, from image sources or streams."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice
@@ -155,7 +155,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         rows = rows.shuffle(seed=plan.seed, buffer_size=1, **options)
         self.stream = split_dataset_by_node(rows, rank, plan.processes)
         self.preprocessing, self.plan, self.rank = preprocessing, plan, rank
-        self.numbers = range(len(labels.classes)) if labels else None
+        self.numbers = range(len(labels.classes) if labels else 0)
         self.skip_broken = args.skip_broken_images
         self.start_step, self.position = 0, None
 
@@ -277,7 +277,7 @@ class TrainingData:
         """Names of the classes in the order of their numbers; None in a run without labels."""
         return self.labels and self.labels.classes
 
-    def batches(self, start: int, stop: int, position: dict | None) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, position: dict | None) -> Generator[Batch, None, None]:
         """Iterate over the micro-batches of this process for optimizer steps start .. stop-1.
 
         Args:

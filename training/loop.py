@@ -231,7 +231,7 @@ class Trainer:
         scale = 1 / self.plan.global_batch(step)[2]
         device = accelerator.device
         images = [
-            batch.images.to(device, non_blocking=True).contiguous(memory_format=self.memory_format)
+            batch.images.to(device, non_blocking=True).contiguous(memory_format=self.memory_format)  # pyright: ignore[reportOptionalMemberAccess]
             for batch in global_batch
         ]
         labels = [None if b.labels is None else b.labels.to(device, non_blocking=True) for b in global_batch]
@@ -252,7 +252,7 @@ class Trainer:
                         column = network.column(name)
                         sums[column] = sums.get(column, 0) + value.detach()
             norm = accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or torch.inf)
-            norms[network.column("grad_norm")] = full_tensor(norm)
+            norms[network.column("grad_norm")] = full_tensor(norm)  # pyright: ignore[reportArgumentType]
             network.optimizer.step()
             network.optimizer.zero_grad()
             rates[network.column("learning_rate")] = network.lr_schedule.get_last_lr()[0]
@@ -339,16 +339,20 @@ class Trainer:
         self._log()
         step, pipeline, sampler = self.progress.step, self.job.pipeline, self.job.sampler
         evaluations, clock, is_main = self.progress.evaluations, self.progress.clock, self.accelerator.is_main_process
-        start = clock.seconds
+        evaluator, start = self.evaluator, clock.seconds
+        assert sampler is not None and evaluator is not None  # otherwise no evaluation is due
         with clock.paused():
             with self.job.ema.applied():
                 sampling_protocol = {
                     "weights": "averaged (EMA)" if self.job.ema.enabled else "as trained",
-                    **sampler.protocol(pipeline),
+                    **sampler.protocol(pipeline),  # pyright: ignore[reportArgumentType]
                     "dtype": describe_precision(self.accelerator),
                 }
-                evaluation = self.evaluator.measure(
-                    partial(sampler, pipeline), step, sampling_protocol, self.stop.raise_if_requested
+                evaluation = evaluator.measure(
+                    partial(sampler, pipeline),  # pyright: ignore[reportArgumentType]
+                    step,
+                    sampling_protocol,
+                    self.stop.raise_if_requested,
                 )
                 seconds = clock.seconds - start
                 is_best = evaluations.add(evaluation, seconds)
@@ -361,7 +365,8 @@ class Trainer:
             self.accelerator.log(evaluation.values() | {"evaluation_seconds": seconds}, step=step)
             self.accelerator.wait_for_everyone()
         if is_main:
-            best = ", the best so far" if is_best else f" (best: step {evaluations.best.step})"
+            earlier_best = None if is_best else evaluations.best
+            best = f" (best: step {earlier_best.step})" if earlier_best else ", the best so far"
             self.bar.write(f"step {step}: {evaluation.summary()}{best}; it took {seconds:.0f} s")
             for warning in evaluation.warnings if evaluations.count == 1 else ():
                 self.bar.write(f"warning: {warning}")

@@ -125,7 +125,7 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
     """Write the model card of a run: what the script knows about the model, and the facts of the run."""
     data = f"{facts.num_images:,} images" if facts.num_images else "a stream"
     processes = "one process" if facts.processes == 1 else f"{facts.processes} processes"
-    training = {
+    training: dict[str, Any] = {
         "data": f"{card.dataset}, {data}",
         "trained for": f"{facts.step:,} of {facts.total_steps:,} optimizer steps"
         + (f", {facts.epochs:.1f} epochs" if facts.num_images else ""),
@@ -170,6 +170,7 @@ def _grid_for_card(folder: RunFolder, step: int) -> dict[Path, str]:
 def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str, Any]:
     """Return the fields of a card about the newest evaluation; it is the model's own if it is of the same step."""
     last, best = evaluations.last, evaluations.best
+    assert last is not None and best is not None
     table = {
         metric_title(key): format_value(measure)
         + (f" (training images: {format_value(last.floors[name])})" if name in last.floors else "")

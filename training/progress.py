@@ -84,7 +84,7 @@ class RunProgress:
 
     def save(self, folder: Path) -> dict[str, Any]:
         if self.accelerator.num_processes > 1:
-            broken_by_process: list[Any] = [None] * self.accelerator.num_processes
+            broken_by_process: list[set[str]] = [set() for _ in range(self.accelerator.num_processes)]
             torch.distributed.all_gather_object(broken_by_process, self.broken)
             self.broken = set().union(*broken_by_process)
         return {

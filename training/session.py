@@ -109,7 +109,7 @@ def start_accelerator(run: RunArguments) -> Accelerator:
     folder.check_usable(resuming=bool(run.resume_from_checkpoint))
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
-        log_with=tracker_names(run.report_to) or None,
+        log_with=tracker_names(run.report_to) or None,  # pyright: ignore[reportArgumentType]
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
         step_scheduler_with_optimizer=False,
     )

@@ -15,9 +15,9 @@ def num_shards(accelerator: Accelerator) -> int:
     return accelerator.num_processes if accelerator.is_fsdp2 else 1
 
 
-def local_shards(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+def local_shards(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
     """Return the parameters, or of sharded ones the shards of this process, in the same memory."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]  # pyright: ignore[reportReturnType]
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ def load_start_model(
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
-    return DDPMPipeline(unet, scheduler)
+    return DDPMPipeline(unet, scheduler)  # pyright: ignore[reportArgumentType]
 
 
 def _check_size(unet: UNet2DModel, start_model: str, size: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """Stopping a run cleanly on SIGTERM and Ctrl-C."""
 
 import signal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,9 @@ class StopRequest:
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> "StopRequest":
-        self.previous_handlers = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.previous_handlers: dict[int, Any] = {
+            s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_) -> None:
@@ -41,7 +44,7 @@ class StopRequest:
         """Raise `RunStopped` if any process received a signal; every process must call this."""
         if self.group is not None:
             number = torch.tensor(self.signal)
-            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self.group)
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self.group)  # pyright: ignore[reportArgumentType]
             self.signal = int(number)
         if self.signal:
             raise RunStopped(self.signal)

@@ -170,6 +170,7 @@ def plot_losses(metrics_path: Path, plot_path: Path) -> None:
 def plot_evaluations(metrics_path: Path, plot_path: Path, history: EvaluationHistory) -> None:
     """Plot the evaluations that are comparable with the newest, their best step and, dashed, the floors."""
     newest, best = history.last, history.best
+    assert newest is not None and best is not None
     panels: dict[str, list[str]] = {}  # keys of metrics
     for key in newest.metrics:
         name = key.partition("@")[0]

@@ -1,6 +1,5 @@
 """Models, generation and limits of the Space, independent of its page in app.py."""
 
-import itertools
 import os
 import sys
 import time
@@ -203,10 +202,10 @@ def load_models() -> dict[str, Model]:
 def unique_names(places: list[str]) -> dict[str, str]:
     """Name each place once: a Hub repository by its id, a folder by as many path components as make it unique."""
     parts = {Path(place).resolve().parts if Path(place).is_dir() else (place,): place for place in places}
-    for depth in itertools.count(1):
-        names = {Path(*path[-depth:]).as_posix(): place for path, place in parts.items()}
-        if len(names) == len(parts):
-            return names
+    depth = 1
+    while len(names := {Path(*path[-depth:]).as_posix(): place for path, place in parts.items()}) < len(parts):
+        depth += 1
+    return names
 
 
 def load_model(place: str, name: str) -> Model:

@@ -1,5 +1,6 @@
 """Denoising objectives: one loss per sample, from clean images and random numbers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -50,12 +51,12 @@ class DenoisingObjective:
         self.min_snr_gamma = min_snr_gamma
         self.timestep_sampling = timestep_sampling
 
-    def __call__(self, network: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    def __call__(self, network: Callable[..., Any], batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Return the mean squared error of each sample: `loss`, (B,)."""
         images = batch.images
         timesteps = self._timesteps(batch.rng)
         noise = batch.rng.normal(*images.shape[1:])
-        noisy = self.scheduler.add_noise(images, noise, timesteps)
+        noisy = self.scheduler.add_noise(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
         prediction = network(noisy, timesteps, return_dict=False)[0]
         if prediction.shape[1] == 2 * images.shape[1]:  # the second half is a learned variance
             prediction = prediction.chunk(2, dim=1)[0]
@@ -65,7 +66,7 @@ class DenoisingObjective:
         elif prediction_type == "sample":
             target = images
         else:
-            target = self.scheduler.get_velocity(images, noise, timesteps)
+            target = self.scheduler.get_velocity(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
         loss = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
         if self.min_snr_gamma is None:
             return {"loss": loss}
@@ -100,7 +101,8 @@ class ClassConditionalObjective(DenoisingObjective):
         self.num_classes = num_classes
         self.class_dropout = class_dropout
 
-    def __call__(self, network: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    def __call__(self, network: Callable[..., Any], batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Return the mean squared error of each sample: `loss`, (B,)."""
+        assert batch.labels is not None
         labels = batch.labels.masked_fill(batch.rng.uniform() < self.class_dropout, self.num_classes)
         return super().__call__(partial(network, class_labels=labels), batch)
