@@ -10,8 +10,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from ddgan.core.errors import InputError, RunError
+from ddgan.data.preprocessing import Preprocessing
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.scripts import train_classifier
+from ddgan.training.objectives.classification import augment
+from ddgan.training.randomness import PerSampleRNG
 
 SHORT = ("--widths", "8", "16", "--num_epochs", "8", "--batch_size", "8", "--learning_rate", "1e-2")
 CLASSES = ("left", "right")
@@ -102,10 +105,9 @@ def test_the_same_seed_gives_the_same_weights_at_another_image_size(tmp_path):
 
 def test_augmentation_changes_each_image_within_the_value_range_unless_disabled():
     images = torch.rand(6, 3, 8, 8) * 2 - 1
-    unchanged, augmented, flipped = (
-        train_classifier.augment(images, strength, flip, torch.Generator().manual_seed(0))
-        for strength, flip in ((0, False), (1, False), (0, True))
-    )
+    unchanged, augmented = (augment(images, strength, PerSampleRNG(range(6), images.device)) for strength in (0, 1))
+    flip = Preprocessing(3, 8, 8, random_flip=True)
+    flipped = torch.stack([flip.finish((image + 1) * 127.5, sample_key=key) for key, image in enumerate(images)])
     torch.testing.assert_close(unchanged, images, atol=1e-5, rtol=0)
     assert augmented.min() >= -1 and augmented.max() <= 1
     assert ((augmented - images).abs().amax((1, 2, 3)) > 0.1).all()
