@@ -109,6 +109,8 @@ class ClassifierRunArguments(RunArguments):
         super().__post_init__()
         if self.gradient_checkpointing:
             raise InputError("The classifier is too small for --gradient_checkpointing: leave it out.")
+        if self.push_to_hub:
+            raise InputError("--push_to_hub uploads pipelines, not classifiers: leave it out.")
 
 
 def main(argv: list[str] | None = None) -> None:

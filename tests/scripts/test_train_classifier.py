@@ -219,6 +219,7 @@ def test_an_existing_classifier_is_not_overwritten(tmp_path):
         (["--train_data_dir", "sides", "--resolution", "8", "16"], "square images"),
         (["--dataset_name", "sides", "--streaming"], "cannot be streamed"),
         (["--train_data_dir", "sides", "--gradient_checkpointing"], "too small"),
+        (["--train_data_dir", "sides", "--push_to_hub"], "uploads pipelines, not classifiers"),
     ],
 )
 def test_unusable_data_and_settings_are_refused(tmp_path, monkeypatch, flags, message):
