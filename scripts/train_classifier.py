@@ -161,7 +161,7 @@ def train_classifier(
     arguments = (run, learning_rate, data_args, label_args, args)
     card = card_facts(network, data.name, *arguments)
 
-    def test(folder: RunFolder, step: int) -> None:
+    def measure_accuracy(folder: RunFolder, step: int) -> None:
         saved = ImageClassifier.from_pretrained(folder.path).to(session.accelerator.device)
         accuracy, table = test_images.accuracy(saved)
         MetricsFile(folder.metrics, step).amend({"test_accuracy": accuracy})
@@ -191,7 +191,7 @@ def train_classifier(
         ],
         pipeline=network,
         ema=EMA(network, run),
-        finish=test,
+        finish=measure_accuracy,
         card=card,
         arguments=arguments,
     )
@@ -199,6 +199,7 @@ def train_classifier(
 
 
 def warmup_steps(args: ClassifierLearningRateArguments, total_steps: int) -> int:
+    """Return `--lr_warmup_steps`, by default a share of all steps."""
     return int(WARMUP * total_steps) if args.lr_warmup_steps is None else args.lr_warmup_steps
 
 
@@ -252,8 +253,6 @@ class TestImages:
         name: what they are, in words.
         batch_size: number of images that are classified at a time.
     """
-
-    __test__ = False  # not a test class of pytest
 
     def __init__(self, name: str, batch_size: int):
         self.name, self.batch_size = name, batch_size
