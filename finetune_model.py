@@ -28,6 +28,7 @@ from ddgan.training.job import TrainedNetwork, TrainingJob
 from ddgan.training.lr_schedules import lr_schedule
 from ddgan.training.model_card import FinishedRun, print_summary, settings_for_card
 from ddgan.training.objectives.denoising import DenoisingObjective
+from ddgan.training.sample_grids import save_before_after
 from ddgan.training.session import Session
 from ddgan.training.start_model import image_size, load_start_model
 
@@ -123,7 +124,7 @@ def finetune(
         pipeline=pipeline,
         ema=EMA(unet, run),
         sampler=PipelineSampler(args.sample_scheduler, args.sample_steps),
-        before_after=True,
+        finish=save_before_after,
         card=card,
         arguments=arguments,
     )

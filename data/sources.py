@@ -89,6 +89,34 @@ class ImageSource(Protocol):
         ...
 
 
+class ImageSubset:
+    """Some of the images of a source.
+
+    Args:
+        indices: of these images in the source.
+    """
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]):
+        self.source, self.indices, self.split = source, indices, source.split
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.source[self.indices[i]]
+
+    def name(self, i: int) -> str:
+        return self.source.name(self.indices[i])
+
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        return self.source.fingerprint([self.indices[i] for i in indices])
+
+    def labels(self, column: str | None) -> Labels:
+        """Return the classes of these images; `classes` also has those that none of them belongs to."""
+        labels = self.source.labels(column)
+        return Labels(labels.classes, [labels.numbers[i] for i in self.indices])
+
+
 class MissingSplitError(InputError):
     """A source has splits, but not the requested one."""
 

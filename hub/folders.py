@@ -15,8 +15,14 @@ def pipeline_components(folder: Path) -> dict[str, str]:
 
 
 def code_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each Python file that Diffusers runs to load a pipeline folder, by its path in there."""
-    index = read_json(folder / "model_index.json")
+    """Return the SHA-256 of each Python file that Diffusers runs to load a pipeline folder, by its path in there.
+
+    Empty for the folder of a model, which loads without any.
+    """
+    file = folder / "model_index.json"
+    if not file.is_file():
+        return {}
+    index = read_json(file)
     named = [Path(f"{index['_class_name'][0]}.py")] if isinstance(index["_class_name"], list) else []
     named += [Path(name, f"{module}.py") for name, (module, _) in _component_pairs(index).items()]
     existing = [path for path in named if (folder / path).is_file()]

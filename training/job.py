@@ -14,6 +14,7 @@ from ..sampling.generation import PipelineSampler
 from ..sampling.grids import image_grid
 from .ema import EMA
 from .objectives.denoising import MicroBatch
+from .run_folder import RunFolder
 
 
 @dataclass(kw_only=True)
@@ -44,14 +45,15 @@ class TrainingJob:
     Attributes:
         networks: updated one after the other in each step, on the same images with independent random numbers;
             meanwhile the parameters of the others need no gradients.
-        pipeline: holds the network that is sampled, and is what the run saves.
+        pipeline: holds the network that is sampled, and is what the run saves; a model for a run without samples.
         ema: the EMA weights of that network, with which it is sampled and saved.
         card: what the script knows for the model card; the loop adds the facts of the run.
         arguments: all arguments of the script, dataclasses, for config.yaml and the trackers.
         sampler: samples from the pipeline, one image for each seed and class; without it, the run has no sample grids.
         labels: the class of each image in a sample grid, if there are classes.
         grid: arranges these images, in their order.
-        before_after: whether the first and the last grid are saved side by side at the end.
+        finish: called with the number of steps once everything is saved, in the main process; what it adds to the
+            folder and to `card` is on the final card.
         monitor: reads the rows of metrics.csv as they are logged; returns a warning, or None.
     """
 
@@ -63,5 +65,5 @@ class TrainingJob:
     sampler: PipelineSampler | None = None
     labels: list[int] | None = None
     grid: Callable[[list[Image.Image]], Image.Image] = image_grid
-    before_after: bool = False
+    finish: Callable[[RunFolder, int], None] = lambda folder, step: None
     monitor: Callable[[list[dict[str, float]]], str | None] = lambda rows: None

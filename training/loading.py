@@ -227,6 +227,7 @@ class TrainingData:
         preprocessing: how they are converted to tensors.
         rank: number of this process.
         label_args: where the class labels are; None for a run without them.
+        source: the images, if they are only a part of those that `args` names; not for a stream.
         plan: batch_size, accumulation, processes and seed of the `BatchPlan`.
 
     Attributes:
@@ -242,6 +243,7 @@ class TrainingData:
         preprocessing: Preprocessing,
         rank: int,
         label_args: LabelArguments | None = None,
+        source: ImageSource | None = None,
         **plan: int,
     ):
         self.args, self.preprocessing = args, preprocessing
@@ -251,7 +253,7 @@ class TrainingData:
             self.plan = BatchPlan(None, **plan)
             self.images = self._stream(label_args, rank)
         else:
-            self.source = _open_source(args)
+            self.source = open_training_source(args) if source is None else source
             self.plan = BatchPlan(len(self.source), **plan)
             if label_args:
                 self.labels = self.source.labels(label_args.label_column)
@@ -315,7 +317,7 @@ class TrainingData:
                     process.kill()  # it ignores SIGTERM
 
 
-def _open_source(args: DataArguments) -> ImageSource:
+def open_training_source(args: DataArguments) -> ImageSource:
     """Open the images that the arguments name, by default the embedded dataset (see `open_source`).
 
     `--train_data_dir` reads a folder as image files, `--dataset_name` with the `datasets` library.

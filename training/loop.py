@@ -35,7 +35,7 @@ from .objectives.denoising import MicroBatch
 from .progress import RunProgress
 from .randomness import PerSampleRNG, fold_in
 from .run_folder import RunFolder
-from .sample_grids import sample_grid, save_before_after
+from .sample_grids import sample_grid
 from .sharding import full_tensor, gather_pipeline
 from .step_log import StepLog
 from .stopping import RunStopped, StopRequest
@@ -209,15 +209,14 @@ class Trainer:
         self._save_model()
 
     def _finish(self) -> FinishedRun:
-        """Write what needs the last samples, and the card once more; in the main process, which also uploads."""
+        """Let the script add to the run and its card, write the card again and upload; in the main process."""
         if not self.accelerator.is_main_process:
             return FinishedRun(self.folder.path)
-        if self.job.before_after:
-            save_before_after(self.folder, self.progress.step)
+        self.job.finish(self.folder, self.progress.step)
         facts = self._facts()
         write_card(self.folder, self.job.card, facts)
         upload = finish_upload(self.upload, self.args) if self.upload else None
-        return FinishedRun(self.folder.path, facts, upload)
+        return FinishedRun(self.folder.path, facts, self.job.card, upload)
 
     # -----------------------------------------------------------------------------------------------------------------
     # A step

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from ..core.errors import InputError, RunError
 from ..core.files import link_or_copy, replace_file, replace_folder
+from ..core.run_files import PIPELINE_FILE
 from ..evaluation.reporting import format_value, metric_title, model_index_entries
 from ..hub.cards import CardFacts, card_text, is_repo_id
 from ..hub.folders import code_files
@@ -71,13 +72,15 @@ class FinishedRun:
     """What training returns.
 
     Attributes:
-        folder: the run folder, which `DiffusionPipeline.from_pretrained` loads.
+        folder: the run folder, which `from_pretrained` of the trained pipeline or model loads.
         facts: what is known about the run; None in processes other than the main one.
+        card: what the script knows for the model card; None like `facts`.
         upload: how the upload to the Hub ended, if there was one.
     """
 
     folder: Path
     facts: RunFacts | None = None
+    card: CardFacts | None = None
     upload: str | None = None
 
 
@@ -224,7 +227,8 @@ def print_summary(run: FinishedRun) -> None:
     lines += [f"{name:<14} {path}" for name, path in files.items() if path.exists()]
     if best := evaluations.best:
         lines.append(f"best model     {folder.best}: step {best.step}, {best.summary()}")
-    lines.append(f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(run.folder)!r}{trust})")
+    if (run.folder / PIPELINE_FILE).exists():
+        lines.append(f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(run.folder)!r}{trust})")
     if run.upload:
         lines.append(run.upload)
     print("\n".join(lines))

@@ -4,14 +4,14 @@ import shutil
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.run_files import CONFIG_FILE, PIPELINE_FILE, SAMPLES_FOLDER
+from ..core.run_files import CONFIG_FILE, MODEL_FILE, PIPELINE_FILE, SAMPLES_FOLDER
 
 
 class RunFolder:
     """The folder of a training run (`--output_dir`).
 
     Attributes:
-        path: the folder; the pipeline is saved at its top level.
+        path: the folder; the pipeline or model is saved at its top level.
         card: the model card.
         config: every argument in force; its presence marks the folder as a run.
         metrics: one row for each optimizer step.
@@ -58,12 +58,12 @@ class RunFolder:
                     "another folder with --output_dir."
                 )
             return
-        own_files = [self.path / PIPELINE_FILE, self.card, self.metrics]
+        own_files = [self.path / PIPELINE_FILE, self.path / MODEL_FILE, self.card, self.metrics]
         own_files += [self.loss_plot, self.eval_plot, self.before_after]
         if existing := [path.name for path in own_files if path.exists()]:
             raise InputError(
-                f"{self.path} contains {' and '.join(existing)}, which no run wrote and this run would overwrite. "
-                "Choose another folder with --output_dir."
+                f"{self.path} contains {' and '.join(existing)}, which no run wrote. This run would "
+                "overwrite them or mix with them. Choose another folder with --output_dir."
             )
 
     def remove_leftovers(self) -> None:

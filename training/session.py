@@ -25,6 +25,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 
 from ..core.errors import InputError
 from ..data.preprocessing import Preprocessing
+from ..data.sources import ImageSource
 from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
 from .evaluator import open_evaluator
 from .job import TrainingJob
@@ -70,7 +71,12 @@ class Session:
         return cls(run, accelerator, repo_id)
 
     def load_data(
-        self, args: DataArguments, channels: int, size: Sequence[int], labels: LabelArguments | None = None
+        self,
+        args: DataArguments,
+        channels: int,
+        size: Sequence[int],
+        labels: LabelArguments | None = None,
+        source: ImageSource | None = None,
     ) -> TrainingData:
         """Open the training images.
 
@@ -78,6 +84,7 @@ class Session:
             channels: of the images as the network takes them, 1 to 4.
             size: height and width.
             labels: where the class labels are, if the run uses them.
+            source: the images, if they are only a part of those that `args` names.
         """
         height, width = size
         return TrainingData(
@@ -85,6 +92,7 @@ class Session:
             Preprocessing(channels, height, width, args.center_crop, args.random_flip),
             self.accelerator.process_index,
             labels,
+            source,
             batch_size=self.run.batch_size,
             accumulation=self.run.grad_accumulation_steps,
             processes=self.accelerator.num_processes,

@@ -20,6 +20,7 @@ from ddgan.data.sources import (
     EMBEDDED_DATASET,
     FolderImages,
     ImageSource,
+    ImageSubset,
     MissingSplitError,
     ZipImages,
     open_source,
@@ -203,6 +204,15 @@ def test_a_zip_file_is_read_below_the_folder_that_holds_all_images(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"There is no image in .*empty\.zip"):
         open_source(str(zip_folder(tmp_path / "empty", tmp_path / "empty.zip")))
+
+
+def test_a_subset_is_a_source_of_some_of_the_images(tmp_path):
+    source = open_folder(write_class_folders(tmp_path / "numbers", range(6)))  # 0, 2 and 4, then 1, 3 and 5
+    subset = ImageSubset(source, [5, 0, 1])
+    assert first_pixels(subset) == [5, 0, 2]
+    assert subset.name(0) == source.name(5) and subset.split == source.split
+    assert subset.labels(None).classes == ["even", "odd"] and subset.labels(None).numbers == [1, 0, 0]
+    assert subset.fingerprint([1, 2]) == source.fingerprint([0, 1])
 
 
 def test_a_damaged_member_of_a_zip_file_is_a_broken_image(tmp_path):

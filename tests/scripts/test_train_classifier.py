@@ -1,5 +1,6 @@
 """Claims about scripts/train_classifier.py, through its command line."""
 
+import math
 from pathlib import Path
 
 import datasets
@@ -8,10 +9,17 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from tiny import ROOT, largest_difference, run_ranks
 
 from ddgan.core.errors import InputError, RunError
+from ddgan.data.preprocessing import Preprocessing
+from ddgan.data.sources import open_source
 from ddgan.evaluation.classifier import ImageClassifier
+from ddgan.evaluation.extractors import load_extractor
 from ddgan.scripts import train_classifier
+from ddgan.training.objectives.classification import augment
+from ddgan.training.randomness import PerSampleRNG
+from ddgan.training.tracking import read_metrics
 
 SHORT = ("--widths", "8", "16", "--num_epochs", "8", "--batch_size", "8", "--learning_rate", "1e-2")
 CLASSES = ("left", "right")
@@ -102,10 +110,9 @@ def test_the_same_seed_gives_the_same_weights_at_another_image_size(tmp_path):
 
 def test_augmentation_changes_each_image_within_the_value_range_unless_disabled():
     images = torch.rand(6, 3, 8, 8) * 2 - 1
-    unchanged, augmented, flipped = (
-        train_classifier.augment(images, strength, flip, torch.Generator().manual_seed(0))
-        for strength, flip in ((0, False), (1, False), (0, True))
-    )
+    unchanged, augmented = (augment(images, strength, PerSampleRNG(range(6), images.device)) for strength in (0, 1))
+    flip = Preprocessing(3, 8, 8, random_flip=True)
+    flipped = torch.stack([flip.finish((image + 1) * 127.5, sample_key=key) for key, image in enumerate(images)])
     torch.testing.assert_close(unchanged, images, atol=1e-5, rtol=0)
     assert augmented.min() >= -1 and augmented.max() <= 1
     assert ((augmented - images).abs().amax((1, 2, 3)) > 0.1).all()
@@ -126,6 +133,80 @@ def test_the_card_has_the_accuracy_and_the_command(tmp_path):
     assert str(tmp_path) not in card.content
 
 
+def test_the_test_accuracy_is_on_the_card_and_in_metrics_csv(tmp_path):
+    train(("--train_data_dir", write_classes(tmp_path / "sides", 10)), tmp_path / "run", "--num_epochs", 2)
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert math.isnan(rows[0]["test_accuracy"])
+    assert rows[-1]["test_accuracy"] == pytest.approx(card.data.eval_results[0].metric_value, abs=1e-4)
+    assert f"| accuracy | {rows[-1]['test_accuracy']:.2%} of 2 images (held out) |" in card.text
+    assert "| accuracy of left |" in card.text and "| accuracy of right |" in card.text
+    assert "| data | sides, 18 images |" in card.text  # without those held out
+
+
+def test_the_run_folder_is_a_feature_extractor_and_holds_no_training_images(tmp_path):
+    data = write_classes(tmp_path / "sides", 3)
+    classifier = train(("--train_data_dir", data), data / "run", "--num_epochs", 1)
+    assert (data / "run" / "loss.png").exists() and len(open_source(str(data), folder_as="images")) == 6
+    features = load_extractor(str(data / "run"))(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    torch.testing.assert_close(features["features"].float(), classifier.features(-torch.ones(1, 3, 8, 8)))
+
+
+def test_a_resumed_run_is_bit_identical(tmp_path):
+    data, run = write_classes(tmp_path / "sides", 10), tmp_path / "run"
+    flags = ("--random_flip", "--num_epochs", 4, "--checkpointing_steps", 5, "--checkpoints_total_limit", 0)
+    train(("--train_data_dir", data), run, *flags)
+    last = run / "checkpoints" / "step-00000012"
+    files = [run / "diffusion_pytorch_model.safetensors", run / "metrics.csv", last / "model.safetensors"]
+    before = [file.read_bytes() for file in files]
+    files[0].unlink()
+    train(("--train_data_dir", data), run, *flags, "--resume_from_checkpoint", run / "checkpoints" / "step-00000005")
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    data = ("--train_data_dir", write_classes(tmp_path / "sides", 10))  # 18 images: global batches of 8, 8 and 2
+    flags = ("--learning_rate", 1e-6, "--num_epochs", 2)
+    whole = train(data, tmp_path / "whole", *flags)
+    parts = train(data, tmp_path / "parts", *flags, "--batch_size", 2, "--grad_accumulation_steps", 4)
+    assert largest_difference(whole.state_dict(), parts.state_dict()) < 1e-6
+    rows = zip(*(read_metrics(tmp_path / name / "metrics.csv") for name in ("whole", "parts")), strict=True)
+    for row_whole, row_parts in rows:
+        assert row_parts["loss"] == pytest.approx(row_whole["loss"], abs=1e-6)
+        assert row_parts["grad_norm"] == pytest.approx(row_whole["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    data = ("--train_data_dir", write_classes(tmp_path / "sides", 10))  # 18 images: in the last batch, one each
+    flags = ("--learning_rate", 1e-6, "--num_epochs", 2)
+    one = train(data, tmp_path / "one", *flags)
+    two = (*data, "--output_dir", tmp_path / "two", *SHORT, *flags, "--batch_size", 4, "--report_to", "none")
+    run_ranks(ROOT / "scripts" / "train_classifier.py", *two, output=tmp_path / "output.txt")
+    two = ImageClassifier.from_pretrained(tmp_path / "two")
+    assert largest_difference(one.state_dict(), two.state_dict()) < 1e-6
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert "| images per step | 8, 2 processes |" in card and "of 2 images (held out)" in card
+
+
+def test_no_image_is_both_trained_on_and_held_out(tmp_path):
+    args = train_classifier.ClassifierDataArguments(train_data_dir=str(write_classes(tmp_path / "sides", 10)))
+    (trained, tested, _), (_, other, _) = (train_classifier.open_splits(args, None, seed) for seed in (0, 1))
+    names = [[source.name(i) for i in range(len(source))] for source in (trained, tested, other)]
+    assert (len(names[0]), len(names[1]), len({*names[0], *names[1]})) == (18, 2, 20)
+    assert names[1] != names[2]  # the seed chooses them
+
+
+def test_an_existing_classifier_is_not_overwritten(tmp_path):
+    data = ("--train_data_dir", write_classes(tmp_path / "sides", 3))
+    ImageClassifier().save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"contains config\.json, which no run wrote"):
+        train(data, tmp_path / "other")
+    train(data, tmp_path / "run", "--num_epochs", 1)
+    with pytest.raises(InputError, match="already contains a run"):
+        train(data, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -135,6 +216,10 @@ def test_the_card_has_the_accuracy_and_the_command(tmp_path):
         (["--train_data_dir", "flat"], "no class labels"),
         (["--train_data_dir", "sides", "--widths", "9"], "multiples of 8"),
         (["--train_data_dir", "sides", "--num_epochs", "0"], "at least 1"),
+        (["--train_data_dir", "sides", "--resolution", "8", "16"], "square images"),
+        (["--dataset_name", "sides", "--streaming"], "cannot be streamed"),
+        (["--train_data_dir", "sides", "--gradient_checkpointing"], "too small"),
+        (["--train_data_dir", "sides", "--push_to_hub"], "uploads pipelines, not classifiers"),
     ],
 )
 def test_unusable_data_and_settings_are_refused(tmp_path, monkeypatch, flags, message):
@@ -153,6 +238,14 @@ def test_a_broken_image_is_reported_by_name(tmp_path):
     (data / "left" / "broken.png").write_bytes(b"not an image")
     with pytest.raises(RunError, match=r"left/broken\.png"):
         train(("--train_data_dir", data), tmp_path / "classifier")
+
+
+def test_broken_images_are_skipped_on_request(tmp_path, capsys):
+    data = write_classes(tmp_path / "sides", 10)
+    for number in range(10):  # some of them are held out
+        (data / "left" / f"broken-{number}.png").write_bytes(b"not an image")
+    train(("--train_data_dir", data), tmp_path / "run", "--num_epochs", 1, "--skip_broken_images")
+    assert "broken images were skipped" in capsys.readouterr().out
 
 
 def test_one_grayscale_image_among_color_images_is_converted(tmp_path):
