@@ -28,6 +28,7 @@ from ddgan.training.arguments import DataArguments, EvaluationArguments, RunArgu
 from ddgan.training.ema import EMA
 from ddgan.training.job import TrainedNetwork, TrainingJob
 from ddgan.training.model_card import FinishedRun, print_summary, settings_for_card
+from ddgan.training.monitors import DiscriminatorAccuracyMonitor
 from ddgan.training.objectives.few_step import (
     DiscriminatorObjective,
     FewStepProcess,
@@ -166,6 +167,7 @@ def finetune_few_step(
         ema=EMA(unet, run),
         sampler=PipelineSampler("as-saved", steps),
         before_after=True,
+        monitor=DiscriminatorAccuracyMonitor(),
         card=card,
         arguments=arguments,
     )

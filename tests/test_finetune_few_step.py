@@ -13,6 +13,7 @@ from tiny import largest_difference, tiny_unet
 
 from ddgan import finetune_few_step
 from ddgan.core.errors import InputError
+from ddgan.training.monitors import DiscriminatorAccuracyMonitor
 from ddgan.training.tracking import read_metrics
 
 
@@ -124,3 +125,11 @@ def test_wrong_flags_are_refused(few_step, flags, message):
 def test_class_conditional_pipelines_are_refused(few_step, tmp_path):
     with pytest.raises(InputError, match="class-conditional"):
         few_step("run", "--start_model", save_model(tmp_path / "model", num_class_embeds=3))
+
+
+@pytest.mark.parametrize(("accuracy", "warnings"), [(0.99, 1), (0.9, 0), (0.5, 0)])
+def test_the_monitor_warns_once_when_the_discriminator_has_won(accuracy, warnings):
+    monitor = DiscriminatorAccuracyMonitor()
+    messages = [monitor([{"d_accuracy": accuracy}] * 10) for _ in range(150)]
+    assert messages[:49] == [None] * 49
+    assert len(list(filter(None, messages))) == warnings
