@@ -18,6 +18,7 @@ from diffusers import UNet2DModel
 
 from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
 from ddgan.core.errors import InputError, run_command
+from ddgan.core.files import location_name
 from ddgan.hub.cards import CardFacts, license_of
 from ddgan.sampling.generation import PipelineSampler
 from ddgan.sampling.loading import SCHEDULERS
@@ -28,7 +29,7 @@ from ddgan.training.lr_schedules import lr_schedule
 from ddgan.training.model_card import FinishedRun, print_summary, settings_for_card
 from ddgan.training.objectives.denoising import DenoisingObjective
 from ddgan.training.session import Session
-from ddgan.training.start_model import image_size, load_start_model, model_name
+from ddgan.training.start_model import image_size, load_start_model
 
 EXAMPLES = Path(__file__).parent / "examples"
 EMBEDDED_MODEL = EXAMPLES / "models" / "noto-emoji-32"
@@ -60,7 +61,9 @@ class FinetuneArguments:
     min_snr_gamma: float | None = option(
         None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)"
     )
-    freeze: Literal[tuple(TRAINED_PARTS)] = option("none", "which part of the UNet to freeze")
+    freeze: Literal["none", "all_but_attention", "all_but_norms", "all_but_up_blocks"] = option(
+        "none", "which part of the UNet to freeze"
+    )
     sample_scheduler: Literal[tuple(SCHEDULERS)] = option("ddim", "scheduler for the sample grids")
     sample_steps: int = option(40, "sampling steps for these grids")
 
@@ -102,7 +105,7 @@ def finetune(
     arguments = (run, learning_rate, data_args, evaluation, args)
     card = CardFacts(
         title=run.model_save_name,
-        summary=f"An unconditional diffusion model: {model_name(args.start_model)}, fine-tuned on {data.name}.",
+        summary=f"An unconditional diffusion model: {location_name(args.start_model)}, fine-tuned on {data.name}.",
         usage=USAGE.format(model=Path(run.output_dir).resolve().name, steps=args.sample_steps),
         settings=settings_for_card(*arguments),
         base_model=args.start_model,

@@ -53,7 +53,7 @@ class ClassConditionalArguments:
     _argument_group_name = "class conditioning"
     _alternatives = ({"dataset", "dataset_name", "train_data_dir"},)
 
-    dataset: Literal[tuple(DATASETS)] | None = option(
+    dataset: Literal["mnist", "fashion_mnist"] | None = option(
         None, "images in --data_dir, downloaded if missing (default: mnist, unless other images are named)"
     )
     data_dir: str = option("data", "folder with torchvision's MNIST/raw or FashionMNIST/raw")

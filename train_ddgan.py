@@ -65,7 +65,7 @@ class DDGANArguments:
     latent_embed_dim: int = option(256, "generator: width of the network that maps z")
     latent_mapping_layers: int = option(4, "generator: layers of that network after the first")
     dropout: float = option(0.0, "generator: dropout probability")
-    discriminator: Literal[tuple(DISCRIMINATORS)] = option(
+    discriminator: Literal["small", "large"] = option(
         "small", "the paper's discriminator for 32x32 (small) or 256x256 (large)"
     )
     discriminator_channels: int = option(64, "discriminator: base width, of which its blocks have multiples")

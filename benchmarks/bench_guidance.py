@@ -56,8 +56,9 @@ def sample(
     classifier: ClassifierFeatures | None = None,
     **options,
 ) -> list[Image.Image]:
-    """Sample `count` images, cycling through the classes, and print the mean and standard deviation of their losses, and
-    their class accuracy if there is a classifier.
+    """Sample `count` images, cycling through the classes, and print what their losses are.
+
+    That is the mean and standard deviation of each loss and, if there is a classifier, the class accuracy.
 
     Returns:
         The first images for a grid: one of each class, or `COLUMNS` of an unconditional model.

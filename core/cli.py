@@ -95,7 +95,7 @@ def write_config(path: Path, *arguments: Any) -> None:
     )
 
 
-def _parser(dataclass_types: tuple[type, ...], recipes: dict[str, Path] | None) -> HfArgumentParser:
+def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -> HfArgumentParser:
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
     for action in parser._actions:
         if action.nargs == "+":

@@ -58,7 +58,7 @@ def upright(image: Image.Image) -> Image.Image:
     """Undo the EXIF orientation of an image; one whose EXIF data cannot be read counts as upright."""
     image.load()
     try:
-        transposition = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        transposition = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata make Pillow raise almost anything
         return image
     return image if transposition is None else image.transpose(transposition)

@@ -19,6 +19,7 @@ import numpy as np
 from torchvision.datasets.mnist import FashionMNIST
 
 from ..core.errors import InputError, naming_file
+from ..core.extras import missing_extra
 from ..core.files import fingerprint, fingerprint_bytes
 from ..core.run_files import is_run_folder
 from .images import IMAGE_SUFFIXES, BrokenImageError, file_bytes
@@ -66,12 +67,15 @@ class ImageSource(Protocol):
         Raises:
             BrokenImageError: if it cannot be read from where it is stored.
         """
+        ...
 
     def name(self, i: int) -> str:
         """Return how messages name image i."""
+        ...
 
     def fingerprint(self, indices: Sequence[int]) -> str:
         """Return a hash of the contents of these images; copies in another place have the same one."""
+        ...
 
     def labels(self, column: str | None) -> Labels:
         """Return the classes of the images.
@@ -82,6 +86,7 @@ class ImageSource(Protocol):
         Raises:
             InputError: if there are no labels, or they cannot be classes.
         """
+        ...
 
 
 class MissingSplitError(InputError):
@@ -693,7 +698,7 @@ def _import_datasets() -> ModuleType:
         import datasets.exceptions
     except ImportError:
         raise InputError(
-            "Reading a dataset needs the package `datasets`: pip install 'diffusers-ddgan[train]'. A folder of images "
-            "can be read without it."
+            f"Reading a dataset needs a package: {missing_extra('datasets', 'train')}. A folder of images can be read "
+            "without it."
         ) from None
     return datasets

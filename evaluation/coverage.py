@@ -106,7 +106,7 @@ def confusion_matrix_plot(confusion: torch.Tensor, class_names: Sequence[str]) -
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
-            f"The plot of the confusion matrix needs a package: {missing_extra('matplotlib', 'train')}."
+            f"The plot of the confusion matrix needs a package: {missing_extra('matplotlib', 'eval')}."
         ) from None
 
     num_classes = len(class_names)

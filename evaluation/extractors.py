@@ -20,8 +20,9 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FeatureExtractor(nn.Module):
-    """Maps images `(N, C, H, W)`, uint8, C = 1 or 3, of any size, to features `(N, D)` and, if it is a classifier, to
-    logits `(N, classes)`, both float32.
+    """A network that maps images to features and, if it is a classifier, to logits.
+
+    Images are `(N, C, H, W)`, uint8, C = 1 or 3, of any size; features `(N, D)` and logits `(N, classes)` are float32.
 
     Attributes:
         name: name of the network.

@@ -92,7 +92,7 @@ def cached_features(
 ) -> Features | None:
     """Return the features in the file `path`, or extract them and write the file with its protocol.
 
-    If another command is extracting the same features, this one extracts them too, without intermediate saves.
+    If another command is extracting the same features, this one extracts them too, but leaves saving to the other.
     """
     is_cached = [path.exists() if accelerator.is_main_process else None]
     broadcast_object_list(is_cached)
@@ -100,10 +100,9 @@ def cached_features(
         return load_file(path) if accelerator.is_main_process else None
     with _locked(path.with_suffix(".parts"), accelerator) as parts:
         features = extract_features(count, batch_size, extract, accelerator, parts, description)
-        if features is not None:
+        if features is not None and parts:
             write_features(path, features, protocol)
-            if parts:
-                shutil.rmtree(parts, ignore_errors=True)
+            shutil.rmtree(parts, ignore_errors=True)
     return features
 
 

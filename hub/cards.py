@@ -48,7 +48,7 @@ _TEMPLATE = Template(
 
 {{ table(facts.training) }}
 
-Made with {{ packages }}.
+Made with {{ packages() }}.
 
 {% endif %}
 {% if facts.evaluation %}
@@ -159,13 +159,11 @@ def card_text(facts: CardFacts) -> str:
         model_name=facts.title if facts.results else None,
         eval_results=facts.results or None,
     )
-    packages = [f"diffusers-ddgan {__version__}"]
-    packages += [f"{name} {version(name)}" for name in ("diffusers", "torch", "accelerate")]
     return _TEMPLATE.render(
         metadata=metadata.to_yaml(),
         facts=facts,
         license_note=facts.license_note or _license_note(facts),
-        packages=", ".join(packages),
+        packages=_packages,
         table=table,
         code_section=code_section,
     )
@@ -313,6 +311,11 @@ def is_repo_id(name: str | None) -> bool:
 
 def _sign(text: str) -> str:
     return f"{text}\n{_SIGNATURE.format(content_hash(text))}"
+
+
+def _packages() -> str:
+    versions = [f"{name} {version(name)}" for name in ("diffusers", "torch", "accelerate")]
+    return ", ".join([f"diffusers-ddgan {__version__}", *versions])
 
 
 def _license_note(facts: CardFacts) -> str:

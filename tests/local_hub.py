@@ -1,7 +1,7 @@
-"""A local stand-in for the Hugging Face Hub, which the real client uses over HTTP, with injectable faults.
+"""A small local stand-in for the Hugging Face Hub, which the real client uses over HTTP and which can be made to fail.
 
-It has users, repositories of all types, commits, branches, pull requests and large files (Git LFS). All state is in
-memory and survives `stop` and `start`.
+It has users, repositories of all types, commits, branches, pull requests and large files (git-LFS). It keeps them in
+memory, even while it is down.
 """
 
 import base64
@@ -17,35 +17,33 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-LARGE = 100_000  # bytes; files of at least this size and all safetensors files go to Git LFS
+LARGE = 100_000  # bytes from which on a file is stored as a large one; weights always are
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "openrail", "other", "unknown")
 NOW = "2026-01-01T00:00:00.000Z"
 
 
-class HTTPError(Exception):
+class Refused(Exception):
     """A response with a status other than 200."""
 
     def __init__(self, status: int, message: str = "", code: str = "", **more: str):
         self.status, self.message, self.code, self.more = status, message, code, more
 
 
-class ConnectionCut(Exception):
-    """Close the connection without a response."""
+class Cut(Exception):
+    """The connection is closed without a response."""
 
 
 @dataclass
 class Fault:
-    """A fault that affects the next `times` requests matching `pattern`, such as `POST /api/...`.
+    """An error in the next `times` requests that match a pattern such as `POST /api/...`.
 
     Attributes:
-        pattern: regular expression, matched at the start of method and path.
-        times: number of requests to affect.
-        instead: status to respond with, without handling the request.
+        instead: status that is returned instead of handling the request.
         headers: headers of that response.
-        lost: handle the request, but close the connection without a response.
-        halved: handle the request, but cut the body of the response in half.
-        late: handle the request, but delay the response by this many seconds.
-        dies: stop the server after it has read this many bytes of the body.
+        lost: the request is handled, but there is no response.
+        halved: the request is handled, but the response ends in the middle.
+        late: the request is handled, but the response comes after this many seconds.
+        dies: the server stops after reading this many bytes of the request.
     """
 
     pattern: str
@@ -62,8 +60,8 @@ class Fault:
 class Repo:
     owner: str
     private: bool
-    commits: dict = field(default_factory=dict)  # commit id -> path -> content
-    refs: dict = field(default_factory=dict)  # branch or pull request -> commit ids, oldest first
+    commits: dict = field(default_factory=dict)  # by commit: files by path
+    refs: dict = field(default_factory=dict)  # by branch or pull request: its commits, oldest first
     requests: list = field(default_factory=list)  # pull requests
     gated: bool = False
     settings: dict = field(default_factory=dict)
@@ -71,15 +69,15 @@ class Repo:
 
 
 class LocalHub:
-    """The server, which runs until the `with` block ends.
+    """A server that runs until the end of the `with` block.
 
     Attributes:
-        users: (name, role) by token.
-        repos: repositories by (type, id).
-        large: contents of large files by SHA-256.
-        requests: all requests so far, as `POST /api/...`.
-        faults: the faults to inject.
-        shares_names: whether repositories of all types share one namespace; on the real Hub they do not.
+        users: name and role by token.
+        repos: by type and id.
+        large: contents of large files by their SHA-256.
+        requests: requests so far, as `POST /api/...`.
+        faults: errors to come.
+        shares_names: whether models, datasets and Spaces share one namespace; on the real Hub they do not.
     """
 
     def __init__(self):
@@ -114,7 +112,6 @@ class LocalHub:
         self.faults.append(Fault(pattern, **how))
 
     def asked(self, pattern: str) -> int:
-        """Return how many requests match `pattern`."""
         return sum(bool(re.match(pattern, request)) for request in self.requests)
 
     def files(self, repo_id: str, ref: str = "main", kind: str = "model") -> dict[str, bytes]:
@@ -150,7 +147,7 @@ def is_large(path: str, size: int) -> bool:
 
 
 def entry(path: str, content: bytes) -> dict:
-    """Return the entry of a file in a listing of the Hub."""
+    """Return a file as the Hub lists it."""
     if not is_large(path, len(content)):
         return {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
     digest = hashlib.sha256(content).hexdigest()
@@ -160,7 +157,7 @@ def entry(path: str, content: bytes) -> dict:
 
 
 def card_errors(text: str) -> list[str]:
-    """Return the errors that the Hub reports for the metadata of a card, as far as they are documented."""
+    """Return what the Hub rejects in the metadata of a card, as far as its documentation states it."""
     match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
         data = yaml.safe_load(match[1]) if match else {}
@@ -204,24 +201,24 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.hub.take_fault(request)
         try:
             if not self.hub.up:
-                raise ConnectionCut
+                raise Cut
             self.hub.requests.append(request)
             self.body = self.read_body(fault)
             if fault and fault.instead:
-                self.respond(fault.instead, b'{"error": "Temporarily unavailable."}', fault.headers)
+                self.answer(fault.instead, b'{"error": "This does not work just now."}', fault.headers)
                 return
             try:
                 with self.hub.lock:
-                    status, content, headers = 200, *self.handle_route()
-            except HTTPError as error:
-                status, content = error.status, json.dumps({"error": error.message, **error.more}).encode()
-                headers = {"X-Error-Code": error.code, "X-Error-Message": error.message}
+                    status, content, headers = 200, *self.handle_it()
+            except Refused as no:
+                status, content = no.status, json.dumps({"error": no.message, **no.more}).encode()
+                headers = {"X-Error-Code": no.code, "X-Error-Message": no.message}
             if fault and fault.lost:
-                raise ConnectionCut
+                raise Cut
             if fault:
                 Event().wait(fault.late)
-            self.respond(status, content, headers, halved=bool(fault and fault.halved))
-        except (ConnectionCut, ConnectionError):
+            self.answer(status, content, headers, halved=bool(fault and fault.halved))
+        except (Cut, ConnectionError):
             self.close_connection = True
             with suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -232,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault and fault.dies is not None:
             self.rfile.read(fault.dies)
             self.hub.stop()
-            raise ConnectionCut
+            raise Cut
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         chunks = []
@@ -242,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def respond(self, status: int, content: bytes, headers: dict, halved: bool = False) -> None:
+    def answer(self, status: int, content: bytes, headers: dict, halved: bool = False) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": len(content), **headers}.items():
             if value not in ("", None):
@@ -251,23 +248,23 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content[: len(content) // 2] if halved else content)
         if halved:
-            raise ConnectionCut
+            raise Cut
 
     def user(self) -> tuple[str | None, str | None]:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.hub.users:
-            raise HTTPError(401, "Invalid credentials in Authorization header")
+            raise Refused(401, "Invalid credentials in Authorization header")
         return self.hub.users.get(token, (None, None))
 
     def repo(self, kind: str, repo_id: str, to_write: bool = False) -> Repo:
         name, role = self.user()
         repo = self.hub.repos.get((kind, repo_id))
         if repo is None or (repo.private and name != repo.owner):
-            raise HTTPError(404 if name else 401, "Repository not found", "RepoNotFound")
+            raise Refused(404 if name else 401, "Repository not found", "RepoNotFound")
         if repo.gated and name != repo.owner:
-            raise HTTPError(403 if name else 401, f"Access to {kind} {repo_id} is restricted.", "GatedRepo")
+            raise Refused(403 if name else 401, f"Access to {kind} {repo_id} is restricted.", "GatedRepo")
         if to_write and (name != repo.owner or role == "read"):
-            raise HTTPError(403, "You do not have the rights to write to this repository")
+            raise Refused(403, "You do not have the rights to write to this repository")
         return repo
 
     def at(self, repo: Repo, revision: str) -> str:
@@ -275,29 +272,29 @@ class Handler(BaseHTTPRequestHandler):
             return repo.refs[revision][-1]
         if revision in repo.commits:
             return revision
-        raise HTTPError(404, "Invalid rev id", "RevisionNotFound")
+        raise Refused(404, "Invalid rev id", "RevisionNotFound")
 
-    def handle_route(self) -> tuple[bytes, dict]:
+    def handle_it(self) -> tuple[bytes, dict]:
         kinds = {"models": "model", "datasets": "dataset", "spaces": "space"}
         for verb, pattern, action in ROUTES:
             if verb == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, self.place)):
-                groups = match.groupdict()
-                groups["kind"] = kinds[(groups.get("kind") or "models").strip("/")]
-                arguments = [groups[name] for name in ("kind", "repo", "rest") if name in groups and "repo" in groups]
-                result = getattr(self, action)(*arguments)
+                named = match.groupdict()
+                named["kind"] = kinds[(named.get("kind") or "models").strip("/")]
+                args = [named[name] for name in ("kind", "repo", "rest") if name in named and "repo" in named]
+                result = getattr(self, action)(*args)
                 return result if isinstance(result, tuple) else (json.dumps(result).encode(), {})
-        raise HTTPError(404, f"no such page: {self.command} {self.place}", "EntryNotFound")
+        raise Refused(404, f"no such page: {self.command} {self.place}", "EntryNotFound")
 
     def whoami(self):
         name, role = self.user()
         if name is None:
-            raise HTTPError(401, "Invalid username or password.")
+            raise Refused(401, "Invalid username or password.")
         return {"type": "user", "name": name, "orgs": [], "auth": {"accessToken": {"role": role}}}
 
     def validate(self):
         errors = card_errors(json.loads(self.body)["content"])
         if errors:
-            raise HTTPError(400, "; ".join(errors))
+            raise Refused(400, "; ".join(errors))
         return {"errors": [], "warnings": []}
 
     def create(self):
@@ -306,14 +303,13 @@ class Handler(BaseHTTPRequestHandler):
         owner, kind = request.get("organization") or name, request.get("type", "model")
         repo_id = f"{owner}/{request['name']}"
         if name is None or owner != name or role == "read":
-            raise HTTPError(403, f"You do not have the rights to create a {kind} under the namespace {owner}")
-        existing = [other_kind for other_kind, other_id in self.hub.repos if other_id == repo_id]
-        existing = [other_kind for other_kind in existing if other_kind == kind or self.hub.shares_names]
-        if existing:
-            url = self.address(existing[0], repo_id)
-            raise HTTPError(409, f"You already created this {existing[0]} repo", url=url)
+            raise Refused(403, f"You do not have the rights to create a {kind} under the namespace {owner}")
+        taken = [existing for existing, other in self.hub.repos if other == repo_id]
+        taken = [existing for existing in taken if existing == kind or self.hub.shares_names]
+        if taken:
+            raise Refused(409, f"You already created this {taken[0]} repo", url=self.address(taken[0], repo_id))
         if kind == "space" and not request.get("sdk"):
-            raise HTTPError(400, "a Space needs an sdk")
+            raise Refused(400, "a Space needs an sdk")
         self.hub.add(repo_id, kind, private=request.get("visibility") == "private" or bool(request.get("private")))
         self.hub.repos[kind, repo_id].settings = request
         return {"url": self.address(kind, repo_id)}
@@ -339,48 +335,48 @@ class Handler(BaseHTTPRequestHandler):
     def branch(self, kind, repo_id, name):
         repo = self.repo(kind, repo_id, to_write=True)
         if name in repo.refs:
-            raise HTTPError(409, "Reference already exists")
+            raise Refused(409, "Reference already exists")
         repo.refs[name] = list(repo.refs["main"])
         return {}
 
     def preupload(self, kind, repo_id, revision):
         repo = self.repo(kind, repo_id, to_write="create_pr" not in self.query)
-        existing, responses = repo.commits[self.at(repo, revision)], []
+        files, answers = repo.commits[self.at(repo, revision)], []
         for file in json.loads(self.body)["files"]:
             path, large = file["path"], is_large(file["path"], file["size"])
-            unchanged = entry(path, existing[path]) if path in existing else {}
-            oid = unchanged.get("lfs", unchanged).get("oid")
+            existing = entry(path, files[path]) if path in files else {}
+            oid = existing.get("lfs", existing).get("oid")
             mode = "lfs" if large else "regular"
-            responses.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return {"files": responses}
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return {"files": answers}
 
     def batch(self, kind, repo_id):
         self.repo(kind, repo_id)
-        objects = []
-        for requested in json.loads(self.body)["objects"]:
-            href = f"{self.hub.url}/storage/{requested['oid']}"
+        answers = []
+        for wanted in json.loads(self.body)["objects"]:
+            href = f"{self.hub.url}/storage/{wanted['oid']}"
             upload = {"actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}}
-            objects.append({**requested, **({} if requested["oid"] in self.hub.large else upload)})
-        return {"transfer": "basic", "objects": objects}
+            answers.append({**wanted, **({} if wanted["oid"] in self.hub.large else upload)})
+        return {"transfer": "basic", "objects": answers}
 
     def store(self, _kind, _storage, oid):
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise HTTPError(400, "the content does not match its SHA-256")
+            raise Refused(400, "the content does not match its SHA-256")
         self.hub.large[oid] = self.body
         return {}
 
     def verify(self, _kind, _storage, oid):
         if oid not in self.hub.large or len(self.hub.large[oid]) != json.loads(self.body)["size"]:
-            raise HTTPError(404, "the object does not exist")
+            raise Refused(404, "the object does not exist")
         return {}
 
     def commit(self, kind, repo_id, revision):
-        as_pull_request = "create_pr" in self.query
-        repo = self.repo(kind, repo_id, to_write=not as_pull_request)
+        as_request = "create_pr" in self.query
+        repo = self.repo(kind, repo_id, to_write=not as_request)
         header, *operations = map(json.loads, self.body.splitlines())
         head = self.at(repo, revision)
         if header["value"].get("parentCommit", head) != head:
-            raise HTTPError(412, "A commit has happened since. Please refresh and try again.")
+            raise Refused(412, "A commit has happened since. Please refresh and try again.")
         files = dict(repo.commits[head])
         for operation in operations:
             value = operation["value"]
@@ -388,36 +384,36 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
                 if value["oid"] not in self.hub.large:
-                    raise HTTPError(400, f"the large file {value['path']} was not uploaded")
+                    raise Refused(400, f"the large file {value['path']} was not uploaded")
                 files[value["path"]] = self.hub.large[value["oid"]]
             else:
-                raise HTTPError(400, f"no {operation['key']} here")
-        url, response = self.address(kind, repo_id), {}
-        if as_pull_request:
+                raise Refused(400, f"no {operation['key']} here")
+        url, answer = self.address(kind, repo_id), {}
+        if as_request:
             number = len(repo.requests) + 1
             revision = f"refs/pr/{number}"
             repo.refs[revision] = list(repo.refs["main"])
-            pull_request = {"num": number, "title": header["value"]["summary"], "author": {"name": self.user()[0]}}
-            pull_request |= {
+            about = {"num": number, "title": header["value"]["summary"], "author": {"name": self.user()[0]}}
+            about |= {
                 "createdAt": NOW,
                 "status": "open",
                 "isPullRequest": True,
                 "repo": {"name": repo_id, "type": kind},
             }
-            repo.requests.append(pull_request)
-            response["pullRequestUrl"] = f"{url}/discussions/{number}"
+            repo.requests.append(about)
+            answer["pullRequestUrl"] = f"{url}/discussions/{number}"
         oid = self.hub.commit(repo, revision, files)
-        return {"commitUrl": f"{url}/commit/{oid}", "commitOid": oid, **response}
+        return {"commitUrl": f"{url}/commit/{oid}", "commitOid": oid, **answer}
 
     def discussions(self, kind, repo_id):
         author = self.query.get("author", [None])[0]
-        requests = [request for request in self.repo(kind, repo_id).requests if request["author"]["name"] == author]
+        requests = [about for about in self.repo(kind, repo_id).requests if about["author"]["name"] == author]
         return {"count": len(requests), "start": 0, "discussions": requests}
 
     def set_variable(self, kind, repo_id):
         variables = self.repo(kind, repo_id, to_write=True).variables
-        variable = json.loads(self.body)
-        variables[variable["key"]] = {"value": variable["value"]}
+        request = json.loads(self.body)
+        variables[request["key"]] = {"value": request["value"]}
         return {name: {"key": name, **value} for name, value in variables.items()}
 
     def resolve(self, kind, repo_id, rest):
@@ -425,10 +421,10 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(kind, repo_id)
         head = self.at(repo, revision)
         if path not in repo.commits[head]:
-            raise HTTPError(404, "Entry not found", "EntryNotFound")
+            raise Refused(404, "Entry not found", "EntryNotFound")
         content = repo.commits[head][path]
-        file = entry(path, content)
-        return content, {"ETag": f'"{file.get("lfs", file)["oid"]}"', "X-Repo-Commit": head}
+        about = entry(path, content)
+        return content, {"ETag": f'"{about.get("lfs", about)["oid"]}"', "X-Repo-Commit": head}
 
 
 _API = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo>[^/]+/[^/]+)"

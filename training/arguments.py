@@ -17,7 +17,9 @@ class DataArguments:
     _alternatives = ({"image_size", "resolution"}, {"dataset_name", "train_data_dir"})
 
     dataset_name: str | None = option(
-        None, "dataset on the Hub, or a local folder that `datasets.load_dataset` reads (default: the embedded emoji)"
+        None,
+        "dataset on the Hub, or a local one: a folder, or a .parquet, .arrow, .tar, .zip or .npz file (default: the "
+        "embedded emoji)",
     )
     dataset_config: str | None = option(None, "configuration of that dataset, if it has several")
     split: str = option("train", "split of the dataset")
@@ -25,11 +27,11 @@ class DataArguments:
     streaming: bool = option(False, "stream the dataset without a copy on disk; needs --max_train_steps")
     train_data_dir: str | None = option(
         None,
-        "folder of image files, including its subfolders (hidden ones and run folders excepted), or torchvision's "
-        "MNIST-style folder",
+        "folder of images, including subfolders (hidden ones and run folders excepted), .zip or .npz file, or "
+        "MNIST-style folder in torchvision's layout",
     )
     image_size: int | None = option(
-        None, "train at this height and width (default: the start model's; without one 28 by class, 32 for a GAN)"
+        None, "train at this height and width (default: that of the start model or of the script)"
     )
     resolution: list[int] | None = option(None, "height and width, if they differ: --resolution 64 96")
     center_crop: bool = option(False, "crop to the aspect ratio at the center instead of at random")

@@ -151,7 +151,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         rows = stream.select(self.columns)
         # shuffles the shards alone; `_rows` shuffles the rows. Newer versions would interleave several shards
         interleaves = "max_buffer_input_shards" in signature(rows.shuffle).parameters
-        options = {"max_buffer_input_shards": 1} if interleaves else {}
+        options: dict[str, Any] = {"max_buffer_input_shards": 1} if interleaves else {}
         rows = rows.shuffle(seed=plan.seed, buffer_size=1, **options)
         self.stream = split_dataset_by_node(rows, rank, plan.processes)
         self.preprocessing, self.plan, self.rank = preprocessing, plan, rank
@@ -182,12 +182,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
     def _next(self, rows: Iterator, broken: list[str]) -> tuple[torch.Tensor, int | None, dict]:
         first_pass = None
-        for (cell, *label), position in rows:
+        while True:
+            (cell, *label), position = next(rows)  # rows never end
             first_pass = position["pass"] if first_pass is None else first_pass
             if position["pass"] > first_pass + 1:
                 raise RunError(f"A whole pass over the stream had no image that can be read; the last: {broken[-1]}")
             try:
-                if label and label[0] not in self.numbers:
+                if self.numbers is not None and label[0] not in self.numbers:
                     raise BrokenImageError(f"its class is {label[0]}, not one of 0 to {self.numbers[-1]}")
                 return read_image(cell, self.preprocessing), label[0] if label else None, position
             except BrokenImageError as error:

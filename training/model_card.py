@@ -128,8 +128,8 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
     training = {
         "data": f"{card.dataset}, {data}",
         "trained for": f"{facts.step:,} of {facts.total_steps:,} optimizer steps"
-        + (f", {facts.epochs:.1f} passes over the data" if facts.num_images else ""),
-        "images per step": f"{facts.global_batch_size}, {processes}",
+        + (f", {facts.epochs:.1f} epochs" if facts.num_images else ""),
+        "global batch size": f"{facts.global_batch_size}, {processes}",
         **{name: f"{loss:.4f}, mean of the last {facts.loss_steps} steps" for name, loss in facts.losses.items()},
         "hardware": f"{facts.hardware}, {facts.precision}",
         "time": f"{facts.seconds / 60:.1f} minutes",

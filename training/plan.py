@@ -40,16 +40,18 @@ class BatchPlan:
 
     def epoch(self, step: int) -> float:
         """Return the epochs completed after `step` optimizer steps, with their fraction; always 0 for a stream."""
-        if self.num_images is None:
+        steps_per_epoch = self.steps_per_epoch
+        if self.num_images is None or steps_per_epoch is None:
             return 0.0
-        epochs, steps = divmod(step, self.steps_per_epoch)
+        epochs, steps = divmod(step, steps_per_epoch)
         return epochs + min(1.0, steps * self.global_batch_size / self.num_images)
 
     def global_batch(self, step: int) -> tuple[int, int, int]:
         """Return the epoch of a step, the position of its first sample in the epoch, and its number of samples."""
-        if self.num_images is None:
+        steps_per_epoch = self.steps_per_epoch
+        if self.num_images is None or steps_per_epoch is None:
             return 0, step * self.global_batch_size, self.global_batch_size
-        epoch, steps = divmod(step, self.steps_per_epoch)
+        epoch, steps = divmod(step, steps_per_epoch)
         start = steps * self.global_batch_size
         return epoch, start, min(self.global_batch_size, self.num_images - start)
 

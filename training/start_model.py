@@ -1,11 +1,11 @@
 """Loading the pretrained pipeline that training starts from."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ..core.errors import InputError
+from ..core.files import location_name
 from ..data.images import CHANNEL_MODES
 from ..sampling.loading import load_pipeline
 
@@ -48,7 +48,7 @@ def load_start_model(
         unet.register_to_config(sample_size=size[0] if size[0] == size[1] else list(size))
     if unet.config.sample_size is None:
         raise InputError(f"The config of the UNet of {start_model} has no sample_size: set it with --image_size.")
-    unet.register_to_config(_name_or_path=model_name(start_model))  # not its path on this machine
+    unet.register_to_config(_name_or_path=location_name(start_model))  # not its path on this machine
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
@@ -66,11 +66,6 @@ def _check_size(unet: UNet2DModel, start_model: str, size: Sequence[int]) -> Non
             f"{factor}; {size[0]} x {size[1]} is not. The nearest possible sizes are {lower[0]} x {lower[1]} and "
             f"{upper[0]} x {upper[1]}."
         )
-
-
-def model_name(model: str) -> str:
-    """Return the name of a model: the id of a repository, or the bare name of a folder."""
-    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def image_size(unet: UNet2DModel) -> tuple[int, int]:

@@ -179,7 +179,9 @@ class StepProgress:
 
 
 def load_models() -> dict[str, Model]:
-    """Load the pipelines that `DDGAN_PIPELINE` names (comma-separated folders or Hub repositories), or the embedded ones.
+    """Load the pipelines that `DDGAN_PIPELINE` names, or the embedded ones.
+
+    The variable holds comma-separated folders or Hub repositories.
 
     Returns:
         The models by name, color models first.
@@ -225,7 +227,7 @@ def load_model(place: str, name: str) -> Model:
 
 
 def find_clip() -> tuple[str | None, str]:
-    """Find the CLIP model for text guidance: the one `DDGAN_CLIP` names, or the default model if the Hub's cache has it.
+    """Find the CLIP model for text guidance: that of `DDGAN_CLIP`, or the default if the Hub's cache has it.
 
     Returns:
         The `model` argument of `CLIPLoss` and an empty string, or None and the reason to show on the page.

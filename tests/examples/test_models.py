@@ -1,44 +1,89 @@
-"""Claims about the embedded pipelines in examples/models: complete cards, current code and the stated accuracy."""
+"""The pipelines in examples/models are up to date, can be published, and generate what their cards say."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from tiny import ROOT
 
 from ddgan.evaluation.extractors import load_extractor
-from ddgan.hub.export import code_files
-from ddgan.sampling.loading import load_pipeline, with_scheduler
+from ddgan.examples.models.save_models import remove_code, save_configs
+from ddgan.hub.cards import CARD_NAME, code_section
+from ddgan.hub.folders import code_files
+from ddgan.hub.publication import snapshot
+from ddgan.sampling.loading import load_pipeline, pipeline_hash, with_scheduler
 
 MODELS = ROOT / "examples" / "models"
+FOLDERS = sorted(index.parent for index in MODELS.glob("*/model_index.json"))
+every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
-@pytest.mark.parametrize("folder", sorted(path for path in MODELS.iterdir()), ids=lambda path: path.name)
-def test_the_card_shows_existing_samples_and_lists_the_code(folder, tmp_path):
-    card = ModelCard.load(folder / "README.md")
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@every_folder
+def test_a_card_has_a_license_and_shows_existing_images(folder):
+    card = ModelCard.load(folder / CARD_NAME)
     assert card.data.license
     assert "](samples.png)" in card.text
     assert (folder / "samples.png").is_file()
-    for file, digest in code_files(folder).items():
-        assert f"| `{file}` | SHA-256 `{digest}` |" in card.text
+
+
+@every_folder
+def test_saving_the_configs_again_changes_nothing(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    remove_code(copy)
+    save_configs(copy)
+    assert contents(copy) == contents(folder), "run `make models`"
+
+
+def test_a_self_contained_folder_is_embedded_without_its_code(tmp_path):
+    folder = MODELS / "ddgan-mnist-16"
     load_pipeline(str(folder)).save_pretrained(tmp_path)
-    assert code_files(tmp_path) == code_files(folder), "the code in the folder is outdated: save the pipeline again"
+    code = code_files(tmp_path)
+    card, heading, limits = (folder / CARD_NAME).read_text(encoding="utf-8").partition("## Limits")
+    (tmp_path / CARD_NAME).write_text(f"{card}{code_section(code)}\n\n{heading}{limits}", encoding="utf-8")
+    remove_code(tmp_path)
+    save_configs(tmp_path)
+    assert len(code) == 3 and contents(tmp_path).items() <= contents(folder).items()
+
+
+@every_folder
+def test_a_published_folder_contains_its_code_and_loads_with_diffusers_alone(folder, tmp_path):
+    before, pipe = contents(folder), load_pipeline(str(folder))
+    pipe.save_pretrained(tmp_path)
+    with snapshot(folder, "ann/model") as copy:
+        code = code_files(Path(copy))
+        published = DiffusionPipeline.from_pretrained(copy, trust_remote_code=True)
+        card = Path(copy, CARD_NAME).read_text(encoding="utf-8")
+    assert code == code_files(tmp_path) and bool(code) == (folder.name != "noto-emoji-32")
+    assert pipeline_hash(published) == pipeline_hash(pipe)
+    assert type(published).__module__.startswith("diffusers_modules." if code else "diffusers.")
+    assert code_section(code) in card if code else "## Code" not in card
+    assert 'Pipeline.from_pretrained("ann/model")' in card and "examples/models" not in card.split("```")[1]
+    assert contents(folder) == before
 
 
 def class_accuracy(pipe, **arguments) -> float:
-    labels = torch.arange(10).repeat(10)
+    """Return the share of 100 digits that a classifier recognizes as the requested ones."""
+    requested = torch.arange(10).repeat(10)
     generators = [torch.Generator().manual_seed(seed) for seed in range(100)]
-    images = pipe(batch_size=100, class_labels=labels, generator=generators, output_type="pt", **arguments).images
+    images = pipe(batch_size=100, class_labels=requested, generator=generators, output_type="pt", **arguments).images
     classifier = load_extractor(str(ROOT / "examples" / "classifiers" / "mnist"))
-    predictions = classifier((images * 255).round().byte())["logits"].argmax(1)
-    return (predictions == labels).double().mean().item()
+    recognized = classifier((images * 255).round().byte())["logits"].argmax(1)
+    return (recognized == requested).double().mean().item()
 
 
-def test_class_accuracy_of_the_ddgan_in_four_steps():
+def test_digits_in_four_steps_are_recognized_as_requested():
     pipe = load_pipeline(str(MODELS / "ddgan-mnist-16"))
     assert class_accuracy(pipe) > 0.85  # its card says 95 %
     assert pipe.scheduler.num_inference_steps == 4
 
 
-def test_class_accuracy_with_classifier_free_guidance():
+def test_guided_digits_are_recognized_as_requested():
     pipe = with_scheduler(load_pipeline(str(MODELS / "mnist-28")), "ddim")
-    assert class_accuracy(pipe, guidance_scale=1.5, num_inference_steps=10) > 0.9  # its card says 99 % in 50 steps
+    assert class_accuracy(pipe, guidance_scale=1.5, num_inference_steps=10) > 0.9  # its card: 99 % in 50 steps

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -307,10 +308,9 @@ def test_its_card_and_requirements_match_the_package():
     text = (SPACE / "README.md").read_text()
     card = yaml.safe_load(text.split("---")[1])
     assert card["sdk"] == "gradio" and card["sdk_version"].startswith("6.") and (SPACE / card["app_file"]).is_file()
-    setup = (ROOT / "setup.py").read_text()
-    assert f'python_requires=">={card["python_version"]}"' in setup
-    requirements = re.search(r"install_requires=\[(.*?)\]", setup, re.DOTALL)[1]
-    assert (SPACE / "requirements.txt").read_text().split() == re.findall(r'"(.*?)"', requirements)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">={card['python_version']}"
+    assert (SPACE / "requirements.txt").read_text().split() == project["dependencies"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

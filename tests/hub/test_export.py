@@ -400,6 +400,23 @@ def test_the_card_of_a_folder_is_pushed_and_an_empty_template_is_not(saved, tmp_
     assert 'from_pretrained("ann/ddpm")' in card and "[More" not in card
 
 
+def test_without_the_package_no_card_is_pushed_but_that_of_the_folder(saved, tmp_path, local_hub):
+    pipe = DiffusionPipeline.from_pretrained(saved / "ddgan", trust_remote_code=True)
+    assert type(pipe) is not DDGANPipeline
+    pipe.push_to_hub("ann/model")
+    expected = files(saved / "ddgan").keys() - {"unet/diffusion_pytorch_model.ema.safetensors"}
+    assert local_hub.files("ann/model").keys() == expected | {".gitattributes"}
+
+    local_hub.add("ann/written", **{"README.md": b"# Ann's model\n"})
+    pipe.push_to_hub("ann/written")
+    assert local_hub.files("ann/written")["README.md"] == b"# Ann's model\n"
+
+    (tmp_path / "README.md").write_text("# My model\n")
+    push(pipe, "save_pretrained", tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My model\n"
+    assert local_hub.files("ann/model")["README.md"] == b"# My model\n"
+
+
 def test_code_that_cannot_be_copied_is_refused(tmp_path):
     class Local(NCSNpp):
         pass

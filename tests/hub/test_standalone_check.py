@@ -1,4 +1,4 @@
-"""The picture by which a repository is compared with a folder tells their pipelines apart, whatever their kind."""
+"""The image that push_to_hub.py compares tells pipelines of every kind apart."""
 
 import numpy as np
 import pytest
@@ -15,14 +15,14 @@ from ddgan import (
     GuidedPipeline,
     NCSNpp,
 )
-from ddgan.hub.export import sample_arguments
+from ddgan.hub.samples import sample_arguments
 
 SIZES = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 BLOCKS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 DDGAN = {"sample_size": 8, "block_out_channels": (8, 12), "layers_per_block": 1, "latent_dim": 5}
 PIPELINES = {
     "plain": lambda: DDPMPipeline(tiny_unet(), DDPMScheduler()),
-    "grey": lambda: DDPMPipeline(tiny_unet(in_channels=1, out_channels=1), DDPMScheduler()),
+    "gray": lambda: DDPMPipeline(tiny_unet(in_channels=1, out_channels=1), DDPMScheduler()),
     "ddgan": lambda: DDGANPipeline(NCSNpp(**DDGAN, attention_resolutions=()), DDGANScheduler()),
     "ddgan by class": lambda: DDGANPipeline(
         NCSNpp(**DDGAN, attention_resolutions=(), num_class_embeds=3), DDGANScheduler()
@@ -34,21 +34,21 @@ PIPELINES = {
 }
 
 
-def draw(pipe) -> np.ndarray:
+def sample(pipe) -> np.ndarray:
     return pipe(**sample_arguments(pipe, 1, 2), output_type="np").images[0]
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
-def test_it_depends_on_the_weights_and_on_nothing_else(kind):
+def test_the_image_depends_on_the_weights_and_on_nothing_else(kind):
     torch.manual_seed(0)
     pipe = PIPELINES[kind]()
     pipe.unet.eval()
     for parameter in pipe.unet.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    first = draw(pipe)
+    first = sample(pipe)
     torch.manual_seed(1)
-    assert first.shape == (8, 8, 1 if kind == "grey" else first.shape[2])
-    assert np.array_equal(draw(pipe), first)
+    assert first.shape == (8, 8, 1 if kind == "gray" else first.shape[2])
+    assert np.array_equal(sample(pipe), first)
     with torch.no_grad():
         list(pipe.unet.parameters())[-1].add_(0.1)
-    assert not np.array_equal(draw(pipe), first)
+    assert not np.array_equal(sample(pipe), first)

@@ -101,7 +101,7 @@ def test_two_processes_equal_one_also_if_one_has_no_image_left(finetune, model, 
     assert largest_difference(weights(one), weights(two)) < 1e-6
     norms = [[row["grad_norm"] for row in read_metrics(run / "metrics.csv")] for run in (one, two)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # Adam would hide a gradient of the wrong scale
-    assert "| images per step | 8, 2 processes |" in (two / "README.md").read_text()
+    assert "| global batch size | 8, 2 processes |" in (two / "README.md").read_text()
     for name in ("samples/step-00000004.png", "before_after.png", "loss.png"):
         assert (two / name).exists()
 

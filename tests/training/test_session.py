@@ -54,4 +54,4 @@ def test_the_notebook_launcher_trains(tiny_model, images, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_from_python(tiny_model, images, tmp_path):
     debug_launcher(finetune_model.finetune, arguments(tiny_model, images, tmp_path / "run"), num_processes=2)
-    assert "| images per step | 8, 2 processes |" in (tmp_path / "run" / "README.md").read_text()
+    assert "| global batch size | 8, 2 processes |" in (tmp_path / "run" / "README.md").read_text()
