@@ -171,13 +171,12 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
             # 2. features at each resolution
             if self.center_input_sample:
                 sample = 2 * sample - 1.0
-                noisy_sample = 2 * noisy_sample - 1.0 if self.config.pair else None
             inputs = [sample]
             if self.input_class_embedding is not None:
                 class_emb = self.input_class_embedding(class_labels).to(sample.dtype)
                 inputs.append(class_emb[:, :, None, None].expand(-1, -1, *sample.shape[2:]))
-            if self.config.pair:
-                inputs.append(noisy_sample)
+            if noisy_sample is not None:
+                inputs.append(2 * noisy_sample - 1.0 if self.center_input_sample else noisy_sample)
             hidden_states, skip_sample, features = self.conv_in(torch.cat(inputs, dim=1)), sample, []
             for block in self.down_blocks:
                 if hasattr(block, "skip_conv"):

@@ -9,6 +9,8 @@ _SATURATED_LOGIT = 5
 # the discriminator's loss if it answers 50 : 50 every time
 _CHANCE_LOSS = 2 * math.log(2)
 _LOSS_MARGIN = 0.01
+# share of pairs that a discriminator ranks correctly once it has won
+_WON_ACCURACY = 0.97
 # consecutive saturated steps, or steps in the mean loss, before a warning
 _PATIENCE = 500
 
@@ -48,3 +50,27 @@ class GANBalanceMonitor:
                 "or --diffaug without color usually helps."
             )
         return None
+
+
+class DiscriminatorAccuracyMonitor:
+    """Warns once when a discriminator ranks real images above generated ones almost always.
+
+    Unlike its logits, which gradient penalties keep close to zero, its accuracy does not depend on their scale. It
+    reads the column `d_accuracy`.
+    """
+
+    def __init__(self):
+        self.accuracies: deque[float] = deque(maxlen=_PATIENCE)
+        self.warned = False
+
+    def __call__(self, rows: list[dict[str, float]]) -> str | None:
+        """Read the newest rows of metrics.csv and return a warning, or None."""
+        self.accuracies.extend(row["d_accuracy"] for row in rows)
+        if self.warned or len(self.accuracies) < _PATIENCE or fmean(self.accuracies) < _WON_ACCURACY:
+            return None
+        self.warned = True
+        return (
+            f"For {_PATIENCE} steps the discriminator has ranked the real image above the generated one in "
+            f"{fmean(self.accuracies):.0%} of pairs (50% is chance), so the generator is falling behind. A larger "
+            "--gamma, a larger --instance_noise or a smaller --lr_d usually helps."
+        )
