@@ -114,6 +114,7 @@ class ImageSubset:
     def labels(self, column: str | None) -> Labels:
         """Return the classes of these images; `classes` also has those that none of them belongs to."""
         labels = self.source.labels(column)
+        assert labels.numbers is not None  # only streams have none
         return Labels(labels.classes, [labels.numbers[i] for i in self.indices])
 
 

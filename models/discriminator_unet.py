@@ -183,7 +183,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
                     hidden_states, states, skip_sample = block(hidden_states, temb, skip_sample=skip_sample)
                 else:
                     hidden_states, states = block(hidden_states, temb)
-                features.append(states[len(block.resnets) - 1])
+                features.append(states[len(block.resnets) - 1])  # pyright: ignore[reportArgumentType]
             if self.mid_block is not None:
                 features[-1] = self.mid_block(hidden_states, temb)
 

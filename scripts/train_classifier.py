@@ -11,7 +11,8 @@ From Python, call `train_classifier`.
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,7 +48,7 @@ class ClassifierArguments:
 
     _argument_group_name = "classifier"
 
-    widths: list[int] | None = option(None, "channels of each block (default: 16 32 64 96)")
+    widths: list[int] = field(default_factory=lambda: [16, 32, 64, 96], metadata={"help": "channels of each block"})
     augmentation: float = option(1.0, "strength of random shifts, rotations, scaling and noise; 0 disables them")
     test_split: str | None = option(
         None,
@@ -56,7 +57,6 @@ class ClassifierArguments:
 
     def __post_init__(self):
         require_at_least(0, self, "augmentation")
-        self.widths = self.widths or [16, 32, 64, 96]
         if any(width < 1 or width % NORM_GROUPS for width in self.widths):
             raise InputError(
                 f"--widths {' '.join(map(str, self.widths))}: the widths must be multiples of {NORM_GROUPS}."
@@ -243,6 +243,7 @@ def renumber(labels: Labels, classes: list[str]) -> list[int]:
     unknown = set(labels.classes) - set(classes)
     if unknown:
         raise InputError(f"The test images have classes that the others have not: {', '.join(sorted(unknown))}.")
+    assert labels.numbers is not None
     return [classes.index(labels.classes[number]) for number in labels.numbers]
 
 
@@ -336,12 +337,12 @@ def card_facts(
 def changed_flags(*arguments: Any) -> Iterator[str]:
     """Return the command-line flags of all settings that are not at their defaults, except for names and places."""
     settings = settings_for_card(*arguments)
-    for field in [field for part in arguments for field in fields(part)]:
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        value = settings.get(field.name, default)
-        if value == default or field.name in ("model_save_name", "dataset_name", "split", "report_to"):
+    for argument in chain.from_iterable(map(fields, arguments)):
+        default = argument.default if argument.default_factory is MISSING else argument.default_factory()
+        value = settings.get(argument.name, default)
+        if value == default or argument.name in ("model_save_name", "dataset_name", "split", "report_to"):
             continue
-        yield f"--{'no_' if value is False else ''}{field.name}"
+        yield f"--{'no_' if value is False else ''}{argument.name}"
         if not isinstance(value, bool):
             yield from map(str, value if isinstance(value, list) else [value])
 

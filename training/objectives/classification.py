@@ -22,6 +22,7 @@ class ClassificationObjective:
 
     def __call__(self, network: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Return the `loss` of each sample, (B,), and whether it is classified correctly: `accuracy`, 0 or 1."""
+        assert batch.labels is not None
         logits = network(augment(batch.images, self.augmentation, batch.rng))
         return {
             "loss": F.cross_entropy(logits.float(), batch.labels, reduction="none"),
