@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ddgan import UNetDiscriminator
 from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
 from ddgan.core.errors import InputError, run_command
-from ddgan.core.files import replace_file
+from ddgan.core.files import location_name, replace_file
 from ddgan.hub.cards import CardFacts, license_of
 from ddgan.sampling.generation import PipelineSampler
 from ddgan.sampling.grids import image_grid
@@ -37,7 +37,7 @@ from ddgan.training.objectives.few_step import (
 )
 from ddgan.training.run_folder import RunFolder
 from ddgan.training.session import Session
-from ddgan.training.start_model import image_size, load_start_model, model_name
+from ddgan.training.start_model import image_size, load_start_model
 
 CONVERSION_STEPS = 500  # for networks that predict the noise
 WARMUP_STEPS = 20  # of the learning rates
@@ -150,7 +150,7 @@ def finetune_few_step(
     card = CardFacts(
         title=run.model_save_name,
         summary=f"An unconditional diffusion model that generates an image in {evaluations}: "
-        f"{model_name(args.start_model)}, fine-tuned on {data.name} with a discriminator. It was trained for "
+        f"{location_name(args.start_model)}, fine-tuned on {data.name} with a discriminator. It was trained for "
         f"{' or '.join(map(str, args.num_inference_steps))} sampling steps.",
         usage=USAGE.format(model=Path(run.output_dir).resolve().name, steps=steps),
         settings=settings_for_card(*arguments),
