@@ -38,7 +38,7 @@ EMBEDDED_MODEL = EXAMPLES / "models" / "noto-emoji-32"
 # flags that name a model, data or settings; a command without any of them runs the demo
 NOT_THE_DEMO = {"--config", "--start_model", "--dataset_name", "--train_data_dir"}
 
-# for each choice of --freeze, parts of the names of the parameters that are still trained
+# --freeze choice -> substrings of the names of the parameters that are still trained
 TRAINED_PARTS = {
     "none": ("",),
     "all_but_attention": ("attentions.",),
@@ -89,7 +89,7 @@ def finetune(
     """Fine-tune a pretrained UNet on images with the denoising loss and AdamW.
 
     Raises:
-        InputError: if something in the arguments cannot be used.
+        InputError: if the arguments are invalid.
         RunError: if the run fails after it has started.
     """
     session = Session.open(run, supports_fsdp=True)
@@ -132,7 +132,7 @@ def finetune(
 
 
 def freeze(unet: UNet2DModel, args: FinetuneArguments) -> list[torch.nn.Parameter]:
-    """Freeze a part of the UNet and return the parameters that are still trained.
+    """Freeze a part of the UNet and return the remaining trainable parameters.
 
     Raises:
         InputError: if there are none.

@@ -1,8 +1,8 @@
-"""Train a class-conditional diffusion model: on handwritten digits, or any images with class labels.
+"""Train a class-conditional diffusion model on handwritten digits or any images with class labels.
 
     accelerate launch train_class_conditional.py --recipe fast --dataset mnist --data_dir data
 
-Without --recipe or --config it follows `--recipe tutorial`, and without data it trains on MNIST.
+Without --recipe or --config it uses `--recipe tutorial`, and without data it trains on MNIST.
 From Python, call `train_class_conditional`.
 """
 
@@ -86,7 +86,7 @@ class ClassConditionalArguments:
         None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)"
     )
     timestep_sampling: Literal["uniform", "logit_normal"] = option(
-        "uniform", "distribution of the timesteps: uniform, or more often in the middle"
+        "uniform", "distribution of the timesteps: uniform, or concentrated in the middle"
     )
     sample_steps: int = option(50, "DDIM steps for the sample grids")
     guidance_scale: float = option(
@@ -151,11 +151,11 @@ def train_class_conditional(
     """Train a class-conditional network from scratch with the denoising loss and Adam.
 
     Raises:
-        InputError: if something in the arguments cannot be used.
+        InputError: if the arguments are invalid.
         RunError: if the run fails after it has started.
     """
     session = Session.open(run)
-    with session.accelerator.main_process_first():  # the other processes find what it has downloaded
+    with session.accelerator.main_process_first():  # the other processes find the downloaded files
         chosen_data = choose_data(args, data_args)
     size = data_args.resolution or [data_args.image_size or 28] * 2
     data = session.load_data(chosen_data, args.image_channels, size, label_args)
@@ -163,7 +163,7 @@ def train_class_conditional(
     assert classes is not None  # images without labels raise an error
     labels, grid = rows_by_class(run.num_samples, classes)
     run = session.run = replace(run, num_samples=len(labels))  # full rows
-    torch.manual_seed(run.seed)  # the same initial weights in every process and every run with this seed
+    torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
     unet = build(args, size, classes)
     if run.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -219,11 +219,13 @@ def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> Da
     """Return data arguments in which `--dataset` is replaced by its folder, downloaded if it is missing.
 
     Raises:
-        InputError: if other data are named too, or the download fails.
+        InputError: if `data_args` also names images, or the download fails.
     """
     other = data_args.dataset_name or data_args.train_data_dir
     if args.dataset and other:
-        raise InputError(f"--dataset {args.dataset} and {other} both name the images to train on. Give one of them.")
+        raise InputError(
+            f"--dataset {args.dataset} and {other} both name the images to train on. Use only one of them."
+        )
     if other:
         return data_args
     dataset_class = DATASETS[args.dataset or "mnist"]

@@ -2,7 +2,7 @@
 
     accelerate launch train_ddgan.py --config examples/recipes/ddgan_mnist_16.yaml --train_data_dir path/to/MNIST
 
-Without data or --config it follows examples/recipes/ddgan_emoji_32.yaml, on the embedded images.
+Without data or --config it uses examples/recipes/ddgan_emoji_32.yaml and the embedded images.
 From Python, call `train_ddgan`.
 """
 
@@ -31,8 +31,7 @@ from ddgan.training.session import Session
 
 RECIPES = Path(__file__).parent / "examples" / "recipes"
 
-# of each block: channels in multiples of --discriminator_channels, and whether it halves the resolution (the paper's
-# appendix)
+# per block: multiples of --discriminator_channels, and whether it halves the resolution (appendix of the paper)
 DISCRIMINATORS = {
     "small": ((2, 4, 8, 8), (False, True, True, True)),
     "large": ((4, 8, 8, 8, 8, 8), (True, True, True, True, True, True)),
@@ -62,17 +61,17 @@ class DDGANArguments:
         default_factory=lambda: [16], metadata={"help": "generator: feature map heights with attention"}
     )
     latent_dim: int = option(100, "generator: length of the latent z")
-    latent_embed_dim: int = option(256, "generator: width of the network that maps z")
-    latent_mapping_layers: int = option(4, "generator: layers of that network after the first")
+    latent_embed_dim: int = option(256, "generator: width of the mapping network of z")
+    latent_mapping_layers: int = option(4, "generator: layers of the mapping network after the first")
     dropout: float = option(0.0, "generator: dropout probability")
     discriminator: str = option(
         "small", "the paper's discriminator for 32x32 (small) or 256x256 (large)", choices=DISCRIMINATORS
     )
-    discriminator_channels: int = option(64, "discriminator: base width, of which its blocks have multiples")
+    discriminator_channels: int = option(64, "discriminator: base width, which its blocks multiply")
 
     lr_g: float = option(1.6e-4, "learning rate of the generator (Adam with betas 0.5 and 0.9)")
     lr_d: float = option(1.25e-4, "learning rate of the discriminator")
-    lr_min: float = option(1e-5, "final learning rate of both, after half a cosine; constant within an epoch")
+    lr_min: float = option(1e-5, "final learning rate of both, after a cosine decay that is constant within an epoch")
     r1_gamma: float = option(0.05, "weight of the gradient penalty R1; 0 turns it off")
     lazy_reg: int = option(15, "steps between applications of R1")
     diffaug: list[str] = field(
@@ -122,7 +121,7 @@ def train_ddgan(
     """Train a generator and a discriminator from scratch with the non-saturating loss, R1 and Adam.
 
     Raises:
-        InputError: if something in the arguments cannot be used.
+        InputError: if the arguments are invalid.
         RunError: if the run fails after it has started.
     """
     session = Session.open(run)
@@ -132,7 +131,7 @@ def train_ddgan(
     if data.classes:
         labels, grid = rows_by_class(run.num_samples, data.classes)
         run = session.run = replace(run, num_samples=len(labels))  # full rows
-    torch.manual_seed(run.seed)  # the same initial weights in every process and every run with this seed
+    torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
     generator, discriminator, scheduler = build(args, size, data.classes)
     if run.gradient_checkpointing:
         generator.enable_gradient_checkpointing()

@@ -1,7 +1,7 @@
 """Convert official checkpoints of Denoising Diffusion GANs to `NCSNpp` and `DDGANDiscriminator`.
 
-"Reference" is NVIDIA's implementation (https://github.com/NVlabs/denoising-diffusion-gan). Its networks are described
-by command-line arguments, here called arguments, and its generator keeps all layers in one list, `all_modules`.
+"Original" is NVIDIA's implementation (https://github.com/NVlabs/denoising-diffusion-gan). Its networks are defined by
+command-line arguments, here called arguments, and its generator keeps all layers in one list, `all_modules`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from ..core.errors import InputError
 from ..models.discriminator_ddgan import DDGANDiscriminator
 from ..models.unet_ncsnpp import NCSNpp
 
-# layer names inside one entry of `all_modules`, from the reference's to those of this package
+# layer names inside one entry of `all_modules`: original name -> name in this package
 _RESNET = {
     "GroupNorm_0": "norm1",
     "Conv_0": "conv1",
@@ -73,9 +73,9 @@ class Checkpoint:
     """The contents of a checkpoint.
 
     Attributes:
-        generator: Parameters of the generator.
-        discriminator: Parameters of the discriminator, if the file has them.
-        arguments: The arguments of the training run, if the file has them.
+        generator: parameters of the generator.
+        discriminator: parameters of the discriminator, if the file has them.
+        arguments: arguments of the training run, if the file has them.
     """
 
     generator: dict[str, torch.Tensor]
@@ -84,13 +84,13 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read the weights of a generator (netG_*.pth) or a whole training state (content.pth).
+    """Read the weights of a generator (netG_*.pth) or a full training state (content.pth).
 
     Raises:
-        InputError: If there is no such file, it holds anything but tensors and plain values, or it has no generator.
+        InputError: if there is no such file, it contains more than tensors and plain values, or has no generator.
     """
     if not path.is_file():
-        raise InputError(f"There is no checkpoint {path}.")
+        raise InputError(f"The checkpoint {path} does not exist.")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -98,7 +98,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"The checkpoint {path} cannot be read as tensors and plain values: {reason}") from error
     if not isinstance(content, dict):
-        raise InputError(f"The checkpoint {path} holds a {type(content).__name__} instead of a state dict.")
+        raise InputError(f"The checkpoint {path} contains a {type(content).__name__} instead of a state dict.")
     values = [content, *content.values()]
     states = [value for value in values if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))]
 
@@ -108,7 +108,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     generator = find_state("all_modules.")
     if generator is None:
         keys = ", ".join(map(str, content))[:300]
-        raise InputError(f"The checkpoint {path} holds no generator: its keys are {keys}.")
+        raise InputError(f"The checkpoint {path} contains no generator: its keys are {keys}.")
     arguments = next((vars(value) for value in values if isinstance(value, argparse.Namespace)), None)
     return Checkpoint(generator, find_state("start_conv."), arguments)
 
@@ -169,10 +169,10 @@ def _generator_modules(arguments: Arguments) -> list[tuple[str, dict[str, str]]]
 
 
 def generator_config(arguments: Arguments) -> dict[str, Any]:
-    """Return the config of `NCSNpp` for the reference's arguments.
+    """Return the config of `NCSNpp` for the original arguments.
 
     Raises:
-        `ValueError`: If `fir_kernel` is not [1, 3, 3, 1].
+        ValueError: if `fir_kernel` is not [1, 3, 3, 1].
     """
     if list(arguments["fir_kernel"]) != [1, 3, 3, 1]:
         raise ValueError(f"`fir_kernel` is {arguments['fir_kernel']}, but only [1, 3, 3, 1] is supported.")
@@ -204,7 +204,7 @@ def generator_config(arguments: Arguments) -> dict[str, Any]:
 
 
 def _discriminator_config(arguments: Arguments, large: bool) -> dict[str, Any]:
-    """Return the config of `DDGANDiscriminator` for the reference's small or large discriminator."""
+    """Return the config of `DDGANDiscriminator` for the original small or large discriminator."""
     multipliers = (4, 8, 8, 8, 8, 8) if large else (2, 4, 8, 8)
     return {
         "sample_size": arguments["image_size"],
@@ -218,15 +218,15 @@ def _discriminator_config(arguments: Arguments, large: bool) -> dict[str, Any]:
 
 
 def convert_generator(state_dict: State, arguments: Arguments) -> NCSNpp:
-    """Convert the reference's generator to an `NCSNpp` with the same outputs.
+    """Convert the original generator to an `NCSNpp` with the same outputs.
 
     Args:
-        state_dict: Parameters of the generator, with or without the prefix `module.`.
-        arguments: Arguments of the reference; those that `generator_arguments` can complete may be missing.
+        state_dict: parameters of the generator, with or without the prefix `module.`.
+        arguments: original arguments; those that `generator_arguments` can complete may be missing.
 
     Raises:
-        ValueError: If the parameters do not fit the arguments; the message lists all keys concerned.
-        KeyError: If an argument is missing that can neither be inferred nor is common to the published models.
+        ValueError: if the parameters do not fit the arguments; the message lists all affected keys.
+        KeyError: if an argument is missing that can neither be inferred nor is common to the published models.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     arguments = generator_arguments(state_dict, arguments)
@@ -261,15 +261,15 @@ def convert_generator(state_dict: State, arguments: Arguments) -> NCSNpp:
 
 
 def convert_discriminator(state_dict: State, arguments: Arguments) -> DDGANDiscriminator:
-    """Convert the reference's discriminator, small or large by its number of blocks, to a `DDGANDiscriminator`.
+    """Convert the original discriminator, small or large by its number of blocks, to a `DDGANDiscriminator`.
 
     Args:
-        state_dict: Parameters of the discriminator, with or without the prefix `module.`.
-        arguments: Arguments of the reference; only `image_size` is not inferred from the parameters.
+        state_dict: parameters of the discriminator, with or without the prefix `module.`.
+        arguments: original arguments; only `image_size` is not inferred from the parameters.
 
     Raises:
-        ValueError: If the parameters do not fit; the message lists all keys concerned.
-        KeyError: If an argument is missing.
+        ValueError: if the parameters do not fit; the message lists all affected keys.
+        KeyError: if an argument is missing.
     """
     names = {"start_conv": "conv_in", "final_conv": "conv_out", "end_linear": "linear_out"}
     names |= {"t_embed.main.0": "time_linear_1", "t_embed.main.2": "time_linear_2"}
@@ -295,15 +295,15 @@ def convert_discriminator(state_dict: State, arguments: Arguments) -> DDGANDiscr
 
 
 def generator_arguments(state_dict: State, arguments: Arguments) -> dict[str, Any]:
-    """Complete the arguments of the reference's generator.
+    """Complete the arguments of the original generator.
 
     Missing arguments are inferred from keys and shapes: widths, depth, blocks, attention, embeddings and pyramids.
-    What leaves no trace in the parameters, such as `skip_rescale`, defaults to `COMMON_ARGUMENTS`. `image_size`
+    Those that the parameters do not reveal, such as `skip_rescale`, default to `COMMON_ARGUMENTS`. `image_size`
     (which `attn_resolutions` depends on) and `num_timesteps` are not completed.
 
     Args:
-        state_dict: Parameters of the generator, with or without the prefix `module.`.
-        arguments: Known arguments, which take precedence.
+        state_dict: parameters of the generator, with or without the prefix `module.`.
+        arguments: known arguments, which take precedence.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     inferred, entries = {}, {}
@@ -320,14 +320,14 @@ def generator_arguments(state_dict: State, arguments: Arguments) -> dict[str, An
 
 
 def infer_arguments(modules: list[dict[str, torch.Tensor]], image_size: int | None) -> dict[str, Any]:
-    """Infer arguments of the reference from the parameters of each entry of `all_modules`.
+    """Infer original arguments from the parameters of each entry of `all_modules`.
 
     Args:
-        modules: The parameters of each entry by their names inside it.
-        image_size: Height and width of the images; without it `attn_resolutions` is not inferred.
+        modules: parameters of each entry, keyed by their names inside it.
+        image_size: height and width of the images; without it `attn_resolutions` is not inferred.
 
     Raises:
-        KeyError, ValueError, IndexError: If parameters are missing.
+        KeyError, ValueError, IndexError: if parameters are missing.
     """
     kinds = [_module_kind(module) for module in modules]
     first, last = kinds.index("conv"), len(kinds) - 1 - kinds[::-1].index("resnet")

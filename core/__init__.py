@@ -1,1 +1,1 @@
-"""Shared by every command: user errors, argument parsing, files."""
+"""Code shared by all commands: argument parsing, user-facing errors and files."""

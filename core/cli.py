@@ -17,15 +17,15 @@ from .errors import InputError
 
 
 def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
-    """Return a dataclass field with a default, a `--help` text and, where only these are allowed, its values."""
+    """Return a dataclass field with a default, a `--help` text and, optionally, its allowed values."""
     return field(default=default, metadata={"help": help} if choices is None else {"help": help, "choices": choices})
 
 
 def require_at_least(minimum: float, arguments: Any, *names: str) -> None:
-    """Check that the named numbers, single ones or lists, are not below a minimum; None passes.
+    """Check that the named arguments, numbers or lists of numbers, are at least `minimum`; None is ignored.
 
     Raises:
-        InputError: if one is; the message names its flag.
+        InputError: if one is smaller; the message names its flag.
     """
     for name, value in _numbers(arguments, names):
         if not value >= minimum:
@@ -33,7 +33,7 @@ def require_at_least(minimum: float, arguments: Any, *names: str) -> None:
 
 
 def require_above(bound: float, arguments: Any, *names: str) -> None:
-    """Check, like `require_at_least`, that the named numbers are greater than a bound."""
+    """Check that the named arguments are greater than `bound`; see `require_at_least`."""
     for name, value in _numbers(arguments, names):
         if not value > bound:
             raise InputError(f"--{name} is {value}; it must be greater than {bound}.")
@@ -48,11 +48,11 @@ def _numbers(arguments: Any, names: tuple[str, ...]) -> Iterator[tuple[str, floa
 def parse_arguments(
     *dataclass_types: type, argv: list[str] | None = None, recipes: dict[str, Path] | None = None
 ) -> tuple:
-    """Read the command line into one instance of each dataclass.
+    """Parse the command line into one instance of each dataclass.
 
-    `--config file.yaml` gives values that flags override. The file is flat: its keys are the names of the flags.
+    `--config file.yaml` sets values, which flags override. The file is flat: its keys are the names of the flags.
 
-    A dataclass may have a class attribute `_alternatives`, sets of flags that exclude each other. A flag on the
+    A dataclass may have a class attribute `_alternatives`, sets of mutually exclusive flags. A flag on the
     command line then also overrides its alternatives in the file.
 
     Args:
@@ -60,7 +60,7 @@ def parse_arguments(
 
     Raises:
         InputError: for an unknown flag or key (the message suggests the closest one), a value of the wrong type, or
-            an `--output_dir` that Python would import in place of this package.
+            an `--output_dir` that Python would import instead of this package.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(dataclass_types, recipes)
@@ -85,9 +85,9 @@ def parse_arguments(
 
 
 def write_config(path: Path, *arguments: Any) -> None:
-    """Write every argument in force to a YAML file that `--config` reads back."""
+    """Write all arguments, including defaults, to a YAML file that `--config` reads."""
     values = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
-    values.pop("resume_from_checkpoint")  # repeating a run starts from step 0
+    values.pop("resume_from_checkpoint")  # a repeated run starts from step 0
     path.write_text(
         "# every argument of this run: pass this file back with --config to repeat it\n"
         + yaml.safe_dump({name: value for name, value in values.items() if value is not None}, sort_keys=False),
@@ -99,7 +99,7 @@ def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
     for action in parser._actions:
         if action.nargs == "+":
-            action.nargs = "*"  # a list may be empty, on the command line and in a file
+            action.nargs = "*"  # lists may be empty, on the command line and in YAML files
     parser.add_argument("--config", help="YAML file with values for any of these flags; flags override it")
     if recipes:
         parser.add_argument("--recipe", choices=recipes, help="predefined values; --config and flags override them")
@@ -114,15 +114,15 @@ def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -
 def _read_config(
     path: str, parser: argparse.ArgumentParser, alternatives: list[set[str]], overriding: list[str]
 ) -> list[str]:
-    """Read a YAML file as command-line tokens, without the flags whose alternatives are among the overriding ones."""
+    """Convert a YAML file to command-line tokens, leaving out flags whose alternatives are among `overriding`."""
     if not Path(path).is_file():
-        raise InputError(f"--config {path}: there is no such file.")
+        raise InputError(f"--config {path} does not exist.")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise InputError(f"--config {path} is not YAML: {error}") from None
+        raise InputError(f"--config {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise InputError(f"--config {path} must hold one `flag: value` a line, like the config.yaml of a run folder.")
+        raise InputError(f"--config {path} must contain one `flag: value` per line, like a run folder's config.yaml.")
 
     actions = {flag: action for action in parser._actions for flag in action.option_strings}
     named = {token.split("=")[0].lstrip("-").replace("-", "_") for token in overriding if token.startswith("--")}
@@ -141,14 +141,14 @@ def _read_config(
 
 def _unknown_flag(flag: str, known_flags: set[str]) -> str:
     closest = difflib.get_close_matches(flag, known_flags, n=1)
-    return f"There is no flag {flag}." + (f" Did you mean {closest[0]}?" if closest else "")
+    return f"Unknown flag {flag}." + (f" Did you mean {closest[0]}?" if closest else "")
 
 
 def _check_output_dir(folder: Path) -> None:
-    """Refuse a folder `ddgan` on the import path: Python would find it before an editable installation."""
+    """Reject a folder named `ddgan` on the import path: Python would find it before an editable install."""
     folder = folder.resolve()
     if folder.name == "ddgan" and str(folder.parent) in (os.getcwd(), *sys.path):
         raise InputError(
-            f"--output_dir {folder}: Python would import a folder of that name here in place of this package. "
-            "Give it another name."
+            f"--output_dir {folder}: Python would import a folder of that name here instead of this package. "
+            "Choose another name."
         )

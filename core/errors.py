@@ -1,4 +1,4 @@
-"""User-facing errors: each ends a command with one paragraph in place of a traceback."""
+"""User-facing errors, which commands print as one paragraph instead of a traceback."""
 
 import errno
 import logging
@@ -9,28 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile
 
-# errors of the file system that only the user can resolve: no space, no permission, something in the way
+# file-system errors that only the user can resolve: no space, no permission, a path that is already taken
 _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 _USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 class InputError(ValueError):
-    """Unusable input from the user; the message says what was found, what was expected and what to do."""
+    """Invalid user input; the message states what was found, what was expected and what to do."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot continue; the message says why, and where its last good state is."""
+    """A run that cannot continue; the message gives the reason and the last good state."""
 
 
 @contextmanager
 def naming_file(path: str | Path, *more_errors: type[Exception]) -> Iterator[None]:
-    """Turn a library's error about a damaged or mislabeled file or folder into one that names it.
+    """Convert library errors about a damaged or mislabeled file or folder to an error that names it.
 
     Args:
-        more_errors: further exceptions that the library raises, besides OSError, ValueError and BadZipFile.
+        more_errors: exceptions to convert besides OSError, ValueError and BadZipFile.
 
     Raises:
-        InputError: in place of these exceptions.
+        InputError: instead of these exceptions.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def naming_file(path: str | Path, *more_errors: type[Exception]) -> Iterator[Non
 def run_command(main: Callable[[], None]) -> None:
     """Run the `main` of a script and print its user-facing errors as one paragraph.
 
-    The exit code is 2 after an `InputError`, and 1 after a `RunError` or when the file system refuses a file or
+    The exit code is 2 after an `InputError`, and 1 after a `RunError` or when the file system rejects a file or
     folder.
     """
     logging.basicConfig(format="%(message)s")
@@ -58,6 +58,6 @@ def run_command(main: Callable[[], None]) -> None:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             print(f"\nerror: {error}", file=sys.stderr)
-        elif not isinstance(error, InputError):  # bad input is the same in every process, a failure may not be
+        elif not isinstance(error, InputError):  # all processes have the same input, but may fail differently
             print(f"\nerror in process {rank}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -22,7 +22,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:
     """Write files into a temporary folder, then rename each of them into `folder`; other files there are kept.
 
-    Files at the top are renamed last, and JSON files after those beside them, since they may refer to them.
+    Top-level files are renamed last, and JSON files after the other files of their folder, which they may refer to.
     """
     temporary = folder / ".tmp-files"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -39,7 +39,7 @@ def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder under a temporary name, sync it and rename it to `folder`, replacing all that was in it."""
+    """Write a folder under a temporary name, sync it and rename it to `folder`, replacing any previous one."""
     temporary, replaced = (folder.with_name(f".tmp-{prefix}{folder.name}") for prefix in ("", "old-"))
     for path in (temporary, replaced):
         shutil.rmtree(path, ignore_errors=True)
@@ -54,14 +54,14 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def copy_folder(folder: Path, target: Path) -> None:
-    """Copy a folder with hard links, or with real copies where the file system has none."""
+    """Copy a folder with hard links, or with regular copies if the file system does not support them."""
     shutil.copytree(folder, target, copy_function=lambda file, copy: link_or_copy(Path(file), Path(copy)))
 
 
 def link_or_copy(file: Path, target: Path) -> None:
-    """Create a hard link to a file, or a copy where the file system has no hard links.
+    """Create a hard link to a file, or a copy if the file system does not support hard links.
 
-    The link keeps its contents when `file` is replaced by renaming another file to it.
+    The link keeps its contents when another file is renamed to `file`.
     """
     try:
         os.link(file.resolve(), target)
@@ -70,12 +70,12 @@ def link_or_copy(file: Path, target: Path) -> None:
 
 
 def location_name(location: str) -> str:
-    """Return the bare name of a local file or folder; a name on the Hub stays as it is."""
+    """Return the base name of a local file or folder, or a Hub name unchanged."""
     return Path(location).resolve().name if Path(location).exists() else location
 
 
 def fingerprint(facts: Any) -> str:
-    """Return a short hash of facts that JSON can hold."""
+    """Return a short hash of JSON-serializable facts."""
     return fingerprint_bytes(json.dumps(facts, sort_keys=True).encode())
 
 

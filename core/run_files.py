@@ -1,4 +1,4 @@
-"""File names that identify a run folder, for the training loop and for image sources."""
+"""File names that identify a run folder, shared by the training loop and the image sources."""
 
 from pathlib import Path
 

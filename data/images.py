@@ -1,4 +1,4 @@
-"""Images as people store them: opening, EXIF orientation, channels, resizing, 8-bit values."""
+"""Image helpers: opening, EXIF orientation, channels, resizing and 8-bit conversion."""
 
 import io
 from pathlib import Path
@@ -32,7 +32,7 @@ def open_image(cell: Any) -> Image.Image:
     """Open an image without decoding it.
 
     Args:
-        cell: an item of an image source: a path, encoded bytes as `datasets` keeps them (`{"bytes": ..., "path":
+        cell: an item of an image source: a path, encoded bytes as `datasets` stores them (`{"bytes": ..., "path":
             ...}`), an image, or pixels (H, W) or (H, W, C).
     """
     if isinstance(cell, dict):
@@ -59,13 +59,13 @@ def upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         transposition = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged metadata make Pillow raise almost anything
+    except Exception:  # Pillow raises almost anything on damaged metadata
         return image
     return image if transposition is None else image.transpose(transposition)
 
 
 def color_channels(image: Image.Image) -> int:
-    """Return 1 for a gray image of any bit depth and 3 for a color image; transparency does not count."""
+    """Return 1 for a gray image of any bit depth and 3 for a color image, ignoring transparency."""
     return 1 if ImageMode.getmode(image.mode).basemode == "L" else 3
 
 
@@ -77,7 +77,7 @@ def with_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def resized(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resize images (N, C, H, W), uint8, with the filter `RESIZE` and without keeping their aspect ratio."""
+    """Resize images (..., H, W), uint8, with the filter `RESIZE`, ignoring their aspect ratio."""
     return TF.resize(images, [height, width], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional as TF
 
-from .images import CHANNEL_MODES, BrokenImageError, open_image, upright
+from .images import CHANNEL_MODES, BrokenImageError, open_image, resized, upright
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ class Preprocessing:
         pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
         h, w = pixels.shape[1:]
         scale = max(self.height / h, self.width / w)
-        size = [max(self.height, round(h * scale)), max(self.width, round(w * scale))]
-        return TF.resize(pixels, size, interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+        return resized(pixels, max(self.height, round(h * scale)), max(self.width, round(w * scale)))
 
     def finish(self, pixels: torch.Tensor, sample_key: int) -> torch.Tensor:
         """Crop and flip a loaded image and scale it to [-1, 1]; the sample's key seeds the random choices."""
@@ -47,7 +45,7 @@ class Preprocessing:
 
     def _convert(self, image: Image.Image) -> Image.Image:
         image = upright(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits, or floats in 0..1 or 0..255
+        if image.mode.startswith("I") or image.mode == "F":  # 16-bit or 32-bit integers, or floats in 0..1 or 0..255
             values = np.asarray(image, dtype=np.float64)
             is_16_bit = image.mode.startswith("I;16") or values.max() > 255
             scale = 255 / 65535 if is_16_bit else 255 if image.mode == "F" and values.max() <= 1 else 1
@@ -62,12 +60,12 @@ def read_image(cell: Any, preprocessing: Preprocessing) -> torch.Tensor:
     """Open an item of an image source (see `open_image`) and load it.
 
     Returns:
-        the pixels as `Preprocessing.load` returns them.
+        the pixels, as returned by `Preprocessing.load`.
 
     Raises:
         BrokenImageError: if it cannot be read.
     """
     try:
         return preprocessing.load(open_image(cell))
-    except Exception as error:  # Pillow's decoders raise almost anything
+    except Exception as error:  # Pillow raises almost anything on damaged files
         raise BrokenImageError(str(error)) from error

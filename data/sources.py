@@ -1,4 +1,4 @@
-"""Image sources: image folders, arrays, archives, and whatever the `datasets` library reads.
+"""Image sources: image folders, arrays, archives, and anything that the `datasets` library reads.
 
 `open_source` serves training, evaluation and the classifier script alike. To add a kind of source, write a class with
 the methods of `ImageSource` and a function that opens it, and add the function to `KINDS`.
@@ -33,8 +33,8 @@ _SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validat
 _IDX_PREFIXES = {"train": "train", "test": "t10k"}  # split -> prefix of torchvision's files
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`, for single files
 _DATASET_SUFFIXES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}  # files that make a folder a dataset
-_MAX_LABEL_GAP = 10  # classes per label that occurs; with more, the numbers are years or identifiers, not classes
-_FEW_CLASSES = 100  # up to this many classes are accepted whatever the gap
+_MAX_LABEL_GAP = 10  # maximum classes per distinct label; with more, labels are years or IDs, not classes
+_FEW_CLASSES = 100  # up to this many classes are accepted regardless of gaps
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ImageSource(Protocol):
     """A sequence of images that are opened one by one.
 
     Attributes:
-        split: the split that the images are, "all" where the source has no splits.
+        split: the name of the split, or "all" if the source has no splits.
     """
 
     split: str
@@ -62,38 +62,38 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Any:
-        """Return image i in a form that `images.open_image` takes.
+        """Return image i in a form that `images.open_image` accepts.
 
         Raises:
-            BrokenImageError: if it cannot be read from where it is stored.
+            BrokenImageError: if it cannot be read from storage.
         """
         ...
 
     def name(self, i: int) -> str:
-        """Return how messages name image i."""
+        """Return the name of image i for messages."""
         ...
 
     def fingerprint(self, indices: Sequence[int]) -> str:
-        """Return a hash of the contents of these images; copies in another place have the same one."""
+        """Return a hash of the contents of these images, independent of their location."""
         ...
 
     def labels(self, column: str | None) -> Labels:
         """Return the classes of the images.
 
         Args:
-            column: the column with the labels, for sources that have columns; None finds it.
+            column: the column with the labels, for sources that have columns; detected if None.
 
         Raises:
-            InputError: if there are no labels, or they cannot be classes.
+            InputError: if there are no labels, or they are not valid class labels.
         """
         ...
 
 
 class ImageSubset:
-    """Some of the images of a source.
+    """A subset of the images of a source.
 
     Args:
-        indices: of these images in the source.
+        indices: the indices of these images in the source.
     """
 
     def __init__(self, source: ImageSource, indices: Sequence[int]):
@@ -112,14 +112,14 @@ class ImageSubset:
         return self.source.fingerprint([self.indices[i] for i in indices])
 
     def labels(self, column: str | None) -> Labels:
-        """Return the classes of these images; `classes` also has those that none of them belongs to."""
+        """Return the classes of these images; `classes` includes those without images in the subset."""
         labels = self.source.labels(column)
         assert labels.numbers is not None  # only streams have none
         return Labels(labels.classes, [labels.numbers[i] for i in self.indices])
 
 
 class MissingSplitError(InputError):
-    """A source has splits, but not the requested one."""
+    """Raised when a source has splits, but not the requested one."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,9 +127,9 @@ class MissingSplitError(InputError):
 
 
 class FolderImages:
-    """The image files below a folder, in the order of their paths; each sub-folder is a class.
+    """The image files below a folder, in the order of their paths; each subfolder is a class.
 
-    Links to folders are followed. Hidden files, hidden folders and run folders are ignored.
+    Symbolic links to folders are followed. Hidden files, hidden folders and run folders are ignored.
 
     Raises:
         InputError: if there are none.
@@ -140,8 +140,8 @@ class FolderImages:
         self.paths = _image_files(folder)
         if not self.paths:
             raise InputError(
-                f"There is no image in {folder} or its sub-folders. Image files end in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))}; torchvision's raw/train-images-idx3-ubyte is read too."
+                f"There are no images in {folder} or its subfolders. Image files end in "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}; torchvision's raw/train-images-idx3-ubyte is also supported."
             )
 
     def __len__(self) -> int:
@@ -163,10 +163,10 @@ class FolderImages:
 class ZipImages:
     """The image files in a .zip archive, in the order of their paths; each folder is a class.
 
-    Paths count from the deepest folder that holds all images. Below it, there may be a folder for each split.
+    Paths are relative to the deepest folder that contains all images, which may have a subfolder for each split.
 
     Raises:
-        InputError: if there are none, or the file is no archive.
+        InputError: if there are none, or the file is not an archive.
         MissingSplitError: if there are splits, but not this one.
     """
 
@@ -176,7 +176,7 @@ class ZipImages:
             members = [PurePosixPath(name) for name in archive.namelist()]
         members = [m for m in members if m.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(m)]
         if not members:
-            raise InputError(f"There is no image in {path}. Image files end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+            raise InputError(f"There are no images in {path}. Image files end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
         self.root = PurePosixPath(os.path.commonpath([member.parent for member in members]))
         folders = {parts[0] for m in members if len(parts := m.relative_to(self.root).parts) > 1}
         split_folder = _find_split(folders, split, path)
@@ -191,7 +191,7 @@ class ZipImages:
         try:
             archive = _open_zip_file(self.path, os.getpid())
             return {"bytes": archive.read(str(self.members[i])), "path": str(self.members[i])}
-        except (BadZipFile, OSError, RuntimeError, zlib.error) as error:  # RuntimeError: it is encrypted
+        except (BadZipFile, OSError, RuntimeError, zlib.error) as error:  # RuntimeError: the archive is encrypted
             raise BrokenImageError(str(error)) from error
 
     def name(self, i: int) -> str:
@@ -211,7 +211,7 @@ class ZipImages:
 
 @lru_cache(maxsize=8)
 def _open_zip_file(path: Path, _process: int) -> ZipFile:
-    """Open an archive once per process: forked workers must not share the position in the file."""
+    """Open an archive once per process: forked workers must not share a file position."""
     return ZipFile(path)
 
 
@@ -231,7 +231,7 @@ def _is_ignored(folder: Path) -> bool:
     if folder.name.startswith("."):
         return True
     if folder.is_symlink() and any(parent.resolve().is_relative_to(folder.resolve()) for parent in folder.parents):
-        return True  # a link to a folder that contains it
+        return True  # a link to one of its own parent folders
     return is_run_folder(folder)
 
 
@@ -240,13 +240,13 @@ def _is_hidden(path: PurePath) -> bool:
 
 
 def _find_split(folders: set[str], split: str, location: Path) -> str | None:
-    """Return the sub-folder that holds a split, or None if the sub-folders are not splits.
+    """Return the subfolder that contains a split, or None if the subfolders are not splits.
 
-    A class may be called `train`, and nobody may have asked for that split, since it is the default. So a sub-folder
-    `train` is a split only if it is the only one, or another one has the name of a split too.
+    `train` may also be the name of a class, and the caller may not have chosen it, since it is the default split. A
+    subfolder `train` is therefore a split only if it is the only one, or another one has the name of a split too.
 
     Raises:
-        MissingSplitError: if the sub-folders are splits, but none of them is this one.
+        MissingSplitError: if the subfolders are splits, but none of them is this one.
     """
     split_names = folders & _SPLIT_NAMES
     has_splits = "train" in folders and (split_names == folders or len(split_names) > 1)
@@ -258,12 +258,12 @@ def _find_split(folders: set[str], split: str, location: Path) -> str | None:
 
 
 def _folder_labels(paths: Sequence[PurePath], location: Path) -> Labels:
-    """A class for each sub-folder, in the order of their names; the paths are relative to `location`."""
+    """Return one class per subfolder, sorted by name; the paths are relative to `location`."""
     for path in paths:
         if len(path.parts) == 1:
             raise InputError(
-                f"The images in {location} have no class labels: {path} is in no sub-folder. Put the images of each "
-                "class into a sub-folder that is named after it."
+                f"The images in {location} have no class labels: {path} is not in a subfolder. Put the images of each "
+                "class into a subfolder named after the class."
             )
     names = [path.parts[0] for path in paths]
     classes = sorted(set(names))
@@ -295,7 +295,7 @@ class _ArrayImages:
 
 
 class IdxImages(_ArrayImages):
-    """Images in a file in MNIST's idx format, as torchvision lays them out; the labels are in a file beside it.
+    """Images in a file in MNIST's idx format, in torchvision's layout; the labels are in a file next to it.
 
     Raises:
         InputError: for a file that is truncated or has no images.
@@ -307,7 +307,7 @@ class IdxImages(_ArrayImages):
     def labels(self, column: str | None) -> Labels:
         path = self.path.with_name(self.path.name.replace("images-idx3", "labels-idx1"))
         if not path.is_file():
-            raise InputError(f"The images in {self.path} have no class labels: there is no {path.name} beside them.")
+            raise InputError(f"The images in {self.path} have no class labels: there is no {path.name} next to them.")
         numbers = _read_idx(path).tolist()
         _check_label_count(self, numbers, path.name)
         names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else range(max(numbers) + 1)
@@ -315,7 +315,7 @@ class IdxImages(_ArrayImages):
 
 
 class NpzImages(_ArrayImages):
-    """Images in the array `arr_0` of an .npz file; their labels, where there are any, are the integers in `arr_1`.
+    """Images in the array `arr_0` of an .npz file; their labels, if any, are the integers in `arr_1`.
 
     Raises:
         InputError: if the file is damaged or has no such array.
@@ -325,7 +325,7 @@ class NpzImages(_ArrayImages):
         arrays = read_arrays(path)
         images = arrays.get("arr_0")
         if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise InputError(f"{path} must hold images (N, H, W, C) as 8-bit integers in an array arr_0.")
+            raise InputError(f"{path} must contain images (N, H, W, C) as 8-bit integers in an array arr_0.")
         super().__init__(path, images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images, "all")
         self._label_array = arrays.get("arr_1")
 
@@ -354,7 +354,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """Map the bytes of a file in MNIST's idx format, (N, ...), from disk."""
+    """Memory-map a file in MNIST's idx format, (N, ...)."""
     try:
         with open(path, "rb") as file:  # two zeros, the data type, the number of dimensions, the dimensions
             shape = [int.from_bytes(file.read(4), "big") for _ in range(file.read(4)[3])]
@@ -379,7 +379,7 @@ class DatasetImages:
     """The image column of a dataset of the `datasets` library.
 
     Args:
-        column: the column with the images; None finds it.
+        column: the column with the images; detected if None.
     """
 
     def __init__(self, rows: "Dataset", column: str | None, split: str = "train"):
@@ -400,10 +400,10 @@ class DatasetImages:
         return _fingerprint(row[self.column] for row in self._encoded.select(indices))
 
     def labels(self, column: str | None) -> Labels:
-        """Return the classes in the label column: a `ClassLabel`, integers that count from 0, or names.
+        """Return the classes in the label column: a `ClassLabel`, integers counting from 0, or names.
 
         Raises:
-            InputError: if there is no such column, or a label in it is missing or cannot be a class.
+            InputError: if there is no such column, or a label in it is missing or is not a valid class label.
         """
         column = _label_column(self.rows.features, column)
         values = self.rows[column][:]
@@ -416,24 +416,24 @@ class DatasetImages:
 
 
 class ImageStream:
-    """The rows of a dataset, read in their order without a copy on disk.
+    """The rows of a dataset, read in order without a copy on disk.
 
     Args:
-        image_column: the column with the images; None finds it.
+        image_column: the column with the images; detected if None.
     """
 
     def __init__(self, rows: "IterableDataset", image_column: str | None):
         self.rows, self.image_column = rows, _image_column(rows, image_column)
 
     def label_column(self, column: str | None) -> str:
-        """Return the name of the column with the class labels; None finds it."""
+        """Return the name of the column with the class labels; detected if None."""
         return _label_column(self.rows.features or {}, column)
 
     def labels(self, column: str) -> Labels:
         """Return the classes of a label column, without the labels of the rows.
 
         Raises:
-            InputError: if it is not of the type `ClassLabel`.
+            InputError: if it is not of type `ClassLabel`.
         """
         classes = getattr((self.rows.features or {}).get(column), "names", None)
         if classes is None:
@@ -444,33 +444,33 @@ class ImageStream:
         return Labels(classes, None)
 
     def select(self, columns: list[str]) -> "IterableDataset":
-        """Return the rows with these columns alone, images as encoded bytes."""
+        """Return the rows with only these columns, images as encoded bytes."""
         return _undecoded(self.rows, columns)
 
 
 def file_name(cell: Any) -> str:
-    """Return the file name that a cell of a dataset carries, if it does."""
+    """Return the file name of a dataset cell, or a placeholder if it has none."""
     return (isinstance(cell, dict) and cell["path"]) or "no file name"
 
 
 def _integer_labels(values: list[Any], classes: list[str] | None, place: str) -> Labels:
-    """Check labels that should be integers from 0 on, and name the classes after them unless they have names."""
+    """Check that labels are non-negative integers, and name the classes after them unless they have names."""
     wrong = [value for value in values if not isinstance(value, int) or value < 0]
     if wrong:
         raise InputError(
-            f"The {place} must hold a class for every image: a name, or an integer from 0 on. It holds "
+            f"The {place} must contain a class for every image: a name, or an integer from 0. It contains "
             f"{None if None in wrong else wrong[0]!r}."
         )
     distinct = len(set(values))
     if classes is None and max(values) >= max(_FEW_CLASSES, _MAX_LABEL_GAP * distinct):
         raise InputError(
-            f"The {place} holds {distinct} different labels, up to {max(values)}. Labels must count from 0, here to "
-            f"{distinct - 1}: renumber them, or give them as names."
+            f"The {place} contains {distinct} different labels, up to {max(values)}. Labels must count from 0, here "
+            f"to {distinct - 1}: renumber them, or use class names instead."
         )
     classes = classes or [str(number) for number in range(max(values) + 1)]
     if max(values) >= len(classes):
         raise InputError(
-            f"The {place} holds the label {max(values)}, but names {len(classes)} classes, whose labels are 0 to "
+            f"The {place} contains the label {max(values)}, but names {len(classes)} classes, whose labels are 0 to "
             f"{len(classes) - 1}."
         )
     return Labels(classes, [int(value) for value in values])  # booleans are labels too
@@ -504,7 +504,7 @@ def _label_column(features: "Features | dict", column: str | None) -> str:
     from datasets import ClassLabel
 
     candidates = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    candidates += [name for name in ("label", "labels", "cls") if name in features]  # cls: WebDataset's
+    candidates += [name for name in ("label", "labels", "cls") if name in features]  # cls: in WebDataset
     column = column or next(iter(candidates), None)
     if column is None or column not in features:
         raise InputError(
@@ -541,30 +541,30 @@ def open_source(
     image_column: str | None = None,
     folder_as: Literal["images", "dataset"] | None = None,
 ) -> ImageSource:
-    """Open images by where they are.
+    """Open the images at a location.
 
     | location | images |
     |---|---|
     | an .npz file | the array `arr_0`, uint8, (N, H, W) or (N, H, W, C) |
-    | a .zip file | its image files, of one split if it has a folder for each |
-    | a .parquet, .arrow or .tar file | as `datasets` reads it, a .tar file as WebDataset |
+    | a .zip file | its image files, of one split if it has a folder per split |
+    | a .parquet, .arrow or .tar file | as read by `datasets`, a .tar file as WebDataset |
     | a folder from `Dataset.save_to_disk` or `DatasetDict.save_to_disk` | its rows |
-    | a folder with `raw/train-images-idx3-ubyte`, or a sub-folder that has it | MNIST's idx format |
-    | a folder of images | its image files, of one split if it has a sub-folder for each |
-    | any other folder, or a name on the Hub | as `datasets.load_dataset` reads it |
+    | a folder with `raw/train-images-idx3-ubyte`, or a subfolder that has it | MNIST's idx format |
+    | a folder of images | its image files, of one split if it has a subfolder per split |
+    | any other folder, or a name on the Hub | as read by `datasets.load_dataset` |
 
     Args:
-        split: the split to read, where there are several; datasets also take slices such as `train[:10%]`.
+        split: the split to read, if there are several; datasets also accept slices such as `train[:10%]`.
         config: configuration of a dataset that has several.
-        image_column: the column of a dataset with the images; None finds it.
+        image_column: the column of a dataset with the images; detected if None.
         folder_as: how to read a folder that could be both. "images": as image files if it has any. "dataset": with
-            `datasets`, also if it only has image files. None: with `datasets` if it has .parquet, .arrow, .jsonl,
+            `datasets`, even if it only has image files. None: with `datasets` if it has .parquet, .arrow, .jsonl,
             .csv or .tar files.
 
     Raises:
-        InputError: if nothing is found there, it is damaged, it has no images or several sets of them, or it has no
+        InputError: if the location does not exist, is damaged, has no images or several sets of them, or has no
             such configuration or column.
-        MissingSplitError: if it has splits, but not this one.
+        MissingSplitError: if it has splits, but not the requested one.
     """
     request = _Request(location, split, config, image_column, folder_as)
     return next(source for open_kind in KINDS if (source := open_kind(request)) is not None)
@@ -576,11 +576,11 @@ def open_stream(
     """Open a dataset on the Hub, or a local one (see `open_source`), to read its rows without a copy on disk.
 
     Raises:
-        InputError: if it is not found, is no dataset, or has no such split, configuration or column.
+        InputError: if it is not found, is not a dataset, or has no such split, configuration or column.
     """
     request = _Request(location, split, config, image_column, "dataset")
     if request.path.suffix in (".npz", ".zip") and not request.path.is_dir():
-        raise InputError(f"{location} cannot be streamed: {request.path.suffix} files are read without --streaming.")
+        raise InputError(f"{location} cannot be streamed: read {request.path.suffix} files without --streaming.")
     rows, _ = _load_dataset(request, streaming=True)
     return ImageStream(rows, image_column)
 
@@ -610,7 +610,7 @@ def _open_idx_folder(request: _Request) -> ImageSource | None:
         raise MissingSplitError(f"{raw} has no split {request.split}: its splits are {' and '.join(splits)}.")
     if len(paths) > 1:
         sets = ", ".join(sorted(str(path.parent.parent) for path in paths))
-        raise InputError(f"{request.location} holds several sets of images. Name one of them: {sets}.")
+        raise InputError(f"{request.location} contains several sets of images. Choose one of them: {sets}.")
     return IdxImages(paths[0], request.split)
 
 
@@ -622,8 +622,8 @@ def _open_image_folder(request: _Request) -> ImageSource | None:
         return None
     if request.folder_as is None and _has_dataset_files(folder):
         return None
-    sub_folders = {child.name for child in folder.iterdir() if child.is_dir() and not _is_ignored(child)}
-    split = _find_split(sub_folders, request.split, folder)
+    subfolders = {child.name for child in folder.iterdir() if child.is_dir() and not _is_ignored(child)}
+    split = _find_split(subfolders, request.split, folder)
     try:
         return FolderImages(folder / split, split) if split else FolderImages(folder)
     except InputError:
@@ -639,7 +639,7 @@ def _open_dataset(request: _Request) -> ImageSource:
     return DatasetImages(rows, request.image_column, split)
 
 
-# tried in this order; each returns None for a location of another kind
+# tried in this order; each returns None for other kinds of locations
 KINDS: tuple[Callable[[_Request], ImageSource | None], ...] = (
     _open_npz,
     _open_zip,
@@ -650,7 +650,7 @@ KINDS: tuple[Callable[[_Request], ImageSource | None], ...] = (
 
 
 def _is_file(path: Path, *suffixes: str) -> bool:
-    """Whether a location names a file of this kind, existing or not."""
+    """Return whether a path names a file with one of these suffixes, existing or not."""
     return path.suffix in suffixes and not path.is_dir()
 
 
@@ -668,7 +668,7 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     """Load a dataset with `datasets`.
 
     Returns:
-        the dataset, and the split that it is; "all" for a single file and for a dataset that was saved without splits.
+        the dataset and the name of its split; "all" for a single file and for a dataset saved without splits.
     """
     datasets = _import_datasets()
     path = request.path
@@ -680,7 +680,7 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
         return _load_saved_split(datasets, request), request.split
     else:
         return _load_by_name(datasets, request, streaming), request.split
-    with naming_file(path, Exception):  # the errors of many libraries
+    with naming_file(path, Exception):  # the readers raise the errors of many libraries
         if path.is_dir() and not streaming:
             return datasets.load_from_disk(str(path)), "all"
         builder, data_files = _FILE_BUILDERS[files[0].suffix], [str(file) for file in files]
@@ -703,7 +703,7 @@ def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "
     location, path = request.location, request.path
     try:
         return datasets.load_dataset(location, request.config, split=request.split, streaming=streaming)
-    except Exception as error:  # from `datasets`, the libraries behind its builders, or the client of the Hub
+    except Exception as error:  # from `datasets`, the libraries behind its builders, or the Hub client
         kind = MissingSplitError if isinstance(error, ValueError) and _lacks_split(datasets, request) else InputError
         folder = path.resolve()
         place = folder if path.exists() else f"the Hugging Face Hub, since there is no local folder {folder}"
@@ -715,7 +715,7 @@ def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "
 
 
 def _lacks_split(datasets: ModuleType, request: _Request) -> bool:
-    with suppress(Exception):  # then something else is wrong
+    with suppress(Exception):  # the split is not the problem then
         names = datasets.get_dataset_split_names(request.location, request.config)
         return request.split.partition("[")[0] not in names
     return False
@@ -727,7 +727,7 @@ def _import_datasets() -> ModuleType:
         import datasets.exceptions
     except ImportError:
         raise InputError(
-            f"Reading a dataset needs a package: {missing_extra('datasets', 'train')}. A folder of images can be read "
+            f"Reading a dataset needs a package: {missing_extra('datasets', 'train')}. Image folders can be read "
             "without it."
         ) from None
     return datasets

@@ -2,8 +2,8 @@
 
     python scripts/convert_ddgan_checkpoint.py --checkpoint_path netG_1200.pth --recipe cifar10 --output_dir cifar10
 
-The checkpoint is a generator (netG_*.pth) or a whole training state (content.pth). The latter also holds the training
-arguments and the discriminator, which is saved to the subfolder discriminator/.
+The checkpoint is a generator (netG_*.pth) or a full training state (content.pth). The latter also contains the
+training arguments and the discriminator, which is saved to the subfolder discriminator/.
 """
 
 import json
@@ -45,9 +45,7 @@ class ConvertArguments:
 
     def __post_init__(self):
         if not self.checkpoint_path or not self.output_dir:
-            raise InputError(
-                "Pass the checkpoint with --checkpoint_path and the folder for the pipeline, --output_dir."
-            )
+            raise InputError("Pass the checkpoint with --checkpoint_path and the output folder with --output_dir.")
         if self.config_path and self.recipe:
             raise InputError("Pass only one of --config_path and --recipe: both define the training arguments.")
         require_at_least(0, self, "num_samples")
@@ -67,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
         known_arguments = checkpoint.arguments
     else:
         raise InputError(
-            f"{args.checkpoint_path} does not hold its training arguments. Pass them with --config_path, or name the "
-            f"published model: --recipe {'|'.join(PUBLISHED_MODELS)}."
+            f"{args.checkpoint_path} does not contain its training arguments. Pass them with --config_path, or name "
+            f"the published model: --recipe {'|'.join(PUBLISHED_MODELS)}."
         )
     arguments = generator_arguments(checkpoint.generator, known_arguments)
     try:
@@ -134,14 +132,14 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read training arguments from a JSON file.
 
     Raises:
-        InputError: If the file cannot be read or does not hold a JSON object.
+        InputError: if the file cannot be read or does not contain a JSON object.
     """
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--config_path {path} cannot be read: {error}") from error
     if not isinstance(arguments, dict):
-        raise InputError(f"--config_path {path} must hold the training arguments as a JSON object.")
+        raise InputError(f"--config_path {path} must contain the training arguments as a JSON object.")
     return arguments
 
 

@@ -1,11 +1,11 @@
-"""Measure a pipeline, or existing images, against reference images; every number comes with its protocol.
+"""Evaluate a pipeline, or existing images, against reference images, and report the protocol of every metric.
 
     python scripts/evaluate.py --pipeline my-run --reference path/to/MNIST --feature_extractor mnist-classifier
     accelerate launch scripts/evaluate.py --pipeline google/ddpm-cifar10-32 --scheduler ddim \
         --reference uoft-cs/cifar10 --num_images 50000 --output cifar10.json
     python scripts/evaluate.py --images generated/images --reference path/to/MNIST --held_out path/to/MNIST
 
-Samples of a pipeline are measured as they are generated, sample i from the seed `--seed` + i alone, and are not kept
+Samples of a pipeline are measured as they are generated, sample i only from the seed `--seed` + i, and are not kept
 without `--save_images`. The results do not depend on the number of processes, an interrupted command resumes when it
 is run again, and the features of a reference are cached.
 """
@@ -55,10 +55,10 @@ DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline; with fewer the bias of FID
 
 @dataclass
 class EvaluateArguments:
-    """What is measured, against what, with which features."""
+    """The samples to measure, the reference images and the features."""
 
     pipeline: str | None = option(None, "pipeline folder or Hub repository to generate samples with")
-    images: str | None = option(None, "or existing images: a folder, a .parquet file, or an .npz with arr_0")
+    images: str | None = option(None, "or existing images to measure: folder, .parquet, or .npz with arr_0")
     num_images: int | None = option(
         None,
         f"images to measure (default: {DEFAULT_NUM_IMAGES:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with "
@@ -70,10 +70,10 @@ class EvaluateArguments:
         "statistics: an .npz with mu and sigma, or a .safetensors file of cached features",
     )
     reference_split: str = option("train", "split of the reference")
-    reference_config: str | None = option(None, "configuration of a reference dataset, where it has several")
+    reference_config: str | None = option(None, "configuration of a reference dataset, if it has several")
     num_reference: int | None = option(None, "size of a random subset of the reference (default: all images)")
     held_out: str | None = option(
-        None, "images that the training has not seen, to detect memorization; --reference are then the training images"
+        None, "images not used in training, to detect memorization; --reference must be the training images"
     )
     held_out_split: str = option("test", "split of the held-out images")
     image_column: str | None = option(None, "column with the images (default: the first image column)")
@@ -87,33 +87,33 @@ class EvaluateArguments:
     )
     stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
     batch_size: int = option(64, "images per forward pass; on a CPU samples are generated one by one")
-    seed: int = option(0, "seed of the first sample; the next ones follow it")
+    seed: int = option(0, "seed of the first sample; sample i uses seed + i")
     scheduler: str = option("as-saved", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
     num_inference_steps: int | None = option(
-        None, "network evaluations per sample (default: all of a DDPM's, 50 of others', or the pipeline's own)"
+        None, "denoising steps (default: all for DDPM, 50 for other schedulers, or the pipeline's own default)"
     )
-    dtype: str = option("fp32", "number format of the pipeline's network", choices=DTYPES)
+    dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     class_labels: list[int] | None = option(None, "class of each image, used in turn: --class_labels 0 1 2")
     guidance_scale: float | None = option(
         None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
     )
     trust_remote_code: bool = option(False, "run Python code that comes with the pipeline")
-    output: str = option("evaluation.json", "file for all numbers and their protocol")
+    output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
     save_images: str | None = option(None, "save the samples in this folder")
     cache_dir: str = option(str(CACHE_DIR), "folder for cached features of references")
-    update_card: bool = option(True, "write the numbers into the model card of a pipeline folder")
+    update_card: bool = option(True, "write the metrics into the model card of a pipeline folder")
 
     def __post_init__(self):
         if bool(self.pipeline) == bool(self.images):
-            raise InputError("Name what to measure: either --pipeline to sample from, or existing --images.")
+            raise InputError("Pass either --pipeline, to sample from it, or existing --images.")
         if self.images and self.save_images:
             raise InputError("--save_images saves the samples of a --pipeline; those of --images already exist.")
         if self.held_out and not self.reference:
-            raise InputError("--held_out images are compared with training images: name these with --reference.")
+            raise InputError("--held_out images are compared with training images: pass these with --reference.")
         if self.feature_extractor is None:
             self.feature_extractor = INCEPTION if self.reference else self.classifier
         if self.feature_extractor is None:
-            raise InputError("Name images to measure against with --reference, or a --classifier.")
+            raise InputError("Pass images to measure against with --reference, or a --classifier.")
         require_at_least(1, self, "batch_size", "num_inference_steps")
         require_at_least(MIN_IMAGES, self, "num_images", "num_reference")
 
@@ -173,7 +173,7 @@ def select_classifier(
         classifier = load_extractor(args.classifier, device=device)
     if not isinstance(classifier, ClassifierFeatures):
         flag = "--stacked_mnist" if args.stacked_mnist else "--class_labels"
-        raise InputError(f"{flag} needs the predictions of a classifier: name its folder with --classifier.")
+        raise InputError(f"{flag} needs the predictions of a classifier: pass its folder with --classifier.")
     classes = classifier.network.config.num_classes
     if args.stacked_mnist:
         if (classes, classifier.channels) != (10, 1):
@@ -195,14 +195,14 @@ class PipelineSamples:
 
     Attributes:
         count: number of samples.
-        facts: how they are made.
+        facts: how they are generated.
         preprocessing: conversion to tensors, with their channels, height and width.
     """
 
     def __init__(self, args: EvaluateArguments, accelerator: Accelerator):
         self.args = args
         self.count = args.num_images or (STACKED_MNIST_SAMPLES if args.stacked_mnist else DEFAULT_NUM_IMAGES)
-        # results of an accelerator depend on the batch size only, those of a CPU on more, so there it is 1
+        # on an accelerator results depend only on the batch size, on a CPU on more, so there it is 1
         self.batch_size = 1 if accelerator.device.type == "cpu" else args.batch_size
         assert args.pipeline is not None
         pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
@@ -326,12 +326,12 @@ def load_references(
     args: EvaluateArguments,
     accelerator: Accelerator,
 ) -> tuple[Reference | None, Reference | None]:
-    """Return the reference and the held-out images that the arguments name.
+    """Return the reference and the held-out images.
 
     Called before samples are generated, so that references that cannot be used are reported at once.
 
     Raises:
-        InputError: if they are too few, are statistics where features are needed, or are the same images.
+        InputError: if they are too few, statistics instead of features, or the same images.
     """
     if not args.reference:
         return None, None
@@ -343,15 +343,15 @@ def load_references(
         return reference, None
     if reference.facts.statistics is not None:
         raise InputError(
-            f"Detecting memorization takes the features of the training images, but {args.reference} has only their "
-            "mean and covariance. Name the images with --reference."
+            f"Detecting memorization needs the features of the training images, but {args.reference} has only their "
+            "mean and covariance. Pass the images themselves with --reference."
         )
     held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator)
     require_images(MIN_HELD_OUT, args.held_out, held_out)
     if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
         raise InputError(
-            f"--held_out {args.held_out} holds the images of --reference {args.reference}: name images that the "
-            "training has not seen."
+            f"--held_out {args.held_out} contains the images of --reference {args.reference}: pass images that "
+            "were not used in training."
         )
     return reference, held_out
 
@@ -409,7 +409,7 @@ def read_reference_features(path: Path, extractor: FeatureExtractor, accelerator
 
 
 def holds_statistics(path: Path) -> bool:
-    """Return whether an .npz file holds `mu` and `sigma`, not images."""
+    """Return whether an .npz file contains `mu` and `sigma` instead of images."""
     with naming_file(path), ZipFile(path) as file:
         names = {Path(name).stem for name in file.namelist()}
     return "arr_0" not in names and {"mu", "sigma"} <= names
@@ -428,17 +428,17 @@ def read_reference_statistics(path: Path, preprocessing: Preprocessing, extracto
     if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
         raise InputError(
             f"{path} has mu of the shape {mean.shape} and sigma of {covariance.shape}, but the features of "
-            f"{extractor.name} have {dimensions} dimensions. Name the extractor that computed them."
+            f"{extractor.name} have {dimensions} dimensions. Choose the extractor that computed them."
         )
     facts = ReferenceFacts(location_name(str(path)), statistics="mu and sigma, of unknown protocol")
     return Reference(facts, None, Gaussian(mean, covariance))
 
 
-def require_images(least: int, location: str, reference: Reference) -> None:
-    """Refuse a reference with too few images; the number behind saved statistics is unknown."""
+def require_images(minimum: int, location: str, reference: Reference) -> None:
+    """Raise an error for a reference with too few images; the number behind saved statistics is unknown."""
     count = reference.facts.images
-    if count is not None and count < least:
-        raise InputError(f"{location} has {count} images; there must be at least {least} to measure against.")
+    if count is not None and count < minimum:
+        raise InputError(f"{location} has {count} images; there must be at least {minimum} to measure against.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,7 +446,7 @@ def require_images(least: int, location: str, reference: Reference) -> None:
 
 
 def write_results(results: Results, args: EvaluateArguments, seconds: float) -> None:
-    """Write the results file, the plot of the confusion matrix beside it, and the model card of a pipeline folder."""
+    """Write the results file, the plot of the confusion matrix next to it, and the model card of a pipeline folder."""
     output = Path(args.output)
     content = {**results.to_json(), "seconds": seconds, "arguments": asdict(args)}
     replace_file(output, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
@@ -461,7 +461,7 @@ def write_results(results: Results, args: EvaluateArguments, seconds: float) -> 
 
 
 def print_results(results: Results, args: EvaluateArguments) -> None:
-    """Print the results with their protocol, and the files that hold them."""
+    """Print the results with their protocol, and the files that contain them."""
     print(f"\n{format_table(results.metrics, results.floors)}\n")
     for part, text in results.protocol.descriptions().items():
         print(f"{part.replace('_', ' ')}: {text}")
@@ -473,11 +473,11 @@ def print_results(results: Results, args: EvaluateArguments) -> None:
             print(f"accuracy of {name}: {'no sample' if accuracy is None else f'{accuracy:.2%}'}")
     for warning in results.warnings:
         print(f"\nwarning: {warning}")
-    print(f"\nall numbers with their protocol: {args.output}")
+    print(f"\nall metrics with their protocol: {args.output}")
     if results.classes:
         print(f"confusion matrix: {confusion_path(args)}")
     if card := card_to_update(args):
-        print(f"model card with these numbers: {card}")
+        print(f"model card with these metrics: {card}")
 
 
 def confusion_path(args: EvaluateArguments) -> Path:
@@ -486,7 +486,7 @@ def confusion_path(args: EvaluateArguments) -> Path:
 
 
 def card_to_update(args: EvaluateArguments) -> Path | None:
-    """Return the model card of a pipeline folder, if it has one that is to be updated."""
+    """Return the model card to update: that of a pipeline folder, unless `--no_update_card`."""
     card = Path(args.pipeline or "") / CARD_NAME
     return card if args.pipeline and args.update_card and card.is_file() else None
 

@@ -1,14 +1,14 @@
-"""Sample a pipeline folder or Hub repository into a folder of PNG files, one per seed.
+"""Generate images with a pipeline from a folder or the Hub, one PNG file per seed.
 
     python scripts/generate.py --pipeline google/ddpm-cifar10-32 --num_images 64 --scheduler ddim --grid
     accelerate launch scripts/generate.py --pipeline google/ddpm-cifar10-32 --num_images 50000 --output_dir cifar
     python scripts/generate.py --pipeline examples/models/noto-emoji-32 --color "#BB2266" --guidance_scale 100 --grid
 
-Image i depends only on the seed `--seed` + i, so that any number of processes writes the same files, and running an
-interrupted command again continues it. On a CPU each process generates one image at a time on one thread, because the
+Image i depends only on the seed `--seed` + i, so any number of processes writes the same files, and running an
+interrupted command again resumes it. On a CPU each process generates one image at a time on one thread, because the
 batch size and the number of threads change the order in which floating-point numbers are summed; start one process per
-core. On an accelerator images are generated in batches of one size, the last one padded. There, guided images are
-reproducible only up to rounding, because some kernels sum gradients in no fixed order.
+core. On an accelerator images are generated in batches of a fixed size, the last one padded. There, guided images are
+reproducible only up to rounding, because some kernels sum gradients in a nondeterministic order.
 """
 
 import json
@@ -44,7 +44,7 @@ class GenerateArguments:
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
     num_images: int = option(16, "total number of images; a higher number adds to existing images")
     batch_size: int = option(16, "images per batch on an accelerator; on a CPU it is always 1")
-    seed: int = option(0, "seed of the first image; the following images have the following seeds")
+    seed: int = option(0, "seed of the first image; image i uses seed + i")
     scheduler: str = option("as-saved", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
     num_inference_steps: int | None = option(
         None, "denoising steps (default: all for DDPM, 50 for other schedulers, or the pipeline's own default)"
@@ -53,11 +53,11 @@ class GenerateArguments:
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
-    trust_remote_code: bool = option(False, "run Python code that the pipeline brings along")
+    trust_remote_code: bool = option(False, "run Python code that comes with the pipeline")
     grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
     intermediates: int | None = option(None, "show this many denoising steps of the first image in intermediates.png")
     color: str | None = option(None, "guide towards a color: '#BB2266', teal")
-    clip_prompt: list[str] | None = option(None, "guide towards one or several texts with a CLIP model")
+    clip_prompt: list[str] | None = option(None, "guide towards one or more texts with a CLIP model")
     towards: list[str] | None = option(None, TOWARDS_HELP)
     clip_model: list[str] | None = option(None, CLIP_MODEL_HELP)
     guidance_scale: float | None = option(
@@ -78,7 +78,7 @@ class GenerateArguments:
         if self.clip_prompt or self.towards:
             self.clip_model = clip_model_names(self.clip_model)
         elif self.clip_model:
-            raise InputError("--clip_model needs a --clip_prompt, or a loss of CLIP in --towards.")
+            raise InputError("--clip_model needs a --clip_prompt, or a CLIP loss in --towards.")
         if self.is_guided:
             self.guidance_scale = DEFAULT_GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
             self.guidance_gradient = self.guidance_gradient or "sample"
@@ -185,10 +185,10 @@ def image_path(output: Path, i: int) -> Path:
 
 
 def check_settings(output: Path, settings: dict) -> None:
-    """Refuse to add to images generated with other settings.
+    """Check that existing images were generated with the same settings.
 
     Raises:
-        InputError: If the settings of the images in the folder are different or unknown.
+        InputError: if the settings of the images in the folder are different or unknown.
     """
     if not (output / SETTINGS).exists():
         if (output / "images").exists():

@@ -3,10 +3,10 @@
     hf auth login
     python scripts/push_to_hub.py --folder my-model --repo_id user/my-model --private
 
-It uploads the pipeline, its code, its model card and the images that the card shows, in one commit, and nothing else
-from the folder. Then it loads the repository as others will, in a process with an empty cache and without this
-package, and samples an image: only if it equals that of the folder is the pipeline reported as published. A command
-that failed can be repeated: nothing is uploaded twice.
+It uploads the pipeline, its code, its model card and the images that the card shows in one commit, and nothing else
+from the folder. It then loads the repository as a user would, in a process with an empty cache and without this
+package, and samples an image. The pipeline is reported as published only if that image equals the one from the folder.
+A failed command can be repeated: nothing is uploaded twice.
 """
 
 from dataclasses import dataclass
@@ -25,24 +25,24 @@ SPACE_FOLDER = Path(__file__).parents[1] / "examples" / "space"
 
 @dataclass
 class PushArguments:
-    """What is published, and where."""
+    """The pipeline to publish, and its repository."""
 
     folder: str | None = option(None, "pipeline folder: written by a training run or by `save_pretrained`")
     repo_id: str | None = option(None, "repository on the Hub, user/name; created if needed")
     private: bool = option(False, "create it as a private repository")
     revision: str | None = option(None, "branch to upload to, created if needed (default: main)")
     create_pr: bool = option(False, "upload as a pull request")
-    space: bool = option(False, "also upload the app of examples/space: a Space of the same name that shows the model")
+    space: bool = option(False, "also upload the app of examples/space: a Space of the same name that runs the model")
 
     def __post_init__(self):
         if not self.folder or not self.repo_id:
-            raise InputError("Name the folder and the repository: --folder my-model --repo_id user/my-model.")
+            raise InputError("Pass the folder and the repository: --folder my-model --repo_id user/my-model.")
         if self.create_pr and self.revision:
-            raise InputError("--create_pr opens a pull request to the main branch: leave --revision out.")
+            raise InputError("--create_pr opens a pull request to the main branch: omit --revision.")
         if self.space and (self.create_pr or self.revision not in (None, "main")):
             raise InputError(
                 "--space creates a Space that loads the repository's main branch, which --revision and --create_pr do "
-                "not change: publish to the main branch, or leave --space out."
+                "not change: publish to the main branch, or omit --space."
             )
 
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if sample_standalone(args.repo_id, uploaded.commit) != expected:
         raise RunError(
             f"{uploaded.url} contains all files, but the pipeline loaded from there generates a different image for "
-            f"seed 0 than the one in {args.folder}. Find out why before you share it."
+            f"seed 0 than the one in {args.folder}. Find out why before sharing it."
         )
     page = uploaded.url if args.create_pr else repository.url
     if args.revision:

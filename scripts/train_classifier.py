@@ -37,14 +37,14 @@ from ddgan.training.run_folder import RunFolder
 from ddgan.training.session import Session
 from ddgan.training.tracking import MetricsFile
 
-HELD_OUT = 0.1  # share of the images, if there is no test split
+HELD_OUT = 0.1  # share of the images held out, if there is no test split
 WARMUP = 1 / 20  # share of the optimizer steps
 WEIGHT_DECAY = 0.05
 
 
 @dataclass
 class ClassifierArguments:
-    """The classifier, its augmentation and its test."""
+    """The classifier, its augmentation and its test split."""
 
     _argument_group_name = "classifier"
 
@@ -82,7 +82,7 @@ class ClassifierDataArguments(DataArguments):
         if self.streaming or self.resolution:
             raise InputError(
                 "A classifier takes square images (--image_size instead of --resolution), and images are held out for "
-                "its test, so they cannot be streamed: leave out --streaming."
+                "testing, so they cannot be streamed: omit --streaming."
             )
 
 
@@ -108,9 +108,9 @@ class ClassifierRunArguments(RunArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.gradient_checkpointing:
-            raise InputError("The classifier is too small for --gradient_checkpointing: leave it out.")
+            raise InputError("The classifier is too small for --gradient_checkpointing: omit it.")
         if self.push_to_hub:
-            raise InputError("--push_to_hub uploads pipelines, not classifiers: leave it out.")
+            raise InputError("--push_to_hub uploads pipelines, not classifiers: omit it.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -139,7 +139,7 @@ def train_classifier(
     """Train an `ImageClassifier` from scratch with cross-entropy and AdamW, and measure its test accuracy.
 
     Raises:
-        InputError: if something in the arguments cannot be used.
+        InputError: if the arguments are invalid.
         RunError: if an image cannot be read, or the run fails after it has started.
     """
     session = Session.open(run)
@@ -150,11 +150,11 @@ def train_classifier(
             f"A classifier needs at least two classes; the data has {', '.join(labels.classes) or 'none'}."
         )
     channels, size = input_shape(train_source, data_args)
-    torch.manual_seed(run.seed)  # the same initial weights in every process and every run with this seed
+    torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
     network = ImageClassifier(size, channels, len(labels.classes), tuple(args.widths), dict(enumerate(labels.classes)))
     test_labels = renumber(test_source.labels(label_args.label_column), labels.classes)
     test_images = TestImages(test_name, run.batch_size)
-    if session.accelerator.is_main_process:  # the only one that tests
+    if session.accelerator.is_main_process:  # only this process tests
         test_images.read(test_source, test_labels, network, data_args.skip_broken_images)
     data = session.load_data(data_args, channels, (size, size), label_args, train_source)
 
@@ -228,7 +228,7 @@ def open_splits(
 
 
 def input_shape(source: ImageSource, args: ClassifierDataArguments) -> tuple[int, int]:
-    """Return the number of channels and the side of the images that a classifier of this source takes."""
+    """Return the input channels and the side length of a classifier for these images."""
     images = ReferenceImages(source, args.skip_broken_images)
     size = args.image_size or min(images.image(0).size)
     return describe_images([images.image(i) for i in evenly_spaced(len(source))]).channels, size
@@ -242,17 +242,19 @@ def renumber(labels: Labels, classes: list[str]) -> list[int]:
     """
     unknown = set(labels.classes) - set(classes)
     if unknown:
-        raise InputError(f"The test images have classes that the others have not: {', '.join(sorted(unknown))}.")
+        raise InputError(
+            f"The test images have classes missing from the training images: {', '.join(sorted(unknown))}."
+        )
     assert labels.numbers is not None
     return [classes.index(labels.classes[number]) for number in labels.numbers]
 
 
 class TestImages:
-    """Images that a classifier was not trained on, in memory.
+    """Test images of a classifier, held in memory.
 
     Args:
-        name: what they are, in words.
-        batch_size: number of images that are classified at a time.
+        name: description of the images for the card.
+        batch_size: number of images classified at a time.
     """
 
     def __init__(self, name: str, batch_size: int):
@@ -277,7 +279,7 @@ class TestImages:
 
     @torch.no_grad()
     def accuracy(self, classifier: ImageClassifier) -> tuple[float, dict[str, str]]:
-        """Return the accuracy of a classifier, and a table of it and the accuracy of each class for the card."""
+        """Return the accuracy of a classifier, and a table for the card that also has the accuracy of each class."""
         predictions = [
             classifier(batch.to(classifier.device).float() / 127.5 - 1).argmax(1).cpu()
             for batch in self.pixels.split(self.batch_size)
@@ -321,7 +323,7 @@ def card_facts(
             folder=folder, shape=f"(N, {config.in_channels}, {config.sample_size}, {config.sample_size})"
         ),
         settings=settings_for_card(*arguments),
-        limits="It knows only the classes and the kind of images that it was trained on.",
+        limits="It recognizes only the classes and the kind of images that it was trained on.",
         protocol="The test images were not trained on. They are center-cropped and not augmented.",
         sections={
             "Augmentation": f"Rotation by up to {strength * ROTATION:g} degrees, scaling by {strength * SCALING:.0%}, "
@@ -335,7 +337,7 @@ def card_facts(
 
 
 def changed_flags(*arguments: Any) -> Iterator[str]:
-    """Return the command-line flags of all settings that are not at their defaults, except for names and places."""
+    """Return the flags of all settings that differ from their defaults, except names and locations."""
     settings = settings_for_card(*arguments)
     for argument in chain.from_iterable(map(fields, arguments)):
         default = argument.default if argument.default_factory is MISSING else argument.default_factory()

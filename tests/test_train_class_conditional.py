@@ -295,7 +295,7 @@ def test_invalid_settings_are_reported_before_training(train, tmp_path, more, me
 
 
 def test_images_without_classes_are_rejected(train, images, tmp_path):
-    with pytest.raises(InputError, match="is in no sub-folder"):
+    with pytest.raises(InputError, match="is not in a subfolder"):
         train("run", data=("--train_data_dir", images))
     assert not (tmp_path / "run").exists()
 

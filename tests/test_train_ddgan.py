@@ -228,11 +228,11 @@ def test_a_class_conditional_run_generates_each_class(train, kinds):
         (["--variance_schedule", "geometric"], "Possible values: 0 <= eps < 1 and 0 < beta_min"),
         (["--block_out_channels", "8", "8", "8", "8", "8"], "too many to halve images of 8x8"),
         (["--discriminator", "large"], "too often for images of 8x8"),
-        (["--class_conditional"], "is in no sub-folder"),
+        (["--class_conditional"], "is not in a subfolder"),
         (["--lr_g", "0"], "--lr_g is 0.0; it must be greater than 0"),
         (["--lr_g", "5e-6"], "--lr_min is 1e-05, the final value of --lr_g 5e-06 and .* must not be greater"),
         (["--mixed_precision", "fp16"], "fp16 needs a GPU"),
-        (["--learning_rate", "1"], "There is no flag --learning_rate"),
+        (["--learning_rate", "1"], "Unknown flag --learning_rate"),
     ],
 )
 def test_invalid_settings_are_reported_before_training(train, tmp_path, more, message):
@@ -255,7 +255,7 @@ def test_half_precision_that_overflows_at_every_scale_ends_in_a_clear_error(trai
 
 def test_a_run_folder_cannot_shadow_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="import a folder of that name here in place of this package"):
+    with pytest.raises(InputError, match="import a folder of that name here instead of this package"):
         train_ddgan.main(["--train_data_dir", "images", "--output_dir", "ddgan"])
     assert train_ddgan.DDGANRunArguments().output_dir != "ddgan"
 

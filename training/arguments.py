@@ -51,7 +51,7 @@ class DataArguments:
         require_at_least(1, self, "image_size", "resolution")
         require_at_least(0, self, "dataloader_num_workers")
         if self.streaming and not self.dataset_name:
-            raise InputError("--streaming needs a dataset: name it with --dataset_name.")
+            raise InputError("--streaming needs a dataset: pass it with --dataset_name.")
 
 
 @dataclass
@@ -132,7 +132,7 @@ class EvaluationArguments:
     extractor_weights: str | None = option(
         None, "file (inception-v3-compat) or folder (dinov2) with the weights of the extractor"
     )
-    best_metric: str = option("fid", f"metric that decides which evaluation is kept in best/: {', '.join(METRICS)}")
+    best_metric: str = option("fid", f"metric that selects the best evaluation, kept in best/: {', '.join(METRICS)}")
 
     def __post_init__(self):
         if self.best_metric not in METRICS:

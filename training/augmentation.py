@@ -9,16 +9,16 @@ from .randomness import PerSampleRNG
 
 
 class DifferentiableAugmentation:
-    """One random augmentation per sample, fixed at construction and applied alike to any number of its images.
+    """One random augmentation per sample, fixed at construction and applied identically to all its images.
 
     - `color`: brightness shifted by -0.5 .. 0.5, saturation times 0 .. 2, contrast times 0.5 .. 1.5;
     - `translation`: shifted by up to an eighth of the height and the width, filled with zeros;
     - `cutout`: zeros in a rectangle half as high and half as wide as the image.
 
     Args:
-        names: which augmentations to apply.
+        names: augmentations to apply.
         rng: the random numbers of the samples.
-        height, width: of the images.
+        height, width: size of the images.
     """
 
     def __init__(self, names: Sequence[str], rng: PerSampleRNG, height: int, width: int):

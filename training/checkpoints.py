@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, whenever the process ends."""
+"""Checkpoints, written atomically: an interrupted save never leaves an incomplete one."""
 
 import json
 import os
@@ -51,9 +51,9 @@ class StatefulPart(Protocol):
 
 
 class PreparedState:
-    """What Accelerate saves of the objects that it has prepared: networks, optimizers, schedules, gradient scaler.
+    """The state of the objects that Accelerate prepared: networks, optimizers, schedules and gradient scaler.
 
-    The learning rates are those of this run, also after resuming.
+    A resumed run keeps its own peak learning rates, not those of the checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, schedules: Sequence[AcceleratedScheduler], peaks: list[list[float]]):
@@ -70,7 +70,7 @@ class PreparedState:
 
 
 class StreamPosition:
-    """Where each process is in its stream of images.
+    """The position of each process in its stream of images.
 
     Attributes:
         value: the position after the newest batch; None at the start.
@@ -91,7 +91,7 @@ class StreamPosition:
 
 
 class BestPipeline:
-    """The folder of the best pipeline so far; loading also removes one that a later step had written."""
+    """The folder of the best pipeline so far; loading removes one that a later step has written."""
 
     def __init__(self, accelerator: Accelerator, run_folder: RunFolder, progress: RunProgress):
         self.accelerator, self.folder, self.progress = accelerator, run_folder.best, progress
@@ -118,10 +118,10 @@ class Checkpoints:
     checkpoints are removed only after that.
 
     Args:
-        folder: where they are.
-        limit: how many are kept; 0 keeps all.
-        parts: what they contain.
-        invariants: what a run must share with a checkpoint to resume from it, keyed like `_INVARIANTS`.
+        folder: the folder that contains them.
+        limit: number of newest checkpoints to keep; 0 keeps all.
+        parts: the parts of the training state to save.
+        invariants: values that a run must share with a checkpoint to resume from it, keyed like `_INVARIANTS`.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Checkpoints:
                 shutil.rmtree(final, ignore_errors=True)  # exists only if it is incomplete
                 os.replace(temporary, final)
                 sync(self.folder)
-        except Exception as error:  # OSError, or what the writers of torch and safetensors raise in its place
+        except Exception as error:  # torch and safetensors raise errors of their own instead of OSError
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(
                 f"The checkpoint of step {step} could not be written to {self.folder}: {error}. The last good "
@@ -184,7 +184,7 @@ class Checkpoints:
             self._remove(self.steps()[: -self.limit])
 
     def find(self, name: str) -> Path | None:
-        """Return the folder that `--resume_from_checkpoint` names: a path, or `latest`, which may not exist yet.
+        """Return the checkpoint folder for `--resume_from_checkpoint`: a path, or `latest`, which may not exist yet.
 
         Raises:
             InputError: if a path is not a complete checkpoint of this run.
@@ -204,15 +204,15 @@ class Checkpoints:
         """Restore all parts from a checkpoint; every process must call this.
 
         Raises:
-            InputError: if this run cannot resume from it exactly, or ends before it. Nothing is changed then.
+            InputError: if this run cannot resume from it exactly, or ends before it; nothing is changed then.
         """
         state = load_state(checkpoint)
         for key, value in self.invariants.items():
             if state.get(key, value) != value:  # earlier versions saved fewer keys
                 raise InputError(
                     f"{checkpoint} was saved with {_INVARIANTS[key]} = {state[key]}, but this run has {value}, so it "
-                    "cannot resume exactly. Keep the images, the network, its trained part and its prediction type, "
-                    "--seed, --ema_decay, fp16 or not, and the global batch size (--batch_size x "
+                    "cannot resume exactly. Use the same images, network, trained parameters, prediction type, "
+                    "--seed, --ema_decay, fp16 setting and global batch size (--batch_size x "
                     "--grad_accumulation_steps x processes), or start a new run from the saved model."
                 )
         if state["step"] > total_steps:
@@ -229,7 +229,7 @@ class Checkpoints:
 
     def _remove(self, steps: Iterable[int]) -> None:
         for step in steps:
-            removed = self.folder / f".tmp-old-{step:08d}"  # so that a partly removed one does not count as complete
+            removed = self.folder / f".tmp-old-{step:08d}"  # a partly removed checkpoint must not count as complete
             os.replace(self.path(step), removed)
             shutil.rmtree(removed)
 
@@ -240,7 +240,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def resume_invariants(job: TrainingJob, plan: BatchPlan, accelerator: Accelerator) -> dict[str, Any]:
-    """Return what must not change between a checkpoint and a run that resumes from it, keyed like `_INVARIANTS`."""
+    """Return the values that a run must share with a checkpoint to resume from it, keyed like `_INVARIANTS`."""
     trained_parameters = [
         [name, *parameter.shape]
         for trained in job.networks

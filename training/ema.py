@@ -22,7 +22,7 @@ class EMA:
 
     Args:
         network: the network whose weights are averaged, one of the pipeline's components.
-        args: the decay and its warm-up.
+        args: the decay and its warmup.
     """
 
     def __init__(self, network: torch.nn.Module, args: RunArguments):
@@ -34,7 +34,7 @@ class EMA:
         return self.args.ema_decay > 0
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Start averaging from the present weights, once Accelerate has placed and sharded the network."""
+        """Start averaging from the current weights, once Accelerate has placed and sharded the network."""
         self.accelerator = accelerator
         if self.enabled:
             self.average = EMAModel(

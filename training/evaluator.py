@@ -1,4 +1,4 @@
-"""Evaluation during training: measure samples against the training images, without affecting the training."""
+"""Evaluation during training: measure samples against the training images without affecting training."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -24,8 +24,8 @@ from ..sampling.generation import sample_in_full_batches
 from .arguments import EvaluationArguments, RunArguments
 from .loading import TrainingData
 
-MAX_BATCH_SIZE = 64  # images that are sampled at a time
-MAX_REFERENCE_IMAGES = 100_000  # a random subset of more training images is measured; their features are in memory
+MAX_BATCH_SIZE = 64  # images sampled at a time
+MAX_REFERENCE_IMAGES = 100_000  # larger datasets are randomly subsampled, since features are kept in memory
 
 
 @dataclass
@@ -35,13 +35,13 @@ class Evaluation:
     Attributes:
         metrics: keyed `name@images`.
         floors: the real-vs-real baseline, between halves of the training images, keyed by name.
-        protocol: what the numbers depend on, described in words.
+        protocol: descriptions of everything that the metrics depend on.
         comparison_key: fingerprint of the protocol without the name and the step; evaluations with the same one are
             comparable.
         dataset: name of the training images.
-        split: split of the data set.
-        warnings: what to keep in mind when comparing the numbers.
-        best_metric: the metric that decides which evaluation of the run is the best.
+        split: split of the dataset.
+        warnings: caveats for comparing the metrics.
+        best_metric: the metric that selects the best evaluation of the run.
     """
 
     step: int
@@ -62,7 +62,7 @@ class Evaluation:
         return {key: metric.value for key, metric in self.metrics.items()}
 
     def summary(self) -> str:
-        """Return the headline metrics and the one that decides, with their floors, in one line."""
+        """Return the headline metrics and `best_metric`, with their floors, in one line."""
         return ", ".join(
             f"{metric_title(key)} {format_value(metric)}"
             + (f" (floor {format_value(self.floors[name])})" if name in self.floors else "")
@@ -97,7 +97,7 @@ class Evaluation:
             dataset=values["dataset"],
             split=values["split"],
             warnings=values["warnings"],
-            best_metric=values.get("best_metric", "fid"),  # earlier versions had no choice
+            best_metric=values.get("best_metric", "fid"),  # missing in earlier versions
         )
 
 
@@ -150,13 +150,13 @@ class Evaluator:
     """Measures samples of a run against its training images.
 
     The constructor computes the features of the training images, or reads them from the cache that it shares with
-    scripts/evaluate.py, so that what cannot be measured is reported before training starts. Every process constructs
-    and calls an evaluator.
+    scripts/evaluate.py, so that problems are reported before training starts. Every process constructs and calls an
+    evaluator.
 
     Args:
-        args: how often and how many samples are measured, and by which features.
+        args: when to evaluate, on how many samples, and with which features.
         run: the run's settings; sample i has the seed `run.seed` + i.
-        data: the training images; if they have classes, the samples have these in turn.
+        data: the training images; if they have classes, the samples cycle through them.
 
     Raises:
         InputError: if the features are not available, the training images cannot be measured, or the run does not
@@ -167,7 +167,7 @@ class Evaluator:
     def __init__(self, args: EvaluationArguments, run: RunArguments, data: TrainingData, accelerator: Accelerator):
         if data.source is None:
             raise InputError(
-                "--eval_every measures against the training images, which a stream does not hold. Leave it out and "
+                "--eval_every measures against the training images, which a stream cannot provide. Omit it and "
                 "measure the finished model with scripts/evaluate.py, or train without --streaming."
             )
         if len(data.source) < MIN_IMAGES:
@@ -177,11 +177,11 @@ class Evaluator:
             )
         self.args, self.run, self.accelerator = args, run, accelerator
         self.batch_size = min(run.batch_size, MAX_BATCH_SIZE)
-        self.channels = 1 if data.preprocessing.channels <= 2 else 3  # without transparency
+        self.channels = 1 if data.preprocessing.channels <= 2 else 3  # transparency is ignored
         self.size = data.preprocessing.height, data.preprocessing.width
         self.labels = list(range(len(data.classes))) if data.classes else None
         try:
-            with accelerator.main_process_first():  # it downloads weights, which the others then find
+            with accelerator.main_process_first():  # downloads weights that the others then find
                 self.extractor = load_extractor(args.feature_extractor or INCEPTION, args.extractor_weights)
             self.classifier = None
             if isinstance(self.extractor, ClassifierFeatures) and self.extractor.network.class_names == data.classes:
@@ -218,7 +218,7 @@ class Evaluator:
             )
 
     def due(self, step: int, last: int, history: EvaluationHistory) -> bool:
-        """Return whether a step is to be evaluated and has not been yet."""
+        """Return whether a step is scheduled for evaluation and has not been evaluated yet."""
         is_scheduled = step > 0 and (step == last or step % self.args.eval_every == 0)
         return is_scheduled and (history.last is None or history.last.step != step)
 
@@ -235,7 +235,7 @@ class Evaluator:
             sample: returns an image for each seed and, where there are classes, class label; all processes call it
                 together.
             step: number of training steps so far.
-            sampling_protocol: how `sample` generates, for the protocol.
+            sampling_protocol: how `sample` generates images, for the protocol.
             before_batch: see `extract_features`.
 
         Returns:
@@ -313,16 +313,9 @@ class Evaluator:
 
     @contextmanager
     def _extractor_on_device(self):
-        """Move the extractor to the device; between evaluations, training has the device's memory for itself."""
+        """Keep the extractor on the device only within the context, to leave the memory to training."""
         self.extractor.to(self.accelerator.device)
         try:
             yield
         finally:
             self.extractor.to("cpu")
-
-
-def open_evaluator(
-    args: EvaluationArguments, run: RunArguments, data: TrainingData, accelerator: Accelerator
-) -> Evaluator | None:
-    """Return the evaluator of a run, or None without `--eval_every`."""
-    return Evaluator(args, run, data, accelerator) if args.eval_every else None

@@ -1,4 +1,4 @@
-"""The interface between a training script and the loop: what is trained, with which losses."""
+"""The interface between a training script and the loop: networks, losses and optimizers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class TrainedNetwork:
 
     Attributes:
         network: the module.
-        objective: takes the network in the form in which it must be called (wrapped for several processes) and a
+        objective: called with the network as prepared by Accelerate (wrapped for several processes) and a
             `MicroBatch`; returns one `loss` for each sample, (B,), and further values to log, one for each sample, NaN
             where there is none.
         optimizer: over the network's parameters.
@@ -40,20 +40,20 @@ class TrainedNetwork:
 
 @dataclass(kw_only=True)
 class TrainingJob:
-    """All that a training script hands over to the loop.
+    """Everything that a training script passes to the loop.
 
     Attributes:
         networks: updated one after the other in each step, on the same images with independent random numbers;
             meanwhile the parameters of the others need no gradients.
-        pipeline: holds the network that is sampled, and is what the run saves; a model for a run without samples.
-        ema: the EMA weights of that network, with which it is sampled and saved.
-        card: what the script knows for the model card; the loop adds the facts of the run.
+        pipeline: the pipeline to sample and save; a model for a run without samples.
+        ema: the EMA weights of its trained network, used for sampling and saving.
+        card: the facts for the model card that the script knows; the loop adds those of the run.
         arguments: all arguments of the script, dataclasses, for config.yaml and the trackers.
         sampler: samples from the pipeline, one image for each seed and class; without it, the run has no sample grids.
         labels: the class of each image in a sample grid, if there are classes.
         grid: arranges these images, in their order.
-        finish: called with the number of steps once everything is saved, in the main process; what it adds to the
-            folder and to `card` is on the final card.
+        finish: called in the main process with the run folder and the number of steps once everything is saved; the
+            final card includes what it adds to the folder and to `card`.
         monitor: reads the rows of metrics.csv as they are logged; returns a warning, or None.
     """
 

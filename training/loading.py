@@ -21,9 +21,9 @@ from .arguments import DataArguments, LabelArguments
 from .plan import BatchPlan
 from .randomness import fold_in
 
-_SHUFFLE_BLOCK = 1000  # rows of a stream that are shuffled among one another, and held in memory undecoded
-_CHECKED_IMAGES = 1000  # images that are read once before a run starts, to find broken ones early
-_REMEDY = "Repair or replace it, or give --skip_broken_images to leave such images out and count them."
+_SHUFFLE_BLOCK = 1000  # stream rows that are shuffled together, held in memory undecoded
+_CHECKED_IMAGES = 1000  # images read once before training starts, to find broken ones early
+_REMEDY = "Repair or replace it, or pass --skip_broken_images to skip and count such images."
 
 
 @dataclass
@@ -33,11 +33,11 @@ class Batch:
     Attributes:
         images: (B, C, H, W) in [-1, 1].
         labels: their classes, (B,); None in a run without labels.
-        keys: the key of each sample, the seed of all that is random about it.
+        keys: the key of each sample, which seeds all its random numbers.
         weight: 1, or 0 if the global batch has no sample left for this process, which then repeats one.
         broken: names of unreadable images that were skipped.
-        position: of a stream, where to resume after this batch.
-        error: why there are no `images`, in the last batch of a loader that failed.
+        position: for a stream, where to resume after this batch.
+        error: why a loader failed, in its last batch, which has no `images`.
     """
 
     images: torch.Tensor | None
@@ -57,7 +57,7 @@ def _batch(images: list[torch.Tensor], labels: list[int | None], *rest: Any) -> 
 
 
 def _error_batch(error: Exception) -> Batch:
-    """Return a batch that carries an error out of a worker process, since exceptions may not pickle."""
+    """Return a batch that carries an error out of a worker process, since exceptions may not be picklable."""
     message = str(error)
     if not isinstance(error, RunError):
         message = (
@@ -113,7 +113,7 @@ class TrainingImages(torch.utils.data.Dataset):
         """Read an image, or the next one that is not broken if broken images are skipped.
 
         Returns:
-            its pixels (None if there is none), its index, and the names of the broken images before it.
+            its pixels (None if no image can be read), its index, and the names of the broken images before it.
         """
         broken = []
         for _ in range(len(self.source) if self.skip_broken else 1):
@@ -149,7 +149,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
         self.columns = [stream.image_column] if label_column is None else [stream.image_column, label_column]
         rows = stream.select(self.columns)
-        # shuffles the shards alone; `_rows` shuffles the rows. Newer versions would interleave several shards
+        # shuffles only the shards; `_rows` shuffles the rows. Newer versions would interleave several shards
         interleaves = "max_buffer_input_shards" in signature(rows.shuffle).parameters
         options: dict[str, Any] = {"max_buffer_input_shards": 1} if interleaves else {}
         rows = rows.shuffle(seed=plan.seed, buffer_size=1, **options)
@@ -183,10 +183,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
     def _next(self, rows: Iterator, broken: list[str]) -> tuple[torch.Tensor, int | None, dict]:
         first_pass = None
         while True:
-            (cell, *label), position = next(rows)  # rows never end
+            (cell, *label), position = next(rows)  # endless
             first_pass = position["pass"] if first_pass is None else first_pass
             if position["pass"] > first_pass + 1:
-                raise RunError(f"A whole pass over the stream had no image that can be read; the last: {broken[-1]}")
+                raise RunError(f"No image could be read in a whole pass over the stream; the last one: {broken[-1]}")
             try:
                 if self.numbers is not None and label[0] not in self.numbers:
                     raise BrokenImageError(f"its class is {label[0]}, not one of 0 to {self.numbers[-1]}")
@@ -197,7 +197,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
                     raise RunError(f"An image cannot be read: {broken[-1]}. {_REMEDY}") from None
 
     def _rows(self, position: dict | None) -> Iterator[tuple[list[Any], dict]]:
-        """Iterate over rows from a position on: the cells of `columns`, and the position after the row."""
+        """Iterate over the rows from a position: the cells of `columns`, and the position after the row."""
         position = position or {"pass": 0, "block": 0, "state": None, "used": 0}
         while True:
             self.stream.set_epoch(position["pass"])
@@ -220,15 +220,15 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
 
 class TrainingData:
-    """The images of a run, dealt out in micro-batches.
+    """The training images of a run, in micro-batches.
 
     Args:
-        args: which images.
-        preprocessing: how they are converted to tensors.
+        args: the images to use.
+        preprocessing: their conversion to tensors.
         rank: number of this process.
         label_args: where the class labels are; None for a run without them.
-        source: the images, if they are only a part of those that `args` names; not for a stream.
-        plan: batch_size, accumulation, processes and seed of the `BatchPlan`.
+        source: the images, if they are only a subset of those in `args`; not for a stream.
+        plan: the batch_size, accumulation, processes and seed of the `BatchPlan`.
 
     Attributes:
         source: the images; None for a stream.
@@ -271,7 +271,7 @@ class TrainingData:
 
     @property
     def name(self) -> str:
-        """The name of the data on the model card: of a dataset its name on the Hub, of a folder its own name."""
+        """The name of the data on the model card: the Hub name of a dataset, or the base name of a local path."""
         return location_name(_location(self.args))
 
     @property
@@ -283,7 +283,7 @@ class TrainingData:
         """Iterate over the micro-batches of this process for optimizer steps start .. stop-1.
 
         Args:
-            position: of a stream, the position of the last batch before `start` when a run resumes.
+            position: for a stream, the position of the last batch before `start` when a run resumes.
 
         Raises:
             RunError: at an image that cannot be read, unless broken images are skipped, or if the source fails.
@@ -311,14 +311,14 @@ class TrainingData:
                 yield batch
         finally:
             if processes:
-                iterator._shutdown_workers()  # otherwise torch reports a worker that is killed below as crashed
+                iterator._shutdown_workers()  # otherwise torch reports the workers killed below as crashed
             for process in processes:
                 if process.is_alive():
                     process.kill()  # it ignores SIGTERM
 
 
 def open_training_source(args: DataArguments) -> ImageSource:
-    """Open the images that the arguments name, by default the embedded dataset (see `open_source`).
+    """Open the images to train on, by default the embedded dataset (see `open_source`).
 
     `--train_data_dir` reads a folder as image files, `--dataset_name` with the `datasets` library.
 
@@ -345,7 +345,7 @@ def _ignore_signals(_worker: int) -> None:
 
 
 class MicroBatchSampler(torch.utils.data.Sampler):
-    """The items (step, micro-batch) of optimizer steps start .. stop-1."""
+    """Yields the items (step, micro-batch) of optimizer steps start .. stop-1."""
 
     def __init__(self, plan: BatchPlan, start: int, stop: int):
         self.plan, self.start, self.stop = plan, start, stop
@@ -357,7 +357,7 @@ class MicroBatchSampler(torch.utils.data.Sampler):
 
 
 def _check_readable(source: ImageSource, preprocessing: Preprocessing) -> None:
-    """Read images spread over the source once, so that a broken one is reported before training starts."""
+    """Read images spread over the source, to report broken ones before training starts."""
     for i in range(0, len(source), ceil(len(source) / _CHECKED_IMAGES)):
         try:
             read_image(source[i], preprocessing)

@@ -1,4 +1,4 @@
-"""The training loop. It does not know what it trains."""
+"""The training loop, independent of what is trained."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -67,15 +67,15 @@ class Trainer:
     processes` images. The gradient is that of the mean loss over the global batch, also if the last global batch of an
     epoch is short.
 
-    Creating a trainer places the networks on their devices but touches no file; `train` does.
+    Creating a trainer places the networks on their devices but writes no files; `train` does.
 
     Args:
-        job: what is trained.
+        job: the networks, losses and optimizers.
         data: the training images.
-        args: how long it is trained, and what is logged and saved.
-        accelerator: where it is trained.
+        args: the length of the run, and what it logs and saves.
+        accelerator: prepares the networks and connects the processes.
         evaluator: measures samples during training.
-        repo_id: the repository that saves are uploaded to, in the main process.
+        repo_id: the repository to upload to, in the main process.
     """
 
     def __init__(
@@ -122,14 +122,14 @@ class Trainer:
             invariants=resume_invariants(job, self.plan, accelerator),
         )
         self.step_log = StepLog(accelerator, self.plan, self.checkpoints)
-        # opened by `train`, the first two in the main process alone
+        # opened by `train`, the first two only in the main process
         self.metrics: MetricsFile | None = None
         self.upload: BackgroundUpload | None = None
         self.stop: StopRequest
         self.bar: tqdm
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The course of a run, in order
+    # Lifecycle of a run
 
     def train(self) -> FinishedRun:
         """Train to the last step, and save the pipeline, its samples and its card.
@@ -159,7 +159,7 @@ class Trainer:
         return self._finish()
 
     def _start(self) -> None:
-        """Resume from a checkpoint if asked to, and open what the run writes to."""
+        """Resume from a checkpoint if requested, and open the outputs of the run."""
         args, is_main = self.args, self.accelerator.is_main_process
         checkpoint = self.checkpoints.find(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
         if checkpoint:
@@ -177,15 +177,15 @@ class Trainer:
         self.progress.clock.start(self.plan.images_seen(self.progress.step))
 
     def _run_steps(self) -> None:
-        """Train to the last step, with all that is due along the way.
+        """Train to the last step, with everything that is due along the way.
 
-        Whatever writes files first calls `_log`, which raises if a loss is not finite, so that nothing is overwritten.
+        Methods that write files first call `_log`, which raises if a loss is not finite, so nothing is overwritten.
         """
         args = self.args
         if self._samples_due() and not self.folder.grid(self.progress.step).exists():
             self._save_samples()
         batches = self.data.batches(self.progress.step, self.total_steps, self.position.value)
-        with closing(batches), self._progress_bar() as self.bar:  # closing ends the processes that read images ahead
+        with closing(batches), self._progress_bar() as self.bar:  # closing ends the data loader workers
             try:
                 if self._evaluation_due():  # the run was stopped at this step, before or during its evaluation
                     self._evaluate()
@@ -209,7 +209,7 @@ class Trainer:
         self._save_model()
 
     def _finish(self) -> FinishedRun:
-        """Let the script add to the run and its card, write the card again and upload; in the main process."""
+        """In the main process, let the script add to the run and its card, rewrite the card and upload."""
         if not self.accelerator.is_main_process:
             return FinishedRun(self.folder.path)
         self.job.finish(self.folder, self.progress.step)
@@ -224,7 +224,7 @@ class Trainer:
     def _train_step(self, batches: Iterator[Batch]) -> None:
         step, accelerator = self.progress.step, self.accelerator
         global_batch = self._read_global_batch(batches)
-        # the network's own random numbers (dropout) depend on step and process alone; seeded after the data loader,
+        # the network's own random numbers (dropout) depend only on step and process; seeded after the data loader,
         # which uses the same generator
         torch.manual_seed(fold_in(self.plan.seed, step, -1 - accelerator.process_index))
         scale = 1 / self.plan.global_batch(step)[2]
@@ -266,7 +266,7 @@ class Trainer:
             with self.progress.clock.waiting():
                 global_batch = [next(batches) for _ in range(self.plan.micro_batches(self.progress.step))]
         except RunError:  # an image cannot be read
-            if self.accelerator.num_processes == 1:  # other processes would not take part in the save
+            if self.accelerator.num_processes == 1:  # the other processes would not join the save
                 self._save_checkpoint()
             raise
         self.position.value = global_batch[-1].position
@@ -282,7 +282,7 @@ class Trainer:
         speed = self.progress.clock.images_per_second(int(newest["images"]))
         if self.metrics:
             self.metrics.append(rows)
-        # the newest value of each column: some have none at most steps, such as a lazy penalty
+        # the newest value of each column: some, such as a lazy penalty, have none at most steps
         tracked = {
             name: value for row in rows for name, value in row.items() if name != "step" and not math.isnan(value)
         }
@@ -297,7 +297,7 @@ class Trainer:
             self.bar.write(warning)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What is due
+    # Cadence
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.progress.step % every == 0
@@ -319,7 +319,7 @@ class Trainer:
     # Samples, evaluations and saves
 
     def _save_samples(self) -> None:
-        """Sample the fixed seeds of the run with the EMA weights, and save and track the grid."""
+        """Sample the fixed seeds of the run with the EMA weights, then save and log the grid."""
         self._log()
         step = self.progress.step
         with self.progress.clock.paused():
@@ -333,7 +333,7 @@ class Trainer:
         """Measure samples of the EMA weights, log the results, and keep the pipeline if it is the best so far.
 
         Raises:
-            RunStopped: if the run is to stop; the resumed run repeats the evaluation.
+            RunStopped: if a stop was requested; the resumed run repeats the evaluation.
         """
         self._log()
         step, pipeline, sampler = self.progress.step, self.job.pipeline, self.job.sampler

@@ -26,7 +26,7 @@ def lr_schedule(optimizer: Optimizer, total_steps: int, args: LearningRateArgume
 
 
 def cosine_by_epoch(optimizer: Optimizer, total_steps: int, lowest: float, steps_per_epoch: int | None) -> LambdaLR:
-    """Return half a cosine from each parameter group's learning rate down to `lowest`, constant within an epoch.
+    """Return a cosine decay from each parameter group's learning rate to `lowest`, constant within an epoch.
 
     Args:
         steps_per_epoch: None for a stream, where the rate decreases at every step.
@@ -43,7 +43,7 @@ def cosine_by_epoch(optimizer: Optimizer, total_steps: int, lowest: float, steps
 def set_peak_rates(schedule: LambdaLR, rates: list[float]) -> None:
     """Replace the peak learning rates of a schedule and keep its position.
 
-    A resumed run thus uses the learning rates that it is given, not those in the checkpoint.
+    A resumed run thus uses its own learning rates, not those in the checkpoint.
     """
     schedule.base_lrs = rates
     for group, rate, factor in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):

@@ -27,14 +27,14 @@ from .tracking import read_metrics
 
 logger = get_logger(__name__)
 
-# arguments that do not belong on a card: places on the machine, and where the model goes
+# arguments that do not belong on a card: local paths and upload settings
 _PRIVATE = {"output_dir", "train_data_dir", "resume_from_checkpoint", "hub_model_id", "hub_private", "push_to_hub"}
 _LOSS_STEPS = 100  # newest steps over which the losses on the card are averaged
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known about a run, for its model card and its summary.
+    """The facts of a run for its model card and its summary.
 
     Attributes:
         step: optimizer steps taken, of `total_steps`.
@@ -42,10 +42,10 @@ class RunFacts:
         num_images: images in the data; None for a stream.
         global_batch_size: images in an optimizer step.
         processes: number of processes.
-        precision: of the training.
+        precision: arithmetic precision of the training.
         hardware: name of the device.
         losses: by column, the means over the last `loss_steps` steps.
-        seconds: time since the start, before resuming included.
+        seconds: total time, including the time before the run was resumed.
         waiting_share: share of the training time spent waiting for data.
         broken_images: images skipped because they cannot be read.
         evaluations: the newest and the best evaluation.
@@ -69,13 +69,13 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What training returns.
+    """The result of a training run.
 
     Attributes:
         folder: the run folder, which `from_pretrained` of the trained pipeline or model loads.
-        facts: what is known about the run; None in processes other than the main one.
-        card: what the script knows for the model card; None like `facts`.
-        upload: how the upload to the Hub ended, if there was one.
+        facts: the facts of the run; None in processes other than the main one.
+        card: the facts for the model card that the script knows; None like `facts`.
+        upload: the outcome of the upload to the Hub, if there was one.
     """
 
     folder: Path
@@ -87,7 +87,7 @@ class FinishedRun:
 def collect_facts(
     folder: RunFolder, progress: RunProgress, plan: BatchPlan, total_steps: int, accelerator: Accelerator
 ) -> RunFacts:
-    """Return what is known about a run so far; called by the main process, which has its metrics."""
+    """Return the facts of a run so far; only the main process has its metrics."""
     device, step = accelerator.device, progress.step
     rows = read_metrics(folder.metrics)[-_LOSS_STEPS:]
     return RunFacts(
@@ -115,7 +115,7 @@ def describe_precision(accelerator: Accelerator) -> str:
 
 
 def settings_for_card(*arguments: Any) -> dict[str, Any]:
-    """Return the hyperparameters of a run by the names of their flags; of local paths, only the last part."""
+    """Return the hyperparameters of a run by flag name, with local paths cut to their last part."""
     values = {name: value for part in arguments for name, value in asdict(part).items()}
     return {
         name: Path(value).name if isinstance(value, str) and not is_repo_id(value) and "/" in value else value
@@ -125,7 +125,7 @@ def settings_for_card(*arguments: Any) -> dict[str, Any]:
 
 
 def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
-    """Write the model card of a run: what the script knows about the model, and the facts of the run."""
+    """Write the model card of a run from the facts of the script and those of the run."""
     data = f"{facts.num_images:,} images" if facts.num_images else "a stream"
     processes = "one process" if facts.processes == 1 else f"{facts.processes} processes"
     training: dict[str, Any] = {
@@ -143,17 +143,13 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
     if evaluations.last:
         training["evaluations"] = f"{evaluations.count}, {evaluations.seconds / 60:.1f} minutes in total"
         card = replace(card, **_evaluation_for_card(evaluations, facts.step))
-    images_by_caption = {
+    captions = {
         folder.before_after: "The same seeds before and after training.",
         **_grid_for_card(folder, facts.step),
         folder.loss_plot: "Training loss.",
         folder.eval_plot: "Evaluations during training.",
     }
-    images = {
-        path.relative_to(folder.path).as_posix(): caption
-        for path, caption in images_by_caption.items()
-        if path.exists()
-    }
+    images = {path.relative_to(folder.path).as_posix(): caption for path, caption in captions.items() if path.exists()}
     text = card_text(replace(card, training=training, images=images, code=code_files(folder.path)))
     replace_file(folder.card, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -171,13 +167,13 @@ def _grid_for_card(folder: RunFolder, step: int) -> dict[Path, str]:
 
 
 def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str, Any]:
-    """Return the fields of a card about the newest evaluation; it is the model's own if it is of the same step."""
+    """Return the card fields of the newest evaluation, which is of the saved weights only at the same step."""
     last, best = evaluations.last, evaluations.best
     assert last is not None and best is not None
     table = {
-        metric_title(key): format_value(measure)
+        metric_title(key): format_value(metric)
         + (f" (training images: {format_value(last.floors[name])})" if name in last.floors else "")
-        for key, measure in last.metrics.items()
+        for key, metric in last.metrics.items()
         for name in [key.partition("@")[0]]
     }
     if best.step != step:
@@ -191,7 +187,7 @@ def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str,
 
 
 def write_best(folder: RunFolder, pipeline: DiffusionPipeline | ModelMixin, card: CardFacts, facts: RunFacts) -> None:
-    """Replace `best/` of a run by the given pipeline, with the newest grid of the run and a card of its own."""
+    """Replace `best/` of a run with this pipeline, the newest grid and a card of its own."""
     usage = re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{folder.best.name}"', card.usage)
     card = replace(card, title=f"{card.title}, best checkpoint", usage=usage)
 
@@ -208,7 +204,7 @@ def write_best(folder: RunFolder, pipeline: DiffusionPipeline | ModelMixin, card
 
 
 def print_summary(run: FinishedRun) -> None:
-    """Print how a run went and where its files are; prints nothing in processes other than the main one."""
+    """Print the outcome of a run and its files; does nothing in processes other than the main one."""
     facts = run.facts
     if facts is None:
         return
@@ -222,7 +218,7 @@ def print_summary(run: FinishedRun) -> None:
     if facts.broken_images:
         lines.append(f"{facts.broken_images} broken images were skipped.")
     if evaluations.last:
-        lines.append(f"{evaluations.count} evaluations took {evaluations.seconds / 60:.1f} minutes of it.")
+        lines.append(f"{evaluations.count} evaluations took {evaluations.seconds / 60:.1f} minutes of that time.")
     lines += ["", f"model folder   {run.folder}"]
     lines += [f"{name:<14} {path}" for name, path in files.items() if path.exists()]
     if best := evaluations.best:
@@ -235,13 +231,13 @@ def print_summary(run: FinishedRun) -> None:
 
 
 def create_repository(args: RunArguments) -> str:
-    """Create the repository that a run is uploaded to, before training, so that problems are known early.
+    """Create the repository to upload a run to, before training, so that problems are reported early.
 
     Returns:
-        its id, `user/name`.
+        its ID, `user/name`.
 
     Raises:
-        InputError: if nobody is logged in, the Hub does not respond, or the repository cannot be created.
+        InputError: if no user is logged in, the Hub does not respond, or the repository cannot be created.
     """
     try:
         user = who_am_i()
@@ -254,12 +250,12 @@ def create_repository(args: RunArguments) -> str:
 
 
 def finish_upload(background: BackgroundUpload, args: RunArguments) -> str:
-    """Upload a finished run folder, and describe how that went; a failure leaves the run as it is."""
+    """Upload a finished run folder and return a description of the outcome; a failure does not affect the run."""
     repository = background.repository
     logger.info("Uploading to %s", repository.url)
     try:
         return f"uploaded       {background.finish('Upload finished model').url}"
-    except (Exception, KeyboardInterrupt) as error:  # whatever it is, the run itself is finished and saved
+    except (Exception, KeyboardInterrupt) as error:  # in any case, the run is finished and saved
         private = " --private" if args.hub_private else ""
         reason = str(error) or "The upload was interrupted."
         return (

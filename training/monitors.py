@@ -1,4 +1,4 @@
-"""Monitors of training: they read the metrics as they are logged, and return a warning when something is wrong."""
+"""Training monitors: they read the metrics as they are logged, and return a warning if something is wrong."""
 
 import math
 from collections import deque
@@ -6,7 +6,7 @@ from statistics import fmean
 
 # mean logits of the discriminator beyond these, on the correct sides, mean a loss below 0.014
 _SATURATED_LOGIT = 5
-# the discriminator's loss if it answers 50 : 50 every time
+# loss of a discriminator that always predicts 50%
 _CHANCE_LOSS = 2 * math.log(2)
 _LOSS_MARGIN = 0.01
 # share of pairs that a discriminator ranks correctly once it has won
@@ -18,7 +18,8 @@ _PATIENCE = 500
 class GANBalanceMonitor:
     """Warns when the discriminator has won, or is worse than chance: either way the generator learns little.
 
-    Each of the two warnings is given once. It reads the columns `d_loss`, `d_real`, `d_fake` (logits) and `d_r1`.
+    Each of the two warnings is returned once. The monitor reads the columns `d_loss`, `d_real`, `d_fake` (logits) and
+    `d_r1`.
     """
 
     def __init__(self):
@@ -55,8 +56,8 @@ class GANBalanceMonitor:
 class DiscriminatorAccuracyMonitor:
     """Warns once when a discriminator ranks real images above generated ones almost always.
 
-    Unlike its logits, which gradient penalties keep close to zero, its accuracy does not depend on their scale. It
-    reads the column `d_accuracy`.
+    Unlike its logits, which gradient penalties keep close to zero, its accuracy does not depend on their scale. The
+    monitor reads the column `d_accuracy`.
     """
 
     def __init__(self):

@@ -21,7 +21,7 @@ class BatchPlan:
         batch_size: images in a micro-batch of one process.
         accumulation: micro-batches that each process accumulates in a step.
         processes: number of processes.
-        seed: of the permutations and the sample keys.
+        seed: seed of the permutations and the sample keys.
     """
 
     num_images: int | None
@@ -39,7 +39,7 @@ class BatchPlan:
         return None if self.num_images is None else ceil(self.num_images / self.global_batch_size)
 
     def epoch(self, step: int) -> float:
-        """Return the epochs completed after `step` optimizer steps, with their fraction; always 0 for a stream."""
+        """Return the number of epochs after `step` optimizer steps, as a fraction; always 0 for a stream."""
         steps_per_epoch = self.steps_per_epoch
         if self.num_images is None or steps_per_epoch is None:
             return 0.0
@@ -74,7 +74,7 @@ class BatchPlan:
         return range(start + count * rank // self.processes, start + count * (rank + 1) // self.processes)
 
     def sample_key(self, step: int, position: int) -> int:
-        """Return the seed of all that is random about the sample at a position in the global batch."""
+        """Return the key of the sample at a position in the global batch, which seeds all its random numbers."""
         return fold_in(self.seed, step, position)
 
     def image_index(self, step: int, position: int) -> int:

@@ -1,4 +1,4 @@
-"""How far a run has come, and where its time went."""
+"""Progress and timing of a run."""
 
 import time
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ class Clock:
     """The time of a run: training, waiting for data, and pauses for samples, evaluations and saves.
 
     Attributes:
-        earlier_seconds: what the run took before it was resumed.
+        earlier_seconds: seconds that the run took before it was resumed.
         waited: seconds of waiting for data since `start`.
         paused_seconds: seconds of pauses since `start`.
     """
@@ -26,7 +26,7 @@ class Clock:
         self.start(0)
 
     def start(self, images: int) -> None:
-        """Start, with a number of images that the run has already trained on."""
+        """Start the clock, given the number of images trained on so far."""
         self.started = time.perf_counter()
         self.last_reading = 0.0, images  # training seconds and images when the speed was last read
 
@@ -66,13 +66,13 @@ class Clock:
 
 
 class RunProgress:
-    """How far a run has come; a part of its checkpoints, in state.json.
+    """The progress of a run, saved in the state.json of its checkpoints.
 
     Attributes:
         step: optimizer steps taken.
         broken: the images that were skipped because they cannot be read.
         evaluations: the newest and the best evaluation.
-        clock: where the time went.
+        clock: the time of the run.
     """
 
     def __init__(self, accelerator: Accelerator):

@@ -1,8 +1,8 @@
-"""Random numbers keyed by the sample that they are for, not by the order in which they are generated.
+"""Random numbers keyed by sample, independent of the order in which they are generated.
 
 Every sample of every optimizer step has a key made from (seed, step, its position in the step), which seeds the
-generators of all its random numbers. So a step has the same result however it is split into micro-batches and
-processes, and a run resumes without saved random state.
+generators of all its random numbers. A step therefore has the same result however it is split into micro-batches
+and processes, and a run resumes without saved random state.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _MASK = (1 << 64) - 1
 
 
 def fold_in(*parts: int) -> int:
-    """Mix integers into one of 64 bits, by applying the finalizer of SplitMix64 to one after the other."""
+    """Hash integers to a single 64-bit integer, with the SplitMix64 finalizer after each of them."""
     state = 0
     for part in parts:
         state = (state + part + 0x9E3779B97F4A7C15) & _MASK
@@ -24,7 +24,7 @@ def fold_in(*parts: int) -> int:
 
 
 class PerSampleRNG:
-    """Random tensors for a batch; those of sample i depend on `keys[i]`, the device type and the order of calls alone.
+    """Random tensors for a batch; those of sample i depend only on `keys[i]`, the device type and the order of calls.
 
     Args:
         keys: one 64-bit integer per sample.

@@ -13,7 +13,7 @@ class RunFolder:
     Attributes:
         path: the folder; the pipeline or model is saved at its top level.
         card: the model card.
-        config: every argument in force; its presence marks the folder as a run.
+        config: all arguments; its presence marks the folder as a run.
         metrics: one row for each optimizer step.
         loss_plot, eval_plot: the curves of the losses and of the evaluations.
         before_after: the first and the last grid of samples side by side.
@@ -44,7 +44,7 @@ class RunFolder:
         return max((path for path in grids if step_of_grid(path) <= step), key=step_of_grid, default=None)
 
     def check_usable(self, resuming: bool) -> None:
-        """Check that a run can start here, or resume, without overwriting anything else.
+        """Check that a run can start or resume here without overwriting anything else.
 
         Raises:
             InputError: if the path is a file, or the folder holds another run or files that no run wrote.

@@ -13,13 +13,13 @@ from .run_folder import RunFolder
 
 @torch.no_grad()
 def sample_grid(job: TrainingJob, args: RunArguments, accelerator: Accelerator) -> Image.Image | None:
-    """Sample the fixed seeds of a run, a part of them in each process, and return the grid in the main process."""
+    """Sample the fixed seeds of a run, sharded over the processes, and return the grid in the main process."""
     assert job.sampler is not None
     indices = list(range(args.num_samples))
     with accelerator.split_between_processes(indices, apply_padding=True) as shard:
         own_indices: list[int] = shard  # pyright: ignore[reportAssignmentType]
         images: list[Image.Image] = []
-        for start in range(0, len(own_indices), args.batch_size):  # as many as fit into memory in training
+        for start in range(0, len(own_indices), args.batch_size):  # a batch size that fits into memory during training
             batch = own_indices[start : start + args.batch_size]
             labels = job.labels and [job.labels[i] for i in batch]
             images += job.sampler(job.pipeline, [args.seed + i for i in batch], labels)  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,8 @@
-"""The setup that all training scripts share, from Python or from the command line.
+"""Setup shared by all training scripts, from Python or the command line.
 
 Each script has a function that takes its argument dataclasses, so a notebook can train without a command line:
 
+    from diffusers import DiffusionPipeline
     from ddgan.finetune_model import FinetuneArguments, finetune
     from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
 
@@ -27,7 +28,7 @@ from ..core.errors import InputError
 from ..data.preprocessing import Preprocessing
 from ..data.sources import ImageSource
 from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
-from .evaluator import open_evaluator
+from .evaluator import Evaluator
 from .job import TrainingJob
 from .loading import TrainingData
 from .loop import Trainer
@@ -42,8 +43,8 @@ class Session:
 
     Attributes:
         run: its arguments.
-        accelerator: where it runs.
-        repo_id: the repository that it is uploaded to, in the main process.
+        accelerator: the Accelerate setup that it runs on.
+        repo_id: the repository to upload it to, in the main process.
     """
 
     run: RunArguments
@@ -58,7 +59,7 @@ class Session:
             supports_fsdp: whether the network of the run can be sharded.
 
         Raises:
-            InputError: if the folder holds another run that is not to be resumed, a tracker is not installed, the
+            InputError: if the folder holds a run that is not being resumed, a tracker is not installed, the
                 machine does not support the mixed precision, or the Hub refuses the repository.
         """
         accelerator = start_accelerator(run)
@@ -81,10 +82,10 @@ class Session:
         """Open the training images.
 
         Args:
-            channels: of the images as the network takes them, 1 to 4.
+            channels: channels of the images that the network takes, 1 to 4.
             size: height and width.
             labels: where the class labels are, if the run uses them.
-            source: the images, if they are only a part of those that `args` names.
+            source: the images, if they are only a subset of those in `args`.
         """
         height, width = size
         return TrainingData(
@@ -102,12 +103,14 @@ class Session:
     def train(
         self, job: TrainingJob, data: TrainingData, evaluation: EvaluationArguments | None = None
     ) -> FinishedRun:
-        """Train a job to its end, with evaluations if there are arguments for them.
+        """Run a training job, with evaluations if `evaluation.eval_every` is set.
 
         Raises:
             InputError, RunError, RunStopped: see `Evaluator` and `Trainer.train`.
         """
-        evaluator = open_evaluator(evaluation, self.run, data, self.accelerator) if evaluation else None
+        evaluator = None
+        if evaluation and evaluation.eval_every:
+            evaluator = Evaluator(evaluation, self.run, data, self.accelerator)
         return Trainer(job, data, self.run, self.accelerator, evaluator, self.repo_id).train()
 
 
@@ -128,5 +131,5 @@ def start_accelerator(run: RunArguments) -> Accelerator:
             "FSDP training needs FSDP version 2 (fsdp_version: 2, as in examples/accelerate/fsdp.yaml) and does not "
             "support --channels_last, since FSDP shards contiguous parameters only."
         )
-    accelerator.wait_for_everyone()  # until all have checked the folder, before the main process writes to it
+    accelerator.wait_for_everyone()  # all processes must check the folder before the main process writes to it
     return accelerator

@@ -1,4 +1,4 @@
-"""Networks sharded by FSDP: the shards of this process, and the full tensors."""
+"""Local shards and full tensors of networks that FSDP shards."""
 
 import copy
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ def num_shards(accelerator: Accelerator) -> int:
 
 
 def local_shards(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    """Return the parameters, or of sharded ones the shards of this process, in the same memory."""
+    """Return the parameters, or the local shards of sharded ones; they share memory with the originals."""
     return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]  # pyright: ignore[reportReturnType]
 
 
@@ -46,7 +46,7 @@ def gather_pipeline(
         if isinstance(component, FSDPModule):
             state = accelerator.get_state_dict(component)
             if accelerator.is_main_process:
-                network_class = type(component).__bases__[-1]  # FSDP derives a class of its own from the network's
+                network_class = type(component).__bases__[-1]  # FSDP replaces the class with a subclass
                 network = network_class.from_config(component.config)
                 network.load_state_dict(state)
                 setattr(pipeline, name, network)

@@ -1,4 +1,4 @@
-"""Loading the pretrained pipeline that training starts from."""
+"""Load the pretrained pipeline that fine-tuning starts from."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from ..sampling.loading import load_pipeline
 def load_start_model(
     start_model: str, size: Sequence[int] | None = None, prediction_type: str | None = None
 ) -> DDPMPipeline:
-    """Load a pipeline with an unconditional `UNet2DModel`, with a `DDPMScheduler` of its noise process for training.
+    """Load a pipeline with an unconditional `UNet2DModel`, its scheduler replaced by an equivalent `DDPMScheduler`.
 
     Args:
         start_model: a pipeline folder or a repository on the Hub.
-        size: height and width to train at; by default, those of the model.
-        prediction_type: what the network is to predict; by default, what it predicts already.
+        size: height and width to train at (default: those of the model).
+        prediction_type: what the network is trained to predict (default: same as the model).
 
     Raises:
         InputError: if the pipeline is not found, is of another kind, or its UNet cannot take the size.
@@ -69,6 +69,6 @@ def _check_size(unet: UNet2DModel, start_model: str, size: Sequence[int]) -> Non
 
 
 def image_size(unet: UNet2DModel) -> tuple[int, int]:
-    """Return height and width of the images that a UNet generates."""
+    """Return the height and width of the images that a UNet generates."""
     size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)

@@ -10,8 +10,7 @@ from ..core.errors import RunError
 from .checkpoints import Checkpoints
 from .plan import BatchPlan
 
-# optimizer steps in a row that the gradient scaler of fp16 may skip, each at half the scale of the one before, until
-# there is no scale left to try
+# consecutive optimizer steps that the fp16 gradient scaler may skip; each halves the scale, until none is left to try
 _MAX_SKIPPED_STEPS = 50
 
 
@@ -30,7 +29,7 @@ class StepLog:
     def __init__(self, accelerator: Accelerator, plan: BatchPlan, checkpoints: Checkpoints):
         self.accelerator, self.plan, self.checkpoints = accelerator, plan, checkpoints
         self.pending: list[_Step] = []
-        self.skipped_steps = 0  # in a row, up to the newest
+        self.skipped_steps = 0  # consecutive ones, up to the newest step
 
     def add(
         self,
@@ -53,7 +52,7 @@ class StepLog:
         """Read back the rows of metrics.csv since the last call; every process must call this.
 
         Raises:
-            RunError: if a loss is not finite, or gradients are not and no gradient scaler can help.
+            RunError: if a loss is not finite, or if gradients are not and the gradient scaler cannot recover.
         """
         if not self.pending:
             return []
@@ -71,7 +70,7 @@ class StepLog:
 
     def _check_finite(self, row: dict[str, float], norms: list[float]) -> None:
         self.skipped_steps = 0 if all(map(math.isfinite, norms)) else self.skipped_steps + 1
-        # the gradient scaler of fp16 skips a step whose gradient is not finite
+        # the fp16 gradient scaler skips steps whose gradients are not finite
         allowed = 0 if self.accelerator.scaler is None else _MAX_SKIPPED_STEPS
         losses_are_finite = all(math.isfinite(value) for name, value in row.items() if name.endswith("loss"))
         if losses_are_finite and self.skipped_steps <= allowed:
@@ -83,7 +82,7 @@ class StepLog:
             value = f"loss of step {step}"
         raise RunError(
             f"The {value} is not finite ({_format_row(row)}). Nothing was overwritten. The last good checkpoint is "
-            f"{self.checkpoints.last()}. A lower learning rate, or bf16 in place of fp16, usually helps; resume with "
+            f"{self.checkpoints.last()}. A lower learning rate, or bf16 instead of fp16, usually helps; resume with "
             "--resume_from_checkpoint latest."
         )
 

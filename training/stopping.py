@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 
 class RunStopped(SystemExit):
-    """The run stops because of a signal; uncaught, this ends the command with exit code 128 + signal."""
+    """Raised when a signal stops the run; if not caught, it ends the command with exit code 128 + signal."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -23,12 +23,12 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator):
         self.signal = 0
-        # on the CPU, so that agreeing on a stop does not wait for the accelerator's queue
+        # on the CPU, so that the all-reduce does not wait for queued GPU work
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> "StopRequest":
         self.previous_handlers: dict[int, Any] = {
-            s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)
+            s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)
         }
         return self
 
@@ -36,7 +36,7 @@ class StopRequest:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _) -> None:
+    def _on_signal(self, number: int, _) -> None:
         self.signal = number
         signal.signal(number, self.previous_handlers[number])
 

@@ -66,12 +66,12 @@ def test_a_written_config_is_read_back_without_what_resumes_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--epoch", "3"], r"There is no flag --epoch\. Did you mean --epochs\?"),
+        (["--epoch", "3"], r"Unknown flag --epoch\. Did you mean --epochs\?"),
         (["--epochs", "many"], "--epochs: invalid int value: 'many'.* --help lists the flags"),
-        (["--config", "missing.yaml"], "there is no such file"),
-        (["--config", "key.yaml"], r"key\.yaml: There is no flag --epoch\. Did you mean --epochs\?"),
-        (["--config", "list.yaml"], "must hold one `flag: value` a line"),
-        (["--config", "broken.yaml"], "is not YAML"),
+        (["--config", "missing.yaml"], r"missing\.yaml does not exist"),
+        (["--config", "key.yaml"], r"key\.yaml: Unknown flag --epoch\. Did you mean --epochs\?"),
+        (["--config", "list.yaml"], "must contain one `flag: value` per line"),
+        (["--config", "broken.yaml"], "is not valid YAML"),
         (["--output_dir", "ddgan"], "Python would import a folder of that name"),
     ],
 )

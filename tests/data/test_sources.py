@@ -45,7 +45,7 @@ def first_pixels(source: ImageSource) -> list[int]:
 
 
 def write_class_folders(folder: Path, values: range) -> Path:
-    """One gray image per value, in the sub-folders `even` and `odd`."""
+    """One gray image per value, in the subfolders `even` and `odd`."""
     for value in values:
         path = folder / ("even", "odd")[value % 2] / f"{value:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ def test_fingerprints_do_not_change_between_versions(tmp_path):
 def test_an_npz_file_without_images_or_with_other_labels_is_refused(tmp_path):
     for arrays in ({"images": np.zeros((2, 8, 8), np.uint8)}, {"arr_0": np.zeros((2, 8, 8), np.float32)}):
         np.savez(tmp_path / "images.npz", **arrays)
-        with pytest.raises(InputError, match=r"images\.npz must hold images \(N, H, W, C\) as 8-bit integers"):
+        with pytest.raises(InputError, match=r"images\.npz must contain images \(N, H, W, C\) as 8-bit integers"):
             open_source(str(tmp_path / "images.npz"))
     for labels, message in (
         (None, "no class labels"),
@@ -202,7 +202,7 @@ def test_a_zip_file_is_read_below_the_folder_that_holds_all_images(tmp_path):
     ]
     assert source.labels(None).classes == ["even", "odd"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"There is no image in .*empty\.zip"):
+    with pytest.raises(InputError, match=r"There are no images in .*empty\.zip"):
         open_source(str(zip_folder(tmp_path / "empty", tmp_path / "empty.zip")))
 
 
@@ -325,7 +325,7 @@ def test_a_missing_source_is_reported_with_the_places_that_were_tried(tmp_path):
         open_dataset("nobody/nothing")
     with pytest.raises(InputError, match="no such folder"):
         open_folder(tmp_path / "missing")
-    with pytest.raises(InputError, match="There is no image in"):
+    with pytest.raises(InputError, match="There are no images in"):
         open_folder(tmp_path)
 
 
@@ -379,7 +379,7 @@ def test_a_torchvision_folder_is_read_as_torchvision_lays_it_out(tmp_path):
     with pytest.raises(InputError, match=r"has no split validation: its splits are train\."):
         open_folder(tmp_path, split="validation")
     (tmp_path / "KMNIST").symlink_to("MNIST")
-    with pytest.raises(InputError, match=r"several sets of images\. Name one of them: .*/KMNIST, .*/MNIST\."):
+    with pytest.raises(InputError, match=r"several sets of images\. Choose one of them: .*/KMNIST, .*/MNIST\."):
         open_folder(tmp_path)
 
 
@@ -404,10 +404,10 @@ def test_the_embedded_dataset_is_read():
     ("kind", "labels", "message"),
     [
         ("int64", [1998, 2001, 2020], "3 different labels, up to 2020. Labels must count from 0, here to 2: renumber"),
-        ("int64", [0, -1, 2], "It holds -1."),
-        ("int64", [0, -1, None], "It holds None."),
-        ("string", ["a", None, "b"], "It holds None."),
-        ("float64", [0.0, 1.0, 2.0], "It holds 0.0."),
+        ("int64", [0, -1, 2], "It contains -1."),
+        ("int64", [0, -1, None], "It contains None."),
+        ("string", ["a", None, "b"], "It contains None."),
+        ("float64", [0.0, 1.0, 2.0], "It contains 0.0."),
     ],
 )
 def test_columns_that_cannot_be_classes_are_refused(tmp_path, kind, labels, message):

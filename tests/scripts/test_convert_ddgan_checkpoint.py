@@ -83,14 +83,14 @@ def test_invalid_input_is_refused_before_anything_is_written(tmp_path, golden):
             run("--checkpoint_path", path, "--output_dir", tmp_path / "out", *more)
         assert not (tmp_path / "out").exists()
 
-    refused("does not hold its training arguments.*--recipe cifar10", generator)
+    refused("does not contain its training arguments.*--recipe cifar10", generator)
     refused("does not fit the configuration", generator, "--recipe", "cifar10")
-    refused("holds no generator", discriminator, "--recipe", "cifar10")
+    refused("contains no generator", discriminator, "--recipe", "cifar10")
     refused("cannot be read as tensors and plain values", {"all_modules.0": Path("/")}, "--recipe", "cifar10")
     refused("cannot be read: ", generator, "--config_path", tmp_path / "missing.json")
     (tmp_path / "args.json").write_text('{"num_timesteps": 4}')
     refused("lack 'image_size', which cannot be inferred", generator, "--config_path", tmp_path / "args.json")
-    with pytest.raises(InputError, match="There is no checkpoint"):
+    with pytest.raises(InputError, match="does not exist"):
         run("--checkpoint_path", tmp_path / "missing.pth", "--output_dir", tmp_path / "out")
     with pytest.raises(InputError, match="not empty"):
         run("--checkpoint_path", path, "--output_dir", tmp_path)

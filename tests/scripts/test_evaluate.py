@@ -84,7 +84,7 @@ def test_two_processes_give_the_same_numbers_as_one(run, folders, tmp_path):
     more = ["--cache_dir", tmp_path / "cache2", "--output", tmp_path / "two.json"]
     output = run_ranks(SCRIPT, *defaults, *more, *flags, output=tmp_path / "output.txt")
     assert values(json.loads((tmp_path / "two.json").read_text())) == values(one)
-    assert output.count("all numbers") == 1
+    assert output.count("all metrics") == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
@@ -530,7 +530,7 @@ def test_a_damaged_file_is_named(run, folders, tmp_path, suffix):
 
 def test_held_out_images_must_not_be_the_reference(run, folders, tmp_path, sampled):
     training = write_images(tmp_path / "training", 100)
-    with pytest.raises(InputError, match="holds the images of --reference"):
+    with pytest.raises(InputError, match="contains the images of --reference"):
         run("--pipeline", folders["model"], *SHORT, "--held_out", training, reference=training)
     assert len(sampled) <= 1  # the one that determines the size
 

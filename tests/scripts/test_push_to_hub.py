@@ -188,9 +188,9 @@ def test_branches_pull_requests_and_spaces(local_hub, folder, checked, capsys, t
             ("--folder", "nowhere", "--repo_id", "ann/model"),
             "nowhere is not a pipeline folder: it has no",
         ),
-        (("--folder", "f", "--repo_id", "ann/model", "--create_pr", "--revision", "v2"), "leave --revision out"),
+        (("--folder", "f", "--repo_id", "ann/model", "--create_pr", "--revision", "v2"), "omit --revision"),
         (("--folder", "f", "--repo_id", "ann/model", "--space", "--create_pr"), "a Space that loads .* main branch"),
-        (("--folder", "f", "--repo_id", "ann/model", "--space", "--revision", "v2"), "or leave --space out"),
+        (("--folder", "f", "--repo_id", "ann/model", "--space", "--revision", "v2"), "or omit --space"),
         (("--folder", "f", "--repo_id", "datasets/ann/model"), "is one of the Hub's datasets"),
     ],
 )

@@ -17,7 +17,7 @@ from .denoising import MicroBatch
 class GANSetup:
     """The networks and the noise process that both objectives share.
 
-    A generator with another signature needs a subclass with another `predict`.
+    For a generator with another signature, override `predict` in a subclass.
 
     Args:
         generator: predicts the clean image from a noisy one, t and z.
@@ -73,13 +73,13 @@ class DiscriminatorObjective:
     """softplus(-D(real pair)) + softplus(D(fake pair)), plus the gradient penalty R1 (arXiv 1801.04406) at intervals.
 
     R1 is r1_gamma / 2 times the squared norm of D's gradient with respect to the less noisy real image; it is not
-    multiplied by its interval. It is computed in float32 also under mixed precision. (On a GPU with TF32, PyTorch
+    multiplied by its interval. It is computed in float32 even under mixed precision. (On a GPU with TF32, PyTorch
     rounds the inputs of its convolutions to TF32, unless `torch.backends.cudnn.conv.fp32_precision` is "ieee".)
 
     Args:
         gan: the networks and the noise process.
         r1_gamma: weight of R1.
-        lazy_reg: R1 is in the loss of every step that this divides, counting from 0.
+        lazy_reg: interval of R1 in optimizer steps, starting at step 0.
     """
 
     def __init__(self, gan: GANSetup, r1_gamma: float, lazy_reg: int):
@@ -119,7 +119,7 @@ class DiscriminatorObjective:
 class GeneratorObjective:
     """softplus(-D(fake pair)), the non-saturating loss (arXiv 2112.07804, section 3.2).
 
-    The discriminator's parameters need no gradients here: the caller turns them off until after the backward pass, as
+    The discriminator's parameters need no gradients here: the caller disables them until after the backward pass, as
     the training loop does.
     """
 

@@ -14,7 +14,7 @@ class ClassificationObjective:
     """Cross-entropy of a classifier's logits, on augmented images.
 
     Args:
-        augmentation: strength of the augmentation, see `augment`.
+        augmentation: strength of the augmentation; see `augment`.
     """
 
     def __init__(self, augmentation: float = 1.0):
@@ -34,7 +34,7 @@ def augment(images: torch.Tensor, strength: float, rng: PerSampleRNG) -> torch.T
     """Shift, rotate, scale and add noise to each image (B, C, H, W), in [-1, 1], independently.
 
     Args:
-        strength: factor of the maxima `ROTATION`, `SCALING`, `SHIFT` and `NOISE`; 0 returns the images unchanged.
+        strength: multiplier of the maxima `ROTATION`, `SCALING`, `SHIFT` and `NOISE`; 0 returns the images unchanged.
         rng: the random numbers of the samples.
     """
     if not strength:
