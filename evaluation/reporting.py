@@ -1,4 +1,4 @@
-"""Results for readers: tables, warnings, and the model-index of a model card."""
+"""Presentation of results: tables, warnings, and the model-index of a model card."""
 
 from pathlib import Path
 
@@ -38,13 +38,13 @@ def format_table(metrics: dict[str, MetricValue], floors: dict[str, MetricValue]
 def comparability_warnings(
     protocol: EvaluationProtocol, channels: int, dimensions: int, bias: float | None, counts_modes: bool
 ) -> list[str]:
-    """Return what makes these numbers differ from those of a paper or of another run.
+    """Return warnings about what makes these numbers differ from those of a paper or of another run.
 
     Args:
         protocol: what the numbers depend on.
         channels: number of channels of the extractor.
         dimensions: number of dimensions of the features.
-        bias: of the Frechet distance, where it was estimated.
+        bias: estimated bias of the Frechet distance, if there is an estimate.
         counts_modes: whether modes of StackedMNIST are counted, whose digits are classified channel by channel.
     """
     warnings = []

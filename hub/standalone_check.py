@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 
 if __name__ == "__main__":
     place, image_file, revision, samples_folder = sys.argv[1:]
-    # an installed package must not help
+    # the check must not use an installed package
     sys.modules["ddgan"] = None  # pyright: ignore[reportArgumentType]
     samples = runpy.run_path(str(Path(__file__).with_name("samples.py")))
     threads = torch.get_num_threads()

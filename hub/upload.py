@@ -51,18 +51,18 @@ class Uploaded(NamedTuple):
 
 
 def who_am_i() -> str:
-    """Return the name of the user who is logged in.
+    """Return the name of the logged-in user.
 
     Raises:
-        InputError: if nobody is, or the token is read-only.
-        RunError: if the Hub does not answer.
+        InputError: if no user is logged in, or the token is read-only.
+        RunError: if the Hub does not respond.
     """
     try:
         user = _with_retries(HfApi().whoami, "The Hub")
     except LocalTokenNotFoundError:
         raise InputError(
-            "Nobody is logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to a token with write "
-            "access."
+            "You are not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to a token with "
+            "write access."
         ) from None
     except Exception as error:
         raise _user_error(error, "the Hub") from error
@@ -120,14 +120,14 @@ class Repository:
 
         Raises:
             InputError: if it cannot be created, or exists as a public one although `private` is set.
-            RunError: if the Hub does not answer.
+            RunError: if the Hub does not respond.
         """
         self._call(lambda: self._open(private, options))
         if self.revision and not self.revision.startswith("refs/"):
             self._call(self._open_branch)
 
     def upload(self, folder: Path, message: str) -> Uploaded:
-        """Upload all files of a folder in one commit, so that others load either the old state or the new one.
+        """Upload all files of a folder in one commit, so that users load either the old state or the new one.
 
         Unchanged files are not committed again: if a response was lost, the next attempt finds the commit. Files that
         exist only in the repository stay. If the folder's card is auto-generated, the repository's is kept if a person
@@ -135,7 +135,7 @@ class Repository:
 
         Raises:
             InputError: if the user has no write access, or the Hub rejects the contents.
-            RunError: if the Hub does not answer, or the connection is lost repeatedly.
+            RunError: if the Hub does not respond, or the connection is lost repeatedly.
         """
         return self._call(lambda: self._upload(folder, message))
 
@@ -179,7 +179,7 @@ class Repository:
         try:
             self.api.create_repo(**self.names, private=private, **options)
         except HfHubHTTPError as error:
-            # a conflict although it did not exist: an earlier attempt created it, or the name is taken
+            # 409 although it did not exist: an earlier attempt created it, or the name is taken
             if error.response.status_code != 409:
                 raise
             kinds = [kind for kind in ("model", "dataset", "space") if self._exists(kind)]
@@ -311,7 +311,7 @@ class BackgroundUpload:
                 if isinstance(newest, OSError):
                     raise newest
                 self.outcome = self.repository.upload(Path(newest.name), message)
-            except Exception as error:  # whatever it is, the run continues
+            except Exception as error:  # of any kind: the run continues
                 self.outcome = error
                 if not last:
                     logger.warning("The upload of this save failed; the next save will be uploaded: %s", error)
@@ -338,7 +338,7 @@ def sample_standalone(place: str, revision: str | None = None, samples_folder: s
 
     Args:
         place: a pipeline folder, or a repository on the Hub.
-        revision: of the repository; None for a folder.
+        revision: revision of the repository; None for a folder.
         samples_folder: where to save the sample images of a model card, if at all.
 
     Returns:
@@ -389,7 +389,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _hub_error(error: BaseException) -> HfHubHTTPError | None:
-    """Return the response of the Hub that caused an error."""
+    """Return the error response of the Hub that caused an error, if there is one."""
     return next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
 
 
@@ -402,7 +402,7 @@ def _is_retryable(error: BaseException) -> bool:
 
 
 def _retry_after(error: BaseException) -> int:
-    """Return for how many seconds the Hub asks to wait."""
+    """Return the number of seconds that the Hub asks to wait."""
     hub_error = _hub_error(error)
     if hub_error is None:
         return 0

@@ -112,11 +112,11 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps (`int`, *optional*, defaults to T):
                 Number of steps, evenly spaced and starting at T-1, where the sample is noise.
             device (`str` or `torch.device`, *optional*): Device of `self.timesteps`.
-            timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number.
+            timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number of steps.
 
         Raises:
-            `ValueError`: If both are passed, `num_inference_steps` is outside 1 .. T, or `timesteps` do not descend
-                within T-1 .. 0.
+            `ValueError`: If both are passed, `num_inference_steps` is outside 1 .. T, or `timesteps` are not in
+                descending order within T-1 .. 0.
         """
         T = self.config.num_train_timesteps
         if num_inference_steps is not None and timesteps is not None:
@@ -272,7 +272,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         if _is_single(timestep):
             return self._tables[name][int(timestep)].item()
         key = like.device, like.dtype
-        if key not in self._device_tables:  # cached: a copy to a GPU waits for the kernels that it is running
+        if key not in self._device_tables:  # cached, because a copy to a GPU waits for running kernels
             self._device_tables[key] = {k: table.to(like.dtype).to(like.device) for k, table in self._tables.items()}
         entries = self._device_tables[key][name][timestep.to(like.device)]
         return entries.view(-1, *[1] * (like.ndim - 1))
