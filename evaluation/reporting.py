@@ -52,8 +52,8 @@ def comparability_warnings(
     count, properties, color = samples.count, samples.properties, {1: "gray", 3: "color"}
     if reference and count < ENOUGH_FOR_FID:
         warnings.append(
-            f"Too few samples: {count:,}. FID falls with their number; with infinitely many it would be lower by "
-            f"about {bias:.3g}, estimated from halves of the samples. Compare it only with FID@{count}, or measure "
+            f"Too few samples: {count:,}. FID decreases as their number grows; with infinitely many it would be lower "
+            f"by about {bias:.3g}, estimated from halves of the samples. Compare it only with FID@{count}, or measure "
             f"{ENOUGH_FOR_FID:,} or more (papers: 50,000)."
         )
     if counts_modes and count != STACKED_MNIST_SAMPLES:
@@ -65,7 +65,7 @@ def comparability_warnings(
         if reference and number is not None and number <= dimensions:
             warnings.append(
                 f"There are {number:,} {name}, not more than the {dimensions:,} dimensions of the features: the "
-                "covariance is singular, and FID says little. Features with fewer dimensions, or KID, need fewer "
+                "covariance is singular, and FID is unreliable. Features with fewer dimensions, or KID, need fewer "
                 "images."
             )
     if reference and reference.channels not in (None, properties.channels):
@@ -75,7 +75,7 @@ def comparability_warnings(
         )
     for name, number in (("samples", properties.channels), ("reference images", reference and reference.channels)):
         if channels == 1 and not counts_modes and number == 3:
-            warnings.append(f"The {name} are in color, which this classifier of gray images does not see.")
+            warnings.append(f"The {name} are in color, but this classifier only sees them in gray.")
     if reference is None:
         return warnings
 

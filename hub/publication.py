@@ -58,7 +58,7 @@ def pipeline_files(folder: Path) -> list[str]:
 
 
 def snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
-    """Collect the files of a pipeline folder, as they are now, for publication as `repo_id`.
+    """Collect the current files of a pipeline folder for publication as `repo_id`.
 
     They are hard links, which a later save does not touch, or copies where the file system has none. The code of
     the package's classes is added where the folder does not contain it. The card loads the pipeline from `repo_id`; a
@@ -174,24 +174,24 @@ def _rewrite_from_pretrained(call: re.Match, folder: Path, repo_id: str) -> str:
 
     Any pipeline that is not in a repository counts as the folder's own: the folder may have been renamed.
     """
-    caller, place = call.groups()
-    component = _path_within(folder, place)
+    caller, path_or_repo = call.groups()
+    component = _path_within(folder, path_or_repo)
     is_pipeline = caller.endswith("Pipeline.")
-    if is_repo_id(place) or not (is_pipeline or component):
+    if is_repo_id(path_or_repo) or not (is_pipeline or component):
         return call[0]
     subfolder = "" if is_pipeline or component == "." else f', subfolder="{component}"'
     return f'{caller}from_pretrained("{repo_id}"{subfolder}'
 
 
-def _path_within(folder: Path, place: str) -> str | None:
-    """Return the path inside a folder that `place` refers to, or None if `place` is elsewhere.
+def _path_within(folder: Path, path: str) -> str | None:
+    """Return the path inside a folder that `path` refers to, or None if `path` is elsewhere.
 
-    `place` may be relative to the working directory or to the parent of the folder.
+    `path` may be relative to the working directory or to the parent of the folder.
     """
     folder = folder.resolve()
-    for path in ((base / place).resolve() for base in (Path(), folder.parent)):
-        if path.is_relative_to(folder) and path.is_dir():
-            return path.relative_to(folder).as_posix()
+    for resolved in ((base / path).resolve() for base in (Path(), folder.parent)):
+        if resolved.is_relative_to(folder) and resolved.is_dir():
+            return resolved.relative_to(folder).as_posix()
     return None
 
 

@@ -115,7 +115,7 @@ class Repository:
         """Create the repository and the branch if they do not exist.
 
         Args:
-            private: create it as a private one.
+            private: whether a new repository is private.
             options: further arguments of `HfApi.create_repo`.
 
         Raises:
@@ -227,7 +227,7 @@ class Repository:
             file = self.api.hf_hub_download(**self.names, filename=CARD_NAME, revision=revision)
         except RemoteEntryNotFoundError:
             return None
-        return Path(file).read_text(encoding="utf-8", errors="replace")  # people use other encodings too
+        return Path(file).read_text(encoding="utf-8", errors="replace")  # cards on the Hub may have other encodings
 
     def _open_request(self, operations: list[CommitOperationAdd]) -> Uploaded | None:
         """Find an open pull request of the user that contains these files already."""
@@ -261,7 +261,7 @@ class Repository:
 
 
 class BackgroundUpload:
-    """Upload a pipeline folder as it is at each `push`, in a daemon thread: no process waits for it on exit.
+    """Upload the state of a pipeline folder at each `push`, in a daemon thread that no process waits for on exit.
 
     If several states arrive during an upload, only the newest is uploaded next. Errors are logged and do not stop the
     caller.
@@ -288,7 +288,7 @@ class BackgroundUpload:
         self.states.put((state, message, last))
 
     def finish(self, message: str) -> Uploaded:
-        """Upload the folder as it is now, and wait until that is done.
+        """Upload the current state of the folder, and wait until the upload is finished.
 
         Raises:
             InputError, RunError, OSError: if that fails.
@@ -333,11 +333,11 @@ def upload_space(folder: Path, repo_id: str, private: bool = False) -> Uploaded:
         return space.upload(Path(copy), "Upload the app")
 
 
-def sample_standalone(place: str, revision: str | None = None, samples_folder: str | None = None) -> bytes:
+def sample_standalone(path_or_repo: str, revision: str | None = None, samples_folder: str | None = None) -> bytes:
     """Sample one image in a process that has Diffusers, an empty cache and not this package; see standalone_check.py.
 
     Args:
-        place: a pipeline folder, or a repository on the Hub.
+        path_or_repo: a pipeline folder, or a repository on the Hub.
         revision: revision of the repository; None for a folder.
         samples_folder: where to save the sample images of a model card, if at all.
 
@@ -357,12 +357,12 @@ def sample_standalone(place: str, revision: str | None = None, samples_folder: s
             environment["HF_TOKEN"] = token
         image_file = Path(home, "image.npy")
         # -P: the script's folder must not be on the import path
-        command = [sys.executable, "-P", Path(__file__).with_name("standalone_check.py"), place, image_file]
+        command = [sys.executable, "-P", Path(__file__).with_name("standalone_check.py"), path_or_repo, image_file]
         command += [revision or "", samples_folder or ""]
         result = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if result.returncode and not image_file.is_file():  # with an image, only the samples have failed
             reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
-            pipeline = "The pipeline to upload" if revision is None else f"The pipeline uploaded to {place}"
+            pipeline = "The pipeline to upload" if revision is None else f"The pipeline uploaded to {path_or_repo}"
             raise RunError(f"{pipeline} cannot be loaded and sampled with Diffusers alone: {reason}")
         return image_file.read_bytes()
 

@@ -69,7 +69,7 @@ class GuidedPipeline(DiffusionPipeline):
     At each step the loss is computed on the network's prediction of the clean image x_0, the sample is updated by
     minus the loss gradient times a scale, and the scheduler steps as usual. This guidance by a function of x_0
     ([Universal Guidance](https://arxiv.org/abs/2302.07121)) needs no classifier trained on noisy images. With a scale
-    of zero the samples are those of the scheduler alone.
+    of zero the samples are the same as without guidance.
 
     The gradient is taken, and the sample updated, at the scale of the network's input, sqrt(alpha_bar) x_0 +
     sqrt(1 - alpha_bar) noise, so that a guidance scale means the same for schedulers that scale their samples
@@ -124,8 +124,8 @@ class GuidedPipeline(DiffusionPipeline):
         networks = [name for name, part in components.items() if isinstance(part, torch.nn.Module)]
         if networks != ["unet"] or "scheduler" not in components:
             raise ValueError(
-                f"A {type(pipeline).__name__} of {', '.join(sorted(components))} cannot be guided: guidance needs a "
-                "`scheduler` and a `unet` as the only network, whose samples are the images themselves."
+                f"A {type(pipeline).__name__} with the components {', '.join(sorted(components))} cannot be guided: "
+                "guidance needs a `scheduler` and, as the only network, a `unet` that generates the images themselves."
             )
         guided = cls(components["unet"], components["scheduler"])
         guided._check_scheduler()

@@ -176,7 +176,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             model_output (`torch.Tensor`): The network's output, of the same shape as `sample`.
             timestep (`int` or `torch.Tensor`):
                 t, either one value or an integer tensor of shape `(batch_size,)` with one value per sample.
-            sample (`torch.Tensor`): x_t. Half precision is computed in float32 and returned in half precision.
+            sample (`torch.Tensor`): x_t. With half precision, x_s is computed in float32 and rounded at the end.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Generators for the noise; with a list, the noise of sample i comes from generator i only. No random
                 numbers are used by the step to the clean image (`timestep` is one value, the last of

@@ -196,8 +196,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         address = urlsplit(self.path)
-        self.place, self.query = unquote(address.path), parse_qs(address.query)
-        request = f"{self.command} {self.place}"
+        self.url_path, self.query = unquote(address.path), parse_qs(address.query)
+        request = f"{self.command} {self.url_path}"
         fault = self.hub.take_fault(request)
         try:
             if not self.hub.up:
@@ -277,13 +277,13 @@ class Handler(BaseHTTPRequestHandler):
     def dispatch(self) -> tuple[bytes, dict]:
         kinds = {"models": "model", "datasets": "dataset", "spaces": "space"}
         for verb, pattern, action in ROUTES:
-            if verb == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, self.place)):
+            if verb == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, self.url_path)):
                 named = match.groupdict()
                 named["kind"] = kinds[(named.get("kind") or "models").strip("/")]
                 args = [named[name] for name in ("kind", "repo", "rest") if name in named and "repo" in named]
                 result = getattr(self, action)(*args)
                 return result if isinstance(result, tuple) else (json.dumps(result).encode(), {})
-        raise Refused(404, f"no such page: {self.command} {self.place}", "EntryNotFound")
+        raise Refused(404, f"no such page: {self.command} {self.url_path}", "EntryNotFound")
 
     def whoami(self):
         name, role = self.user()

@@ -188,37 +188,37 @@ def load_models() -> dict[str, Model]:
     Raises:
         InputError: if no pipeline is found, or one of them cannot be used here.
     """
-    named = [place.strip() for place in os.environ.get(SPACE_VARIABLE, "").split(",") if place.strip()]
-    places = named or sorted(str(index.parent) for index in EMBEDDED_MODELS.glob("*/model_index.json"))
-    if not places:
+    named = [item.strip() for item in os.environ.get(SPACE_VARIABLE, "").split(",") if item.strip()]
+    paths_or_repos = named or sorted(str(index.parent) for index in EMBEDDED_MODELS.glob("*/model_index.json"))
+    if not paths_or_repos:
         raise InputError(
             f"No pipeline found. Set the environment variable {SPACE_VARIABLE} to a pipeline folder or a repository "
             "on the Hub."
         )
-    models = [load_model(place, name) for name, place in unique_names(places).items()]
+    models = [load_model(path_or_repo, name) for name, path_or_repo in unique_names(paths_or_repos).items()]
     return {model.name: model for model in sorted(models, key=lambda model: not model.is_color)}
 
 
-def unique_names(places: list[str]) -> dict[str, str]:
-    """Name each place once: a Hub repository by its id, a folder by as many path components as make it unique."""
-    parts = {Path(place).resolve().parts if Path(place).is_dir() else (place,): place for place in places}
+def unique_names(paths_or_repos: list[str]) -> dict[str, str]:
+    """Name each pipeline once: a Hub repository by its id, a folder by as many path components as make it unique."""
+    by_parts = {Path(item).resolve().parts if Path(item).is_dir() else (item,): item for item in paths_or_repos}
     depth = 1
-    while len(names := {Path(*path[-depth:]).as_posix(): place for path, place in parts.items()}) < len(parts):
+    while len(names := {Path(*parts[-depth:]).as_posix(): item for parts, item in by_parts.items()}) < len(by_parts):
         depth += 1
     return names
 
 
-def load_model(place: str, name: str) -> Model:
+def load_model(path_or_repo: str, name: str) -> Model:
     """Load a pipeline and generate one image with it.
 
     Raises:
         InputError: if it cannot be loaded or does not support guidance.
     """
-    model = Model(name, load_pipeline(place, device=DEVICE))
+    model = Model(name, load_pipeline(path_or_repo, device=DEVICE))
     try:
         GuidedPipeline.from_pipe(with_scheduler(model.pipe, model.schedulers[0]))
     except (AttributeError, ValueError) as error:
-        raise InputError(f"{place} cannot be used here: {error}") from error
+        raise InputError(f"{path_or_repo} cannot be used here: {error}") from error
     # a warm-up: the first image takes longest, and a pipeline that fails should do so before the page is served
     request = GenerationRequest(num_images=1, steps=1, scheduler=model.schedulers[0], seed=0)
     generate(model, request, StepProgress(lambda *_: None))
