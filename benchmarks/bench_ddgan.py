@@ -5,7 +5,7 @@
 The reference is a UNet2DModel: one forward and backward pass for training, four forward passes for sampling. DDGAN and
 reference alternate, and each ratio is taken between neighboring measurements, so that other load on the machine
 affects both. Peak memory is measured in a separate process for each variant. Utilization is the rate of
-floating-point operations of an iteration, as a share of the rate of one large matrix product at the same precision.
+floating-point operations of an iteration, as a fraction of that of one large matrix product at the same precision.
 """
 
 import argparse
@@ -119,7 +119,7 @@ class DDGAN:
 
 
 class ReferenceUNet:
-    """A fixed amount of work to compare with, at the same batch size."""
+    """A fixed workload to compare with, at the same batch size."""
 
     def __init__(self, name: str):
         channels, widths, batch_size, _ = CONFIGURATIONS[name]

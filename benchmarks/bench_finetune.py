@@ -47,7 +47,7 @@ if DEVICE == "cuda":  # too slow on a CPU: compiling, and bfloat16 where it is e
 
 
 class Stopwatch:
-    """Sums the times between `start` and `stop`, except during the warm-up."""
+    """Sum the times between `start` and `stop`, except during the warm-up."""
 
     def __init__(self):
         self.steps, self.seconds = 0, 0.0
@@ -92,7 +92,7 @@ def plain_loop(model: Path) -> Iterator[None]:
 
 
 def this_loop(model: Path, steps: int, flags: str, beside: Iterator[None] | None) -> dict[str, float]:
-    """Run finetune_model.py with `flags` and time its steps; it samples and saves only before and after these.
+    """Run finetune_model.py with `flags` and time its steps; it samples and saves only before and after them.
 
     Args:
         beside: another loop, which takes a step after each step of this one and is timed separately.
@@ -102,7 +102,7 @@ def this_loop(model: Path, steps: int, flags: str, beside: Iterator[None] | None
     class TimedTrainer(Trainer):
         def _train_step(self, batches):
             if self.progress.step:
-                ours.stop()  # with what the loop does between two steps: progress, logging
+                ours.stop()  # includes the work between two steps: progress, logging
                 waited[self.progress.step] = self.progress.clock.waited
             if beside:
                 plain.start()

@@ -56,9 +56,9 @@ def sample(
     classifier: ClassifierFeatures | None = None,
     **options,
 ) -> list[Image.Image]:
-    """Sample `count` images, cycling through the classes, and print what their losses are.
+    """Sample `count` images, cycling through the classes, and print the mean and standard deviation of their losses.
 
-    That is the mean and standard deviation of each loss and, if there is a classifier, the class accuracy.
+    With a classifier, the class accuracy is printed too.
 
     Returns:
         The first images for a grid: one of each class, or `COLUMNS` of an unconditional model.

@@ -26,7 +26,7 @@ from ddgan.evaluation.extractors import load_extractor
 from ddgan.sampling.loading import load_pipeline, with_scheduler
 
 NETWORK = "--block_out_channels 32 64 64 --layers_per_block 2 --attention_levels 1 2"
-# name: flags, and the time of a step relative to one of the recipe
+# by name: flags, and the time of a step relative to that of the recipe
 VARIANTS = {
     "fast": ("", 1),
     "epsilon prediction": ("--prediction_type epsilon", 1),
@@ -44,7 +44,7 @@ TEST_IMAGES, DIGITS = 5000, 200
 
 
 def train(flags: str, steps: int, data_dir: str, folder: str) -> float:
-    """Train for some steps; returns the CPU time in seconds."""
+    """Train for `steps` steps and return the CPU time in seconds."""
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe = [] if "--recipe" in flags else ["--recipe", "fast"]
     required = ["--data_dir", data_dir, "--output_dir", folder, "--max_train_steps", str(steps), "--report_to", "none"]

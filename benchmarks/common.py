@@ -30,7 +30,7 @@ def hardware() -> str:
 
 
 def synchronized_time() -> float:
-    """Return the time in seconds, after the GPU has finished its work."""
+    """Return the time in seconds, after all work on the GPU is finished."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -68,12 +68,12 @@ def sample_classes(pipe: DiffusionPipeline, count: int, steps: int, **options: A
 
 
 def class_accuracy(logits: torch.Tensor, num_classes: int) -> float:
-    """Return the share of images that a classifier recognizes as the requested class: i modulo `num_classes`."""
+    """Return the fraction of images i that a classifier recognizes as the requested class, i modulo `num_classes`."""
     requested = torch.arange(len(logits)) % num_classes
     return (logits.argmax(1) == requested).double().mean().item()
 
 
 def classify(images: list[Image.Image], classifier: FeatureExtractor, num_classes: int) -> tuple[torch.Tensor, float]:
-    """Return the features of images made by `sample_classes`, and their class accuracy."""
+    """Return the features of images from `sample_classes`, and their class accuracy."""
     outputs = classifier(torch.stack([pil_to_tensor(image) for image in images]))
     return outputs["features"], class_accuracy(outputs["logits"], num_classes)

@@ -33,15 +33,15 @@ class ImageClassifier(ModelMixin, ConfigMixin):
     normalization, the features of an image do not depend on the rest of the batch, not even in training mode.
 
     Args:
-        sample_size (`int`, defaults to 28): height and width of the images.
-        in_channels (`int`, defaults to 1): channels of the images.
-        num_classes (`int`, defaults to 10): number of classes.
+        sample_size (`int`, defaults to 28): Height and width of the images.
+        in_channels (`int`, defaults to 1): Channels of the images.
+        num_classes (`int`, defaults to 10): Number of classes.
         widths (`tuple[int, ...]`, defaults to `(16, 32, 64, 96)`):
             Channels of each block, multiples of 8; the last is the number of features.
-        id2label (`dict[int, str]`, *optional*): names of the classes, by default their numbers.
+        id2label (`dict[int, str]`, *optional*): Names of the classes, by default their numbers.
 
     Raises:
-        `ValueError`: if a width is not a multiple of 8, or `id2label` does not name every class once.
+        `ValueError`: If a width is not a multiple of 8, or `id2label` does not name every class once.
     """
 
     @register_to_config
@@ -74,10 +74,10 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         """Compute the penultimate layer, `(batch_size, widths[-1])`, nonnegative; `head` maps it to logits.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): in [-1, 1].
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): In [-1, 1].
 
         Raises:
-            `ValueError`: for images of another size or number of channels.
+            `ValueError`: For images of another size or number of channels.
         """
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if sample.shape[1:] != expected:
@@ -94,9 +94,9 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         """Compute the logits `(batch_size, num_classes)`.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): in [-1, 1].
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`): In [-1, 1].
 
         Raises:
-            `ValueError`: for images of another size or number of channels.
+            `ValueError`: For images of another size or number of channels.
         """
         return self.head(self.features(sample))

@@ -17,7 +17,7 @@ STACKED_MNIST_SAMPLES = 25_600  # the usual number of samples for counting modes
 
 @dataclass(frozen=True)
 class ModeCoverage:
-    """How many modes of a distribution have at least one sample, and how evenly the samples are spread over them.
+    """The number of modes that have at least one sample, and how evenly the samples are spread over all modes.
 
     Attributes:
         modes: number of modes with a sample.
@@ -31,9 +31,9 @@ class ModeCoverage:
 
 
 def mode_coverage(modes: torch.Tensor, count: int) -> ModeCoverage:
-    """Compute the coverage from the mode of each sample, (N,), integers in 0 .. count-1."""
+    """Compute the coverage from the mode of each sample: (N,), integers in 0 .. count-1."""
     if len(modes) == 0:
-        raise ValueError("There is no sample whose mode could be counted.")
+        raise ValueError("There are no samples to count modes in.")
     if modes.min() < 0 or modes.max() >= count:
         raise ValueError(f"Modes are {modes.min()} to {modes.max()}, but must be within 0 to {count - 1}.")
     hits = torch.bincount(modes, minlength=count).double()
@@ -42,7 +42,7 @@ def mode_coverage(modes: torch.Tensor, count: int) -> ModeCoverage:
 
 
 def stacked_mnist_coverage(digits: torch.Tensor) -> ModeCoverage:
-    """Compute the coverage of StackedMNIST (arXiv 1611.02163): one digit per channel, 1,000 modes in all.
+    """Compute the coverage of StackedMNIST (arXiv 1611.02163): one digit per channel, 1,000 modes in total.
 
     The number of covered modes depends on the number of samples; the usual one is `STACKED_MNIST_SAMPLES`.
 
@@ -69,7 +69,7 @@ def gaussian_coverage(
         samples: (N, D).
         centers: (K, D).
         std: standard deviation of each mode, in each dimension.
-        max_deviations: 3 is usual; 98.9 % of a two-dimensional mixture's own samples lie within 3.
+        max_deviations: usually 3; 98.9% of the samples of a two-dimensional mixture itself lie within 3.
     """
     nearest = torch.cdist(samples.double(), centers.double()).min(1)
     is_at_mode = nearest.values <= max_deviations * std
@@ -84,7 +84,7 @@ def gaussian_coverage(
 
 
 def confusion_matrix(requested: torch.Tensor, predicted: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Count (num_classes, num_classes): row i, column j holds the samples of requested class i predicted as j."""
+    """Count the samples of requested class i that are predicted as j: (num_classes, num_classes), i in rows."""
     counts = torch.bincount(requested * num_classes + predicted, minlength=num_classes**2)
     return counts.view(num_classes, num_classes)
 

@@ -33,7 +33,7 @@ class FeatureExtractor(nn.Module):
         digest: fingerprint of its weights.
         channels: 1 or 3; gray images are repeated for 3, color images converted to gray for 1.
         resize: how images are resized to the input of the network.
-        logits_input: attribute of `MetricInputs` that its logits are; None if it has none.
+        logits_input: attribute of `MetricInputs` that takes its logits; None if it has none.
     """
 
     logits_input: str | None = None
@@ -57,7 +57,7 @@ class FeatureExtractor(nn.Module):
 
     @property
     def facts(self) -> ExtractorFacts:
-        """The facts that two sets of features must share to be comparable."""
+        """The facts in which two sets of features must agree to be comparable."""
         return ExtractorFacts(self.name, self.digest, self.resize)
 
 
@@ -89,7 +89,7 @@ class Dinov2(FeatureExtractor):
 class Pixels8x8(FeatureExtractor):
     """The image itself at 8x8, RGB in [0, 1], averaged over areas: 192 features, without weights to download.
 
-    Distances in this space compare with one another, not with a published FID.
+    Distances in this space are comparable with one another, but not with a published FID.
     """
 
     def __init__(self):
@@ -170,20 +170,20 @@ def _load_inception(weights: str | None) -> InceptionV3Compat:
     try:
         if weights is None:
             return InceptionV3Compat(FeatureExtractorInceptionV3(INCEPTION, layers, verbose=False))
-        # torch-fidelity would unpickle anything, so it gets a copy of what was read as tensors and nothing else
+        # torch-fidelity would unpickle anything, so it only gets a copy of tensors that were loaded safely
         tensors = io.BytesIO()
         torch.save(_load_tensors(weights), tensors)
         tensors.seek(0)
         return InceptionV3Compat(
             FeatureExtractorInceptionV3(INCEPTION, layers, feature_extractor_weights_path=tensors)
         )
-    except Exception as error:  # from the network, the unpickler, or weights that do not fit
+    except Exception as error:  # from the download, the unpickler, or weights that do not fit
         reason = str(error).strip().splitlines()[0]
         if weights is None:
             raise ValueError(
                 f"The weights of {INCEPTION} could not be downloaded: {reason}. Download "
                 "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases on a machine with network "
-                f"access and pass the file with --extractor_weights; or use {PIXELS} or a classifier of your own."
+                f"access and pass the file with --extractor_weights; or use {PIXELS} or your own classifier."
             ) from error
         raise ValueError(f"The file {weights} does not hold the weights of {INCEPTION}: {reason}") from error
 
@@ -206,7 +206,7 @@ def _load_dinov2(weights: str | None) -> Dinov2:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"The DINOv2 model {source} could not be loaded: {reason}. Pass the folder or repository of one with "
-            f"--extractor_weights; or use {PIXELS} or a classifier of your own."
+            f"--extractor_weights; or use {PIXELS} or your own classifier."
         ) from error
     return Dinov2(network, Path(source).name)
 

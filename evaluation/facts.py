@@ -37,7 +37,7 @@ class ImageProperties:
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """How samples were made.
+    """The origin of samples and how they were generated.
 
     Attributes:
         count: number of samples.
@@ -57,7 +57,7 @@ class SampleFacts:
 
 @dataclass(frozen=True)
 class ExtractorFacts:
-    """Which network computed features or classes.
+    """The network that computed features or classes.
 
     Attributes:
         name: name of the network.
@@ -75,7 +75,7 @@ class ExtractorFacts:
 
 @dataclass(frozen=True)
 class ReferenceFacts:
-    """Reference images or saved statistics; what is unknown is None.
+    """The reference images or saved statistics; unknown facts are None.
 
     Attributes:
         name: name of the data set.
@@ -122,7 +122,7 @@ class ReferenceFacts:
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """The protocol of one evaluation; parts that it does not have are None.
+    """The protocol of one evaluation; missing parts are None.
 
     Attributes:
         classifier: the network that predicted classes or digits.

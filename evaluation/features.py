@@ -46,7 +46,7 @@ def extract_features(
         The tensors with a row for each image, in the main process; None in the others.
 
     Raises:
-        ValueError: if a feature of an image is not finite.
+        ValueError: if the features of an image are not finite.
     """
     is_main = accelerator.is_main_process
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
@@ -92,7 +92,7 @@ def cached_features(
 ) -> Features | None:
     """Return the features in the file `path`, or extract them and write the file with its protocol.
 
-    If another command is extracting the same features, this one extracts them too, but leaves saving to the other.
+    If another command is extracting the same features, this one extracts them too but does not save them.
     """
     is_cached = [path.exists() if accelerator.is_main_process else None]
     broadcast_object_list(is_cached)
@@ -115,7 +115,7 @@ def _locked(folder: Path, accelerator: Accelerator) -> Iterator[Path | None]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / ".lock", timeout=0)
             lock.acquire()
-        except (Timeout, FileNotFoundError):  # the other command holds it, or has just removed the folder
+        except (Timeout, FileNotFoundError):  # another command holds it, or has just removed the folder
             lock = None
     try:
         yield folder if lock else None
@@ -149,7 +149,7 @@ def _extract_checked(batch: range, extract: Callable[[range], Features]) -> Feat
         if len(broken):
             raise ValueError(
                 f"The {name} of image {batch[int(broken[0])]} are not finite. The image or the network is broken: "
-                "look at the image, and compute in float32."
+                "check the image, and compute in float32."
             )
     return {**features, "image": torch.tensor(batch)}
 

@@ -1,7 +1,7 @@
 """The table of metrics, `METRICS`, and the functions that compute them, all in float64.
 
-Features are tensors (N, D) on the CPU. No result depends on the order of their rows: where a random subset is taken,
-the rows are first brought into an order of their own. Every function raises `ValueError` for features that are not
+Features are tensors (N, D) on the CPU. No result depends on the order of their rows: before a random subset is
+taken, the rows are sorted by their contents. Every function raises `ValueError` for features that are not
 finite, have different dimensions, or are too few.
 
 To add a metric, write a function from `MetricInputs` to a `MetricValue` and add an entry to `METRICS`.
@@ -21,16 +21,16 @@ import torch
 from ..core.extras import missing_extra
 from .coverage import ModeCoverage, class_accuracies, stacked_mnist_coverage
 
-MIN_IMAGES = 12  # on each side: six in each half
-MANIFOLD_IMAGES = 10_000  # maximum of each side; the usual number, and the cost grows with its square
+MIN_IMAGES = 12  # of samples and of references: six in each half
+MANIFOLD_IMAGES = 10_000  # maximum of each set; the usual number, because the cost is quadratic
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 IS_SPLITS = 10
 PRECISION_NEIGHBORS = 3  # arXiv 1904.06991
 DENSITY_NEIGHBORS = 5  # arXiv 2002.09797
 CLOSE_QUANTILE = 0.01  # fraction of the held-out images that counts as close to the training images
-MIN_HELD_OUT = 100  # of which that fraction is one image
+MIN_HELD_OUT = 100  # so that the fraction is at least one image
 DISTANCE_EPSILON = 1e-5  # fraction of the length of features below which a distance is rounding error
-_ROWS = 2000  # rows of a distance matrix that are in memory at a time
+_ROWS = 2000  # rows of a distance matrix in memory at a time
 
 
 @dataclass
@@ -75,7 +75,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Compute |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), arXiv 1706.08500, equation (6).
 
     With S = R R^T the trace of the root is the sum of the singular values of R_a^T R_b. That is exact to rounding for
-    singular covariances too, where torch-fidelity's way, roots of the eigenvalues of S_a S_b, is off by about 1e-5.
+    singular covariances too, whereas the roots of the eigenvalues of S_a S_b, as in torch-fidelity, are off by 1e-5.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"The features have {len(a.mean)} and {len(b.mean)} dimensions: use one extractor for both.")
@@ -92,7 +92,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def frechet_bias(samples: torch.Tensor, reference: Gaussian) -> float:
-    """Estimate by how much the Frechet distance of these samples exceeds that of infinitely many, from its halves.
+    """Estimate from halves of the samples by how much their Frechet distance exceeds that of infinitely many.
 
     The distance falls like 1 / N with the number of samples (arXiv 1911.07023), so its decrease from N / 2 to N equals
     its decrease from N to infinity.
@@ -115,7 +115,7 @@ def kernel_distance(
     Being unbiased, it can lie slightly below 0 for sets of one distribution.
 
     Args:
-        subset_size: None takes 1,000, or half of the smaller set where that is less.
+        subset_size: None means 1,000, or half of the smaller set if that is less.
     """
     metric = _torch_fidelity("metric_kid")
     samples, reference = _checked_pair(samples, reference, min_images=4)
@@ -153,7 +153,7 @@ def inception_score(logits: torch.Tensor) -> MetricValue:
 def manifold_metrics(samples: torch.Tensor, reference: torch.Tensor) -> dict[str, MetricValue]:
     """Compute precision, recall (arXiv 1904.06991, with torch-fidelity), density and coverage (arXiv 2002.09797).
 
-    Both sides have the same number of images: that of the smaller set, at most `MANIFOLD_IMAGES`.
+    Both sets are reduced to the same number of images: that of the smaller one, at most `MANIFOLD_IMAGES`.
     """
     metric = _torch_fidelity("metric_prc")
     samples, reference = _checked_pair(samples, reference, min_images=DENSITY_NEIGHBORS + 1)
@@ -194,7 +194,7 @@ def memorization_metrics(
     Returns:
         `nearest_training_ratio`: the median distance to the nearest training image, of samples over that of held-out
         images; well below 1 where training images are repeated. `memorised`: the fraction of samples that are at least
-        as close to a training image as the closest 1 % of the held-out images; about 0.01 where nothing is repeated.
+        as close to a training image as the closest 1% of the held-out images; about 0.01 where nothing is repeated.
 
     Raises:
         ValueError: if at least half of the held-out images are training images.
@@ -219,7 +219,7 @@ def memorization_metrics(
 
 
 def _nearest(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Return the distance from each row to the nearest of the others, 0 where that is rounding error."""
+    """Return the distance from each row to the nearest of the others; rounding errors are set to 0."""
     rows = max(1, _ROWS * MANIFOLD_IMAGES // max(len(others), MANIFOLD_IMAGES))
     distances = torch.cat([torch.cdist(part, others).amin(1) for part in features.split(rows)])
     return distances.masked_fill(distances < DISTANCE_EPSILON * others.norm(dim=1).mean(), 0)
@@ -231,7 +231,7 @@ def _nearest(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class MetricInputs:
-    """What metrics are computed from; inputs that an evaluation does not have are None.
+    """The inputs of metrics; those that an evaluation does not have are None.
 
     Attributes:
         features: (N, D), of the samples.
@@ -282,16 +282,16 @@ class Metric:
 
     Attributes:
         title: name in tables, plots and model cards.
-        needs: attributes of `MetricInputs` without which the metric is left out.
+        needs: attributes of `MetricInputs` that it requires; without them it is left out.
         compute: the function that computes it.
-        lower_is_better: the direction in which a model improves.
-        panel: panel of the evaluation plot of a run; metrics with the same one share it, None is not plotted.
+        lower_is_better: whether a lower value is better.
+        panel: panel of a run's evaluation plot, which metrics may share; None if the metric is not plotted.
         is_headline: whether one-line summaries show the metric.
     """
 
     title: str
     needs: frozenset[str]
-    compute: Callable[[Any], MetricValue]  # of `MetricInputs` in which those that it needs are not None
+    compute: Callable[[Any], MetricValue]  # called with `MetricInputs`, in which those that it needs are not None
     lower_is_better: bool = False
     panel: str | None = None
     is_headline: bool = False
@@ -385,9 +385,9 @@ def reference_baseline(
     Samples can fall below these values only by chance.
 
     Args:
-        count: images of the first half that stand in for samples, at most all of it.
-        logits: of the reference, (N, classes); adds their score, if there are enough images for one.
-        logits_input: attribute of `MetricInputs` that the logits are.
+        count: number of images of the first half that stand in for samples, at most all of them.
+        logits: of the reference, (N, classes); adds their score if there are enough images.
+        logits_input: attribute of `MetricInputs` that takes the logits.
     """
     first, second = _shuffled_order(_checked(reference, min_images=2)).tensor_split(2)
     first = first[:count]
@@ -418,8 +418,8 @@ def _checked(features: torch.Tensor, min_images: int) -> torch.Tensor:
     broken = (~features.isfinite()).any(1).nonzero().flatten()
     if len(broken):
         raise ValueError(
-            f"The features of {len(broken)} of {len(features)} images are not finite, first those of image "
-            f"{broken[0].item()}. Look at these images, or compute the features in float32."
+            f"The features of {len(broken)} of {len(features)} images are not finite, the first being image "
+            f"{broken[0].item()}. Check these images, or compute the features in float32."
         )
     return features.double()
 
@@ -432,12 +432,12 @@ def _checked_pair(a: torch.Tensor, b: torch.Tensor, min_images: int) -> tuple[to
 
 
 def _order(features: torch.Tensor) -> torch.Tensor:
-    """Return the indices of the rows in an order that does not depend on the present one."""
+    """Return the indices of the rows in an order that does not depend on the current one."""
     return features.sum(1).argsort(stable=True)
 
 
 def _shuffled_order(features: torch.Tensor) -> torch.Tensor:
-    """Return the indices of the rows in a random order that does not depend on the present one."""
+    """Return the indices of the rows in a random order that does not depend on the current one."""
     return _order(features)[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))]
 
 

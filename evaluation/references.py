@@ -27,13 +27,13 @@ INSPECTED_IMAGES = 100  # images whose size, channels and file format stand for 
 
 
 class ReferenceImages:
-    """The images of a source, as samples are compared with them.
+    """The images of a source that samples are compared with.
 
     Args:
         skip_broken: read the next image in place of one that cannot be read, as training does.
 
     Raises:
-        RunError: from `image` and `pixels`, at an image that cannot be read.
+        RunError: from `image` and `pixels`, if the image cannot be read.
     """
 
     def __init__(self, source: ImageSource, skip_broken: bool = False):
@@ -70,7 +70,7 @@ class Reference:
 
     Args:
         facts: where the images are from, their number and how they were prepared.
-        features: of the images, if more than their mean and covariance is known.
+        features: features of the images, if more than their mean and covariance is known.
         gaussian: their mean and covariance, where there are no features.
     """
 
@@ -121,7 +121,7 @@ def measure_reference(
         name: name of the data set.
         split: its split.
         size: height and width.
-        count: number of images, a random subset; None takes all.
+        count: number of images in a random subset; None means all.
         channels: 1 or 3; None keeps gray images gray and others in color.
     """
     count = min(count or len(images), len(images))
@@ -142,7 +142,7 @@ def measure_reference(
         channels=properties.channels,
         format=properties.format,
         measured_at=measured_at,
-        # recorded in caches and results: a new wording would make them incomparable with the old ones
+        # part of the cache key and the results: do not reword it, or existing ones no longer match
         preparation="as they are"
         if properties.size == measured_at
         else f"cropped at the centre, to {measured_at}, {RESIZE}",
@@ -161,7 +161,7 @@ def measure_reference(
 
 
 def random_subset(total: int, count: int) -> list[int]:
-    """Return `count` of the indices 0 .. total-1, sorted: a random choice, but the same in every call."""
+    """Return a random subset of `count` of the indices 0 .. total-1, sorted; it is the same in every call."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].sort().values.tolist()
 
 

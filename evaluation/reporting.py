@@ -1,4 +1,4 @@
-"""Results for readers: tables, warnings, and the model-index of a model card."""
+"""Presentation of results: tables, warnings, and the model-index of a model card."""
 
 from pathlib import Path
 
@@ -38,13 +38,13 @@ def format_table(metrics: dict[str, MetricValue], floors: dict[str, MetricValue]
 def comparability_warnings(
     protocol: EvaluationProtocol, channels: int, dimensions: int, bias: float | None, counts_modes: bool
 ) -> list[str]:
-    """Return what makes these numbers differ from those of a paper or of another run.
+    """Return warnings about what makes these numbers differ from those of a paper or of another run.
 
     Args:
         protocol: what the numbers depend on.
         channels: number of channels of the extractor.
         dimensions: number of dimensions of the features.
-        bias: of the Frechet distance, where it was estimated.
+        bias: estimated bias of the Frechet distance, if there is an estimate.
         counts_modes: whether modes of StackedMNIST are counted, whose digits are classified channel by channel.
     """
     warnings = []
@@ -52,8 +52,8 @@ def comparability_warnings(
     count, properties, color = samples.count, samples.properties, {1: "gray", 3: "color"}
     if reference and count < ENOUGH_FOR_FID:
         warnings.append(
-            f"Too few samples: {count:,}. FID falls with their number; with infinitely many it would be lower by "
-            f"about {bias:.3g}, estimated from halves of the samples. Compare it only with FID@{count}, or measure "
+            f"Too few samples: {count:,}. FID decreases as their number grows; with infinitely many it would be lower "
+            f"by about {bias:.3g}, estimated from halves of the samples. Compare it only with FID@{count}, or measure "
             f"{ENOUGH_FOR_FID:,} or more (papers: 50,000)."
         )
     if counts_modes and count != STACKED_MNIST_SAMPLES:
@@ -65,7 +65,7 @@ def comparability_warnings(
         if reference and number is not None and number <= dimensions:
             warnings.append(
                 f"There are {number:,} {name}, not more than the {dimensions:,} dimensions of the features: the "
-                "covariance is singular, and FID says little. Features with fewer dimensions, or KID, need fewer "
+                "covariance is singular, and FID is unreliable. Features with fewer dimensions, or KID, need fewer "
                 "images."
             )
     if reference and reference.channels not in (None, properties.channels):
@@ -75,7 +75,7 @@ def comparability_warnings(
         )
     for name, number in (("samples", properties.channels), ("reference images", reference and reference.channels)):
         if channels == 1 and not counts_modes and number == 3:
-            warnings.append(f"The {name} are in color, which this classifier of gray images does not see.")
+            warnings.append(f"The {name} are in color, but this classifier only sees them in gray.")
     if reference is None:
         return warnings
 

@@ -42,8 +42,8 @@ class Results:
         metrics: keyed `name@images`.
         floors: the real-vs-real baseline, keyed by name.
         protocol: what the numbers depend on.
-        warnings: what to keep in mind when comparing the numbers.
-        classes: of conditional samples.
+        warnings: caveats for comparing the numbers with others.
+        classes: class accuracy of conditional samples.
     """
 
     metrics: dict[str, MetricValue]
@@ -81,13 +81,13 @@ def compute_results(
 
     Args:
         samples: how the samples were made.
-        features: of each sample `features`, from a classifier its `logits`, and the predictions of `classifier`: the
-            `digits` in three channels, or the `classes`.
-        extractor: the network that the features are from.
-        reference: what the samples are compared with.
+        features: `features` of each sample, `logits` if the extractor is a classifier, and the predictions of
+            `classifier`: the `digits` in three channels, or the `classes`.
+        extractor: the network that computed the features.
+        reference: the reference that the samples are compared with.
         held_out: features of images that the training has not seen.
         classifier: the network that predicted classes or digits.
-        class_labels: the requested classes, which the samples have in turn.
+        class_labels: the requested classes, which the samples cycle through.
 
     Raises:
         ValueError: if there are too few images, or the saved statistics of the reference do not fit the features.

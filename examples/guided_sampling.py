@@ -1,4 +1,4 @@
-"""Guide a pipeline by a sum of losses and show the effect: an image grid, the losses, the scale schedules.
+"""Guide a pipeline by a sum of losses and show the effect: image grid, losses, scale schedules.
 
     python examples/guided_sampling.py
     python examples/guided_sampling.py --towards color:teal "0.5*symmetry" --guidance_scale 10 --gradient model

@@ -23,8 +23,8 @@ DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 CUT_AREA = (0.08, 1.0)
 CUT_RATIO = (3 / 4, 4 / 3)
 CUT_DEGREES = 5.0
-# norm to which the gradient of an embedding is scaled in float16, so that those of single pixels stay normal numbers
-# (above 6e-5)
+# norm to which the gradient of an embedding is scaled in float16, so that gradients of single pixels stay above 6e-5,
+# the smallest normal number
 HALF_GRADIENT_NORM = 2.0**8
 
 Prompt = str | Image.Image
@@ -35,7 +35,7 @@ class CLIPLoss(GuidanceLoss):
 
     On the unit sphere this is the squared angle, 4 arcsin^2(|u - v| / 2). It is twice the "spherical distance loss" of
     the notebooks by Katherine Crowson that introduced CLIP guidance, so halve guidance scales taken from there. Each
-    cutout is a random resized crop (8 to 100 % of the image), rotated and sheared by up to 5 degrees, mirrored with
+    cutout is a random resized crop (8% to 100% of the image), rotated and sheared by up to 5 degrees, mirrored with
     probability 1/2, and normalized by the model's statistics. The loss is the mean over the cutouts, which depend only
     on `seed` and the step and are the same for all images of a batch.
 
@@ -103,7 +103,7 @@ def squared_great_circle(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Return the squared angle between each row of `u` and each row of `v`.
 
     The angle of unit vectors is computed as 2 atan2(|u - v|, |u + v|), which is accurate and has a finite gradient
-    also near 0 and pi.
+    even near 0 and pi.
 
     Args:
         u: Vectors of shape `(n, d)`.
@@ -134,7 +134,7 @@ def random_cut(images: torch.Tensor, size: tuple[int, int], rng: np.random.Gener
 
 @lru_cache(maxsize=2)
 def load_encoder(model: str, pretrained: str | None, device: str) -> "Encoder":
-    """Load a CLIP model, cached by its arguments, which are those of [`CLIPLoss`].
+    """Load a CLIP model, cached by its arguments; see [`CLIPLoss`] for these.
 
     Raises:
         InputError: If the model cannot be loaded, or does not embed both images and text.
@@ -186,7 +186,7 @@ class Encoder(ABC):
         images = (images / 2 + 0.5 - self.mean) / self.std
         features = self.image_features(images.to(self.dtype)).float()
         if images.requires_grad and self.dtype != torch.float32:
-            scale: torch.Tensor  # of each image's gradient within the model, against underflow
+            scale: torch.Tensor  # factor of each image's gradient within the model, against underflow
 
             def scale_gradient(gradient):
                 nonlocal scale

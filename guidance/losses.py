@@ -16,7 +16,7 @@ from ..core.errors import InputError
 class GuidanceLoss(ABC):
     """Base class of guidance losses, which can be scaled and added: `2 * ColorLoss("teal") + SymmetryLoss()`.
 
-    A custom loss is a subclass. [`GuidedPipeline`] itself accepts any callable.
+    Subclass it for a custom loss that can be added to others. [`GuidedPipeline`] itself accepts any callable.
     """
 
     @abstractmethod

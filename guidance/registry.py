@@ -36,7 +36,7 @@ CLIP_MODEL_HELP = (
 def parse_loss(
     text: str, clip_model: str | Sequence[str] | None = None, device: str | torch.device | None = None
 ) -> GuidanceLoss:
-    """Create the guidance loss that a text describes.
+    """Create a guidance loss from its short form in text.
 
     Args:
         text: `name`, `name:argument` or `weight*name:argument`, where `name` is a key of `LOSSES` or `CLIP_LOSSES`.

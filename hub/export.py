@@ -1,4 +1,4 @@
-"""Self-contained pipeline folders: the code of a pipeline lies beside its weights, in the form that Diffusers loads.
+"""Self-contained pipeline folders: the code of a pipeline is saved beside its weights, in a form that Diffusers loads.
 
 This file is appended to the file of each pipeline that is saved, so that a pipeline loaded with Diffusers alone can be
 saved and pushed the same way, any number of times. It reads the source files of the pipeline's classes and writes to
@@ -16,7 +16,7 @@ from types import ModuleType
 
 
 def self_contained(pipeline_class: type) -> type:
-    """Class decorator: `save_pretrained` and `push_to_hub` of this pipeline write folders that load anywhere.
+    """Class decorator: `save_pretrained` and `push_to_hub` write folders that Diffusers alone can load.
 
     See `add_code` for the layout of a folder. A push uploads the model card that the folder had before it was saved.
     Without one, the card in the repository stays as it is: the empty template of Diffusers is not uploaded.
@@ -62,7 +62,7 @@ def add_code(folder: Path, index: dict, pipeline_class: type) -> None:
         folder: contains the saved components.
         index: contents of model_index.json: each component as [module, class name].
         pipeline_class: class of the pipeline. Its methods must not refer to the class by name: Diffusers runs a
-            pipeline's file again in the same module at each load, so that the name may be that of a newer class.
+            pipeline's file again in the same module at each load, so that the name may refer to a newer class.
     """
     index.pop("_name_or_path", None)
     auto_maps = []
@@ -90,7 +90,7 @@ def add_code(folder: Path, index: dict, pipeline_class: type) -> None:
 
 
 def content_hash(text: str) -> str:
-    """Return the first 12 digits of a text's SHA-256."""
+    """Return the first 12 hexadecimal digits of a text's SHA-256."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
@@ -141,7 +141,7 @@ def _update_json(file: Path, entries: dict) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that no reader sees half of it."""
+    """Write a file under a temporary name and rename it, so that no reader sees a partial file."""
     temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
     temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, file)

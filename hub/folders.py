@@ -15,9 +15,9 @@ def pipeline_components(folder: Path) -> dict[str, str]:
 
 
 def code_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each Python file that Diffusers runs to load a pipeline folder, by its path in there.
+    """Return the SHA-256 of each Python file that Diffusers runs to load a pipeline folder, by its relative path.
 
-    Empty for the folder of a model, which loads without any.
+    Empty for the folder of a model, which is loaded without custom code.
     """
     file = folder / "model_index.json"
     if not file.is_file():
@@ -38,25 +38,25 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise InputError(f"{file} is not a text in UTF-8: save it as one.") from None
+        raise InputError(f"{file} is not UTF-8 text: save it in that encoding.") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON file that contains an object.
 
     Raises:
-        InputError: if it is something else.
+        InputError: if it does not contain one.
     """
     try:
         config = json.loads(read_text(file))
     except json.JSONDecodeError as error:
-        raise InputError(f"{file} is damaged, it is not valid JSON: {error}. Save the pipeline again.") from None
+        raise InputError(f"{file} is damaged: it is not valid JSON ({error}). Save the pipeline again.") from None
     if not isinstance(config, dict):
-        raise InputError(f"{file} is damaged, it is not a JSON object. Save the pipeline again.")
+        raise InputError(f"{file} is damaged: it is not a JSON object. Save the pipeline again.")
     return config
 
 
 def _component_pairs(index: dict[str, Any]) -> dict[str, list[str]]:
-    """Return module and class name of each component that a model_index.json names."""
+    """Return the module and class name of each component in a model_index.json."""
     pairs = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
     return {name: pair for name, pair in pairs.items() if len(pair) == 2 and pair[1]}

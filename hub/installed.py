@@ -1,4 +1,4 @@
-"""Load pipelines with the classes of the installed package, so that no code of their folder or repository runs."""
+"""Load pipelines with the classes of the installed package, so that no code from their folder or repository runs."""
 
 from importlib import import_module
 

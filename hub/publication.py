@@ -33,7 +33,7 @@ _PACKAGE_FOLDER = Path(__file__).parents[1]
 def pipeline_files(folder: Path) -> list[str]:
     """Return the files of a pipeline folder that are published, as paths relative to it.
 
-    These are the pipeline's components, their code, the model card, the images that it shows, and a license. Nothing
+    These are the pipeline's components, their code, the model card, the images in it, and a license. Nothing
     else is published: no checkpoints, optimizer states, logs, settings, tokens or backup files.
 
     Raises:
@@ -42,7 +42,7 @@ def pipeline_files(folder: Path) -> list[str]:
     index = folder / "model_index.json"
     if not index.is_file() or "_class_name" not in read_json(index):
         raise InputError(
-            f"{folder} is not a pipeline folder: it has no model_index.json that names a pipeline's class. Name the "
+            f"{folder} is not a pipeline folder: it has no model_index.json that names a pipeline's class. Pass the "
             "folder that a training run or `save_pretrained` wrote."
         )
     files = [
@@ -58,9 +58,9 @@ def pipeline_files(folder: Path) -> list[str]:
 
 
 def snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
-    """Collect the files of a pipeline folder, as they are now, for publication as `repo_id`.
+    """Collect the current files of a pipeline folder for publication as `repo_id`.
 
-    They are hard links, which a later save does not touch, or copies where the filesystem has no links. The code of
+    They are hard links, which a later save does not touch, or copies where the file system has none. The code of
     the package's classes is added where the folder does not contain it. The card loads the pipeline from `repo_id`; a
     missing or auto-generated one is replaced. Local paths are removed from JSON files.
 
@@ -90,8 +90,8 @@ def snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
 def space_snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
     """Collect the files of a Space that shows the model `repo_id`; hidden files are left out.
 
-    The package is copied beside the app: a Space installs only what package indexes have, and imports from the app's
-    folder first.
+    The package is copied beside the app, because a Space can only install packages from an index; Python imports from
+    the app's folder first.
 
     Raises:
         InputError: if the folder contains no Space.
@@ -157,7 +157,7 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 
 def _published_text(file: Path, repo_id: str) -> str | None:
-    """Return the text of a file as it is published; None if that is the file itself."""
+    """Return the text of a file as it is published; None if the file is published unchanged."""
     if file.name == CARD_NAME:
         load = re.compile(r'(\w*\.?)from_pretrained\("([^"]*)"')
         return load.sub(lambda call: _rewrite_from_pretrained(call, file.parent, repo_id), read_text(file))
@@ -172,26 +172,26 @@ def _published_text(file: Path, repo_id: str) -> str | None:
 def _rewrite_from_pretrained(call: re.Match, folder: Path, repo_id: str) -> str:
     """Rewrite a `from_pretrained` on a card to load from `repo_id` what it loads from the card's folder.
 
-    Any pipeline that is in no repository counts as the folder's own: the folder may have been renamed.
+    Any pipeline that is not in a repository counts as the folder's own: the folder may have been renamed.
     """
-    caller, place = call.groups()
-    component = _path_within(folder, place)
+    caller, path_or_repo = call.groups()
+    component = _path_within(folder, path_or_repo)
     is_pipeline = caller.endswith("Pipeline.")
-    if is_repo_id(place) or not (is_pipeline or component):
+    if is_repo_id(path_or_repo) or not (is_pipeline or component):
         return call[0]
     subfolder = "" if is_pipeline or component == "." else f', subfolder="{component}"'
     return f'{caller}from_pretrained("{repo_id}"{subfolder}'
 
 
-def _path_within(folder: Path, place: str) -> str | None:
-    """Return the path inside a folder that `place` means, seen from the working directory or from beside the folder.
+def _path_within(folder: Path, path: str) -> str | None:
+    """Return the path inside a folder that `path` refers to, or None if `path` is elsewhere.
 
-    None if it is elsewhere.
+    `path` may be relative to the working directory or to the parent of the folder.
     """
     folder = folder.resolve()
-    for path in ((base / place).resolve() for base in (Path(), folder.parent)):
-        if path.is_relative_to(folder) and path.is_dir():
-            return path.relative_to(folder).as_posix()
+    for resolved in ((base / path).resolve() for base in (Path(), folder.parent)):
+        if resolved.is_relative_to(folder) and resolved.is_dir():
+            return resolved.relative_to(folder).as_posix()
     return None
 
 

@@ -1,6 +1,6 @@
-"""Sample images for model cards, and the arguments that any pipeline needs to generate them.
+"""Sample images for model cards, and the call arguments that generate them with any pipeline.
 
-standalone_check.py runs this file in a process that does not have this package: it imports nothing of it.
+standalone_check.py runs this file in a process without this package, so it must not import the package.
 """
 
 import inspect
@@ -21,8 +21,8 @@ SAMPLES = "card_samples.png"
 def save_samples(pipe: DiffusionPipeline, folder: Path) -> None:
     """Save nine sample images for the model card in a folder, in place of those of earlier weights.
 
-    They are generated with seeds 0 to 8, the classes in turn. If that fails, a warning is issued and no file is left.
-    A file of this name that was not written by this function is kept.
+    They are generated with seeds 0 to 8, cycling through the classes. If that fails, a warning is issued and no file
+    is left. A file of this name that was not written by this function is kept.
     """
     file = folder / SAMPLES
     if file.exists() and not samples_caption(file):
@@ -43,7 +43,7 @@ def save_samples(pipe: DiffusionPipeline, folder: Path) -> None:
         temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
         make_image_grid(images, 3, 3).save(temporary, pnginfo=caption)
         os.replace(temporary, file)
-    except Exception as error:  # whatever it is, the weights can be published without sample images
+    except Exception as error:  # of any kind: the weights can be published without sample images
         file.unlink(missing_ok=True)
         warnings.warn(f"The model card has no sample images, because generating them failed: {error}", stacklevel=2)
     finally:
@@ -61,12 +61,12 @@ def samples_caption(file: Path) -> str | None:
 
 
 def shows_samples(card: str) -> bool:
-    """Return whether a model card shows the images of `save_samples`. One that a person has edited still may."""
+    """Return whether a model card, possibly an edited one, shows the images of `save_samples`."""
     return f"]({SAMPLES})" in card
 
 
 def sample_arguments(pipe: DiffusionPipeline, count: int, num_inference_steps: int | None = None) -> dict[str, Any]:
-    """Return call arguments that generate `count` images with seeds from 0 on, the classes in turn, without guidance.
+    """Return call arguments for `count` images with seeds from 0, cycling through the classes, without guidance.
 
     Args:
         num_inference_steps: None for the pipeline's default, at most 50.

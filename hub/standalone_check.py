@@ -15,13 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 if __name__ == "__main__":
-    place, image_file, revision, samples_folder = sys.argv[1:]
-    # an installed package must not help
+    path_or_repo, image_file, revision, samples_folder = sys.argv[1:]
+    # the check must not use an installed package
     sys.modules["ddgan"] = None  # pyright: ignore[reportArgumentType]
     samples = runpy.run_path(str(Path(__file__).with_name("samples.py")))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more threads may sum in another order
-    pipe = DiffusionPipeline.from_pretrained(place, revision=revision or None, trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(path_or_repo, revision=revision or None, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     np.save(image_file, pipe(**samples["sample_arguments"](pipe, 1, 2), output_type="np").images[0])  # pyright: ignore[reportCallIssue]
     if samples_folder:

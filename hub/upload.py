@@ -51,18 +51,18 @@ class Uploaded(NamedTuple):
 
 
 def who_am_i() -> str:
-    """Return the name of the user who is logged in.
+    """Return the name of the logged-in user.
 
     Raises:
-        InputError: if nobody is, or the token is read-only.
-        RunError: if the Hub does not answer.
+        InputError: if no user is logged in, or the token is read-only.
+        RunError: if the Hub does not respond.
     """
     try:
         user = _with_retries(HfApi().whoami, "The Hub")
     except LocalTokenNotFoundError:
         raise InputError(
-            "Nobody is logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to a token with write "
-            "access."
+            "You are not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to a token with "
+            "write access."
         ) from None
     except Exception as error:
         raise _user_error(error, "the Hub") from error
@@ -115,19 +115,19 @@ class Repository:
         """Create the repository and the branch if they do not exist.
 
         Args:
-            private: create it as a private one.
+            private: whether a new repository is private.
             options: further arguments of `HfApi.create_repo`.
 
         Raises:
             InputError: if it cannot be created, or exists as a public one although `private` is set.
-            RunError: if the Hub does not answer.
+            RunError: if the Hub does not respond.
         """
         self._call(lambda: self._open(private, options))
         if self.revision and not self.revision.startswith("refs/"):
             self._call(self._open_branch)
 
     def upload(self, folder: Path, message: str) -> Uploaded:
-        """Upload all files of a folder in one commit, so that others load either the old state or the new one.
+        """Upload all files of a folder in one commit, so that users load either the old state or the new one.
 
         Unchanged files are not committed again: if a response was lost, the next attempt finds the commit. Files that
         exist only in the repository stay. If the folder's card is auto-generated, the repository's is kept if a person
@@ -135,7 +135,7 @@ class Repository:
 
         Raises:
             InputError: if the user has no write access, or the Hub rejects the contents.
-            RunError: if the Hub does not answer, or the connection is lost repeatedly.
+            RunError: if the Hub does not respond, or the connection is lost repeatedly.
         """
         return self._call(lambda: self._upload(folder, message))
 
@@ -179,7 +179,7 @@ class Repository:
         try:
             self.api.create_repo(**self.names, private=private, **options)
         except HfHubHTTPError as error:
-            # a conflict although it did not exist: an earlier attempt created it, or the name is taken
+            # 409 although it did not exist: an earlier attempt created it, or the name is taken
             if error.response.status_code != 409:
                 raise
             kinds = [kind for kind in ("model", "dataset", "space") if self._exists(kind)]
@@ -227,7 +227,7 @@ class Repository:
             file = self.api.hf_hub_download(**self.names, filename=CARD_NAME, revision=revision)
         except RemoteEntryNotFoundError:
             return None
-        return Path(file).read_text(encoding="utf-8", errors="replace")  # people use other encodings too
+        return Path(file).read_text(encoding="utf-8", errors="replace")  # cards on the Hub may have other encodings
 
     def _open_request(self, operations: list[CommitOperationAdd]) -> Uploaded | None:
         """Find an open pull request of the user that contains these files already."""
@@ -261,7 +261,7 @@ class Repository:
 
 
 class BackgroundUpload:
-    """Upload a pipeline folder as it is at each `push`, in a daemon thread: no process waits for it on exit.
+    """Upload the state of a pipeline folder at each `push`, in a daemon thread that no process waits for on exit.
 
     If several states arrive during an upload, only the newest is uploaded next. Errors are logged and do not stop the
     caller.
@@ -288,7 +288,7 @@ class BackgroundUpload:
         self.states.put((state, message, last))
 
     def finish(self, message: str) -> Uploaded:
-        """Upload the folder as it is now, and wait until that is done.
+        """Upload the current state of the folder, and wait until the upload is finished.
 
         Raises:
             InputError, RunError, OSError: if that fails.
@@ -311,7 +311,7 @@ class BackgroundUpload:
                 if isinstance(newest, OSError):
                     raise newest
                 self.outcome = self.repository.upload(Path(newest.name), message)
-            except Exception as error:  # whatever it is, the run continues
+            except Exception as error:  # of any kind: the run continues
                 self.outcome = error
                 if not last:
                     logger.warning("The upload of this save failed; the next save will be uploaded: %s", error)
@@ -333,12 +333,12 @@ def upload_space(folder: Path, repo_id: str, private: bool = False) -> Uploaded:
         return space.upload(Path(copy), "Upload the app")
 
 
-def sample_standalone(place: str, revision: str | None = None, samples_folder: str | None = None) -> bytes:
+def sample_standalone(path_or_repo: str, revision: str | None = None, samples_folder: str | None = None) -> bytes:
     """Sample one image in a process that has Diffusers, an empty cache and not this package; see standalone_check.py.
 
     Args:
-        place: a pipeline folder, or a repository on the Hub.
-        revision: of the repository; None for a folder.
+        path_or_repo: a pipeline folder, or a repository on the Hub.
+        revision: revision of the repository; None for a folder.
         samples_folder: where to save the sample images of a model card, if at all.
 
     Returns:
@@ -357,12 +357,12 @@ def sample_standalone(place: str, revision: str | None = None, samples_folder: s
             environment["HF_TOKEN"] = token
         image_file = Path(home, "image.npy")
         # -P: the script's folder must not be on the import path
-        command = [sys.executable, "-P", Path(__file__).with_name("standalone_check.py"), place, image_file]
+        command = [sys.executable, "-P", Path(__file__).with_name("standalone_check.py"), path_or_repo, image_file]
         command += [revision or "", samples_folder or ""]
         result = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if result.returncode and not image_file.is_file():  # with an image, only the samples have failed
             reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
-            pipeline = "The pipeline to upload" if revision is None else f"The pipeline uploaded to {place}"
+            pipeline = "The pipeline to upload" if revision is None else f"The pipeline uploaded to {path_or_repo}"
             raise RunError(f"{pipeline} cannot be loaded and sampled with Diffusers alone: {reason}")
         return image_file.read_bytes()
 
@@ -389,7 +389,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _hub_error(error: BaseException) -> HfHubHTTPError | None:
-    """Return the response of the Hub that caused an error."""
+    """Return the error response of the Hub that caused an error, if there is one."""
     return next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
 
 
@@ -402,7 +402,7 @@ def _is_retryable(error: BaseException) -> bool:
 
 
 def _retry_after(error: BaseException) -> int:
-    """Return for how many seconds the Hub asks to wait."""
+    """Return the number of seconds that the Hub asks to wait."""
     hub_error = _hub_error(error)
     if hub_error is None:
         return 0

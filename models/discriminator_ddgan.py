@@ -47,13 +47,13 @@ class DDGANDiscriminatorBlock(nn.Module):
 class DDGANDiscriminator(ModelMixin, ConfigMixin):
     """The discriminator D(x_{t-1}, x_t, t) of [Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804).
 
-    It scores how likely x_{t-1} is a real denoised version of x_t (section 3.2 and appendix). The defaults are the
-    paper's small network (32x32). Its large network (256x256) has `base_channels=128, block_out_channels=(256, 512,
-    512, 512, 512, 512), down_blocks=(True,) * 6, near_zero_conv_out=False`.
+    It scores how likely x_{t-1} is to be a real denoised version of x_t (section 3.2 and appendix). The defaults are
+    the paper's small network (32x32). Its large network (256x256) has `base_channels=128, block_out_channels=(256,
+    512, 512, 512, 512, 512), down_blocks=(True,) * 6, near_zero_conv_out=False`.
 
     Args:
         sample_size (`int` or `tuple[int, int]`, defaults to 32):
-            Height and width of the images. Any size works that every downsampling block can still halve.
+            Height and width of the images, large enough for every downsampling block to halve them.
         in_channels (`int`, defaults to 3): Number of channels of one image; the network sees two images.
         base_channels (`int`, defaults to 128): Width of the first convolution (1x1).
         block_out_channels (`tuple[int, ...]`, defaults to `(128, 256, 512, 512)`): Width of each block.
@@ -64,8 +64,8 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
             Number of classes. Class embeddings condition the logits by projection (arXiv 1802.05637).
 
     Raises:
-        `ValueError`: If `down_blocks` and `block_out_channels` differ in length, or if there are more downsampling
-            blocks than `sample_size` can be halved.
+        `ValueError`: If `down_blocks` and `block_out_channels` differ in length, or if `sample_size` is too small for
+            the number of downsampling blocks.
     """
 
     _supports_gradient_checkpointing = True
@@ -161,7 +161,7 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
 
         # 2. features of the pair
         hidden_states = self.conv_in(torch.cat([sample, noisy_sample], dim=1))
-        if hidden_states.device.type == "cpu":  # faster there; depthwise convolutions several times
+        if hidden_states.device.type == "cpu":  # faster there, depthwise convolutions several times
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -176,9 +176,8 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         while batch_size % size:
             size += 1
         grouped = hidden_states.float().reshape(size, batch_size // size, channels, height, width)
-        std = (
-            (grouped.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))
-        )  # 1e-8 underflows to 0 in half precision
+        variance = grouped.var(dim=0, unbiased=False)
+        std = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3))  # in float32, because 1e-8 underflows in half precision
         std = std.to(hidden_states.dtype).repeat(size).view(batch_size, 1, 1, 1).expand(-1, 1, height, width)
         hidden_states = torch.cat([hidden_states, std], dim=1)
 

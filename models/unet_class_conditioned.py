@@ -22,8 +22,8 @@ class ClassConditionedUnet(ModelMixin, ConfigMixin):
 
     Args:
         sample_size (`int` or `tuple[int, int]`, defaults to 28):
-            Height and width of the images, which must be divisible by 2 once per level except the last.
-        in_channels (`int`, defaults to 1): Number of channels of the noisy image, without those of the class.
+            Height and width of the images, which every level except the last must be able to halve exactly.
+        in_channels (`int`, defaults to 1): Number of channels of the noisy image, excluding those of the class.
         out_channels (`int`, defaults to 1): Number of channels of the output.
         num_classes (`int`, defaults to 10): Number of classes; their labels are 0 .. num_classes-1.
         class_emb_size (`int`, *optional*, defaults to 4):
@@ -32,8 +32,8 @@ class ClassConditionedUnet(ModelMixin, ConfigMixin):
         class_dropout (`float`, defaults to 0.0): Probability of the null class in training, within [0, 1).
         layers_per_block (`int`, defaults to 2): Residual blocks per down block; up blocks have one more.
         block_out_channels (`tuple[int, ...]`, defaults to `(32, 64, 64)`): Width of each level, finest first.
-        down_block_types (`tuple[str, ...]`): Down block of each level, by the names that [`UNet2DModel`] uses.
-        up_block_types (`tuple[str, ...]`): Up block of each level, coarsest first.
+        down_block_types (`tuple[str, ...]`): Type of down block at each level, as in [`UNet2DModel`].
+        up_block_types (`tuple[str, ...]`): Type of up block at each level, coarsest first.
         attention_head_dim (`int`, defaults to 8): Number of channels per attention head.
         norm_num_groups (`int`, defaults to 32): Number of groups of the group norms; must divide every width.
         id2label (`dict[int, str]` or `list[str]`, *optional*): Names of the classes.

@@ -116,11 +116,11 @@ class ContextUnet(ModelMixin, ConfigMixin):
         id2label (`dict[int, str]` or `list[str]`, *optional*): Names of the classes.
         out_channels (`int`, *optional*, defaults to `in_channels`): Number of channels of the output.
         sample_size (`int`, *optional*, defaults to `height`):
-            The same as `height`; pipelines look for the config entry under this name.
+            Same as `height`; the name under which pipelines read the image size from the config.
 
     Raises:
-        `ValueError`: If `n_feat` or `height` is not such a multiple, `sample_size` differs from `height`,
-            `class_dropout` is outside [0, 1), or `id2label` does not name each class exactly once.
+        `ValueError`: If `n_feat` is not a multiple of 8, `height` is not a multiple of 4, `sample_size` differs from
+            `height`, `class_dropout` is outside [0, 1), or `id2label` does not name each class exactly once.
     """
 
     _supports_gradient_checkpointing = True

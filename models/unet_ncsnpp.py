@@ -17,7 +17,7 @@ from torch import nn
 
 
 def num_groups(channels: int) -> int:
-    """Return min(channels // 4, 32), or the next smaller number that divides `channels`."""
+    """Return the largest divisor of `channels` that is at most min(channels // 4, 32)."""
     groups = max(min(channels // 4, 32), 1)
     while channels % groups:
         groups -= 1
@@ -105,7 +105,7 @@ class Upsample(nn.Module):
 
 
 def extend_to(hidden_states: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Repeat the last row or column where `size` is odd, because halving rounded it down."""
+    """Pad to `size` by repeating the last row or column, because halving an odd size rounds it down."""
     height, width = size[0] - hidden_states.shape[2], size[1] - hidden_states.shape[3]
     if height == 0 and width == 0:
         return hidden_states
@@ -347,8 +347,8 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
             in the encoder, after the last one in the decoder.
         latent_dim (`int`, defaults to 100): Length of z.
         latent_embed_dim (`int`, defaults to 256): Width of the network that maps z.
-        latent_mapping_layers (`int`, defaults to 4): Number of its layers after the first one.
-        num_class_embeds (`int`, *optional*): Number of classes; a class embedding is added to that of z.
+        latent_mapping_layers (`int`, defaults to 4): Number of layers of that network after the first one.
+        num_class_embeds (`int`, *optional*): Number of classes; the class embedding is added to that of z.
         resnet_type (`"biggan"`, `"biggan_oneadagn"` or `"ddpm"`, defaults to `"biggan"`):
             Residual blocks that also resample, the same with only one adaptive norm per block, or residual blocks with
             separate resampling layers.
@@ -374,7 +374,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         dropout (`float`, defaults to 0.0): Dropout probability in the residual blocks.
 
     Raises:
-        `ValueError`: If an option has an unknown value, or there are more levels than `sample_size` can be halved.
+        `ValueError`: If an option has an unknown value, or `sample_size` is too small for the number of levels.
     """
 
     _supports_gradient_checkpointing = True
@@ -442,7 +442,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
                 self.time_embedding = TimestepEmbedding(2 * base_channels, time_embed_dim)
             else:
                 self.time_proj = Timesteps(base_channels, flip_sin_to_cos=False, downscale_freq_shift=1)
-                self._keep_in_fp32_modules = None  # without weights in `time_proj`, `to` would warn
+                self._keep_in_fp32_modules = None  # `to` would warn, because `time_proj` has no weights
                 self.time_embedding = TimestepEmbedding(base_channels, time_embed_dim)
         widths = [latent_dim] + [latent_embed_dim] * (latent_mapping_layers + 1)
         self.latent_mapping = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))

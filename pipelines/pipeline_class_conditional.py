@@ -56,7 +56,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def num_classes(self) -> int:
-        """The number of classes, without the null class."""
+        """The number of classes, excluding the null class."""
         for name in ("num_classes", "n_cfeat", "num_class_embeds"):
             if self.unet.config.get(name):
                 return self.unet.config[name]
@@ -105,7 +105,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return [labels[name] for name in names]
 
     def encode_class_labels(self, class_labels, batch_size: int | None = None) -> torch.Tensor:
-        """Encode the `class_labels` of `__call__` into the network's conditioning.
+        """Encode the `class_labels` of `__call__` as the network's conditioning.
 
         Args:
             class_labels: Class labels as in `__call__`.
@@ -173,9 +173,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ):
         if not hasattr(self.scheduler, "init_noise_sigma"):
             raise ValueError(
-                f"A {type(self.scheduler).__name__} cannot be used here: it does not define the scale of the initial "
-                "noise (`init_noise_sigma`), like other flow-matching schedulers. DDPM, DDIM, DPM-Solver++, UniPC and "
-                "Euler do."
+                f"A {type(self.scheduler).__name__} cannot be used here: like other flow-matching schedulers, it does "
+                "not define the scale of the initial noise (`init_noise_sigma`). Use DDPM, DDIM, DPM-Solver++, UniPC "
+                "or Euler."
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
@@ -246,7 +246,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 Scale of classifier-free guidance, which is enabled above 1 and needs a null class.
             num_inference_steps (`int`, defaults to 50): Number of denoising steps, as the scheduler counts them.
             eta (`float`, defaults to 0.0):
-                Noise of each step, relative to DDPM, for [`DDIMScheduler`] and others whose `step` takes it.
+                Noise added at each step, relative to DDPM, by [`DDIMScheduler`] and others whose `step` takes it.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Generators for all noise; with a list of one per image, image i depends on generator i only.
             latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*):

@@ -95,7 +95,7 @@ class DDGANPipeline(DiffusionPipeline):
                 The class of each image; required if and only if the network is class-conditional.
             num_inference_steps (`int`, *optional*, defaults to the scheduler's `num_train_timesteps`):
                 Number of denoising steps.
-            timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number.
+            timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number of steps.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Generators for all noise; with a list of one per image, image i depends on generator i only.
             latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*):
@@ -133,7 +133,7 @@ class DDGANPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         sample = latents.to(device, torch.float32)
         z_shape = (batch_size, self.unet.config.latent_dim)
-        device_timesteps = self.scheduler.timesteps.to(device)  # one copy, because each waits for the device
+        device_timesteps = self.scheduler.timesteps.to(device)  # one copy, because each one waits for the device
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore[reportArgumentType, reportCallIssue]
             z = randn_tensor(z_shape, generator=generator, device=device, dtype=torch.float32)

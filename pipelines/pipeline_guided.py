@@ -69,7 +69,7 @@ class GuidedPipeline(DiffusionPipeline):
     At each step the loss is computed on the network's prediction of the clean image x_0, the sample is updated by
     minus the loss gradient times a scale, and the scheduler steps as usual. This guidance by a function of x_0
     ([Universal Guidance](https://arxiv.org/abs/2302.07121)) needs no classifier trained on noisy images. With a scale
-    of zero the samples are those of the scheduler alone.
+    of zero the samples are the same as without guidance.
 
     The gradient is taken, and the sample updated, at the scale of the network's input, sqrt(alpha_bar) x_0 +
     sqrt(1 - alpha_bar) noise, so that a guidance scale means the same for schedulers that scale their samples
@@ -84,7 +84,7 @@ class GuidedPipeline(DiffusionPipeline):
             Denoising Diffusion GAN (of length `config.latent_dim`), which is generated at each step.
         scheduler (`SchedulerMixin`):
             A scheduler that evaluates the network once per step and knows its prediction of x_0: it has
-            `alphas_cumprod` and a `prediction_type` of `"epsilon"`, `"sample"` or `"v_prediction"`. Tested are DDIM,
+            `alphas_cumprod` and a `prediction_type` of `"epsilon"`, `"sample"` or `"v_prediction"`. Tested with DDIM,
             DDPM, DPM-Solver++ (multistep), UniPC, DEIS, Euler, Euler ancestral and DDGAN.
 
     Raises:
@@ -124,8 +124,8 @@ class GuidedPipeline(DiffusionPipeline):
         networks = [name for name, part in components.items() if isinstance(part, torch.nn.Module)]
         if networks != ["unet"] or "scheduler" not in components:
             raise ValueError(
-                f"A {type(pipeline).__name__} of {', '.join(sorted(components))} cannot be guided: guidance needs a "
-                "`scheduler` and a `unet` as the only network, whose samples are the images themselves."
+                f"A {type(pipeline).__name__} with the components {', '.join(sorted(components))} cannot be guided: "
+                "guidance needs a `scheduler` and, as the only network, a `unet` that generates the images themselves."
             )
         guided = cls(components["unet"], components["scheduler"])
         guided._check_scheduler()
@@ -278,7 +278,7 @@ class GuidedPipeline(DiffusionPipeline):
                     guidance_losses[i] = losses.detach()
                     progress_bar.set_postfix(loss=f"{guidance_losses[i].mean():.4g}")
 
-                # 4. step; only DDPM uses a learned variance in the further output channels
+                # 4. step; only DDPM uses a learned variance in the extra output channels
                 output = output.detach()
                 if not isinstance(self.scheduler, DDPMScheduler):
                     output = output[:, :channels]
@@ -377,12 +377,12 @@ class GuidedPipeline(DiffusionPipeline):
 
     def _check_scheduler(self):
         scheduler = self.scheduler
-        # `from_config` also keeps settings of other schedulers, so the config alone does not show what this one uses
+        # `from_config` keeps settings of other schedulers, so the config alone does not show which ones this one uses
         prediction_type = (
             scheduler.config.prediction_type if "prediction_type" in _init_parameters(scheduler) else None
         )
         # PNDM starts with several evaluations per step, whatever its order; the single-step solver continues from a
-        # stored sample and would lose the guidance updates; inverse schedulers lead to the noise
+        # stored sample and would lose the guidance updates; inverse schedulers go from image to noise
         unsupported = PNDMScheduler | DPMSolverSinglestepScheduler
         unsupported |= DDIMInverseScheduler | DPMSolverMultistepInverseScheduler
         step_inputs = [*_forward_parameters(scheduler.step)][:3] if hasattr(scheduler, "step") else []
@@ -391,10 +391,10 @@ class GuidedPipeline(DiffusionPipeline):
         knows_x_0 = prediction_type in PREDICTION_TYPES and hasattr(scheduler, "alphas_cumprod")
         if not knows_x_0 or not steps_once or getattr(scheduler.config, "use_flow_sigmas", False):
             raise ValueError(
-                f"A {type(scheduler).__name__} cannot guide: guidance needs a scheduler that knows the predicted "
-                "clean image (by `alphas_cumprod` and a `prediction_type` of 'epsilon', 'sample' or 'v_prediction') "
-                "and evaluates the network once per step, without flow sigmas. DDIM, DDPM, DPM-Solver++ (multistep), "
-                "UniPC, Euler and DDGAN do."
+                f"A {type(scheduler).__name__} does not support guidance, which needs a scheduler that knows the "
+                "predicted clean image (by `alphas_cumprod` and a `prediction_type` of 'epsilon', 'sample' or "
+                "'v_prediction') and evaluates the network once per step, without flow sigmas. Use DDIM, DDPM, "
+                "DPM-Solver++ (multistep), UniPC, Euler or DDGAN."
             )
 
     def _set_timesteps(self, num_inference_steps: int | None, device: str | torch.device) -> list[float]:
@@ -483,13 +483,13 @@ class GuidedPipeline(DiffusionPipeline):
 
 
 class _PerImageLoss:
-    """Wrap a loss to return one number per image, also if it returns a single number itself."""
+    """Wrap a loss to return one number per image, even if the loss itself returns a single number."""
 
     def __init__(self, loss: Callable[..., torch.Tensor]):
         self.loss, self.image_by_image = loss, False
         try:
             self.takes_step = "step" in _forward_parameters(loss)
-        except ValueError:  # a builtin of torch has no signature
+        except ValueError:  # builtins of torch have no signature
             self.takes_step = False
 
     def __call__(self, images: torch.Tensor, step: int) -> torch.Tensor:

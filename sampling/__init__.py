@@ -1,1 +1,1 @@
-"""Sampling from a finished pipeline: loading it, one image per seed, denoising traces, image grids."""
+"""Sampling from a trained pipeline: loading it, one image per seed, denoising traces, image grids."""

@@ -28,16 +28,16 @@ def sample(
 
     All noise of an image comes from its own CPU generator, so that the image depends only on its seed: exactly, for a
     given device and number of seeds, otherwise up to the rounding of the network's arithmetic. In a plain
-    `DDPMPipeline` or `DDIMPipeline` the sample stays float32 whatever the dtype of the network. Any other pipeline is
-    called as it is.
+    `DDPMPipeline` or `DDIMPipeline` the sample stays float32 whatever the dtype of the network. For any other pipeline
+    its own `__call__` is used.
 
     Args:
         pipe: The pipeline.
         seeds: One seed per image.
-        num_inference_steps: Number of denoising steps. None means all steps for DDPM, at most 50 for other schedulers
-            of these two pipelines, and the default of any other pipeline.
-        class_labels: One class per seed if the network is class-conditional, by label or, if it has names, by name.
-        options: Further arguments of the call of other pipelines, such as the loss of a guided one.
+        num_inference_steps: Number of denoising steps. None means all timesteps of training for DDPM and at most 50
+            for other schedulers in these two pipelines, and the default in any other pipeline.
+        class_labels: One class per seed if the network is class-conditional: a label or, if there are names, a name.
+        options: Further arguments for the call of the pipeline, such as the loss of a guided one.
 
     Raises:
         InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, or if
@@ -84,9 +84,9 @@ def sample(
 def sample_in_full_batches(
     generate: Callable[[list[int]], list[Image.Image]], indices: Sequence[int], batch_size: int
 ) -> list[Image.Image]:
-    """Generate the image of each index in batches of one size; the last batch is padded and the surplus discarded.
+    """Generate the image of each index in batches of equal size; the last batch is padded and the surplus discarded.
 
-    The arithmetic of an accelerator depends on the batch size, so that only equal batches give identical images.
+    The arithmetic of an accelerator depends on the batch size, so only batches of equal size give identical images.
 
     Args:
         generate: Returns the images of a list of indices.
@@ -121,19 +121,19 @@ class PipelineSampler:
         return sample(pipeline, seeds, self.num_inference_steps, labels, **self.options)
 
     def protocol(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
-        """Return what an image depends on besides the weights, its seed and its class."""
+        """Return the settings that an image depends on besides the weights, its seed and its class."""
         scheduler = type(with_scheduler(pipeline, self.scheduler).scheduler).__name__
         return {"scheduler": scheduler, "num_inference_steps": self.num_inference_steps, **self.options}
 
 
 def num_classes(network: ModelMixin) -> int | None:
-    """Return the number of classes of a class-conditional network, without the null class; None if it has none."""
+    """Return the number of classes, excluding the null class; None if the network is not class-conditional."""
     sizes = (network.config.get(name) for name in ("num_classes", "n_cfeat", "num_class_embeds"))
     return next(filter(None, sizes), None)
 
 
 def parse_class_labels(texts: Sequence[str]) -> list[int | str]:
-    """Parse class labels of the command line: digits are labels, anything else is a class name."""
+    """Parse class labels from the command line: digits are labels, anything else is a class name."""
     return [int(text) if text.isdecimal() else text for text in texts]
 
 
@@ -149,7 +149,7 @@ def _denoise(
     num_inference_steps: int,
     class_labels: Sequence[int | str] | None,
 ) -> torch.Tensor:
-    """Sample like the `__call__` of these pipelines, also with schedulers that scale the network's input."""
+    """Sample like a `DDPMPipeline` or `DDIMPipeline`, but also with schedulers that scale the network's input."""
     unet, scheduler = pipe.unet, pipe.scheduler
     condition = _class_condition(unet, class_labels)
     size, channels = unet.config.sample_size, unet.config.in_channels
@@ -162,7 +162,7 @@ def _denoise(
     for t in scheduler.timesteps:
         model_input = scheduler.scale_model_input(sample, t).to(unet.dtype)
         output = unet(model_input, t, **condition).sample.float()
-        if not isinstance(scheduler, DDPMScheduler):  # only DDPM uses a learned variance in the further channels
+        if not isinstance(scheduler, DDPMScheduler):  # only DDPM uses a learned variance in the extra channels
             output = output[:, :channels]
         sample = scheduler.step(output, t, sample, **step_kwargs).prev_sample
     return sample

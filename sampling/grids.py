@@ -28,7 +28,7 @@ def image_grid(
     Small images are enlarged by the largest integer factor that keeps their longer side within `LEGIBLE_SIDE` pixels.
 
     Args:
-        images: Images of one size and mode (gray, RGB or RGBA).
+        images: Images of the same size and mode (gray, RGB or RGBA).
         columns: Number of columns; None makes the grid about square.
         column_labels: Label above each column.
         row_labels: Label to the left of each row.
@@ -55,7 +55,7 @@ def image_grid(
 
 
 def before_after(before: Image.Image, after: Image.Image) -> Image.Image:
-    """Show two images of one size side by side with captions, typically grids of the same seeds."""
+    """Show two images of the same size side by side with captions, typically grids of the same seeds."""
     return image_grid([before, after], columns=2, column_labels=("before", "after"))
 
 

@@ -1,4 +1,4 @@
-"""Load a pipeline, identify its weights and exchange its scheduler."""
+"""Load a pipeline, hash its weights and replace its scheduler."""
 
 import copy
 import hashlib
@@ -42,7 +42,7 @@ def load_pipeline(
     Args:
         path_or_repo: A folder written by `save_pretrained` or a training run, or the ID of a Hub repository.
         dtype: Data type of the weights; None means float32.
-        trust_remote_code: Whether to run Python code that the pipeline brings along.
+        trust_remote_code: Whether to run custom Python code that comes with the pipeline.
         device: Device to move the pipeline to.
 
     Raises:
@@ -86,15 +86,15 @@ def load_pipeline(
 def realign_parameters(network: torch.nn.Module) -> None:
     """Copy the parameters of a loaded network to aligned memory, in place.
 
-    On a CPU they are memory-mapped from the safetensors file at arbitrary offsets, where kernels sum in another order
-    than for weights in memory of their own. After this the results are bit-identical to those of the saved network.
+    On a CPU they are memory-mapped from the safetensors file at arbitrary offsets, and kernels sum unaligned weights
+    in a different order. With aligned weights, the results are bit-identical to those of the saved network.
     """
     for parameter in network.parameters():
         parameter.data = parameter.data.clone()
 
 
 def pipeline_hash(pipe: DiffusionPipeline) -> str:
-    """Hash the weights and configs of a pipeline, since a training run may replace those in its folder."""
+    """Hash the weights and configs of a pipeline, because a training run may replace those in its folder."""
     digest = hashlib.blake2b(digest_size=16)
     for name, component in sorted(pipe.components.items()):
         config = {key: value for key, value in getattr(component, "config", {}).items() if not key.startswith("_")}
@@ -106,9 +106,9 @@ def pipeline_hash(pipe: DiffusionPipeline) -> str:
 
 
 def with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
-    """Return a pipeline with another scheduler, which shares the networks and the scheduler config of `pipe`.
+    """Return a pipeline with another scheduler that shares the networks and the scheduler config of `pipe`.
 
-    If the saved scheduler clips the predicted image, so do solvers built for latents, which call it thresholding.
+    If the saved scheduler clips the predicted image, so do the solvers that support this only as thresholding.
 
     Args:
         name: A key of `SCHEDULERS`, or `as-saved` to return `pipe` itself.

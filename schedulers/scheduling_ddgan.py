@@ -112,11 +112,11 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps (`int`, *optional*, defaults to T):
                 Number of steps, evenly spaced and starting at T-1, where the sample is noise.
             device (`str` or `torch.device`, *optional*): Device of `self.timesteps`.
-            timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number.
+            timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number of steps.
 
         Raises:
-            `ValueError`: If both are passed, `num_inference_steps` is outside 1 .. T, or `timesteps` do not descend
-                within T-1 .. 0.
+            `ValueError`: If both are passed, `num_inference_steps` is outside 1 .. T, or `timesteps` are not in
+                descending order within T-1 .. 0.
         """
         T = self.config.num_train_timesteps
         if num_inference_steps is not None and timesteps is not None:
@@ -176,7 +176,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             model_output (`torch.Tensor`): The network's output, of the same shape as `sample`.
             timestep (`int` or `torch.Tensor`):
                 t, either one value or an integer tensor of shape `(batch_size,)` with one value per sample.
-            sample (`torch.Tensor`): x_t. Half precision is computed in float32 and returned in half precision.
+            sample (`torch.Tensor`): x_t. With half precision, x_s is computed in float32 and rounded at the end.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Generators for the noise; with a list, the noise of sample i comes from generator i only. No random
                 numbers are used by the step to the clean image (`timestep` is one value, the last of
@@ -272,7 +272,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         if _is_single(timestep):
             return self._tables[name][int(timestep)].item()
         key = like.device, like.dtype
-        if key not in self._device_tables:  # cached: a copy to a GPU waits for the kernels that it is running
+        if key not in self._device_tables:  # cached, because a copy to a GPU waits for running kernels
             self._device_tables[key] = {k: table.to(like.dtype).to(like.device) for k, table in self._tables.items()}
         entries = self._device_tables[key][name][timestep.to(like.device)]
         return entries.view(-1, *[1] * (like.ndim - 1))

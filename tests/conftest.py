@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-# set before the libraries are imported, which read them then; no test needs the network
+# set before the libraries are imported, because they read these on import; no test needs the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp()
 os.environ["OMP_NUM_THREADS"] = "1"  # more threads only slow tiny networks down
@@ -22,8 +22,6 @@ from tiny import finetune_flags, tiny_unet, write_images
 from xdist.scheduler import LoadScopeScheduling
 
 GOLDEN = [Path(__file__).parent / "fixtures" / "golden", Path(__file__).parents[2] / "shared" / "golden"]
-
-
 # modules whose fixtures take longer than their tests: a single process runs the whole module
 TOGETHER = ("examples/test_space.py", "hub/test_export.py")
 
@@ -50,7 +48,7 @@ def pytest_collection_modifyitems(items: list) -> None:
 def golden():
     """Return a function that reads the recorded tensors, configuration and state dict of a published network.
 
-    Files that are too large for this repository are searched for next to it; without them the test is skipped.
+    Files that are too large for this repository are looked up next to it; if they are missing, the test is skipped.
     """
 
     def read(name):
@@ -103,7 +101,7 @@ def local_hub(monkeypatch, tmp_path):
         settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_ann"}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        # read by the client when it was imported
+        # the client read these when it was imported
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(api, "endpoint", hub.url)  # used by functions such as create_repo, which Diffusers calls
         files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"

@@ -1,4 +1,4 @@
-"""A small local stand-in for the Hugging Face Hub, which the real client uses over HTTP and which can be made to fail.
+"""A small local stand-in for the Hugging Face Hub, used by the real client over HTTP, with faults that tests can set.
 
 It has users, repositories of all types, commits, branches, pull requests and large files (git-LFS). It keeps them in
 memory, even while it is down.
@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-LARGE = 100_000  # bytes from which on a file is stored as a large one; weights always are
+LARGE = 100_000  # bytes; files of this size or more, and all weights, are stored as large files
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "openrail", "other", "unknown")
 NOW = "2026-01-01T00:00:00.000Z"
 
@@ -30,7 +30,7 @@ class Refused(Exception):
 
 
 class Cut(Exception):
-    """The connection is closed without a response."""
+    """A connection that is closed without a response."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Fault:
         lost: the request is handled, but there is no response.
         halved: the request is handled, but the response ends in the middle.
         late: the request is handled, but the response comes after this many seconds.
-        dies: the server stops after reading this many bytes of the request.
+        dies: the server stops after reading this many bytes of the request body.
     """
 
     pattern: str
@@ -76,7 +76,7 @@ class LocalHub:
         repos: by type and id.
         large: contents of large files by their SHA-256.
         requests: requests so far, as `POST /api/...`.
-        faults: errors to come.
+        faults: errors in future requests.
         shares_names: whether models, datasets and Spaces share one namespace; on the real Hub they do not.
     """
 
@@ -157,7 +157,7 @@ def entry(path: str, content: bytes) -> dict:
 
 
 def card_errors(text: str) -> list[str]:
-    """Return what the Hub rejects in the metadata of a card, as far as its documentation states it."""
+    """Return the errors for which the Hub rejects the metadata of a card, according to its documentation."""
     match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
         data = yaml.safe_load(match[1]) if match else {}
@@ -196,8 +196,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         address = urlsplit(self.path)
-        self.place, self.query = unquote(address.path), parse_qs(address.query)
-        request = f"{self.command} {self.place}"
+        self.url_path, self.query = unquote(address.path), parse_qs(address.query)
+        request = f"{self.command} {self.url_path}"
         fault = self.hub.take_fault(request)
         try:
             if not self.hub.up:
@@ -209,10 +209,10 @@ class Handler(BaseHTTPRequestHandler):
                 return
             try:
                 with self.hub.lock:
-                    status, content, headers = 200, *self.handle_it()
-            except Refused as no:
-                status, content = no.status, json.dumps({"error": no.message, **no.more}).encode()
-                headers = {"X-Error-Code": no.code, "X-Error-Message": no.message}
+                    status, content, headers = 200, *self.dispatch()
+            except Refused as refusal:
+                status, content = refusal.status, json.dumps({"error": refusal.message, **refusal.more}).encode()
+                headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
             if fault and fault.lost:
                 raise Cut
             if fault:
@@ -274,16 +274,16 @@ class Handler(BaseHTTPRequestHandler):
             return revision
         raise Refused(404, "Invalid rev id", "RevisionNotFound")
 
-    def handle_it(self) -> tuple[bytes, dict]:
+    def dispatch(self) -> tuple[bytes, dict]:
         kinds = {"models": "model", "datasets": "dataset", "spaces": "space"}
         for verb, pattern, action in ROUTES:
-            if verb == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, self.place)):
+            if verb == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, self.url_path)):
                 named = match.groupdict()
                 named["kind"] = kinds[(named.get("kind") or "models").strip("/")]
                 args = [named[name] for name in ("kind", "repo", "rest") if name in named and "repo" in named]
                 result = getattr(self, action)(*args)
                 return result if isinstance(result, tuple) else (json.dumps(result).encode(), {})
-        raise Refused(404, f"no such page: {self.command} {self.place}", "EntryNotFound")
+        raise Refused(404, f"no such page: {self.command} {self.url_path}", "EntryNotFound")
 
     def whoami(self):
         name, role = self.user()

@@ -66,7 +66,7 @@ def make_dataset(folder: Path, count: int, shards: int = 1) -> Path:
 
 
 def write_shard(archive: Path, values: range) -> Path:
-    """A WebDataset shard of gray images, with their parity as the class."""
+    """Write a WebDataset shard of gray images, with the parity of their value as the class."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "w") as file:
         for value in values:
@@ -103,10 +103,10 @@ def run_script(*args, **options) -> subprocess.CompletedProcess:
 
 
 def run_ranks(script: Path, *args, output: Path) -> str:
-    """Run a script as two ranks without the launcher, and return what both print, which is also written to `output`.
+    """Run a script as two ranks without the launcher; write the output of both to `output` and return it.
 
     Raises:
-        AssertionError: If a rank fails or they take more than five minutes; the message is what they printed.
+        AssertionError: If a rank fails or they take more than five minutes; the message is their output.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -148,6 +148,6 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 
 def level_difference(a: Image.Image, b: Image.Image) -> int:
-    """Return the largest difference between two images, in levels of 0 to 255."""
+    """Return the largest difference between the pixel values of two images, 0 to 255."""
     assert a.mode == b.mode and a.size == b.size
     return np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()

@@ -1,4 +1,4 @@
-"""Create a dataset folder of 32x32 emoji from one of 64x64 emoji, of Twemoji or Noto Emoji with the same subjects.
+"""Create a dataset folder of 32x32 emoji from one of 64x64 emoji; Twemoji and Noto Emoji get the same subjects.
 
     python examples/data/make_emoji_32.py path/to/twemoji-64 examples/data/twemoji-32
     python examples/data/make_emoji_32.py path/to/noto-emoji-64 path/to/noto-emoji-32

@@ -1,7 +1,7 @@
-"""Save the configs of the embedded pipelines again with the current classes, and without code; `make models` runs it.
+"""Save the configs of the embedded pipelines again, with the current classes and without code: `make models`.
 
-To embed the result of a training run, copy its folder here and run this: the copies of the package's code, which every
-saved pipeline contains, are removed, because in a clone the package itself is used. Weights stay as they are.
+To embed the result of a training run, copy its folder here and run this script. It removes the copies of the package's
+code that every saved pipeline contains, because a clone uses the package itself. Weights are not changed.
 """
 
 from pathlib import Path
@@ -11,11 +11,11 @@ from ddgan.core.files import replace_file
 from ddgan.hub.cards import CARD_NAME, code_section, read_card
 from ddgan.hub.export import write_json
 from ddgan.hub.folders import code_files, read_json
-from ddgan.sampling.pipelines import load_pipeline
+from ddgan.sampling.loading import load_pipeline
 
 
 def remove_code(folder: Path) -> None:
-    """Remove the code files that a pipeline folder names, and their list from its model card."""
+    """Remove the code files of a pipeline folder, and their list from its model card."""
     files = code_files(folder)
     card = read_card(folder).replace(f"{code_section(files)}\n\n", "")
     replace_file(folder / CARD_NAME, lambda path: path.write_text(card, encoding="utf-8"))
@@ -24,7 +24,7 @@ def remove_code(folder: Path) -> None:
 
 
 def save_configs(folder: Path) -> None:
-    """Write the JSON files of a pipeline folder as the current classes do; they name the package instead of files."""
+    """Write the JSON files of a pipeline folder as the current classes do, but naming the package instead of files."""
     with TemporaryDirectory() as temporary:
         load_pipeline(str(folder)).save_pretrained(temporary)
         code = code_files(Path(temporary))

@@ -3,8 +3,8 @@
     python examples/space/app.py
     DDGAN_PIPELINE=google/ddpm-cifar10-32 python examples/space/app.py
 
-It offers the embedded pipelines, or those that the environment variable DDGAN_PIPELINE names: folders or Hub
-repositories, separated by commas. DDGAN_CLIP names the CLIP model for text guidance.
+It offers the embedded pipelines, or those in the environment variable DDGAN_PIPELINE: folders or Hub repositories,
+separated by commas. DDGAN_CLIP sets the CLIP model for text guidance.
 
 Together with the package `ddgan` this folder is a Hugging Face Space: scripts/push_to_hub.py --space uploads both.
 """
@@ -98,7 +98,7 @@ def show_errors(handler: Callable) -> Callable:
 
 
 def build(models: dict[str, Model], clip: str | None, why_no_clip: str) -> gr.Blocks:
-    """Build the page for these models; without a CLIP model it shows the reason in place of text guidance."""
+    """Build the page for these models; without a CLIP model, it shows `why_no_clip` in place of text guidance."""
     ddgans = [model for model in models.values() if model.is_ddgan]
     others = [model for model in models.values() if not model.is_ddgan]
     with gr.Blocks(
@@ -208,9 +208,8 @@ def color_controls(first: Model) -> SimpleNamespace:
         scale = guidance_slider()
         button = gr.Button("Generate", variant="primary")
         with gr.Row():
-            for (
-                example
-            ) in COURSE_EXAMPLES:  # filled in by the browser, so that a click on Generate right after uses it
+            # filled in by the browser, so that a click on Generate right afterwards uses the new values
+            for example in COURSE_EXAMPLES:
                 example_button = gr.Button("{} at scale {}".format(*example), size="sm")
                 script = f"() => {json.dumps(example)}"
                 example_button.click(None, None, [color, scale], js=script, api_visibility="private")

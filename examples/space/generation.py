@@ -108,7 +108,7 @@ class GenerationRequest:
     """The settings of one request, except for its guidance.
 
     Attributes:
-        num_images: how many images to generate.
+        num_images: number of images to generate.
         steps: number of denoising steps.
         scheduler: a key of `SCHEDULERS`, or `as-saved`.
         seed: seed of the first image; image i is generated from `seed + i`.
@@ -145,7 +145,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """Generated images, the denoising steps of the first one as an image strip, and the seconds it all took."""
+    """Generated images, the denoising steps of the first one as an image strip, and the time in seconds."""
 
     images: list[Image.Image]
     strip: Image.Image
@@ -153,11 +153,11 @@ class GenerationResult:
 
 
 class StepProgress:
-    """Reports each denoising step to the page, and stops a request that takes too long.
+    """Report each denoising step to the page, and stop a request that takes too long.
 
     Args:
         progress: called with (step, number of steps) and a description.
-        seconds: the time limit, counted from the construction.
+        seconds: the time limit, counted from the creation of this object.
     """
 
     def __init__(self, progress: Callable[[tuple[int, int], str], Any], seconds: float = MAX_SECONDS):
@@ -178,7 +178,7 @@ class StepProgress:
 
 
 def load_models() -> dict[str, Model]:
-    """Load the pipelines that `DDGAN_PIPELINE` names, or the embedded ones.
+    """Load the pipelines in the environment variable `DDGAN_PIPELINE`, or the embedded ones.
 
     The variable holds comma-separated folders or Hub repositories.
 
@@ -188,45 +188,45 @@ def load_models() -> dict[str, Model]:
     Raises:
         InputError: if no pipeline is found, or one of them cannot be used here.
     """
-    named = [place.strip() for place in os.environ.get(SPACE_VARIABLE, "").split(",") if place.strip()]
-    places = named or sorted(str(index.parent) for index in EMBEDDED_MODELS.glob("*/model_index.json"))
-    if not places:
+    named = [item.strip() for item in os.environ.get(SPACE_VARIABLE, "").split(",") if item.strip()]
+    paths_or_repos = named or sorted(str(index.parent) for index in EMBEDDED_MODELS.glob("*/model_index.json"))
+    if not paths_or_repos:
         raise InputError(
             f"No pipeline found. Set the environment variable {SPACE_VARIABLE} to a pipeline folder or a repository "
             "on the Hub."
         )
-    models = [load_model(place, name) for name, place in unique_names(places).items()]
+    models = [load_model(path_or_repo, name) for name, path_or_repo in unique_names(paths_or_repos).items()]
     return {model.name: model for model in sorted(models, key=lambda model: not model.is_color)}
 
 
-def unique_names(places: list[str]) -> dict[str, str]:
-    """Name each place once: a Hub repository by its id, a folder by as many path components as make it unique."""
-    parts = {Path(place).resolve().parts if Path(place).is_dir() else (place,): place for place in places}
+def unique_names(paths_or_repos: list[str]) -> dict[str, str]:
+    """Name each pipeline once: a Hub repository by its id, a folder by as many path components as make it unique."""
+    by_parts = {Path(item).resolve().parts if Path(item).is_dir() else (item,): item for item in paths_or_repos}
     depth = 1
-    while len(names := {Path(*path[-depth:]).as_posix(): place for path, place in parts.items()}) < len(parts):
+    while len(names := {Path(*parts[-depth:]).as_posix(): item for parts, item in by_parts.items()}) < len(by_parts):
         depth += 1
     return names
 
 
-def load_model(place: str, name: str) -> Model:
+def load_model(path_or_repo: str, name: str) -> Model:
     """Load a pipeline and generate one image with it.
 
     Raises:
-        InputError: if it cannot be loaded, or not be guided.
+        InputError: if it cannot be loaded or does not support guidance.
     """
-    model = Model(name, load_pipeline(place, device=DEVICE))
+    model = Model(name, load_pipeline(path_or_repo, device=DEVICE))
     try:
         GuidedPipeline.from_pipe(with_scheduler(model.pipe, model.schedulers[0]))
     except (AttributeError, ValueError) as error:
-        raise InputError(f"{place} cannot be used here: {error}") from error
-    # a warm-up: the first image takes longest, and a pipeline that fails should do so before anybody visits
+        raise InputError(f"{path_or_repo} cannot be used here: {error}") from error
+    # a warm-up: the first image takes longest, and a pipeline that fails should do so before the page is served
     request = GenerationRequest(num_images=1, steps=1, scheduler=model.schedulers[0], seed=0)
     generate(model, request, StepProgress(lambda *_: None))
     return model
 
 
 def find_clip() -> tuple[str | None, str]:
-    """Find the CLIP model for text guidance: that of `DDGAN_CLIP`, or the default if the Hub's cache has it.
+    """Find the CLIP model for text guidance: that of `DDGAN_CLIP`, or the default one if it is in the Hub's cache.
 
     Returns:
         The `model` argument of `CLIPLoss` and an empty string, or None and the reason to show on the page.
@@ -237,8 +237,8 @@ def find_clip() -> tuple[str | None, str]:
         CLIPLoss("an image", name, device=DEVICE)
     except LocalEntryNotFoundError:
         return None, (
-            "Text guidance needs a CLIP model, and none is available here. Whoever runs this app can name one in the "
-            f"environment variable `{CLIP_VARIABLE}`, such as `{DEFAULT_MODEL}` (600 MB)."
+            "Text guidance needs a CLIP model, and none is available here. Whoever runs this app can set the "
+            f"environment variable `{CLIP_VARIABLE}` to one, such as `{DEFAULT_MODEL}` (600 MB)."
         )
     except InputError as error:
         print(error, file=sys.stderr)
@@ -336,7 +336,7 @@ def mean_loss(images: list[Image.Image], loss: GuidanceLoss) -> float:
 
 
 def user_message(error: Exception) -> str:
-    """Return the message for the page; the details of unexpected errors go to the log only."""
+    """Return the message to show on the page; the details of unexpected errors only go to the log."""
     if isinstance(error, (InputError, RunError)):
         return str(error)
     traceback.print_exception(error)
@@ -344,7 +344,7 @@ def user_message(error: Exception) -> str:
 
 
 def enlarge(image: Image.Image) -> Image.Image:
-    """Enlarge a small image by a whole factor, so that browsers do not blur it."""
+    """Enlarge a small image by an integer factor, so that browsers do not blur it."""
     factor = max(1, MIN_DISPLAY_SIDE // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
@@ -361,5 +361,5 @@ def save_zip(path: Path, model: Model, request: GenerationRequest, result: Gener
 
 
 def most_similar(ddgan: Model, others: list[Model]) -> Model:
-    """Return the model that compares best with a DDGAN: one with the same classes, then the same channels."""
+    """Return the most similar model to a DDGAN: preferably with the same classes, then with the same channels."""
     return max(others, key=lambda model: (model.classes == ddgan.classes, model.channels == ddgan.channels))

@@ -261,7 +261,7 @@ def test_features_that_are_not_finite_are_reported_with_their_image(pair, broken
     samples = pair[0].clone()
     samples[17, 3] = broken
     for compute in (metrics.kernel_distance, metrics.manifold_metrics):
-        with pytest.raises(ValueError, match=r"1 of 300 images are not finite, first those of image 17"):
+        with pytest.raises(ValueError, match=r"1 of 300 images are not finite, the first being image 17"):
             compute(samples, pair[1])
     with pytest.raises(ValueError, match="not finite"):
         Gaussian.of(samples)

@@ -136,12 +136,12 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("README.md", "# Größe".encode("latin-1"), "is not a text in UTF-8: save it as one"),
+        ("README.md", "# Größe".encode("latin-1"), "is not UTF-8 text: save it in that encoding"),
         ("README.md", b"---\nlicense: [mit\n---\n", r"The metadata of the existing README\.md cannot be read: "),
-        ("model_index.json", b"{bad", r"is damaged, it is not valid JSON: .* line 1 column 2 .* Save the"),
-        ("model_index.json", b"[]", "is damaged, it is not a JSON object"),
+        ("model_index.json", b"{bad", r"is damaged: it is not valid JSON \(.* line 1 column 2 .*\)\. Save the"),
+        ("model_index.json", b"[]", "is damaged: it is not a JSON object"),
         ("model_index.json", b"{}", "not a pipeline folder: it has no .* that names a pipeline's class"),
-        ("unet/config.json", b'{"sample_size": 8', "is damaged, it is not valid JSON: "),
+        ("unet/config.json", b'{"sample_size": 8', r"is damaged: it is not valid JSON \("),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(run, name, content, message):
@@ -250,7 +250,7 @@ def test_a_missing_login_and_missing_write_access_are_reported(local_hub, folder
         with pytest.raises(InputError, match=r"rejects this token: log in again with `hf auth login`"):
             refused()
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(InputError, match=r"Nobody is logged in .* run `hf auth login`, or set HF_TOKEN"):
+    with pytest.raises(InputError, match=r"You are not logged in .* run `hf auth login`, or set HF_TOKEN"):
         who_am_i()
     assert not local_hub.asked(COMMIT)
 
@@ -419,7 +419,7 @@ def test_a_space_shows_the_model(local_hub, tmp_path):
     files = local_hub.files("ann/model", kind="space")
     of_app = {name for name in files if not name.startswith("ddgan/")}
     assert of_app == {".gitattributes", "README.md", "app.py", "requirements.txt"}
-    package = {"__init__.py", "LICENSE", "core/errors.py", "data/images.py", "sampling/pipelines.py"}
+    package = {"__init__.py", "LICENSE", "core/errors.py", "data/images.py", "sampling/loading.py"}
     package |= {"training/objectives/__init__.py", "training/objectives/adversarial.py"}
     assert {f"ddgan/{name}" for name in package} <= set(files) - of_app
     assert not [name for name in files if "test" in name or "train_" in name or name.endswith("setup.py")]

@@ -484,7 +484,7 @@ def test_gray_against_color_has_a_warning(run, folders, tmp_path):
         run("--images", folders["samples"], reference=tmp_path / "gray")
     )
     results = run("--images", folders["samples"], "--feature_extractor", folders["gray"])
-    assert "The samples are in color, which this classifier" in warnings(results)
+    assert "The samples are in color, but this classifier" in warnings(results)
 
 
 def test_resized_references_have_a_warning(run, folders, tmp_path):

@@ -202,5 +202,5 @@ def test_invalid_arguments_are_rejected_before_the_hub_is_contacted(local_hub, m
 
 def test_a_missing_login_is_reported_with_the_remedy(local_hub, folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(InputError, match=r"Nobody is logged in .* run `hf auth login`"):
+    with pytest.raises(InputError, match=r"You are not logged in .* run `hf auth login`"):
         push_to_hub.main(flags(folder))
