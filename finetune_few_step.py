@@ -36,6 +36,7 @@ from ddgan.training.objectives.few_step import (
     GeneratorObjective,
 )
 from ddgan.training.run_folder import RunFolder
+from ddgan.training.sample_grids import save_before_after
 from ddgan.training.session import Session
 from ddgan.training.start_model import image_size, load_start_model
 
@@ -166,7 +167,7 @@ def finetune_few_step(
         pipeline=pipeline,
         ema=EMA(unet, run),
         sampler=PipelineSampler("as-saved", steps),
-        before_after=True,
+        finish=save_before_after,
         monitor=DiscriminatorAccuracyMonitor(),
         card=card,
         arguments=arguments,
