@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
-from ddgan.training.objectives.denoising import MicroBatch
+from ddgan.training.objectives.micro_batch import MicroBatch
 from ddgan.training.randomness import PerSampleRNG
 
 # channels, widths of the reference and the generator, batch size, width of the discriminator

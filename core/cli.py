@@ -1,6 +1,7 @@
 """Command-line arguments: dataclasses read from flags and YAML files."""
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import os
@@ -96,7 +97,9 @@ def write_config(path: Path, *arguments: Any) -> None:
 
 
 def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -> HfArgumentParser:
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    parser = HfArgumentParser(
+        dataclass_types, allow_abbrev=False, usage="%(prog)s [flags]", formatter_class=_HelpFormatter
+    )
     for action in parser._actions:
         if action.nargs == "+":
             action.nargs = "*"  # lists may be empty, on the command line and in YAML files
@@ -109,6 +112,23 @@ def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -
 
     parser.error = fail
     return parser
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Name each flag once, and add its default unless it has none or the help states it."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        # without the spellings with hyphens that HfArgumentParser adds
+        shown.option_strings = [flag for flag in action.option_strings if "-" not in flag.removeprefix("--")[1:]]
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action, argparse._StoreFalseAction):  # HfArgumentParser repeats the help of the flag
+            return f"turn off --{action.dest}"
+        if action.default in (None, []) or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def _read_config(

@@ -617,7 +617,8 @@ def _open_idx_folder(request: _Request) -> ImageSource | None:
 def _open_image_folder(request: _Request) -> ImageSource | None:
     folder = request.path
     if request.folder_as == "images" and not folder.exists():
-        raise InputError(f"{folder}: there is no such folder (looked for at {folder.resolve()}).")
+        place = "" if folder.is_absolute() else f" (looked for at {folder.resolve()})"
+        raise InputError(f"{folder}: there is no such folder{place}.")
     if not folder.is_dir() or request.folder_as == "dataset":
         return None
     if request.folder_as is None and _has_dataset_files(folder):

@@ -131,11 +131,6 @@ def write_features(path: Path, features: Features, protocol: dict[str, Any] | No
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def read_features(path: Path) -> Features:
-    """Read the features in a file."""
-    return load_file(path)
-
-
 def read_protocol(path: Path) -> dict[str, Any]:
     """Read the protocol of the features in a file."""
     with safe_open(path, "pt") as file:

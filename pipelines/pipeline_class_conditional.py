@@ -67,7 +67,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def has_null_class(self) -> bool:
-        """Whether the network was trained with a null class, whose label is `num_classes`."""
+        """`True` if the network was trained with a null class, whose label is `num_classes`."""
         return bool(self.unet.config.get("class_dropout"))
 
     @property

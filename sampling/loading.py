@@ -71,8 +71,9 @@ def load_pipeline(
         reason = str(error).strip().splitlines()[0]
         if folder.is_dir():
             raise InputError(f"The pipeline in the folder {path_or_repo} cannot be loaded: {reason}") from error
+        place = "" if folder.is_absolute() else f" in {Path.cwd()}"
         raise InputError(
-            f"No pipeline {path_or_repo} was found: there is no such folder in {Path.cwd()}, and the Hugging Face Hub "
+            f"No pipeline {path_or_repo} was found: there is no such folder{place}, and the Hugging Face Hub "
             f"returned: {reason}"
         ) from error
     pipe.set_progress_bar_config(disable=True)

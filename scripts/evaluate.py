@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
@@ -33,7 +34,7 @@ from ddgan.data.sources import open_source, read_arrays
 from ddgan.evaluation.coverage import STACKED_MNIST_SAMPLES, confusion_matrix_plot
 from ddgan.evaluation.extractors import EXTRACTORS, INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
 from ddgan.evaluation.facts import ReferenceFacts, SampleFacts
-from ddgan.evaluation.features import Features, extract_features, read_features, read_protocol
+from ddgan.evaluation.features import Features, extract_features, read_protocol
 from ddgan.evaluation.metrics import MIN_HELD_OUT, MIN_IMAGES, Gaussian
 from ddgan.evaluation.references import (
     CACHE_DIR,
@@ -405,7 +406,7 @@ def read_reference_features(path: Path, extractor: FeatureExtractor, accelerator
             f"The features in {path} are those of {protocol.get('extractor', 'an unknown network')}, not of "
             f"{extractor.name} with the weights {extractor.digest}. Measure the reference images themselves."
         )
-    return Reference(ReferenceFacts.from_dict(protocol), read_features(path) if accelerator.is_main_process else None)
+    return Reference(ReferenceFacts.from_dict(protocol), load_file(path) if accelerator.is_main_process else None)
 
 
 def holds_statistics(path: Path) -> bool:

@@ -67,6 +67,11 @@ class ClassifierArguments:
 class ClassifierDataArguments(DataArguments):
     """The labeled images, and how they are resized and cropped."""
 
+    dataset_name: str | None = option(
+        None,
+        "labeled dataset on the Hub, or a local one: a folder, or a .parquet, .arrow, .tar, .zip or .npz file; this "
+        "or --train_data_dir is required",
+    )
     image_size: int | None = option(
         None, "height and width of the input (default: the shorter side of the first image)"
     )

@@ -77,7 +77,7 @@ def train(kinds, tmp_path):
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
-    """All that training changes, from the newest checkpoint: the network, its EMA weights, the optimizer."""
+    """Return the network, its EMA weights and the optimizer state of the newest checkpoint."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     files = [file for file in ("model.safetensors", "ema.safetensors") if (newest / file).exists()]
     tensors = {f"{file}/{name}": value for file in files for name, value in load_file(newest / file).items()}

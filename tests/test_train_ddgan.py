@@ -22,7 +22,7 @@ from ddgan.training.arguments import DataArguments
 from ddgan.training.loading import TrainingData
 from ddgan.training.monitors import GANBalanceMonitor
 from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
-from ddgan.training.objectives.denoising import MicroBatch
+from ddgan.training.objectives.micro_batch import MicroBatch
 from ddgan.training.randomness import PerSampleRNG
 from ddgan.training.tracking import read_metrics
 
@@ -71,7 +71,7 @@ def kinds(tmp_path_factory) -> Path:
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
-    """All that training changes, from the newest checkpoint: both networks, the EMA weights, both optimizers."""
+    """Return both networks, the EMA weights and both optimizer states of the newest checkpoint."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     files = ("model.safetensors", "model_1.safetensors", "ema.safetensors")
     tensors = {f"{file}/{name}": value for file in files for name, value in load_file(newest / file).items()}

@@ -19,7 +19,7 @@ class DataArguments:
     dataset_name: str | None = option(
         None,
         "dataset on the Hub, or a local one: a folder, or a .parquet, .arrow, .tar, .zip or .npz file (default: the "
-        "embedded emoji)",
+        "embedded emoji, unless the script states otherwise)",
     )
     dataset_config: str | None = option(None, "configuration of that dataset, if it has several")
     split: str = option("train", "split of the dataset")

@@ -13,7 +13,7 @@ from ..hub.cards import CardFacts
 from ..sampling.generation import PipelineSampler
 from ..sampling.grids import image_grid
 from .ema import EMA
-from .objectives.denoising import MicroBatch
+from .objectives.micro_batch import MicroBatch
 from .run_folder import RunFolder
 
 

@@ -188,7 +188,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
             if position["pass"] > first_pass + 1:
                 raise RunError(f"No image could be read in a whole pass over the stream; the last one: {broken[-1]}")
             try:
-                if self.numbers is not None and label[0] not in self.numbers:
+                if label and label[0] not in self.numbers:
                     raise BrokenImageError(f"its class is {label[0]}, not one of 0 to {self.numbers[-1]}")
                 return read_image(cell, self.preprocessing), label[0] if label else None, position
             except BrokenImageError as error:

@@ -31,7 +31,7 @@ from .model_card import (
     write_best,
     write_card,
 )
-from .objectives.denoising import MicroBatch
+from .objectives.micro_batch import MicroBatch
 from .progress import RunProgress
 from .randomness import PerSampleRNG, fold_in
 from .run_folder import RunFolder

@@ -27,7 +27,7 @@ _TRACKERS = ("tensorboard", "wandb", "trackio")
 
 @dataclass(frozen=True)
 class _PanelStyle:
-    """How a panel of the evaluation plot is drawn; the panel of each metric is in `METRICS`."""
+    """Axes of a panel of the evaluation plot; the panel of each metric is in `METRICS`."""
 
     height: int = 2
     scale: str = "linear"

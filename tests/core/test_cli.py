@@ -17,6 +17,7 @@ class Length:
     epochs: int = option(1, "passes over the data")
     steps: int | None = option(None, "optimizer steps")
     sizes: list[int] | None = option(None, "height and width")
+    shuffle: bool = option(True, "shuffle the data")
 
 
 @dataclass
@@ -82,6 +83,18 @@ def test_unusable_arguments_are_refused(tmp_path, monkeypatch, argv, message):
     write(tmp_path / "broken.yaml", "epochs: [3\n")
     with pytest.raises(InputError, match=message):
         parse(*argv)
+
+
+def test_help_names_each_flag_and_its_default_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    assert text.startswith("usage: ") and "[flags]" in text
+    assert "--output_dir OUTPUT_DIR" in text and "--output-dir" not in text
+    assert "(default: run)" in text and "(default: None)" not in text
+    assert "shuffle the data (default: True)" in text and "turn off --shuffle" in text
+    assert parse("--output-dir", "other")[1].output_dir == "other"
 
 
 def test_numbers_are_bounded_alone_and_in_lists():

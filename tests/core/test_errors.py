@@ -1,4 +1,4 @@
-"""How a command ends."""
+"""Tests of the messages and exit codes with which commands end."""
 
 import errno
 import re

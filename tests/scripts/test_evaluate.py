@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import ROOT, run_ranks, tiny_unet, write_images
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
@@ -271,7 +272,7 @@ def test_every_form_of_samples_gives_the_same_numbers(run, folders, tmp_path):
 def test_saved_statistics_give_only_the_fid(run, folders, tmp_path):
     whole = values(run("--images", folders["samples"]))
     (cached,) = (tmp_path / "cache").glob("*.safetensors")
-    gaussian = metrics.Gaussian.of(features.read_features(cached)["features"])
+    gaussian = metrics.Gaussian.of(load_file(cached)["features"])
     np.savez(tmp_path / "statistics.npz", mu=gaussian.mean, sigma=gaussian.covariance)
     results = run("--images", folders["samples"], reference=tmp_path / "statistics.npz")
     assert values(results) == {name: whole[name] for name in ("fid@40", "classifier_score@40")}

@@ -10,7 +10,7 @@ from ddgan import DDGANDiscriminator, DDGANScheduler, NCSNpp
 from ddgan.conversion.ddgan_checkpoints import convert_discriminator, convert_generator
 from ddgan.training.augmentation import DifferentiableAugmentation
 from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
-from ddgan.training.objectives.denoising import MicroBatch
+from ddgan.training.objectives.micro_batch import MicroBatch
 from ddgan.training.randomness import PerSampleRNG
 
 

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 
 from ddgan import ClassConditionedUnet, UNetDiscriminator
-from ddgan.training.objectives.denoising import MicroBatch
 from ddgan.training.objectives.few_step import (
     CLEAN,
     DiscriminatorObjective,
@@ -15,6 +14,7 @@ from ddgan.training.objectives.few_step import (
     GeneratorObjective,
     Transition,
 )
+from ddgan.training.objectives.micro_batch import MicroBatch
 from ddgan.training.randomness import PerSampleRNG
 
 TINY = {

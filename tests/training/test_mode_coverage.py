@@ -17,7 +17,7 @@ from torch import nn
 from ddgan import DDGANPipeline, DDGANScheduler
 from ddgan.evaluation.coverage import gaussian_coverage, gaussian_grid
 from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
-from ddgan.training.objectives.denoising import MicroBatch
+from ddgan.training.objectives.micro_batch import MicroBatch
 
 CENTERS, STD = gaussian_grid(), 0.1
 TIMESTEPS, WAVES, WIDTH, BATCH, STEPS = 4, 32, 128, 256, 800

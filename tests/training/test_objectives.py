@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddgan.training.objectives.denoising import ClassConditionalObjective, DenoisingObjective, MicroBatch
+from ddgan.training.objectives.denoising import ClassConditionalObjective, DenoisingObjective
+from ddgan.training.objectives.micro_batch import MicroBatch
 from ddgan.training.randomness import PerSampleRNG
 
 IMAGES = torch.linspace(-1, 1, 16 * 3 * 8 * 8).view(16, 3, 8, 8)

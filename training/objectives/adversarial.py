@@ -10,7 +10,7 @@ from ...models.discriminator_ddgan import DDGANDiscriminator
 from ...models.unet_ncsnpp import NCSNpp
 from ...schedulers.scheduling_ddgan import DDGANScheduler
 from ..augmentation import DifferentiableAugmentation
-from .denoising import MicroBatch
+from .micro_batch import MicroBatch
 
 
 @dataclass

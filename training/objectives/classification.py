@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..randomness import PerSampleRNG
-from .denoising import MicroBatch
+from .micro_batch import MicroBatch
 
 ROTATION, SCALING, SHIFT = 10.0, 0.1, 0.08  # maxima: degrees, log scale, share of the image side
 NOISE = 0.1  # maximum standard deviation, for images in [-1, 1]

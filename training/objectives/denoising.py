@@ -1,7 +1,6 @@
 """Denoising objectives: one loss per sample, from clean images and random numbers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -10,23 +9,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from ..randomness import PerSampleRNG
-
-
-@dataclass
-class MicroBatch:
-    """A micro-batch as an objective sees it.
-
-    Attributes:
-        images: (B, C, H, W) in [-1, 1].
-        labels: their classes, (B,), if the run has labels.
-        rng: the random numbers of the samples.
-        step: index of the optimizer step, from 0.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor | None
-    rng: PerSampleRNG
-    step: int
+from .micro_batch import MicroBatch
 
 
 class DenoisingObjective:

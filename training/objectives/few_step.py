@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 
 from ...models.discriminator_unet import UNetDiscriminator
 from ..augmentation import DifferentiableAugmentation
-from .denoising import MicroBatch
+from .micro_batch import MicroBatch
 
 CLEAN = -1  # the timestep of images without noise
 
