@@ -50,9 +50,7 @@ class FewStepArguments:
 
     _argument_group_name = "few steps"
 
-    start_model: str | None = option(
-        None, "pipeline folder or Hub repository of an unconditional UNet2DModel to start from"
-    )
+    start_model: str = option("", "pipeline folder or Hub repository of an unconditional UNet2DModel to start from")
     num_inference_steps: list[int] = field(
         default_factory=lambda: [4],
         metadata={
@@ -107,7 +105,7 @@ def finetune_few_step(
         RunError: if the run fails after it has started.
     """
     session = Session.open(run)
-    size = data_args.resolution or (data_args.image_size and [data_args.image_size] * 2)
+    size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
     start = load_start_model(args.start_model, size)
     unet, steps = start.unet, args.num_inference_steps[0]
     data = session.load_data(data_args, unet.config.in_channels, image_size(unet))
@@ -192,7 +190,7 @@ def few_step_scheduler(scheduler: DDPMScheduler, args: FewStepArguments, convert
         )
     if convert and prediction_type == "epsilon":
         prediction_type = "v_prediction"
-    few_step = DDPMScheduler.from_config(
+    config = dict(
         scheduler.config,
         prediction_type=prediction_type,
         timestep_spacing="trailing",
@@ -200,6 +198,8 @@ def few_step_scheduler(scheduler: DDPMScheduler, args: FewStepArguments, convert
         clip_sample=False,
         thresholding=False,
     )
+    few_step = DDPMScheduler.from_config(config)
+    assert isinstance(few_step, DDPMScheduler)
     # Diffusers keeps private keys of a config, and does not warn about them
     few_step.register_to_config(_num_inference_steps=args.num_inference_steps)
     return few_step
@@ -211,10 +211,9 @@ def remove_learned_variance(unet: UNet2DModel) -> None:
     if unet.config.out_channels == channels:
         return
     conv_out = unet.conv_out
-    unet.conv_out = torch.nn.Conv2d(conv_out.in_channels, channels, conv_out.kernel_size, padding=conv_out.padding)
-    with torch.no_grad():
-        unet.conv_out.weight.copy_(conv_out.weight[:channels])
-        unet.conv_out.bias.copy_(conv_out.bias[:channels])
+    conv_out.out_channels = channels
+    for name, parameter in list(conv_out.named_parameters()):
+        setattr(conv_out, name, torch.nn.Parameter(parameter.detach()[:channels].clone()))
     unet.register_to_config(out_channels=channels)
 
 

@@ -186,7 +186,7 @@ def test_two_processes_equal_one(tmp_path):
     two = ImageClassifier.from_pretrained(tmp_path / "two")
     assert largest_difference(one.state_dict(), two.state_dict()) < 1e-6
     card = (tmp_path / "two" / "README.md").read_text()
-    assert "| images per step | 8, 2 processes |" in card and "of 2 images (held out)" in card
+    assert "| global batch size | 8, 2 processes |" in card and "of 2 images (held out)" in card
 
 
 def test_no_image_is_both_trained_on_and_held_out(tmp_path):
