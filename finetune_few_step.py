@@ -61,7 +61,7 @@ class FewStepArguments:
     lr_d: float = option(2e-4, "learning rate of the discriminator")
     gamma: float = option(0.1, "weight of the gradient penalties R1 and R2; 0 turns them off")
     reconstruction_weight: float = option(0.5, "weight of the distance to the training image behind a noisy one")
-    instance_noise: float = option(0.5, "probability of noise on clean images before they are judged")
+    instance_noise: float = option(0.5, "probability of noise on the clean images that the discriminator sees")
     conversion_steps: int | None = option(
         None,
         "first optimizer steps, in which a network that predicts the noise learns to predict v (default: "

@@ -44,7 +44,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
         num_heads (`int`, defaults to 3):
             Number of heads, counted from the lowest resolution; a UNet of fewer resolutions gets one at each.
         pair (`bool`, defaults to `False`):
-            Whether to judge pairs of a less noisy and a noisier image instead of single images.
+            Whether the input is a pair of a less noisy and a noisier image instead of a single image.
         num_class_labels (`int`, *optional*):
             Number of classes, the null class included, where `unet_config["in_channels"]` counts the channels of a
             class embedding beside those of the image, as in `ClassConditionedUnet`.
@@ -100,7 +100,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
             unet ([`UNet2DModel`] or `ClassConditionedUnet`): the network to copy, unconditional or class-conditional.
             num_heads (`int`, defaults to 3): number of heads at most, counted from the lowest resolution.
             pair (`bool`, defaults to `False`):
-                Whether to judge pairs; the weights for the noisier image are zero before training.
+                Whether the input is a pair; the weights for the noisier image are zero before training.
         """
         inner = unet if isinstance(unet, UNet2DModel) else unet.unet
         arguments = inspect.signature(UNet2DModel.__init__).parameters

@@ -82,17 +82,17 @@ class FewStepProcess:
 
 @dataclass
 class FewStepSetup:
-    """What both objectives share.
+    """Networks and settings that both objectives share.
 
     Args:
         generator: the pretrained network.
-        discriminator: judges images at a noise level.
+        discriminator: classifies images at a noise level as real or generated.
         process: the transitions to learn.
-        augment: names of the differentiable augmentations that real and generated images pass before they are judged.
-        instance_noise: how often clean images are judged with noise instead, at a timestep of the lowest quarter, so
-            that the discriminator cannot tell them apart by details too early (arXiv 2405.14867).
-        null_class: the label for classifier-free guidance, where there is one.
-        class_dropout: how often it replaces the class.
+        augment: names of the differentiable augmentations of the discriminator's inputs.
+        instance_noise: probability that the discriminator gets clean images with noise of a timestep in the lowest
+            quarter, so that it cannot rely on fine details too early (arXiv 2405.14867).
+        null_class: label of the null class, if the network has one.
+        class_dropout: probability of the null class.
     """
 
     generator: torch.nn.Module
@@ -131,11 +131,11 @@ class FewStepSetup:
         return image, self.process.posterior_sample(image, transition, noise)
 
     def real(self, samples: MicroBatch, transition: Transition) -> torch.Tensor:
-        """x_s of the forward process."""
+        """Return x_s of the forward process."""
         return self.process.add_noise(samples.images, transition.s, samples.rng.normal(*samples.images.shape[1:]))
 
     def prepare(self, samples: MicroBatch, s: torch.Tensor, *images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Timesteps and images as they are judged: augmented alike, with independent instance noise."""
+        """Return timesteps and images for the discriminator: augmented alike, with independent instance noise."""
         rng, shape = samples.rng, images[0].shape[1:]
         if self.augment:
             augment = DifferentiableAugmentation(self.augment, rng, *shape[1:])
