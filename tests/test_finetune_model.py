@@ -248,7 +248,7 @@ def test_an_unknown_key_of_a_config_is_reported_with_the_closest_one(finetune, t
     (tmp_path / "c.yaml").write_text("num_epoch: 3\n")
     with pytest.raises(InputError, match=r"c\.yaml: Unknown flag --num_epoch\. Did you mean --num_epochs\?"):
         finetune("run", "--config", tmp_path / "c.yaml")
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match=r"missing\.yaml does not exist"):
         finetune("run", "--config", tmp_path / "missing.yaml")
 
 

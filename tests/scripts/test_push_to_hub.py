@@ -182,8 +182,8 @@ def test_branches_pull_requests_and_spaces(local_hub, folder, checked, capsys, t
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ((), "Name the folder and the repository: --folder my-model --repo_id user/my-model"),
-        (("--folder", "."), "Name the folder and the repository"),
+        ((), "Pass the folder and the repository: --folder my-model --repo_id user/my-model"),
+        (("--folder", "."), "Pass the folder and the repository"),
         (
             ("--folder", "nowhere", "--repo_id", "ann/model"),
             "nowhere is not a pipeline folder: it has no",
