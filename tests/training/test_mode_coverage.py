@@ -77,7 +77,7 @@ class PointDiscriminator(nn.Module):
 
 @pytest.mark.slow
 def test_a_four_step_generator_covers_25_gaussians():
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     generator, discriminator, scheduler = PointGenerator(), PointDiscriminator(), DDGANScheduler(TIMESTEPS)
     gan = GANSetup(generator, discriminator, scheduler)
     objectives = DiscriminatorObjective(gan, r1_gamma=0.05, lazy_reg=15), GeneratorObjective(gan)
@@ -100,6 +100,6 @@ def test_a_four_step_generator_covers_25_gaussians():
     pipeline.set_progress_bar_config(disable=True)
     samples = pipeline(batch_size=2500, generator=torch.Generator().manual_seed(0), output_type="latent").images
     coverage, fraction_at_modes = gaussian_coverage(samples.flatten(1), CENTERS, STD)
-    assert coverage.modes >= 17  # 19 to 25, depending on the seed and the processor
+    assert coverage.modes >= 20  # 19 to 25, depending on the seed and the processor
     assert coverage.kl < 1  # that of nine equally frequent modes; 0.4 to 0.7 with other seeds
     assert fraction_at_modes > 0.3  # of uniform points between -5 and 5 it is 0.07
