@@ -9,7 +9,6 @@ From Python, call `finetune_few_step`.
 
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -151,7 +150,7 @@ def finetune_few_step(
         summary=f"An unconditional diffusion model that generates an image in {evaluations}: "
         f"{location_name(args.start_model)}, fine-tuned on {data.name} with a discriminator. It was trained for "
         f"{' or '.join(map(str, args.num_inference_steps))} sampling steps.",
-        usage=USAGE.format(model=Path(run.output_dir).resolve().name, steps=steps),
+        usage=USAGE.format(model=run.folder_name, steps=steps),
         settings=settings_for_card(*arguments),
         base_model=args.start_model,
         dataset=data.name,

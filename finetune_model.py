@@ -105,7 +105,7 @@ def finetune(
     card = CardFacts(
         title=run.model_save_name,
         summary=f"An unconditional diffusion model: {location_name(args.start_model)}, fine-tuned on {data.name}.",
-        usage=USAGE.format(model=Path(run.output_dir).resolve().name, steps=args.sample_steps),
+        usage=USAGE.format(model=run.folder_name, steps=args.sample_steps),
         settings=settings_for_card(*arguments),
         base_model=args.start_model,
         dataset=data.name,

@@ -184,7 +184,7 @@ def train_class_conditional(
         summary=f"A class-conditional diffusion model trained on {data.name}, for images of {size[0]}x{size[1]} "
         f"pixels. Its {len(classes)} classes are {', '.join(classes)}; the sample grid has one row per class.",
         usage=USAGE.format(
-            model=Path(run.output_dir).resolve().name,
+            model=run.folder_name,
             name=json.dumps(classes[0], ensure_ascii=False),
             guidance=f"guidance_scale={args.guidance_scale}, " if args.class_dropout else "",
             steps=args.sample_steps,

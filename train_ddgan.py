@@ -163,9 +163,7 @@ def train_ddgan(
         summary=f"A Denoising Diffusion GAN ([arXiv 2112.07804](https://arxiv.org/abs/2112.07804)) trained on "
         f"{data.name}: it generates an image of {size[0]}x{size[1]} pixels in {args.num_train_timesteps} network "
         "evaluations.",
-        usage=USAGE.format(
-            model=Path(run.output_dir).resolve().name, inputs="class_labels=[0]" if data.classes else ""
-        ),
+        usage=USAGE.format(model=run.folder_name, inputs="class_labels=[0]" if data.classes else ""),
         settings=settings_for_card(*arguments),
         dataset=data.name,
         tags=["ddgan", "gan"],

@@ -13,7 +13,6 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -312,7 +311,7 @@ def card_facts(
     args: ClassifierArguments,
 ) -> CardFacts:
     """Return the contents of the card, without the accuracy."""
-    config, folder = network.config, Path(run.output_dir).resolve().name
+    config, folder = network.config, run.folder_name
     arguments = (run, learning_rate, data_args, label_args, args)
     location = [f"--{'dataset_name' if data_args.dataset_name else 'train_data_dir'}", dataset]
     command = [*location, "--output_dir", folder, "--split", data_args.split, *changed_flags(*arguments)]

@@ -104,7 +104,7 @@ class RunArguments:
         if not self.output_dir:
             self.output_dir = self.model_save_name or self._default_output_dir
         if self.model_save_name is None:
-            self.model_save_name = Path(self.output_dir).resolve().name
+            self.model_save_name = self.folder_name
         if self.report_to is None:
             self.report_to = "wandb" if self.wandb_project else "tensorboard"
         require_at_least(
@@ -116,6 +116,11 @@ class RunArguments:
         require_above(0, self, "ema_inv_gamma")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema_decay is {self.ema_decay}; it must be at least 0 (no EMA) and less than 1.")
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the run folder, without the folders above it."""
+        return Path(self.output_dir).resolve().name
 
 
 @dataclass
