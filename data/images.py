@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageMode
+from PIL import ExifTags, Image, ImageMode, TiffImagePlugin
 from torchvision.transforms.v2 import functional as TF
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -62,6 +62,28 @@ def upright(image: Image.Image) -> Image.Image:
     except Exception:  # Pillow raises almost anything on damaged metadata
         return image
     return image if transposition is None else image.transpose(transposition)
+
+
+def stored_range(image: Image.Image) -> tuple[float, float]:
+    """Return the values of black and white in a gray image whose file has not been decoded.
+
+    They follow from the format: the full range of its bits for integers of up to 16 bits, 0 and 1 for floating-point
+    numbers. Nothing is guessed from the values of a single image.
+
+    Raises:
+        BrokenImageError: for 32-bit integers, whose range no format states.
+    """
+    if image.mode == "F":
+        return 0.0, 1.0
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})  # a TIFF file may have 12 bits per sample
+        return 0.0, 2.0 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # in these two, Pillow widens 16 bits to 32
+        raise BrokenImageError(
+            "its pixels are 32-bit integers, whose range is not known. State the values of black and white with "
+            "--value_range, for example --value_range 0 4095"
+        )
+    return 0.0, 65535.0 if image.mode == "I" else 255.0
 
 
 def color_channels(image: Image.Image) -> int:

@@ -11,6 +11,7 @@ is run again, and the features of a reference are cached.
 """
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
 from ddgan.core.files import fingerprint, location_name, replace_file
 from ddgan.data.images import color_channels
-from ddgan.data.preprocessing import Preprocessing
+from ddgan.data.preprocessing import Preprocessing, check_value_range, low_contrast
 from ddgan.data.sources import open_source, read_arrays
 from ddgan.evaluation.coverage import STACKED_MNIST_SAMPLES, confusion_matrix_plot
 from ddgan.evaluation.extractors import EXTRACTORS, INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
@@ -50,6 +51,8 @@ from ddgan.evaluation.results import Results, compute_results
 from ddgan.hub.cards import CARD_NAME
 from ddgan.sampling.generation import sample, sample_in_full_batches
 from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
+
+logger = logging.getLogger("ddgan")
 
 DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline; with fewer the bias of FID is large
 
@@ -78,6 +81,11 @@ class EvaluateArguments:
     )
     held_out_split: str = option("test", "split of the held-out images")
     image_column: str | None = option(None, "column with the images (default: the first image column)")
+    value_range: list[float] | None = option(
+        None,
+        "values of black and white in gray --images and references: --value_range 0 4095 (default: the full range of "
+        "their bits for integers, 0 1 for floating-point numbers)",
+    )
     feature_extractor: str | None = option(
         None,
         f"{', '.join(EXTRACTORS)} (default: {INCEPTION}), or a classifier folder from scripts/train_classifier.py",
@@ -115,6 +123,7 @@ class EvaluateArguments:
             self.feature_extractor = INCEPTION if self.reference else self.classifier
         if self.feature_extractor is None:
             raise InputError("Pass images to measure against with --reference, or a --classifier.")
+        check_value_range(self.value_range)
         require_at_least(1, self, "batch_size", "num_inference_steps")
         require_at_least(MIN_IMAGES, self, "num_images", "num_reference")
 
@@ -249,8 +258,9 @@ class StoredSamples:
 
     def __init__(self, args: EvaluateArguments):
         assert args.images is not None
+        self.args = args
         self.source = open_source(args.images, image_column=args.image_column)
-        self.images = ReferenceImages(self.source)
+        self.images = ReferenceImages(self.source, value_range=check_value_range(args.value_range))
         total = len(self.source)
         self.count = args.num_images or total
         if self.count > total:
@@ -260,7 +270,7 @@ class StoredSamples:
             count=self.count,
             properties=describe_images([self.images.image(self.indices[i]) for i in evenly_spaced(self.count)]),
             origin={"source": location_name(args.images), "contents": self.source.fingerprint(self.indices)},
-            settings={"class_labels": args.class_labels},
+            settings={"class_labels": args.class_labels, "value_range": args.value_range},
         )
         first = self.images.image(self.indices[0])
         self.preprocessing = Preprocessing(self.facts.properties.channels, first.height, first.width)
@@ -276,7 +286,10 @@ class StoredSamples:
                     f"The images differ in size: {self.source.name(self.indices[0])} is {width}x{height}, "
                     f"{self.source.name(i)} is {size[0]}x{size[1]}. Measure images of one size at a time."
                 )
-        return torch.stack([self.images.pixels(i, channels, height, width) for i in source_indices])
+        pixels = torch.stack([self.images.pixels(i, channels, height, width) for i in source_indices])
+        if indices.start == 0 and (warning := low_contrast(pixels / 127.5 - 1)):
+            logger.warning(f"{self.args.images}: {warning}")
+        return pixels
 
 
 def extract_sample_features(
@@ -381,7 +394,7 @@ def load_reference(
         source = open_source(location, split, config=args.reference_config, image_column=args.image_column)
     height, width = samples.preprocessing.height, samples.preprocessing.width
     return measure_reference(
-        ReferenceImages(source),
+        ReferenceImages(source, value_range=check_value_range(args.value_range)),
         location_name(location),
         source.split,
         (height, width),

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, RunError, run_command
+from ddgan.data.preprocessing import check_value_range
 from ddgan.data.sources import ImageSource, ImageSubset, Labels, MissingSplitError
 from ddgan.evaluation.classifier import NORM_GROUPS, ImageClassifier
 from ddgan.evaluation.references import ReferenceImages, describe_images, evenly_spaced
@@ -157,7 +158,7 @@ def train_classifier(
     torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
     network = ImageClassifier(size, channels, len(labels.classes), tuple(args.widths), dict(enumerate(labels.classes)))
     test_labels = renumber(test_source.labels(label_args.label_column), labels.classes)
-    test_images = TestImages(test_name, run.batch_size)
+    test_images = TestImages(test_name, run.batch_size, check_value_range(data_args.value_range))
     if session.accelerator.is_main_process:  # only this process tests
         test_images.read(test_source, test_labels, network, data_args.skip_broken_images)
     data = session.load_data(data_args, channels, (size, size), label_args, train_source)
@@ -259,10 +260,11 @@ class TestImages:
     Args:
         name: description of the images for the card.
         batch_size: number of images classified at a time.
+        value_range: see `Preprocessing`.
     """
 
-    def __init__(self, name: str, batch_size: int):
-        self.name, self.batch_size = name, batch_size
+    def __init__(self, name: str, batch_size: int, value_range: tuple[float, float] | None = None):
+        self.name, self.batch_size, self.value_range = name, batch_size, value_range
 
     def read(self, source: ImageSource, labels: list[int], network: ImageClassifier, skip_broken: bool) -> None:
         """Read all images at the input size of a classifier.
@@ -271,7 +273,7 @@ class TestImages:
             RunError: at an image that cannot be read, unless broken images are skipped.
         """
         size = network.config.sample_size
-        images, pixels, numbers = ReferenceImages(source), [], []
+        images, pixels, numbers = ReferenceImages(source, value_range=self.value_range), [], []
         for i, number in enumerate(tqdm(labels, "reading the test images", leave=False)):
             try:
                 pixels.append(images.pixels(i, network.config.in_channels, size, size))

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from ..core.cli import option, require_above, require_at_least
 from ..core.errors import InputError
+from ..data.preprocessing import check_value_range
 from ..evaluation.metrics import METRICS, MIN_IMAGES
 
 
@@ -36,6 +37,11 @@ class DataArguments:
     resolution: list[int] | None = option(None, "height and width, if they differ: --resolution 64 96")
     center_crop: bool = option(False, "crop to the aspect ratio at the center instead of at random")
     random_flip: bool = option(False, "flip images horizontally at random")
+    value_range: list[float] | None = option(
+        None,
+        "values of black and white in gray images: --value_range 0 4095 (default: the full range of their bits for "
+        "integers, 0 1 for floating-point numbers)",
+    )
     skip_broken_images: bool = option(False, "skip images that cannot be read, and count them")
     cache_images: bool = option(False, "cache the decoded, resized images in memory (images x channels x H x W bytes)")
     dataloader_num_workers: int = option(0, "worker processes that load images ahead of the training loop")
@@ -48,6 +54,7 @@ class DataArguments:
             )
         if self.resolution and (self.image_size or len(self.resolution) != 2):
             raise InputError("--resolution takes a height and a width (--resolution 64 96) and replaces --image_size.")
+        check_value_range(self.value_range)
         require_at_least(1, self, "image_size", "resolution")
         require_at_least(0, self, "dataloader_num_workers")
         if self.streaming and not self.dataset_name:

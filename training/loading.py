@@ -1,5 +1,6 @@
 """Micro-batches of training images, from image sources or streams."""
 
+import logging
 import signal
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -15,11 +16,13 @@ from tqdm import tqdm
 from ..core.errors import InputError, RunError
 from ..core.files import location_name
 from ..data.images import BrokenImageError
-from ..data.preprocessing import Preprocessing, read_image
+from ..data.preprocessing import Preprocessing, low_contrast, read_image
 from ..data.sources import EMBEDDED_DATASET, ImageSource, ImageStream, Labels, file_name, open_source, open_stream
 from .arguments import DataArguments, LabelArguments
 from .plan import BatchPlan
 from .randomness import fold_in
+
+logger = logging.getLogger(__name__)
 
 _SHUFFLE_BLOCK = 1000  # stream rows that are shuffled together, held in memory undecoded
 _CHECKED_IMAGES = 1000  # images read once before training starts, to find broken ones early
@@ -246,7 +249,7 @@ class TrainingData:
         source: ImageSource | None = None,
         **plan: int,
     ):
-        self.args, self.preprocessing = args, preprocessing
+        self.args, self.preprocessing, self.rank = args, preprocessing, rank
         self.source: ImageSource | None = None
         self.labels: Labels | None = None
         if args.streaming:
@@ -302,12 +305,15 @@ class TrainingData:
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_signals,
         )
-        iterator = iter(loader)
+        iterator, unseen = iter(loader), self.rank == 0
         processes = getattr(iterator, "_workers", [])
         try:
             for batch in iterator:
                 if batch.error:
                     raise RunError(batch.error)
+                if unseen and batch.images is not None and (warning := low_contrast(batch.images)):
+                    logger.warning(warning)
+                unseen = False
                 yield batch
         finally:
             if processes:

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 
 from ..core.errors import InputError
-from ..data.preprocessing import Preprocessing
+from ..data.preprocessing import Preprocessing, check_value_range
 from ..data.sources import ImageSource
 from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
 from .evaluator import Evaluator
@@ -90,7 +90,14 @@ class Session:
         height, width = size
         return TrainingData(
             args,
-            Preprocessing(channels, height, width, args.center_crop, args.random_flip),
+            Preprocessing(
+                channels,
+                height,
+                width,
+                args.center_crop,
+                args.random_flip,
+                check_value_range(args.value_range),
+            ),
             self.accelerator.process_index,
             labels,
             source,

@@ -269,6 +269,20 @@ def test_every_form_of_samples_gives_the_same_numbers(run, folders, tmp_path):
     assert values(run("--images", tmp_path / "images.npz")) == pytest.approx(whole, rel=1e-6)
 
 
+def test_a_stated_range_of_values_makes_formats_equal(run, folders, tmp_path):
+    gray = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    for name, images in (("bytes", gray), ("floats", gray / np.float32(127.5) - 1)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{i:02d}.tif")
+    flags = ("--images", tmp_path / "floats")
+    with pytest.raises(RunError, match="--value_range"):
+        run(*flags, reference=tmp_path / "bytes")
+    results = run(*flags, "--value_range", -1, 1, reference=tmp_path / "floats")
+    assert values(results) == values(run("--images", tmp_path / "bytes", reference=tmp_path / "bytes"))
+    assert results["reference"]["value_range"] == "-1 to 1"
+
+
 def test_saved_statistics_give_only_the_fid(run, folders, tmp_path):
     whole = values(run("--images", folders["samples"]))
     (cached,) = (tmp_path / "cache").glob("*.safetensors")
