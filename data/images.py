@@ -9,7 +9,25 @@ import torch
 from PIL import ExifTags, Image, ImageMode, TiffImagePlugin
 from torchvision.transforms.v2 import functional as TF
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {
+    *(
+        ".png",
+        ".apng",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".webp",
+        ".avif",
+        ".gif",
+        ".bmp",
+        ".dib",
+    ),
+    *(".tif", ".tiff", ".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".qoi", ".pcx", ".sgi", ".psd"),
+}
 CHANNEL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 RESIZE = "bicubic, antialiased, of 8-bit values (torchvision)"
 

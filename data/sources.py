@@ -4,8 +4,11 @@
 the methods of `ImageSource` and a function that opens it, and add the function to `KINDS`.
 """
 
+import logging
 import os
+import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,8 +30,15 @@ from .images import IMAGE_SUFFIXES, BrokenImageError, file_bytes
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
+logger = logging.getLogger(__name__)
+
 EMBEDDED_DATASET = Path(__file__).parent.parent / "examples" / "data" / "twemoji-32"
 
+# folders in which network drives and desktops keep thumbnails, snapshots and deleted files, in lower case
+_SYSTEM_FOLDERS = {
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot", "$recycle.bin", "lost+found"),
+    *("system volume information", "__macosx", "found.000"),
+}
 _SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
 _IDX_PREFIXES = {"train": "train", "test": "t10k"}  # split -> prefix of torchvision's files
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`, for single files
@@ -127,9 +137,10 @@ class MissingSplitError(InputError):
 
 
 class FolderImages:
-    """The image files below a folder, in the order of their paths; each subfolder is a class.
+    """The image files below a folder, in the natural order of their paths; each subfolder is a class.
 
-    Symbolic links to folders are followed. Hidden files, hidden folders and run folders are ignored.
+    Symbolic links to folders are followed. Hidden files, hidden folders, run folders, and the thumbnails and recycle
+    bins of network drives are ignored; what else is ignored is logged.
 
     Raises:
         InputError: if there are none.
@@ -137,12 +148,14 @@ class FolderImages:
 
     def __init__(self, folder: Path, split: str = "all"):
         self.folder, self.split = folder, split
-        self.paths = _image_files(folder)
+        self.paths, ignored = _image_files(folder)
         if not self.paths:
             raise InputError(
                 f"There are no images in {folder} or its subfolders. Image files end in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}; torchvision's raw/train-images-idx3-ubyte is also supported."
             )
+        if ignored and os.environ.get("RANK", "0") == "0":
+            logger.info(f"{folder}: {len(self.paths)} images. Ignored: {_describe(ignored)}.")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -161,7 +174,7 @@ class FolderImages:
 
 
 class ZipImages:
-    """The image files in a .zip archive, in the order of their paths; each folder is a class.
+    """The image files in a .zip archive, in the natural order of their paths; each folder is a class.
 
     Paths are relative to the deepest folder that contains all images, which may have a subfolder for each split.
 
@@ -174,7 +187,7 @@ class ZipImages:
         self.path = path
         with naming_file(path), ZipFile(path) as archive:
             members = [PurePosixPath(name) for name in archive.namelist()]
-        members = [m for m in members if m.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(m)]
+        members = [m for m in members if m.suffix.lower() in IMAGE_SUFFIXES and not any(map(_is_left_out, m.parts))]
         if not members:
             raise InputError(f"There are no images in {path}. Image files end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
         self.root = PurePosixPath(os.path.commonpath([member.parent for member in members]))
@@ -182,7 +195,7 @@ class ZipImages:
         split_folder = _find_split(folders, split, path)
         self.split = split_folder or "all"
         self.root /= split_folder or ""
-        self.members = sorted(member for member in members if member.is_relative_to(self.root))
+        self.members = sorted((m for m in members if m.is_relative_to(self.root)), key=natural_order)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -219,24 +232,50 @@ def _fingerprint(cells: Iterable[Any]) -> str:
     return fingerprint([fingerprint_bytes(file_bytes(cell)) for cell in cells])
 
 
-def _image_files(folder: Path) -> list[Path]:
-    paths = []
+def natural_order(path: PurePath) -> list[tuple]:
+    """Sort key of a path that compares the numbers in its parts by value: 2.png before 10.png."""
+
+    def key(text: str) -> tuple[int, str, str]:
+        number = text.lstrip("0") if text.isdecimal() else ""
+        return len(number), number, text
+
+    return [tuple(key(text) for text in re.split(r"(\d+)", part)) for part in path.parts]
+
+
+def _image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the images below a folder, and the number of ignored files by their suffix or system folder."""
+    paths, ignored = [], Counter[str]()
     for root, folders, files in os.walk(folder, followlinks=True):
+        for name in folders:
+            if name.lower() in _SYSTEM_FOLDERS and (count := _count_images(Path(root, name))):
+                ignored[f"in {name}"] += count
         folders[:] = [name for name in folders if not _is_ignored(Path(root, name))]
-        paths += [Path(root, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        for path in (Path(root, name) for name in files if not name.startswith(".")):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                paths.append(path)
+            else:
+                ignored[path.suffix.lower() or "without a suffix"] += 1
+    return sorted((path for path in paths if path.is_file()), key=natural_order), ignored
+
+
+def _count_images(folder: Path) -> int:
+    return sum(Path(name).suffix.lower() in IMAGE_SUFFIXES for _, _, files in os.walk(folder) for name in files)
+
+
+def _describe(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
 def _is_ignored(folder: Path) -> bool:
-    if folder.name.startswith("."):
+    if _is_left_out(folder.name):
         return True
     if folder.is_symlink() and any(parent.resolve().is_relative_to(folder.resolve()) for parent in folder.parents):
         return True  # a link to one of its own parent folders
     return is_run_folder(folder)
 
 
-def _is_hidden(path: PurePath) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _is_left_out(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
 def _find_split(folders: set[str], split: str, location: Path) -> str | None:
@@ -557,9 +596,9 @@ def open_source(
         split: the split to read, if there are several; datasets also accept slices such as `train[:10%]`.
         config: configuration of a dataset that has several.
         image_column: the column of a dataset with the images; detected if None.
-        folder_as: how to read a folder that could be both. "images": as image files if it has any. "dataset": with
-            `datasets`, even if it only has image files. None: with `datasets` if it has .parquet, .arrow, .jsonl,
-            .csv or .tar files.
+        folder_as: how to read a folder that could be both. "images": as image files if it has any. "dataset" or None:
+            with `datasets` if it has .parquet, .arrow, .jsonl, .csv or .tar files, or a dataset card with
+            configurations. A folder without images is read with `datasets` if it has such files, or for "dataset".
 
     Raises:
         InputError: if the location does not exist, is damaged, has no images or several sets of them, or has no
@@ -619,16 +658,16 @@ def _open_image_folder(request: _Request) -> ImageSource | None:
     if request.folder_as == "images" and not folder.exists():
         place = "" if folder.is_absolute() else f" (looked for at {folder.resolve()})"
         raise InputError(f"{folder}: there is no such folder{place}.")
-    if not folder.is_dir() or request.folder_as == "dataset":
+    if not folder.is_dir():
         return None
-    if request.folder_as is None and _has_dataset_files(folder):
+    if request.folder_as != "images" and (_has_dataset_files(folder) or request.config or "[" in request.split):
         return None
     subfolders = {child.name for child in folder.iterdir() if child.is_dir() and not _is_ignored(child)}
     split = _find_split(subfolders, request.split, folder)
     try:
         return FolderImages(folder / split, split) if split else FolderImages(folder)
     except InputError:
-        if _has_dataset_files(folder):
+        if _has_dataset_files(folder) or request.folder_as == "dataset":
             return None
         raise
 
@@ -662,7 +701,12 @@ def _existing_file(path: Path) -> Path:
 
 
 def _has_dataset_files(folder: Path) -> bool:
-    return folder.is_dir() and any(path.suffix in _DATASET_SUFFIXES for path in folder.rglob("*"))
+    if not folder.is_dir():
+        return False
+    card = folder / "README.md"
+    if card.is_file() and re.search(rb"^configs:", card.read_bytes(), re.MULTILINE):
+        return True
+    return any(path.suffix in _DATASET_SUFFIXES for path in folder.rglob("*"))
 
 
 def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
@@ -702,6 +746,13 @@ def _load_saved_split(datasets: ModuleType, request: _Request) -> "Dataset":
 
 def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "Dataset | IterableDataset":
     location, path = request.location, request.path
+    system_folders = [kind for kind in _image_files(path)[1] if kind.startswith("in ")] if path.is_dir() else []
+    if system_folders:
+        raise InputError(
+            f"{location} has images {' and '.join(system_folders)}, folders of a network drive or desktop that the "
+            "datasets library would read, too. Remove them, or read the folder with --train_data_dir, which ignores "
+            "them."
+        )
     try:
         return datasets.load_dataset(location, request.config, split=request.split, streaming=streaming)
     except Exception as error:  # from `datasets`, the libraries behind its builders, or the Hub client

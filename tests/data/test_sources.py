@@ -3,18 +3,19 @@
 import json
 import multiprocessing
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 from zipfile import ZipFile
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from PIL import features as pillow_features
 from pyarrow import parquet
 from tiny import ROOT, make_dataset, write_images, write_shard
 
 from ddgan.core.errors import InputError
-from ddgan.data.images import BrokenImageError, open_image
+from ddgan.data.images import IMAGE_SUFFIXES, BrokenImageError, open_image
 from ddgan.data.preprocessing import Preprocessing, read_image
 from ddgan.data.sources import (
     EMBEDDED_DATASET,
@@ -23,6 +24,7 @@ from ddgan.data.sources import (
     ImageSubset,
     MissingSplitError,
     ZipImages,
+    natural_order,
     open_source,
     open_stream,
 )
@@ -289,8 +291,11 @@ def test_a_folder_of_images_with_a_table_is_read_as_requested(tmp_path):
     (tmp_path / "000.png").rename(folder / "even" / "000.png")
     table(range(20, 24)).to_parquet(folder / "train.parquet")
     assert isinstance(open_folder(folder), FolderImages)
-    assert isinstance(open_source(str(write_images(tmp_path / "plain", 2))), FolderImages)
-    assert not isinstance(open_dataset(tmp_path / "plain"), FolderImages)
+    plain = write_images(tmp_path / "plain", 2)
+    assert isinstance(open_source(str(plain)), FolderImages)
+    assert isinstance(open_dataset(plain), FolderImages)
+    (plain / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: 001.png\n---\n")
+    assert len(open_dataset(plain)) == 1
     data = tmp_path / "table"
     data.mkdir()
     table(range(20, 24)).to_parquet(data / "train.parquet")
@@ -365,6 +370,48 @@ def test_hidden_files_and_run_folders_are_ignored(tmp_path):
     assert len(source) == 5
     grids = open_folder(folder / "run")  # unless it is named itself
     assert len(grids) == 2
+
+
+def test_thumbnails_and_recycle_bins_are_ignored_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO", "ddgan")
+    folder = write_images(tmp_path / "nas", 4)
+    for name in ("@eaDir/000.png", "#recycle", "$RECYCLE.BIN", "lost+found", "__MACOSX"):
+        write_images(folder / name, 1)
+    (folder / "photo.heic").write_bytes(b"")
+    for open_as in (open_folder, open_dataset, open_source):
+        assert len(open_as(str(folder))) == 4
+    assert "nas: 4 images. Ignored: 1 in " in caplog.text
+    assert "1 in @eaDir" in caplog.text and "1 .heic" in caplog.text
+    assert len(open_source(str(zip_folder(folder, tmp_path / "nas.zip")))) == 4
+    with pytest.raises(InputError, match=r"@eaDir.* folders of a network drive .*--train_data_dir"):
+        open_stream(str(folder))
+
+
+@pytest.mark.parametrize("suffix", [".JFIF", ".tga", ".jp2", ".ppm", ".avif"])
+def test_files_that_pillow_reads_are_images(tmp_path, suffix):
+    if not Image.registered_extensions().get(suffix.lower()) or (
+        suffix == ".avif" and not pillow_features.check("avif")
+    ):
+        pytest.skip(f"this build of Pillow does not read {suffix}")
+    write_images(tmp_path, 1)
+    Image.new("RGB", (8, 8), "teal").save(tmp_path / f"b{suffix}", Image.registered_extensions()[suffix.lower()])
+    source = open_folder(tmp_path)
+    assert len(source) == 2
+    assert read_image(source[1], Preprocessing(3, 8, 8)).shape == (3, 8, 8)
+
+
+def test_all_image_suffixes_are_known_to_pillow():
+    assert set(Image.registered_extensions()) >= IMAGE_SUFFIXES
+
+
+def test_images_are_in_the_natural_order_of_their_names(tmp_path):
+    for i in range(12):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+    assert first_pixels(open_folder(tmp_path)) == list(range(12))
+    assert first_pixels(open_source(str(zip_folder(tmp_path, tmp_path.parent / "images.zip")))) == list(range(12))
+    names = ["1.png", "01.png", "a1b10.png", "a1b9.png", "a", "9" * 5000 + ".png"]
+    expected = ["01.png", "1.png", "9" * 5000 + ".png", "a", "a1b9.png", "a1b10.png"]
+    assert sorted(names, key=lambda name: natural_order(PurePath(name))) == expected
 
 
 def test_a_torchvision_folder_is_read_as_torchvision_lays_it_out(tmp_path):
