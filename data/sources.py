@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,7 +39,13 @@ _SYSTEM_FOLDERS = {
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot", "$recycle.bin", "lost+found"),
     *("system volume information", "__macosx", "found.000"),
 }
-_SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
+_SPLIT_NAMES = {  # folder names in lower case -> the split they stand for
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("eval", "evaluation"), "evaluation"),
+}
+_WHOLE = (None, "train", "all")  # requested splits that a source without splits can give
 _IDX_PREFIXES = {"train": "train", "test": "t10k"}  # split -> prefix of torchvision's files
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`, for single files
 _DATASET_SUFFIXES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}  # files that make a folder a dataset
@@ -180,10 +186,10 @@ class ZipImages:
 
     Raises:
         InputError: if there are none, or the file is not an archive.
-        MissingSplitError: if there are splits, but not this one.
+        MissingSplitError: if there is no such split.
     """
 
-    def __init__(self, path: Path, split: str = "train"):
+    def __init__(self, path: Path, split: str | None = None, default_split: str = "train"):
         self.path = path
         with naming_file(path), ZipFile(path) as archive:
             members = [PurePosixPath(name) for name in archive.namelist()]
@@ -192,7 +198,7 @@ class ZipImages:
             raise InputError(f"There are no images in {path}. Image files end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
         self.root = PurePosixPath(os.path.commonpath([member.parent for member in members]))
         folders = {parts[0] for m in members if len(parts := m.relative_to(self.root).parts) > 1}
-        split_folder = _find_split(folders, split, path)
+        split_folder = _find_split(folders, split, default_split, path)
         self.split = split_folder or "all"
         self.root /= split_folder or ""
         self.members = sorted((m for m in members if m.is_relative_to(self.root)), key=natural_order)
@@ -278,22 +284,36 @@ def _is_left_out(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
-def _find_split(folders: set[str], split: str, location: Path) -> str | None:
+def _find_split(folders: set[str], split: str | None, default_split: str, location: Path) -> str | None:
     """Return the subfolder that contains a split, or None if the subfolders are not splits.
 
-    `train` may also be the name of a class, and the caller may not have chosen it, since it is the default split. A
-    subfolder `train` is therefore a split only if it is the only one, or another one has the name of a split too.
+    `train` and `test` may also be names of classes. Unless the caller names a split, subfolders are splits only if
+    there are two different ones, or the only subfolder is that of the training images.
 
     Raises:
-        MissingSplitError: if the subfolders are splits, but none of them is this one.
+        MissingSplitError: if there is no such split.
     """
-    split_names = folders & _SPLIT_NAMES
-    has_splits = "train" in folders and (split_names == folders or len(split_names) > 1)
-    if split in folders and (has_splits or split != "train"):
-        return split
+    splits = {name: _SPLIT_NAMES[name.lower()] for name in folders if name.lower() in _SPLIT_NAMES}
+    has_splits = len(set(splits.values())) > 1 or (splits.keys() == folders and "train" in splits.values())
+    requested = split or default_split
+    kind = _SPLIT_NAMES.get(requested.lower())
+    found = [requested] if requested in folders else [name for name in splits if splits[name] == kind]
+    if len(found) == 1 and (has_splits or split):
+        return found[0]
     if has_splits:
-        raise MissingSplitError(f"{location} has no split {split}: its splits are {', '.join(sorted(split_names))}.")
+        raise MissingSplitError(f"{location} has no split {requested}: its splits are {', '.join(sorted(splits))}.")
+    _require_no_split(split, location)
     return None
+
+
+def _require_no_split(split: str | None, location: str | Path) -> None:
+    """Check that no particular split was requested of a source without splits.
+
+    Raises:
+        MissingSplitError: if one was.
+    """
+    if split not in _WHOLE:
+        raise MissingSplitError(f"{location} has no split {split}: it is not divided into splits.")
 
 
 def _folder_labels(paths: Sequence[PurePath], location: Path) -> Labels:
@@ -562,7 +582,8 @@ class _Request:
     """The arguments of `open_source`."""
 
     location: str
-    split: str
+    split: str | None
+    default_split: str
     config: str | None
     image_column: str | None
     folder_as: Literal["images", "dataset"] | None
@@ -571,11 +592,17 @@ class _Request:
     def path(self) -> Path:
         return Path(self.location)
 
+    @property
+    def split_or_default(self) -> str:
+        """The split to read of a source that has splits."""
+        return self.split or self.default_split
+
 
 def open_source(
     location: str,
-    split: str = "train",
+    split: str | None = None,
     *,
+    default_split: str = "train",
     config: str | None = None,
     image_column: str | None = None,
     folder_as: Literal["images", "dataset"] | None = None,
@@ -593,7 +620,9 @@ def open_source(
     | any other folder, or a name on the Hub | as read by `datasets.load_dataset` |
 
     Args:
-        split: the split to read, if there are several; datasets also accept slices such as `train[:10%]`.
+        split: the split to read; datasets also accept slices such as `train[:10%]`. None: `default_split` of a source
+            with splits, else all images.
+        default_split: see `split`.
         config: configuration of a dataset that has several.
         image_column: the column of a dataset with the images; detected if None.
         folder_as: how to read a folder that could be both. "images": as image files if it has any. "dataset" or None:
@@ -603,21 +632,21 @@ def open_source(
     Raises:
         InputError: if the location does not exist, is damaged, has no images or several sets of them, or has no
             such configuration or column.
-        MissingSplitError: if it has splits, but not the requested one.
+        MissingSplitError: if it does not have the requested split.
     """
-    request = _Request(location, split, config, image_column, folder_as)
+    request = _Request(location, split, default_split, config, image_column, folder_as)
     return next(source for open_kind in KINDS if (source := open_kind(request)) is not None)
 
 
 def open_stream(
-    location: str, split: str = "train", *, config: str | None = None, image_column: str | None = None
+    location: str, split: str | None = None, *, config: str | None = None, image_column: str | None = None
 ) -> ImageStream:
     """Open a dataset on the Hub, or a local one (see `open_source`), to read its rows without a copy on disk.
 
     Raises:
         InputError: if it is not found, is not a dataset, or has no such split, configuration or column.
     """
-    request = _Request(location, split, config, image_column, "dataset")
+    request = _Request(location, split, "train", config, image_column, "dataset")
     if request.path.suffix in (".npz", ".zip") and not request.path.is_dir():
         raise InputError(f"{location} cannot be streamed: read {request.path.suffix} files without --streaming.")
     rows, _ = _load_dataset(request, streaming=True)
@@ -625,11 +654,16 @@ def open_stream(
 
 
 def _open_npz(request: _Request) -> ImageSource | None:
-    return NpzImages(_existing_file(request.path)) if _is_file(request.path, ".npz") else None
+    if not _is_file(request.path, ".npz"):
+        return None
+    _require_no_split(request.split, request.location)
+    return NpzImages(_existing_file(request.path))
 
 
 def _open_zip(request: _Request) -> ImageSource | None:
-    return ZipImages(_existing_file(request.path), request.split) if _is_file(request.path, ".zip") else None
+    if not _is_file(request.path, ".zip"):
+        return None
+    return ZipImages(_existing_file(request.path), request.split, request.default_split)
 
 
 def _open_idx_folder(request: _Request) -> ImageSource | None:
@@ -642,15 +676,16 @@ def _open_idx_folder(request: _Request) -> ImageSource | None:
     }
     if not any(files.values()):
         return None
-    paths = files.get(request.split)
+    split = request.split_or_default
+    paths = files.get(split)
     if not paths:
         raw = next(path.parent for paths in files.values() for path in paths)
         splits = [split for split, paths in files.items() if paths]
-        raise MissingSplitError(f"{raw} has no split {request.split}: its splits are {' and '.join(splits)}.")
+        raise MissingSplitError(f"{raw} has no split {split}: its splits are {' and '.join(splits)}.")
     if len(paths) > 1:
         sets = ", ".join(sorted(str(path.parent.parent) for path in paths))
         raise InputError(f"{request.location} contains several sets of images. Choose one of them: {sets}.")
-    return IdxImages(paths[0], request.split)
+    return IdxImages(paths[0], split)
 
 
 def _open_image_folder(request: _Request) -> ImageSource | None:
@@ -660,10 +695,12 @@ def _open_image_folder(request: _Request) -> ImageSource | None:
         raise InputError(f"{folder}: there is no such folder{place}.")
     if not folder.is_dir():
         return None
-    if request.folder_as != "images" and (_has_dataset_files(folder) or request.config or "[" in request.split):
+    if request.folder_as != "images" and (
+        _has_dataset_files(folder) or request.config or "[" in request.split_or_default
+    ):
         return None
     subfolders = {child.name for child in folder.iterdir() if child.is_dir() and not _is_ignored(child)}
-    split = _find_split(subfolders, request.split, folder)
+    split = _find_split(subfolders, request.split, request.default_split, folder)
     try:
         return FolderImages(folder / split, split) if split else FolderImages(folder)
     except InputError:
@@ -722,30 +759,37 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():  # Dataset.save_to_disk
         files = sorted(path.glob("*.arrow"))
     elif (path / "dataset_dict.json").is_file() and not streaming:  # DatasetDict.save_to_disk
-        return _load_saved_split(datasets, request), request.split
+        with naming_file(path, Exception):
+            splits = datasets.load_from_disk(str(path))
+        return _select_split(datasets, splits, request), request.split_or_default
     else:
-        return _load_by_name(datasets, request, streaming), request.split
+        return _load_by_name(datasets, request, streaming), request.split_or_default
+    if streaming:
+        _require_no_split(request.split, path)
     with naming_file(path, Exception):  # the readers raise the errors of many libraries
         if path.is_dir() and not streaming:
-            return datasets.load_from_disk(str(path)), "all"
-        builder, data_files = _FILE_BUILDERS[files[0].suffix], [str(file) for file in files]
-        return datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming), "all"
+            rows = datasets.load_from_disk(str(path))
+        else:
+            builder, data_files = _FILE_BUILDERS[files[0].suffix], [str(file) for file in files]
+            rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming)
+    if request.split in _WHOLE:
+        return rows, "all"
+    return _select_split(datasets, {"train": rows}, request), request.split_or_default
 
 
-def _load_saved_split(datasets: ModuleType, request: _Request) -> "Dataset":
-    with naming_file(request.location, Exception):
-        splits = datasets.load_from_disk(request.location)
-    lengths = {name: len(rows) for name, rows in splits.items()}
+def _select_split(datasets: ModuleType, splits: "Mapping[str, Dataset]", request: _Request) -> "Dataset":
+    """Return the requested split or slice of a split."""
+    lengths, split = {name: len(rows) for name, rows in splits.items()}, request.split_or_default
     try:
-        parts = datasets.ReadInstruction.from_spec(request.split).to_absolute(lengths)
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except ValueError as error:
         names = ", ".join(lengths)
-        raise MissingSplitError(f"{request.location} has no split {request.split}: its splits are {names}.") from error
+        raise MissingSplitError(f"{request.location} has no split {split}: its splits are {names}.") from error
     return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "Dataset | IterableDataset":
-    location, path = request.location, request.path
+    location, path, split = request.location, request.path, request.split_or_default
     system_folders = [kind for kind in _image_files(path)[1] if kind.startswith("in ")] if path.is_dir() else []
     if system_folders:
         raise InputError(
@@ -754,14 +798,14 @@ def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "
             "them."
         )
     try:
-        return datasets.load_dataset(location, request.config, split=request.split, streaming=streaming)
+        return datasets.load_dataset(location, request.config, split=split, streaming=streaming)
     except Exception as error:  # from `datasets`, the libraries behind its builders, or the Hub client
         kind = MissingSplitError if isinstance(error, ValueError) and _lacks_split(datasets, request) else InputError
         folder = path.resolve()
         place = folder if path.exists() else f"the Hugging Face Hub, since there is no local folder {folder}"
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise kind(
-            f"The dataset {location} (split {request.split}) could not be loaded from {place}. The datasets library "
+            f"The dataset {location} (split {split}) could not be loaded from {place}. The datasets library "
             f"reports: {type(cause or error).__name__}: {cause or error}"
         ) from error
 
@@ -769,7 +813,7 @@ def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "
 def _lacks_split(datasets: ModuleType, request: _Request) -> bool:
     with suppress(Exception):  # the split is not the problem then
         names = datasets.get_dataset_split_names(request.location, request.config)
-        return request.split.partition("[")[0] not in names
+        return request.split_or_default.partition("[")[0] not in names
     return False
 
 

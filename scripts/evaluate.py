@@ -73,13 +73,13 @@ class EvaluateArguments:
         "images to measure against: folder, MNIST-style folder, dataset folder or Hub dataset, .npz, .parquet, or "
         "statistics: an .npz with mu and sigma, or a .safetensors file of cached features",
     )
-    reference_split: str = option("train", "split of the reference")
+    reference_split: str | None = option(None, "split of the reference (default: train, if it has splits)")
     reference_config: str | None = option(None, "configuration of a reference dataset, if it has several")
     num_reference: int | None = option(None, "size of a random subset of the reference (default: all images)")
     held_out: str | None = option(
         None, "images not used in training, to detect memorization; --reference must be the training images"
     )
-    held_out_split: str = option("test", "split of the held-out images")
+    held_out_split: str | None = option(None, "split of the held-out images (default: test, if they have splits)")
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     value_range: list[float] | None = option(
         None,
@@ -350,7 +350,7 @@ def load_references(
     if not args.reference:
         return None, None
     reference = load_reference(
-        args.reference, args.reference_split, args.num_reference, samples, extractor, args, accelerator
+        args.reference, args.reference_split, "train", args.num_reference, samples, extractor, args, accelerator
     )
     require_images(MIN_IMAGES, args.reference, reference)
     if not args.held_out:
@@ -360,7 +360,7 @@ def load_references(
             f"Detecting memorization needs the features of the training images, but {args.reference} has only their "
             "mean and covariance. Pass the images themselves with --reference."
         )
-    held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator)
+    held_out = load_reference(args.held_out, args.held_out_split, "test", None, samples, extractor, args, accelerator)
     require_images(MIN_HELD_OUT, args.held_out, held_out)
     if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
         raise InputError(
@@ -372,7 +372,8 @@ def load_references(
 
 def load_reference(
     location: str,
-    split: str,
+    split: str | None,
+    default_split: str,
     count: int | None,
     samples: PipelineSamples | StoredSamples,
     extractor: FeatureExtractor,
@@ -391,7 +392,13 @@ def load_reference(
     if path.suffix == ".npz" and path.is_file() and holds_statistics(path):
         return read_reference_statistics(path, samples.preprocessing, extractor)
     with accelerator.main_process_first():
-        source = open_source(location, split, config=args.reference_config, image_column=args.image_column)
+        source = open_source(
+            location,
+            split,
+            default_split=default_split,
+            config=args.reference_config,
+            image_column=args.image_column,
+        )
     height, width = samples.preprocessing.height, samples.preprocessing.width
     return measure_reference(
         ReferenceImages(source, value_range=check_value_range(args.value_range)),

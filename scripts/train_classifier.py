@@ -221,9 +221,13 @@ def open_splits(
         InputError: if the images are not found, or there is no split `test_split`.
     """
     source = open_training_source(args)
-    if source.split != "all":
+    if test_split or source.split != "all":
         try:
-            return source, open_training_source(replace(args, split=test_split or "test")), "the test split"
+            test_source = open_training_source(replace(args, split=test_split or "test"))
+            if test_source.split != source.split:
+                return source, test_source, "the test split"
+            if test_split:
+                raise InputError(f"--test_split {test_split} names the images to train on. Name another split.")
         except MissingSplitError:
             if test_split:
                 raise
@@ -316,7 +320,7 @@ def card_facts(
     config, folder = network.config, run.folder_name
     arguments = (run, learning_rate, data_args, label_args, args)
     location = [f"--{'dataset_name' if data_args.dataset_name else 'train_data_dir'}", dataset]
-    command = [*location, "--output_dir", folder, "--split", data_args.split, *changed_flags(*arguments)]
+    command = [*location, "--output_dir", folder, *changed_flags(*arguments)]
     strength = args.augmentation
     return CardFacts(
         title=run.model_save_name,
@@ -348,7 +352,7 @@ def changed_flags(*arguments: Any) -> Iterator[str]:
     for argument in chain.from_iterable(map(fields, arguments)):
         default = argument.default if argument.default_factory is MISSING else argument.default_factory()
         value = settings.get(argument.name, default)
-        if value == default or argument.name in ("model_save_name", "dataset_name", "split", "report_to"):
+        if value == default or argument.name in ("model_save_name", "dataset_name", "report_to"):
             continue
         yield f"--{'no_' if value is False else ''}{argument.name}"
         if not isinstance(value, bool):

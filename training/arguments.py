@@ -23,7 +23,7 @@ class DataArguments:
         "embedded emoji, unless the script states otherwise)",
     )
     dataset_config: str | None = option(None, "configuration of that dataset, if it has several")
-    split: str = option("train", "split of the dataset")
+    split: str | None = option(None, "split of the images (default: train, if they are divided into splits)")
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     streaming: bool = option(False, "stream the dataset without a copy on disk; needs --max_train_steps")
     train_data_dir: str | None = option(

@@ -260,6 +260,44 @@ def test_a_folder_for_each_split(tmp_path, archived):
         write_class_folders(vehicles / name, range(2))
     source = open_source(location(vehicles))
     assert (source.split, source.labels(None).classes) == ("all", ["car", "train"])
+    assert open_source(location(vehicles), "train").split == "train"  # unless it is named
+
+
+def test_the_folder_of_a_split_may_have_another_name_for_it(tmp_path):
+    for name, values in (("Training", range(6)), ("Testing", range(10, 13)), ("valid", range(20, 22))):
+        write_class_folders(tmp_path / name, values)
+    splits = {split: open_source(str(tmp_path), split) for split in (None, "train", "test", "Testing", "val")}
+    assert [source.split for source in splits.values()] == ["Training", "Training", "Testing", "Testing", "valid"]
+    assert splits[None].labels(None).classes == ["even", "odd"]
+    write_class_folders(tmp_path / "val", range(2))
+    with pytest.raises(
+        MissingSplitError, match="has no split validation: its splits are Testing, Training, val, vali"
+    ):
+        open_source(str(tmp_path), "validation")
+
+
+@pytest.mark.parametrize("kind", ["folder", ".zip", ".npz", ".parquet", ".arrow", "saved"])
+def test_a_split_of_images_without_splits_is_refused_instead_of_ignored(tmp_path, kind):
+    location = tmp_path / f"images{kind}"
+    if kind in ("folder", ".zip"):
+        location = write_class_folders(tmp_path / "images", range(4))
+        location = zip_folder(location, tmp_path / "images.zip") if kind == ".zip" else location
+    elif kind == ".npz":
+        np.savez(location, arr_0=np.zeros((4, 8, 8), np.uint8))
+    elif kind == ".parquet":
+        table(range(4)).to_parquet(location)
+    else:
+        table(range(4)).save_to_disk(tmp_path / "saved")
+        location = tmp_path / "saved" / ("data-00000-of-00001.arrow" if kind == ".arrow" else "")
+    for split in (None, "train", "all"):
+        source = open_source(str(location), split, default_split="test")
+        assert (len(source), source.split) == (4, "all")
+    with pytest.raises(MissingSplitError, match="has no split test"):
+        open_source(str(location), "test")
+    if kind in (".parquet", ".arrow", "saved"):
+        assert first_pixels(open_source(str(location), "train[1:3]")) == [1, 2]
+        with pytest.raises(MissingSplitError, match="has no split test"):
+            open_stream(str(location), "test")
 
 
 def test_a_split_of_a_saved_dataset_or_a_part_of_it(tmp_path):
