@@ -70,8 +70,9 @@ def link_or_copy(file: Path, target: Path) -> None:
 
 
 def location_name(location: str) -> str:
-    """Return the base name of a local file or folder, or a Hub name unchanged."""
-    return Path(location).resolve().name if Path(location).exists() else location
+    """Return the base name of a local file or folder, or a Hub name unchanged; bytes that are not UTF-8 become `?`."""
+    name = Path(location).resolve().name if Path(location).exists() else location
+    return name.encode(errors="replace").decode()
 
 
 def fingerprint(facts: Any) -> str:

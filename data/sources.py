@@ -48,9 +48,9 @@ _SPLIT_NAMES = {  # folder names in lower case -> the split they stand for
 _WHOLE = (None, "train", "all")  # requested splits that a source without splits can give
 _IDX_PREFIXES = {"train": "train", "test": "t10k"}  # split -> prefix of torchvision's files
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`, for single files
+_METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of image folders, as read by `datasets`
 _DATASET_SUFFIXES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}  # files that make a folder a dataset
-_MAX_LABEL_GAP = 10  # maximum classes per distinct label; with more, labels are years or IDs, not classes
-_FEW_CLASSES = 100  # up to this many classes are accepted regardless of gaps
+_FEW_CLASSES = 100  # with more classes, they must have at least two images on average, or the labels are IDs
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,12 @@ class FolderImages:
         return _fingerprint(self.paths[i] for i in indices)
 
     def labels(self, column: str | None) -> Labels:
+        _require_no_column(column, self.folder)
+        if metadata := next((path for name in _METADATA_FILES if (path := self.folder / name).is_file()), None):
+            raise InputError(
+                f"{metadata} may contain the labels of the images, but --train_data_dir takes the classes from the "
+                f"subfolders. Use --dataset_name {self.folder} and --label_column for its labels, or remove it."
+            )
         return _folder_labels([path.relative_to(self.folder) for path in self.paths], self.folder)
 
 
@@ -220,6 +226,7 @@ class ZipImages:
         return _fingerprint(self._cell_or_none(i) for i in indices)
 
     def labels(self, column: str | None) -> Labels:
+        _require_no_column(column, self.path)
         return _folder_labels([member.relative_to(self.root) for member in self.members], self.path)
 
     def _cell_or_none(self, i: int) -> dict[str, Any] | None:
@@ -238,14 +245,15 @@ def _fingerprint(cells: Iterable[Any]) -> str:
     return fingerprint([fingerprint_bytes(file_bytes(cell)) for cell in cells])
 
 
-def natural_order(path: PurePath) -> list[tuple]:
-    """Sort key of a path that compares the numbers in its parts by value: 2.png before 10.png."""
+def natural_order(name: str | PurePath) -> list[list[tuple[int, str, str]]]:
+    """Sort key of a name or path that compares the numbers in it by value: 2.png before 10.png."""
 
     def key(text: str) -> tuple[int, str, str]:
         number = text.lstrip("0") if text.isdecimal() else ""
         return len(number), number, text
 
-    return [tuple(key(text) for text in re.split(r"(\d+)", part)) for part in path.parts]
+    parts = name.parts if isinstance(name, PurePath) else [name]
+    return [[key(text) for text in re.split(r"(\d+)", part)] for part in parts]
 
 
 def _image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
@@ -317,7 +325,7 @@ def _require_no_split(split: str | None, location: str | Path) -> None:
 
 
 def _folder_labels(paths: Sequence[PurePath], location: Path) -> Labels:
-    """Return one class per subfolder, sorted by name; the paths are relative to `location`."""
+    """Return one class per subfolder, in natural order; the paths are relative to `location`."""
     for path in paths:
         if len(path.parts) == 1:
             raise InputError(
@@ -325,9 +333,21 @@ def _folder_labels(paths: Sequence[PurePath], location: Path) -> Labels:
                 "class into a subfolder named after the class."
             )
     names = [path.parts[0] for path in paths]
-    classes = sorted(set(names))
+    for name in set(names):
+        if name != name.encode(errors="replace").decode():  # model cards and configs are UTF-8
+            raise InputError(f"The name of the folder {name!r} in {location} is not UTF-8: rename it.")
+    return _named_labels(names)
+
+
+def _named_labels(names: Sequence[str]) -> Labels:
+    classes = sorted(set(names), key=natural_order)
     numbers = {name: number for number, name in enumerate(classes)}
     return Labels(classes, [numbers[name] for name in names])
+
+
+def _require_no_column(column: str | None, location: Path) -> None:
+    if column is not None:
+        raise InputError(f"--label_column {column}: {location} has no columns. Only datasets have them.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,13 +384,14 @@ class IdxImages(_ArrayImages):
         super().__init__(path, _read_idx(path), split)
 
     def labels(self, column: str | None) -> Labels:
+        _require_no_column(column, self.path)
         path = self.path.with_name(self.path.name.replace("images-idx3", "labels-idx1"))
         if not path.is_file():
             raise InputError(f"The images in {self.path} have no class labels: there is no {path.name} next to them.")
         numbers = _read_idx(path).tolist()
         _check_label_count(self, numbers, path.name)
-        names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else range(max(numbers) + 1)
-        return Labels([str(name) for name in names], numbers)
+        names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else None
+        return _integer_labels(numbers, names, path.name)
 
 
 class NpzImages(_ArrayImages):
@@ -389,6 +410,7 @@ class NpzImages(_ArrayImages):
         self._label_array = arrays.get("arr_1")
 
     def labels(self, column: str | None) -> Labels:
+        _require_no_column(column, self.path)
         array = self._label_array
         if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
             raise InputError(
@@ -459,7 +481,7 @@ class DatasetImages:
         return _fingerprint(row[self.column] for row in self._encoded.select(indices))
 
     def labels(self, column: str | None) -> Labels:
-        """Return the classes in the label column: a `ClassLabel`, integers counting from 0, or names.
+        """Return the classes in the label column: a `ClassLabel`, or integers or names, in natural order.
 
         Raises:
             InputError: if there is no such column, or a label in it is missing or is not a valid class label.
@@ -468,9 +490,8 @@ class DatasetImages:
         values = self.rows[column][:]
         classes = getattr(self.rows.features[column], "names", None)
         if classes is None and all(isinstance(value, str) for value in values):
-            classes = sorted(set(values))
-            numbers = {name: number for number, name in enumerate(classes)}
-            return Labels(classes, [numbers[value] for value in values])
+            _require_classes(values, f"label column {column!r}")
+            return _named_labels(values)
         return _integer_labels(values, classes, f"label column {column!r}")
 
 
@@ -513,26 +534,35 @@ def file_name(cell: Any) -> str:
 
 
 def _integer_labels(values: list[Any], classes: list[str] | None, place: str) -> Labels:
-    """Check that labels are non-negative integers, and name the classes after them unless they have names."""
+    """Check that labels are non-negative integers, and name the classes after them unless they have names.
+
+    Without names, the classes are the labels that occur, so that labels 1 to 5 make five classes.
+    """
     wrong = [value for value in values if not isinstance(value, int) or value < 0]
     if wrong:
         raise InputError(
             f"The {place} must contain a class for every image: a name, or an integer from 0. It contains "
             f"{None if None in wrong else wrong[0]!r}."
         )
-    distinct = len(set(values))
-    if classes is None and max(values) >= max(_FEW_CLASSES, _MAX_LABEL_GAP * distinct):
-        raise InputError(
-            f"The {place} contains {distinct} different labels, up to {max(values)}. Labels must count from 0, here "
-            f"to {distinct - 1}: renumber them, or use class names instead."
-        )
-    classes = classes or [str(number) for number in range(max(values) + 1)]
+    if classes is None:
+        _require_classes(values, place)
+        return _named_labels([str(int(value)) for value in values])  # booleans are labels too
     if max(values) >= len(classes):
         raise InputError(
             f"The {place} contains the label {max(values)}, but names {len(classes)} classes, whose labels are 0 to "
             f"{len(classes) - 1}."
         )
-    return Labels(classes, [int(value) for value in values])  # booleans are labels too
+    return Labels(classes, [int(value) for value in values])
+
+
+def _require_classes(values: Sequence[Any], place: str) -> None:
+    """Check that labels are classes of several images, and not the IDs of the images."""
+    distinct = len(set(values))
+    if distinct > max(_FEW_CLASSES, len(values) / 2):
+        raise InputError(
+            f"The {place} contains {distinct} different labels for {len(values)} images: these are not classes. Name "
+            "another column with --label_column."
+        )
 
 
 def _undecoded(rows: Any, columns: list[str]) -> Any:

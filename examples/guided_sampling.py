@@ -20,7 +20,7 @@ from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
 from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
-from ddgan.sampling.generation import parse_class_labels
+from ddgan.sampling.generation import class_names, parse_class_labels
 from ddgan.sampling.grids import image_grid
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 
@@ -55,9 +55,6 @@ class Arguments:
         require_at_least(1, self, "num_inference_steps", "num_images")
         self.towards = self.towards or [DEFAULT_LOSS]
         self.clip_model = clip_model_names(self.clip_model)
-        if self.class_labels:
-            labels = parse_class_labels(self.class_labels)
-            self.class_labels = [labels[i % len(labels)] for i in range(self.num_images)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,6 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     loss = sum_losses([parse_loss(text, args.clip_model) for text in args.towards])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = with_scheduler(load_pipeline(args.pipeline, device=device), args.scheduler)
+    if args.class_labels:
+        labels = parse_class_labels(args.class_labels, class_names(getattr(pipe, "unet", None)))
+        args.class_labels = [labels[i % len(labels)] for i in range(args.num_images)]
     try:
         compare(GuidedPipeline.from_pipe(pipe), loss, args)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Generate images from a pipeline, each from its own seed."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,9 +132,23 @@ def num_classes(network: ModelMixin) -> int | None:
     return next(filter(None, sizes), None)
 
 
-def parse_class_labels(texts: Sequence[str]) -> list[int | str]:
-    """Parse class labels from the command line: digits are labels, anything else is a class name."""
-    return [int(text) if text.isdecimal() else text for text in texts]
+def class_names(network: ModelMixin | None) -> dict[int, str]:
+    """Return the name of each class by its label; empty if the network has none."""
+    id2label = getattr(network, "config", {}).get("id2label") or {}
+    return {int(k): v for k, v in (id2label.items() if isinstance(id2label, dict) else enumerate(id2label))}
+
+
+def parse_class_labels(texts: Sequence[str], names: Mapping[int, str]) -> list[int | str]:
+    """Parse class labels from the command line: digits are labels, anything else is a class name.
+
+    Where classes have numbers as names that are not their labels, digits are names, too.
+
+    Args:
+        texts: The labels or names.
+        names: The name of each class by its label, as returned by `class_names`.
+    """
+    are_names = any(name.isdecimal() and name != str(label) for label, name in names.items())
+    return [int(text) if text.isdecimal() and not are_names else text for text in texts]
 
 
 def to_pil_images(images: torch.Tensor) -> list[Image.Image]:

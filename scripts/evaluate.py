@@ -49,7 +49,7 @@ from ddgan.evaluation.references import (
 from ddgan.evaluation.reporting import format_table, model_index_entries, update_model_index
 from ddgan.evaluation.results import Results, compute_results
 from ddgan.hub.cards import CARD_NAME
-from ddgan.sampling.generation import sample, sample_in_full_batches
+from ddgan.sampling.generation import class_names, parse_class_labels, sample, sample_in_full_batches
 from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
 
 logger = logging.getLogger("ddgan")
@@ -102,7 +102,9 @@ class EvaluateArguments:
         None, "denoising steps (default: all for DDPM, 50 for other schedulers, or the pipeline's own default)"
     )
     dtype: str = option("fp32", "data type of the network", choices=DTYPES)
-    class_labels: list[int] | None = option(None, "class of each image, used in turn: --class_labels 0 1 2")
+    class_labels: list[str] | None = option(
+        None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
+    )
     guidance_scale: float | None = option(
         None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
     )
@@ -139,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors(InputError):
         extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
         classifier = select_classifier(args, extractor, accelerator.device)
-    samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args)
+    samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args, classifier)
+    requested = None if args.stacked_mnist else requested_classes(samples, classifier)
     if args.stacked_mnist and samples.facts.properties.channels != 3:
         raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
     with user_errors(RunError):
@@ -148,9 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     if features is not None:
         torch.set_num_threads(threads)
         with user_errors(InputError):
-            results = compute_results(
-                samples.facts, features, extractor, reference, held_out, classifier, args.class_labels
-            )
+            results = compute_results(samples.facts, features, extractor, reference, held_out, classifier, requested)
             write_results(results, args, round(time.perf_counter() - started, 1))
         print_results(results, args)
         shutil.rmtree(parts)
@@ -185,15 +186,41 @@ def select_classifier(
         flag = "--stacked_mnist" if args.stacked_mnist else "--class_labels"
         raise InputError(f"{flag} needs the predictions of a classifier: pass its folder with --classifier.")
     classes = classifier.network.config.num_classes
-    if args.stacked_mnist:
-        if (classes, classifier.channels) != (10, 1):
-            raise InputError(f"--stacked_mnist needs a classifier of ten gray digits, which {classifier.name} is not.")
-    elif args.class_labels is not None and (min(args.class_labels) < 0 or max(args.class_labels) >= classes):
-        raise InputError(
-            f"--class_labels are {sorted(set(args.class_labels))}, but the classifier {classifier.name} has the "
-            f"classes 0 to {classes - 1}."
-        )
+    if args.stacked_mnist and (classes, classifier.channels) != (10, 1):
+        raise InputError(f"--stacked_mnist needs a classifier of ten gray digits, which {classifier.name} is not.")
     return classifier
+
+
+def requested_classes(
+    samples: "PipelineSamples | StoredSamples", classifier: ClassifierFeatures | None
+) -> list[int] | None:
+    """Return the requested classes as numbered by the classifier; None without classes.
+
+    The classes of a pipeline are those of the classifier with the same names. If no name agrees, or one of the two has
+    no names, they are matched by number.
+
+    Raises:
+        InputError: if the classifier does not have a requested class.
+    """
+    if samples.labels is None or classifier is None:
+        return None
+    known, names = classifier.network.class_names, samples.class_names
+    wanted = [names.get(label, label) if isinstance(label, int) else label for label in samples.labels]
+    if any(name in known for name in wanted) or not names:
+        numbers = [known.index(name) if name in known else name for name in wanted]
+    else:
+        numbers_by_name = {name: label for label, name in names.items()}
+        numbers = [numbers_by_name.get(name, name) for name in wanted]
+        logger.warning(
+            f"The classes of the pipeline ({', '.join(names.values())}) and of the classifier {classifier.name} "
+            f"({', '.join(known)}) have different names, so they are matched by number."
+        )
+    if unknown := [str(number) for number in numbers if number not in range(len(known))]:
+        raise InputError(
+            f"--class_labels {' '.join(dict.fromkeys(unknown))}: the classifier {classifier.name} has the classes 0 "
+            f"to {len(known) - 1}, named {', '.join(known)}."
+        )
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,6 +232,8 @@ class PipelineSamples:
 
     Attributes:
         count: number of samples.
+        labels: their requested classes, used in turn, as labels or names; None without classes.
+        class_names: the names of the classes by label, if there are any.
         facts: how they are generated.
         preprocessing: conversion to tensors, with their channels, height and width.
     """
@@ -218,6 +247,8 @@ class PipelineSamples:
         pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
         contents = pipeline_hash(pipe)
         self.pipe = with_scheduler(pipe, args.scheduler)
+        self.class_names = class_names(getattr(pipe, "unet", None))
+        self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
         (first,) = sample_in_full_batches(self._sample, [0], self.batch_size)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
         self.facts = SampleFacts(
@@ -228,7 +259,7 @@ class PipelineSamples:
                 "seeds": f"{args.seed} to {args.seed + self.count - 1}",
                 "scheduler": type(self.pipe.scheduler).__name__,
                 "num_inference_steps": len(self.pipe.scheduler.timesteps),
-                "class_labels": args.class_labels,
+                "class_labels": self.labels,
                 "guidance_scale": args.guidance_scale,
                 "dtype": args.dtype,
                 "device": accelerator.device.type,
@@ -245,7 +276,7 @@ class PipelineSamples:
         return torch.stack([self.preprocessing.load(image) for image in images])
 
     def _sample(self, indices: Sequence[int]) -> list[Image.Image]:
-        classes = self.args.class_labels
+        classes = self.labels
         labels = [classes[i % len(classes)] for i in indices] if classes else None
         scale = self.args.guidance_scale
         guidance = {} if scale is None else {"guidance_scale": scale}
@@ -256,8 +287,10 @@ class PipelineSamples:
 class StoredSamples:
     """Existing images, all of one size, with the same attributes as `PipelineSamples`."""
 
-    def __init__(self, args: EvaluateArguments):
+    def __init__(self, args: EvaluateArguments, classifier: ClassifierFeatures | None):
         assert args.images is not None
+        self.class_names = dict(enumerate(classifier.network.class_names)) if classifier else {}
+        self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
         self.args = args
         self.source = open_source(args.images, image_column=args.image_column)
         self.images = ReferenceImages(self.source, value_range=check_value_range(args.value_range))
@@ -270,7 +303,11 @@ class StoredSamples:
             count=self.count,
             properties=describe_images([self.images.image(self.indices[i]) for i in evenly_spaced(self.count)]),
             origin={"source": location_name(args.images), "contents": self.source.fingerprint(self.indices)},
-            settings={"class_labels": args.class_labels, "value_range": args.value_range},
+            settings={
+                "class_labels": self.labels,
+                "order": "natural order of the files, or as stored" if self.labels else None,
+                "value_range": args.value_range,
+            },
         )
         first = self.images.image(self.indices[0])
         self.preprocessing = Preprocessing(self.facts.properties.channels, first.height, first.width)

@@ -26,7 +26,7 @@ from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
 from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
-from ddgan.sampling.generation import parse_class_labels, sample, sample_in_full_batches
+from ddgan.sampling.generation import class_names, parse_class_labels, sample, sample_in_full_batches
 from ddgan.sampling.grids import image_grid, steps_strip
 from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
 from ddgan.sampling.traces import intermediates
@@ -73,8 +73,6 @@ class GenerateArguments:
         if not self.pipeline:
             raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
         require_at_least(1, self, "num_images", "batch_size", "num_inference_steps", "intermediates")
-        if self.class_labels:
-            self.class_labels = parse_class_labels(self.class_labels)
         if self.clip_prompt or self.towards:
             self.clip_model = clip_model_names(self.clip_model)
         elif self.clip_model:
@@ -105,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.is_guided:
         guidance |= {"loss": guidance_loss(args, accelerator.device), "gradient": args.guidance_gradient}
     pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+    if args.class_labels:
+        args.class_labels = parse_class_labels(args.class_labels, class_names(getattr(pipe, "unet", None)))
     output = Path(args.output_dir)
     settings = {
         "pipeline": args.pipeline,

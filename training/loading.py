@@ -17,7 +17,16 @@ from ..core.errors import InputError, RunError
 from ..core.files import location_name
 from ..data.images import BrokenImageError
 from ..data.preprocessing import Preprocessing, low_contrast, read_image
-from ..data.sources import EMBEDDED_DATASET, ImageSource, ImageStream, Labels, file_name, open_source, open_stream
+from ..data.sources import (
+    EMBEDDED_DATASET,
+    DatasetImages,
+    ImageSource,
+    ImageStream,
+    Labels,
+    file_name,
+    open_source,
+    open_stream,
+)
 from .arguments import DataArguments, LabelArguments
 from .plan import BatchPlan
 from .randomness import fold_in
@@ -331,13 +340,19 @@ def open_training_source(args: DataArguments) -> ImageSource:
     Raises:
         InputError: if they cannot be opened.
     """
-    return open_source(
+    source = open_source(
         _location(args),
         args.split,
         config=args.dataset_config,
         image_column=args.image_column,
         folder_as="images" if args.train_data_dir else "dataset",
     )
+    for flag in ("image_column", "dataset_config"):
+        if getattr(args, flag) and not isinstance(source, DatasetImages):
+            raise InputError(
+                f"--{flag} {getattr(args, flag)} is a setting of a dataset, and {_location(args)} is none: omit it."
+            )
+    return source
 
 
 def _location(args: DataArguments) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import sys
 from pathlib import Path, PurePath
 from zipfile import ZipFile
@@ -22,6 +23,7 @@ from ddgan.data.sources import (
     FolderImages,
     ImageSource,
     ImageSubset,
+    Labels,
     MissingSplitError,
     ZipImages,
     natural_order,
@@ -488,7 +490,6 @@ def test_the_embedded_dataset_is_read():
 @pytest.mark.parametrize(
     ("kind", "labels", "message"),
     [
-        ("int64", [1998, 2001, 2020], "3 different labels, up to 2020. Labels must count from 0, here to 2: renumber"),
         ("int64", [0, -1, 2], "It contains -1."),
         ("int64", [0, -1, None], "It contains None."),
         ("string", ["a", None, "b"], "It contains None."),
@@ -501,6 +502,62 @@ def test_columns_that_cannot_be_classes_are_refused(tmp_path, kind, labels, mess
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(InputError, match=message):
         open_dataset(tmp_path).labels(None)
+
+
+@pytest.mark.parametrize("kind", ["int64", "string"])
+def test_ids_are_not_classes(tmp_path, kind):
+    features = datasets.Features({"label": datasets.Value(kind), "image": datasets.Image()})
+    labels = [i if kind == "int64" else f"{i}.png" for i in range(102)]
+    rows = {"label": labels, "image": [Image.new("L", (1, 1))] * 102}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="102 different labels for 102 images: these are not classes"):
+        open_dataset(tmp_path).labels(None)
+
+
+def test_integer_labels_are_the_classes_that_occur(tmp_path):
+    expected = Labels(["1", "2", "10"], [2, 0, 1])
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((3, 8, 8), np.uint8), arr_1=np.array([10, 1, 2]))
+    assert open_source(str(tmp_path / "images.npz")).labels(None) == expected
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(
+        b"\0\0\x08\x03" + bytes([0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 2, *[0] * 12])
+    )
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + bytes([0, 0, 0, 3, 10, 1, 2]))
+    assert open_folder(tmp_path / "MNIST").labels(None) == expected
+    for kind, values in (("int64", [10, 1, 2]), ("string", ["10", "1", "2"])):
+        features = datasets.Features({"label": datasets.Value(kind), "image": datasets.Image()})
+        rows = {"label": values, "image": [Image.new("L", (8, 8))] * 3}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{kind}.parquet")
+        assert open_source(str(tmp_path / f"{kind}.parquet")).labels(None) == expected
+
+
+def test_class_folders_are_in_natural_order(tmp_path):
+    for name in ("1", "2", "10", "11", "12"):
+        write_images(tmp_path / "images" / name, 1)
+    archive = zip_folder(tmp_path / "images", tmp_path / "images.zip")
+    for location in (tmp_path / "images", archive):
+        assert open_source(str(location)).labels(None) == Labels(["1", "2", "10", "11", "12"], list(range(5)))
+
+
+def test_labels_in_metadata_are_not_ignored(tmp_path):
+    folder = write_class_folders(tmp_path / "images", range(4))
+    with pytest.raises(InputError, match=r"--label_column style: .*/images has no columns"):
+        open_folder(folder).labels("style")
+    table = "file_name,style\n" + "".join(
+        f"{path.relative_to(folder)},{i}\n" for i, path in enumerate(sorted(folder.rglob("*.png")))
+    )
+    (folder / "metadata.csv").write_text(table)
+    with pytest.raises(InputError, match=r"metadata\.csv may contain the labels.*--dataset_name .*--label_column"):
+        open_folder(folder).labels(None)
+    assert list(open_dataset(folder).labels("style").numbers) == [0, 1, 2, 3]
+
+
+def test_a_class_folder_whose_name_is_not_utf8_is_refused_at_once(tmp_path):
+    write_images(tmp_path / os.fsdecode("caf\xe9".encode("latin-1")), 1)
+    with pytest.raises(InputError, match="is not UTF-8: rename it") as raised:
+        open_folder(tmp_path).labels(None)
+    assert str(raised.value).encode()
 
 
 def test_labels_beyond_the_classes_are_refused(tmp_path):

@@ -8,7 +8,7 @@ from tiny import level_difference, tiny_pipeline, tiny_unet
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
 from ddgan.core.errors import InputError
-from ddgan.sampling.generation import num_classes, parse_class_labels, sample
+from ddgan.sampling.generation import class_names, num_classes, parse_class_labels, sample
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 from ddgan.sampling.traces import intermediates
 
@@ -159,4 +159,13 @@ def test_the_number_of_classes_is_read_from_the_config_of_any_network():
 
 
 def test_digits_are_class_labels_and_other_texts_are_names():
-    assert parse_class_labels(["3", "Food & Drink"]) == [3, "Food & Drink"]
+    assert parse_class_labels(["3", "Food & Drink"], {0: "Food & Drink"}) == [3, "Food & Drink"]
+    assert parse_class_labels(["1", "0"], {0: "0", 1: "1"}) == [1, 0]
+    assert parse_class_labels(["2", "0"], {0: "1", 1: "2", 2: "10"}) == ["2", "0"]  # where numbers are other names
+
+
+def test_the_names_of_classes_are_read_from_the_config_of_any_network():
+    names = ["ant", "bee"]
+    assert class_names(ContextUnet(n_feat=8, n_cfeat=2, id2label=names)) == {0: "ant", 1: "bee"}
+    assert class_names(ContextUnet(n_feat=8, n_cfeat=2, id2label={"1": "bee", "0": "ant"}))[0] == "ant"
+    assert class_names(tiny_unet()) == class_names(None) == {}

@@ -124,6 +124,18 @@ def test_nothing_is_added_to_images_with_unknown_settings(tiny_model, whole):
         generate.main(flags(tiny_model, whole))
 
 
+TINY_CONDITIONED = {
+    "sample_size": 8,
+    "num_classes": 3,
+    "class_dropout": 0.1,
+    "layers_per_block": 1,
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "norm_num_groups": 4,
+}
+
+
 def test_classes_are_used_in_turn(tmp_path):
     unet = tiny_unet(num_class_embeds=3)
     unet.class_embedding.weight.data *= 20
@@ -136,17 +148,7 @@ def test_classes_are_used_in_turn(tmp_path):
 
 
 def test_classes_are_given_by_label_or_name_and_can_be_guided(tmp_path):
-    unet = ClassConditionedUnet(
-        sample_size=8,
-        num_classes=3,
-        class_dropout=0.1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        id2label=["ant", "bee", "cat"],
-    )
+    unet = ClassConditionedUnet(**TINY_CONDITIONED, id2label=["ant", "bee", "cat"])
     unet.class_embedding.weight.data *= 20
     ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
     for name, labels in (("numbers", [0, 2]), ("names", ["ant", "cat"])):
@@ -158,6 +160,19 @@ def test_classes_are_given_by_label_or_name_and_can_be_guided(tmp_path):
     assert images(tmp_path / "plain") != images(tmp_path / "numbers")
     with pytest.raises(InputError, match="one of ant, bee, cat"):
         generate.main(flags(tmp_path / "model", tmp_path / "without"))
+
+
+def test_numbers_that_name_classes_mean_these_classes(tmp_path):
+    unet = ClassConditionedUnet(**TINY_CONDITIONED, id2label=["1", "2", "10"])
+    unet.class_embedding.weight.data *= 20
+    ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    unet.register_to_config(id2label=None)
+    ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unnamed")
+    generate.main(flags(tmp_path / "model", tmp_path / "named", "--class_labels", 2))
+    generate.main(flags(tmp_path / "unnamed", tmp_path / "numbered", "--class_labels", 1))
+    assert images(tmp_path / "named") == images(tmp_path / "numbered")
+    with pytest.raises(InputError, match="no class '0' among the 3 classes"):
+        generate.main(flags(tmp_path / "model", tmp_path / "other", "--class_labels", 0))
 
 
 @pytest.fixture(scope="module")

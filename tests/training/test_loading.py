@@ -69,6 +69,13 @@ def test_the_stated_range_of_values_is_used_and_a_missing_one_is_noticed(tmp_pat
         assert len(caplog.records) == warnings
 
 
+@pytest.mark.parametrize("flag", ["image_column", "dataset_config"])
+def test_settings_of_a_dataset_are_refused_for_image_files(tmp_path, flag):
+    folder = write_images(tmp_path / "images", 4)
+    with pytest.raises(InputError, match=f"--{flag} name is a setting of a dataset"):
+        TrainingData(DataArguments(train_data_dir=str(folder), **{flag: "name"}), Preprocessing(3, 8, 8), 0, **PLAN)
+
+
 # ---- broken images
 
 
@@ -284,7 +291,7 @@ def test_columns_of_names_and_of_integers_are_labels(tmp_path):
     rows = {"label": [2, 0, 5], "name": names, "image": [Image.new("L", (8, 8), i) for i in range(3)]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
     args = DataArguments(dataset_name=str(tmp_path))
-    assert labelled(args) == (["0", "1", "2", "3", "4", "5"], {0: "2", 1: "0", 2: "5"})
+    assert labelled(args) == (["0", "2", "5"], {0: "2", 1: "0", 2: "5"})
     assert labelled(args, "name") == (["a", "b", "c"], dict(enumerate(names)))
     with pytest.raises(InputError, match=r"ClassLabel. Without --streaming"):
         labelled(DataArguments(dataset_name=str(tmp_path), streaming=True), "name")
