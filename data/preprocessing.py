@@ -12,6 +12,7 @@ from PIL import Image
 from ..core.errors import InputError
 from .images import CHANNEL_MODES, BrokenImageError, open_image, resized, stored_range, upright
 
+_MAX_EXCESS = 16  # how much larger than the network's input an image may become when it is enlarged
 _ROUNDING = 1e-3  # excess over the range of floating-point images that is clipped without a message
 _LOW_CONTRAST = 1 / 8  # part of the range from black to white; images that use less of it are probably misread
 
@@ -38,7 +39,8 @@ class Preprocessing:
         """Decode, convert and resize an image, keeping its aspect ratio.
 
         Returns:
-            uint8, (channels, h, w) with h >= height and w >= width, at least one of them equal.
+            uint8, (channels, h, w) with h >= height and w >= width, at least one of them equal. A small image that is
+            so thin that this would take much more memory is returned as it is, for `finish` to crop and then resize.
 
         Raises:
             BrokenImageError: if pixels are not finite, or outside a range that is not stated.
@@ -47,14 +49,21 @@ class Preprocessing:
         pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
         h, w = pixels.shape[1:]
         scale = max(self.height / h, self.width / w)
+        if scale > 1 and h * w * scale**2 > _MAX_EXCESS * self.height * self.width:
+            return pixels
         return resized(pixels, max(self.height, round(h * scale)), max(self.width, round(w * scale)))
 
     def finish(self, pixels: torch.Tensor, sample_key: int) -> torch.Tensor:
         """Crop and flip a loaded image and scale it to [-1, 1]; the sample's key seeds the random choices."""
         random = Random(sample_key)
-        margins = (pixels.shape[1] - self.height, pixels.shape[2] - self.width)
+        h, w = pixels.shape[1:]
+        scale = max(1.0, self.height / h, self.width / w)  # above 1 if `load` has not resized the image
+        height, width = (max(1, round(side / scale)) for side in (self.height, self.width))
+        margins = (h - height, w - width)
         top, left = (margin // 2 if self.center_crop else random.randint(0, margin) for margin in margins)
-        pixels = pixels[:, top : top + self.height, left : left + self.width]
+        pixels = pixels[:, top : top + height, left : left + width]
+        if scale > 1:
+            pixels = resized(pixels, self.height, self.width)
         if self.random_flip and random.random() < 0.5:
             pixels = pixels.flip(2)
         return pixels.to(torch.float32).div_(127.5).sub_(1.0)

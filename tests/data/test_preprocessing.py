@@ -174,6 +174,23 @@ def test_images_of_another_shape_are_cropped_not_distorted():
     assert load(Image.new("L", (20, 30)), channels=1, size=(8, 16)).shape == (1, 8, 16)
 
 
+def test_thin_images_are_cropped_before_they_are_enlarged():
+    thin = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2, 20000, 3), dtype=np.uint8))
+    preprocessing = Preprocessing(3, 128, 64)
+    pixels = preprocessing.load(thin)
+    assert pixels.numel() <= 2 * 20000 * 3
+    crops = [preprocessing.finish(pixels, key) for key in range(3)]
+    assert all(crop.shape == (3, 128, 64) for crop in crops)
+    assert not torch.equal(crops[0], crops[1])
+    # an image that is just too thin is cropped to nearly the same pixels as one that is not
+    gradient = np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (4, 1))
+    centers = [
+        load(Image.fromarray(np.pad(gradient, ((0, 0), (margin, margin)))), 1, size=(8, 8), center_crop=True)
+        for margin in (0, 60)
+    ]
+    assert (centers[0] - centers[1]).abs().max() < 0.05
+
+
 def test_half_of_the_samples_are_flipped_depending_on_the_key_alone():
     ramp = Image.fromarray(np.tile(np.arange(8, dtype=np.uint8), (8, 1)))
     preprocessing = Preprocessing(1, 8, 8, random_flip=True)
