@@ -50,26 +50,58 @@ def open_image(cell: Any) -> Image.Image:
     """Open an image without decoding it.
 
     Args:
-        cell: an item of an image source: a path, encoded bytes as `datasets` stores them (`{"bytes": ..., "path":
-            ...}`), an image, or pixels (H, W) or (H, W, C).
+        cell: an item of an image source: a path, encoded bytes, alone or as `datasets` stores them (`{"bytes": ...,
+            "path": ...}`), an image, or pixels (H, W) or (H, W, C), 0 to 255, in an array or in nested lists.
+
+    Raises:
+        BrokenImageError: if it is none of these.
     """
+    content = encoded_or_path(cell)
+    if isinstance(content, bytes):
+        return Image.open(io.BytesIO(content))
+    if isinstance(content, Path):
+        return Image.open(content)
+    if isinstance(cell, Image.Image):
+        return cell
+    if cell is None or isinstance(cell, dict):
+        raise BrokenImageError("it is empty")
+    return Image.fromarray(_pixels(cell))
+
+
+def encoded_or_path(cell: Any) -> bytes | Path | None:
+    """Return the encoded bytes of a cell (see `open_image`), or else its path; None if it has neither."""
     if isinstance(cell, dict):
-        cell = io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]
-    return Image.open(cell) if isinstance(cell, (str, Path, io.BytesIO)) else Image.fromarray(np.asarray(cell))
+        cell = cell.get("bytes") or cell.get("path")
+    return Path(cell) if isinstance(cell, str) else cell if isinstance(cell, (bytes, Path)) else None
+
+
+def _pixels(cell: Any) -> np.ndarray:
+    try:
+        pixels = np.asarray(cell)
+    except ValueError:  # lists of different lengths
+        pixels = np.empty(0, object)
+    shaped = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in CHANNEL_MODES)
+    if pixels.size and shaped and pixels.dtype.kind in "iu" and pixels.min() >= 0 and pixels.max() <= 255:
+        return pixels.astype(np.uint8).squeeze(2) if pixels.shape[2:] == (1,) else pixels.astype(np.uint8)
+    numbers = pixels.size and pixels.dtype.kind in "biuf"
+    values = f", values {pixels.min():g} to {pixels.max():g}" if numbers else ""
+    raise BrokenImageError(
+        f"it holds {pixels.dtype} of shape {pixels.shape}{values}. Pixels must be integers from 0 to 255 of shape (H, "
+        "W) or (H, W, C); or store encoded files, such as PNG, as bytes"
+    )
 
 
 def file_bytes(cell: Any) -> bytes:
     """Return the encoded bytes of a cell (see `open_image`) or those of its pixels; b"" if it cannot be read."""
-    if isinstance(cell, dict):
-        cell = cell["bytes"] or cell["path"]
-    if isinstance(cell, (str, Path)):
+    content = encoded_or_path(cell)
+    if isinstance(content, Path):
         try:
-            return Path(cell).read_bytes()
+            return content.read_bytes()
         except OSError:
             return b""
-    if cell is None:
-        return b""
-    return cell if isinstance(cell, bytes) else np.asarray(cell).tobytes()
+    if content is not None or cell is None or isinstance(cell, dict):
+        return content or b""
+    return np.asarray(cell).tobytes()
 
 
 def upright(image: Image.Image) -> Image.Image:

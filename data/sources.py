@@ -25,7 +25,7 @@ from ..core.errors import InputError, naming_file
 from ..core.extras import missing_extra
 from ..core.files import fingerprint, fingerprint_bytes
 from ..core.run_files import is_run_folder
-from .images import IMAGE_SUFFIXES, BrokenImageError, file_bytes
+from .images import IMAGE_SUFFIXES, BrokenImageError, encoded_or_path, file_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -461,10 +461,12 @@ class DatasetImages:
 
     Args:
         column: the column with the images; detected if None.
+        split: name of the split.
+        folder: folder of a local dataset, which paths in the column are relative to.
     """
 
-    def __init__(self, rows: "Dataset", column: str | None, split: str = "train"):
-        self.rows, self.split = rows, split
+    def __init__(self, rows: "Dataset", column: str | None, split: str = "train", folder: Path | None = None):
+        self.rows, self.split, self.folder = rows, split, folder
         self.column = _image_column(rows, column)
         self._encoded = _undecoded(rows, [self.column])
 
@@ -472,13 +474,13 @@ class DatasetImages:
         return len(self._encoded)
 
     def __getitem__(self, i: int) -> Any:
-        return self._encoded[i][self.column]
+        return locate(self._encoded[i][self.column], self.folder)
 
     def name(self, i: int) -> str:
-        return f"row {i} ({file_name(self[i])})"
+        return f"row {i} of the column {self.column!r} ({file_name(self._encoded[i][self.column])})"
 
     def fingerprint(self, indices: Sequence[int]) -> str:
-        return _fingerprint(row[self.column] for row in self._encoded.select(indices))
+        return _fingerprint(locate(row[self.column], self.folder) for row in self._encoded.select(indices))
 
     def labels(self, column: str | None) -> Labels:
         """Return the classes in the label column: a `ClassLabel`, or integers or names, in natural order.
@@ -500,10 +502,11 @@ class ImageStream:
 
     Args:
         image_column: the column with the images; detected if None.
+        folder: see `DatasetImages`.
     """
 
-    def __init__(self, rows: "IterableDataset", image_column: str | None):
-        self.rows, self.image_column = rows, _image_column(rows, image_column)
+    def __init__(self, rows: "IterableDataset", image_column: str | None, folder: Path | None = None):
+        self.rows, self.image_column, self.folder = rows, _image_column(rows, image_column), folder
 
     def label_column(self, column: str | None) -> str:
         """Return the name of the column with the class labels; detected if None."""
@@ -530,7 +533,25 @@ class ImageStream:
 
 def file_name(cell: Any) -> str:
     """Return the file name of a dataset cell, or a placeholder if it has none."""
-    return (isinstance(cell, dict) and cell["path"]) or "no file name"
+    path = cell.get("path") if isinstance(cell, dict) else cell
+    return path if isinstance(path, str) and path else "no file name"
+
+
+def locate(cell: Any, folder: Path | None) -> Any:
+    """Return a dataset cell with a relative path in it resolved.
+
+    Args:
+        folder: the folder of a local dataset; None for one on the Hub, whose cells must be images.
+
+    Raises:
+        BrokenImageError: for a URL, or a path in a dataset on the Hub.
+    """
+    path = encoded_or_path(cell)
+    if isinstance(path, bytes) or path is None or (path.is_absolute() and (folder or isinstance(cell, dict))):
+        return cell
+    if folder is None or "://" in file_name(cell):
+        raise BrokenImageError(f"it holds {file_name(cell)!r}, not an image. Download the images it refers to")
+    return folder / path
 
 
 def _integer_labels(values: list[Any], classes: list[str] | None, place: str) -> Labels:
@@ -623,6 +644,11 @@ class _Request:
         return Path(self.location)
 
     @property
+    def folder(self) -> Path | None:
+        """The folder of a local dataset."""
+        return self.path if self.path.is_dir() else self.path.parent if self.path.exists() else None
+
+    @property
     def split_or_default(self) -> str:
         """The split to read of a source that has splits."""
         return self.split or self.default_split
@@ -680,7 +706,7 @@ def open_stream(
     if request.path.suffix in (".npz", ".zip") and not request.path.is_dir():
         raise InputError(f"{location} cannot be streamed: read {request.path.suffix} files without --streaming.")
     rows, _ = _load_dataset(request, streaming=True)
-    return ImageStream(rows, image_column)
+    return ImageStream(rows, image_column, request.folder)
 
 
 def _open_npz(request: _Request) -> ImageSource | None:
@@ -743,7 +769,7 @@ def _open_dataset(request: _Request) -> ImageSource:
     rows, split = _load_dataset(request, streaming=False)
     if len(rows) == 0:
         raise InputError(f"The dataset {request.location}, split {split}, is empty.")
-    return DatasetImages(rows, request.image_column, split)
+    return DatasetImages(rows, request.image_column, split, request.folder)
 
 
 # tried in this order; each returns None for other kinds of locations

@@ -24,6 +24,7 @@ from ..data.sources import (
     ImageStream,
     Labels,
     file_name,
+    locate,
     open_source,
     open_stream,
 )
@@ -160,6 +161,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         from datasets.distributed import split_dataset_by_node
 
         self.columns = [stream.image_column] if label_column is None else [stream.image_column, label_column]
+        self.folder = stream.folder
         rows = stream.select(self.columns)
         # shuffles only the shards; `_rows` shuffles the rows. Newer versions would interleave several shards
         interleaves = "max_buffer_input_shards" in signature(rows.shuffle).parameters
@@ -202,9 +204,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
             try:
                 if label and label[0] not in self.numbers:
                     raise BrokenImageError(f"its class is {label[0]}, not one of 0 to {self.numbers[-1]}")
-                return read_image(cell, self.preprocessing), label[0] if label else None, position
+                pixels = read_image(locate(cell, self.folder), self.preprocessing)
+                return pixels, label[0] if label else None, position
             except BrokenImageError as error:
-                broken.append(f"a row of the stream ({file_name(cell)}): {error}")
+                broken.append(f"a row of the stream, column {self.columns[0]!r} ({file_name(cell)}): {error}")
                 if not self.skip_broken:
                     raise RunError(f"An image cannot be read: {broken[-1]}. {_REMEDY}") from None
 

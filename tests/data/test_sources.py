@@ -1,5 +1,6 @@
 """Image sources: what each kind of location gives, which split, which labels, and what is refused."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from ddgan.data.images import IMAGE_SUFFIXES, BrokenImageError, open_image
 from ddgan.data.preprocessing import Preprocessing, read_image
 from ddgan.data.sources import (
     EMBEDDED_DATASET,
+    DatasetImages,
     FolderImages,
     ImageSource,
     ImageSubset,
@@ -30,6 +32,8 @@ from ddgan.data.sources import (
     open_source,
     open_stream,
 )
+from ddgan.training.arguments import DataArguments
+from ddgan.training.loading import TrainingData
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -354,6 +358,69 @@ def test_a_local_dataset_folder_finds_its_image_column(tmp_path):
         open_dataset(folder, image_column="photo")
     with pytest.raises(InputError, match=r"split test.*could not be loaded"):
         open_dataset(folder, split="test")
+
+
+def png(value: int) -> bytes:
+    encoded = io.BytesIO()
+    Image.new("L", (8, 8), value).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "cells"),
+    [
+        ("bytes", [png(i) for i in range(4)]),
+        ("gray lists", [np.full((8, 8), i).tolist() for i in range(4)]),
+        ("one channel", [np.full((8, 8, 1), i).tolist() for i in range(4)]),
+        ("color lists", [np.full((8, 8, 3), i).tolist() for i in range(4)]),
+        ("paths", [f"images/{i}.png" for i in range(4)]),
+    ],
+)
+def test_columns_without_a_type_of_images_are_read(tmp_path, monkeypatch, kind, cells, streaming):
+    datasets.Dataset.from_dict({"image": cells}).to_parquet(tmp_path / "train.parquet")
+    if kind == "paths":
+        (tmp_path / "images").mkdir()
+        for i in range(4):
+            (tmp_path / "images" / f"{i}.png").write_bytes(png(i))
+    monkeypatch.chdir("/")
+    for location in (tmp_path, tmp_path / "train.parquet"):
+        args = DataArguments(dataset_name=str(location), streaming=streaming)
+        data = TrainingData(args, Preprocessing(1, 8, 8), 0, batch_size=4, accumulation=1, processes=1, seed=0)
+        batch = next(data.batches(0, 1, None))
+        assert sorted(((batch.images[:, 0, 0, 0] + 1) * 127.5).round().tolist()) == [0, 1, 2, 3]
+        if not streaming:
+            assert data.source.fingerprint([0]) != data.source.fingerprint([1])
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([png(0), None], "row 1 of the column 'image' .*it is empty"),
+        ([png(0), b"no image"], "row 1 of the column 'image' .*cannot identify image file"),
+        (
+            ["https://example.org/0.png"],
+            "row 0 of the column 'image' .*it holds 'https://example.org/0.png', not an i",
+        ),
+        (["missing.png"], r"row 0 of the column 'image' \(missing.png\).*No such file"),
+        ([[[0, 256]]], r"it holds int64 of shape \(1, 2\), values 0 to 256. Pixels must be integers from 0 to 255"),
+        ([[[0.5]]], r"it holds float64 of shape \(1, 1\), values 0.5 to 0.5"),
+        ([[[1, 2], [3]]], r"it holds object of shape \(0,\)"),
+        ([[1, 2, 3]], r"it holds int64 of shape \(3,\)"),
+    ],
+)
+def test_cells_that_are_no_images_are_reported_with_row_column_and_content(tmp_path, cells, message):
+    datasets.Dataset.from_dict({"image": cells}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=message):
+        args = DataArguments(dataset_name=str(tmp_path))
+        TrainingData(args, Preprocessing(1, 8, 8), 0, batch_size=4, accumulation=1, processes=1, seed=0)
+
+
+def test_paths_in_a_dataset_of_the_hub_are_not_opened(tmp_path):
+    write_images(tmp_path, 1)
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "000.png")]})
+    with pytest.raises(BrokenImageError, match="not an image"):
+        DatasetImages(rows, None)[0]
 
 
 def test_a_dataset_without_images_names_its_columns(tmp_path):
