@@ -21,7 +21,7 @@ from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import location_name
 from ddgan.hub.cards import CardFacts, license_of
 from ddgan.sampling.generation import PipelineSampler
-from ddgan.sampling.loading import SCHEDULERS
+from ddgan.sampling.loading import SCHEDULERS, ddim_usage
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
 from ddgan.training.ema import EMA
 from ddgan.training.job import TrainedNetwork, TrainingJob
@@ -105,7 +105,9 @@ def finetune(
     card = CardFacts(
         title=run.model_save_name,
         summary=f"An unconditional diffusion model: {location_name(args.start_model)}, fine-tuned on {data.name}.",
-        usage=USAGE.format(model=run.folder_name, steps=args.sample_steps),
+        usage=USAGE.format(
+            model=run.folder_name, scheduler=ddim_usage(pipeline, args.sample_steps), steps=args.sample_steps
+        ),
         settings=settings_for_card(*arguments),
         base_model=args.start_model,
         dataset=data.name,
@@ -151,7 +153,7 @@ USAGE = """
 from diffusers import DDIMScheduler, DDPMPipeline
 
 pipe = DDPMPipeline.from_pretrained("{model}")
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+{scheduler}
 image = pipe(num_inference_steps={steps}).images[0]
 """
 

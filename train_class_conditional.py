@@ -23,6 +23,7 @@ from ddgan.core.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts
 from ddgan.sampling.generation import PipelineSampler
 from ddgan.sampling.grids import rows_by_class
+from ddgan.sampling.loading import ddim_usage
 from ddgan.training.arguments import (
     DataArguments,
     EvaluationArguments,
@@ -178,6 +179,8 @@ def train_class_conditional(
         timestep_sampling=args.timestep_sampling,
     )
 
+    pipeline = ClassConditionalPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
     arguments = (run, learning_rate, data_args, label_args, evaluation, args)
     card = CardFacts(
         title=run.model_save_name,
@@ -187,14 +190,13 @@ def train_class_conditional(
             model=run.folder_name,
             name=json.dumps(classes[0], ensure_ascii=False),
             guidance=f"guidance_scale={args.guidance_scale}, " if args.class_dropout else "",
+            scheduler=ddim_usage(pipeline, args.sample_steps),
             steps=args.sample_steps,
         ),
         settings=settings_for_card(*arguments),
         dataset=data.name,
         tags=["ddpm", "class-conditional"],
     )
-    pipeline = ClassConditionalPipeline(unet, scheduler)
-    pipeline.set_progress_bar_config(disable=True)
     job = TrainingJob(
         networks=[
             TrainedNetwork(
@@ -300,7 +302,7 @@ USAGE = """
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{model}", trust_remote_code=True)
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+{scheduler}
 image = pipe(class_labels={name}, {guidance}num_inference_steps={steps}).images[0]
 """
 

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(Arguments, argv=argv)
     loss = sum_losses([parse_loss(text, args.clip_model) for text in args.towards])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = with_scheduler(load_pipeline(args.pipeline, device=device), args.scheduler)
+    pipe = with_scheduler(load_pipeline(args.pipeline, device=device), args.scheduler, args.num_inference_steps)
     if args.class_labels:
         labels = parse_class_labels(args.class_labels, class_names(getattr(pipe, "unet", None)))
         args.class_labels = [labels[i % len(labels)] for i in range(args.num_images)]

@@ -14,6 +14,7 @@ from PIL import Image
 from ..core.errors import InputError
 from .grids import to_pil
 from .loading import with_scheduler
+from .spacing import changed_spacing, check_steps, default_steps
 
 
 @torch.no_grad()
@@ -43,18 +44,13 @@ def sample(
         InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, or if
             the pipeline does not accept an argument.
     """
-    num_train_timesteps: int = pipe.scheduler.config.num_train_timesteps
-    if num_inference_steps is not None and num_inference_steps > num_train_timesteps:
-        raise InputError(
-            f"{num_inference_steps} inference steps are more than the {num_train_timesteps} timesteps that this "
-            "pipeline was trained with."
-        )
+    if num_inference_steps is not None:
+        check_steps(pipe.scheduler, num_inference_steps)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if type(pipe) in (DDPMPipeline, DDIMPipeline) and not options:
-        if num_inference_steps is None:
-            uses_all = isinstance(pipe.scheduler, DDPMScheduler)
-            num_inference_steps = num_train_timesteps if uses_all else min(50, num_train_timesteps)
-        return to_pil_images(_denoise(pipe, generators, num_inference_steps, class_labels))
+        steps = num_inference_steps or default_steps(pipe)
+        assert steps is not None  # it has a default for these pipelines
+        return to_pil_images(_denoise(pipe, generators, steps, class_labels))
 
     parameters = inspect.signature(pipe.__call__).parameters
     if class_labels is None and getattr(parameters.get("class_labels"), "default", None) is inspect.Parameter.empty:
@@ -117,13 +113,23 @@ class PipelineSampler:
 
     def __call__(self, pipeline: DiffusionPipeline, seeds: list[int], labels: list[int] | None) -> list[Image.Image]:
         """Generate one image per seed and, for a class-conditional pipeline, class label."""
-        pipeline = with_scheduler(pipeline, self.scheduler)
+        pipeline = with_scheduler(pipeline, self.scheduler, self.num_inference_steps)
         return sample(pipeline, seeds, self.num_inference_steps, labels, **self.options)
 
     def protocol(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
-        """Return the settings that an image depends on besides the weights, its seed and its class."""
-        scheduler = type(with_scheduler(pipeline, self.scheduler).scheduler).__name__
-        return {"scheduler": scheduler, "num_inference_steps": self.num_inference_steps, **self.options}
+        """Return the settings that an image depends on besides the weights, its seed and its class.
+
+        Raises:
+            InputError: If the pipeline cannot be sampled with these settings.
+        """
+        scheduler = with_scheduler(pipeline, self.scheduler, self.num_inference_steps).scheduler
+        check_steps(scheduler, self.num_inference_steps)
+        return {
+            "scheduler": type(scheduler).__name__,
+            **changed_spacing(pipeline, scheduler),
+            "num_inference_steps": self.num_inference_steps,
+            **self.options,
+        }
 
 
 def num_classes(network: ModelMixin) -> int | None:

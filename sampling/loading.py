@@ -12,12 +12,14 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    SchedulerMixin,
     UniPCMultistepScheduler,
 )
 from huggingface_hub.errors import GatedRepoError
 
 from ..core.errors import InputError
 from ..hub.installed import installed_class
+from .spacing import changed_spacing, default_steps, with_usable_spacing
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULERS = {
@@ -106,20 +108,39 @@ def pipeline_hash(pipe: DiffusionPipeline) -> str:
     return digest.hexdigest()
 
 
-def with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
+def with_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int | None = None) -> DiffusionPipeline:
     """Return a pipeline with another scheduler that shares the networks and the scheduler config of `pipe`.
 
     If the saved scheduler clips the predicted image, so do the solvers that support this only as thresholding.
 
     Args:
-        name: A key of `SCHEDULERS`, or `as-saved` to return `pipe` itself.
+        name: A key of `SCHEDULERS`, or `as-saved` for the scheduler of `pipe`.
+        num_inference_steps: The number of steps that the pipeline will sample in, for which the spacing of the
+            timesteps is changed if necessary, see `with_usable_spacing`. None means the default of `sample`.
 
     Raises:
-        InputError: If the scheduler does not support the pipeline's noise process, such as that of a DDGAN.
+        InputError: If the scheduler does not support the pipeline's noise process, such as that of a DDGAN, or the
+            number of steps.
     """
-    if name == "as-saved":
-        return pipe
-    config = pipe.scheduler.config
+    scheduler = pipe.scheduler if name == "as-saved" else _scheduler_by_name(pipe, name)
+    replaced = copy.copy(pipe)
+    replaced.scheduler = scheduler
+    steps = num_inference_steps or default_steps(replaced)
+    if steps and "timestep_spacing" in scheduler.config:
+        replaced.scheduler = with_usable_spacing(scheduler, steps)
+    return pipe if replaced.scheduler is pipe.scheduler else replaced
+
+
+def ddim_usage(pipe: DiffusionPipeline, num_inference_steps: int) -> str:
+    """Return the line of a model card's Python that samples like `with_scheduler(pipe, "ddim", ...)`."""
+    scheduler = with_scheduler(pipe, "ddim", num_inference_steps).scheduler
+    spacing = "".join(f', {name}="{value}"' for name, value in changed_spacing(pipe, scheduler).items())
+    return f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{spacing})"
+
+
+def _scheduler_by_name(pipe: DiffusionPipeline, name: str) -> SchedulerMixin:
+    # without the list of values that were not passed: it would make a loaded pipeline sample in another way
+    config = {key: value for key, value in pipe.scheduler.config.items() if key != "_use_default_values"}
     if SCHEDULERS[name] not in pipe.scheduler.compatibles:
         raise InputError(
             f"The {type(pipe.scheduler).__name__} of this {type(pipe).__name__} defines its own noise process, which "
@@ -127,6 +148,8 @@ def with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
         )
     # thresholding with the default sample_max_value of 1 is plain clipping to [-1, 1]
     options = {"thresholding": True} if config.get("clip_sample") and name in ("dpmsolver", "unipc") else {}
-    pipe = copy.copy(pipe)
-    pipe.scheduler = SCHEDULERS[name].from_config(config, **options)
-    return pipe
+    try:
+        return SCHEDULERS[name].from_config(config, **options)
+    except NotImplementedError:  # a schedule of betas that this class cannot compute
+        betas = {"trained_betas": pipe.scheduler.betas.tolist(), "rescale_betas_zero_snr": False}
+        return SCHEDULERS[name].from_config(config, **options, **betas)

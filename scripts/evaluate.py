@@ -51,6 +51,7 @@ from ddgan.evaluation.results import Results, compute_results
 from ddgan.hub.cards import CARD_NAME
 from ddgan.sampling.generation import class_names, parse_class_labels, sample, sample_in_full_batches
 from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
+from ddgan.sampling.spacing import changed_spacing
 
 logger = logging.getLogger("ddgan")
 
@@ -246,7 +247,7 @@ class PipelineSamples:
         assert args.pipeline is not None
         pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
         contents = pipeline_hash(pipe)
-        self.pipe = with_scheduler(pipe, args.scheduler)
+        self.pipe = with_scheduler(pipe, args.scheduler, args.num_inference_steps)
         self.class_names = class_names(getattr(pipe, "unet", None))
         self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
         (first,) = sample_in_full_batches(self._sample, [0], self.batch_size)
@@ -258,6 +259,7 @@ class PipelineSamples:
             settings={
                 "seeds": f"{args.seed} to {args.seed + self.count - 1}",
                 "scheduler": type(self.pipe.scheduler).__name__,
+                **changed_spacing(pipe, self.pipe.scheduler),
                 "num_inference_steps": len(self.pipe.scheduler.timesteps),
                 "class_labels": self.labels,
                 "guidance_scale": args.guidance_scale,

@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         "guidance_gradient": args.guidance_gradient,
     }
     check_settings(output, settings)
-    pipe = with_scheduler(pipe, args.scheduler)
+    pipe = with_scheduler(pipe, args.scheduler, args.num_inference_steps)
     if args.is_guided:
         try:
             pipe = GuidedPipeline.from_pipe(pipe)

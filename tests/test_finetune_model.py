@@ -16,7 +16,17 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import ROOT, finetune_flags, largest_difference, make_dataset, run_script, tiny_unet, weights, write_images
+from tiny import (
+    ROOT,
+    finetune_flags,
+    largest_difference,
+    make_dataset,
+    run_script,
+    tiny_pipeline,
+    tiny_unet,
+    weights,
+    write_images,
+)
 from torch._dynamo.testing import CompileCounter
 
 from ddgan.core.errors import InputError, RunError, run_command
@@ -475,3 +485,15 @@ def test_a_pipeline_of_another_kind_is_rejected_with_its_components(finetune, tm
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="unconditional UNet2DModel"):
         finetune("run", "--start_model", tmp_path / "other")
+
+
+def test_a_run_that_cannot_be_sampled_is_rejected_before_it_writes_anything(finetune, tmp_path):
+    with pytest.raises(InputError, match="1001 inference steps are more than the 1000 timesteps"):
+        finetune("run", "--sample_steps", 1001)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_model_with_another_schedule_of_betas_is_trained_and_sampled(finetune, tmp_path):
+    tiny_pipeline(DDPMScheduler(beta_schedule="sigmoid")).save_pretrained(tmp_path / "sigmoid")
+    run = finetune("run", "--start_model", tmp_path / "sigmoid", "--max_train_steps", 1)
+    assert (run / "samples" / "step-00000001.png").exists()

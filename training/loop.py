@@ -91,6 +91,8 @@ class Trainer:
         self.evaluator, self.repo_id = evaluator, repo_id
         self.plan = data.plan
         self.folder = RunFolder(args.output_dir)
+        if job.sampler:
+            job.sampler.protocol(job.pipeline)  # raises an error before anything is written if it cannot be sampled
         self.total_steps = args.max_train_steps or args.num_epochs * (self.plan.steps_per_epoch or 0)
         if not self.total_steps:
             raise InputError("A stream has no known length: set the number of steps with --max_train_steps.")
