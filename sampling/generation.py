@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import (
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ModelMixin,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -41,9 +48,12 @@ def sample(
         options: Further arguments for the call of the pipeline, such as the loss of a guided one.
 
     Raises:
-        InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, or if
-            the pipeline does not accept an argument.
+        InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, if a
+            seed is not from 0 to 2^32 - 1, or if the pipeline does not accept an argument.
     """
+    for seed in seeds:
+        if seed not in range(1 << 32):  # a CPU generator takes 32 bits: others would repeat the image of another seed
+            raise InputError(f"The seed {seed} is not from 0 to {(1 << 32) - 1}.")
     if num_inference_steps is not None:
         check_steps(pipe.scheduler, num_inference_steps)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -53,7 +63,10 @@ def sample(
         return to_pil_images(_denoise(pipe, generators, steps, class_labels))
 
     parameters = inspect.signature(pipe.__call__).parameters
-    if class_labels is None and getattr(parameters.get("class_labels"), "default", None) is inspect.Parameter.empty:
+    needs_labels = getattr(parameters.get("class_labels"), "default", None) is inspect.Parameter.empty
+    if isinstance(pipe, ConsistencyModelPipeline):  # without labels, it draws them from the global generator
+        needs_labels = num_classes(pipe.unet) is not None
+    if class_labels is None and needs_labels:
         names = ", ".join(getattr(pipe, "labels", []))
         raise InputError(
             f"A {type(pipe).__name__} is class-conditional, so each image needs a class label"
@@ -190,6 +203,11 @@ def _denoise(
 
 def _class_condition(unet: ModelMixin, class_labels: Sequence[int | str] | None) -> dict[str, torch.Tensor]:
     count = num_classes(unet)
+    if count is None and unet.config.get("class_embed_type"):
+        raise InputError(
+            f"This network is conditioned on vectors or numbers instead of classes (class_embed_type: "
+            f"{unet.config.class_embed_type}), which is not supported."
+        )
     if count is None:
         if class_labels is not None:
             raise InputError("This network is not conditioned on a class: do not pass class labels.")

@@ -29,7 +29,7 @@ from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_na
 from ddgan.sampling.generation import class_names, parse_class_labels, sample, sample_in_full_batches
 from ddgan.sampling.grids import image_grid, steps_strip
 from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
-from ddgan.sampling.traces import intermediates
+from ddgan.sampling.traces import check_traceable, intermediates
 
 SETTINGS = "generate.json"
 GRID_IMAGES = 64
@@ -133,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
         pipe.set_progress_bar_config(disable=True)
     elif isinstance(pipe, GuidedPipeline):
         raise InputError("A GuidedPipeline needs a target: --color, --clip_prompt or --towards.")
+    if args.intermediates:
+        check_traceable(pipe)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, PNDMScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    PNDMScheduler,
+)
 from tiny import level_difference, tiny_pipeline, tiny_unet
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
@@ -112,6 +119,27 @@ def test_options_of_other_pipelines_are_refused():
 def test_more_steps_than_trained_are_refused():
     with pytest.raises(InputError, match=r"11 inference steps .* 10 "):
         sample(tiny_pipeline(DDPMScheduler(num_train_timesteps=10)), [0], 11)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_seeds_that_would_repeat_another_image_are_refused(seed):
+    with pytest.raises(InputError, match=f"The seed {seed} is not from 0 to 4294967295"):
+        sample(tiny_pipeline(), [0, seed], 2)
+
+
+@pytest.mark.parametrize("kind", ["timestep", "identity"])
+def test_networks_conditioned_on_other_values_than_classes_are_refused(kind):
+    with pytest.raises(InputError, match=f"class_embed_type: {kind}.*not supported"):
+        sample(tiny_pipeline(class_embed_type=kind), [0], 2)
+
+
+def test_a_consistency_pipeline_with_classes_needs_labels():
+    pipe = ConsistencyModelPipeline(tiny_unet(num_class_embeds=3).eval(), CMStochasticIterativeScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(InputError, match="each image needs a class label"):
+        sample(pipe, [0, 1], 1)
+    batch = sample(pipe, [0, 1], 1, [2, 0])
+    assert level_difference(batch[1], sample(pipe, [1], 1, [0])[0]) <= ONE_LEVEL
 
 
 def test_classes_can_be_given_by_label_or_name():

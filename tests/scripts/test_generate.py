@@ -6,7 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, HeunDiscreteScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    HeunDiscreteScheduler,
+    ScoreSdeVePipeline,
+    ScoreSdeVeScheduler,
+)
 from PIL import Image
 from tiny import ROOT, run_ranks, run_script, tiny_unet
 from tiny_clip import save_clip
@@ -275,6 +284,15 @@ def test_grid_and_intermediates_are_saved_next_to_the_images(tiny_model, whole, 
     assert grid.crop((4, 4, 100, 100)).tobytes() == first.tobytes()
     last = strip.crop((strip.width - 100, strip.height - 100, strip.width - 4, strip.height - 4))
     assert last.tobytes() == first.tobytes()  # the last prediction is the first image
+
+
+def test_intermediates_that_cannot_be_shown_are_refused_before_sampling(tmp_path):
+    ScoreSdeVePipeline(tiny_unet(), ScoreSdeVeScheduler()).save_pretrained(tmp_path / "sde")
+    ConsistencyModelPipeline(tiny_unet(), CMStochasticIterativeScheduler()).save_pretrained(tmp_path / "consistency")
+    for name in ("sde", "consistency"):
+        with pytest.raises(InputError, match="cannot be shown: omit --intermediates"):
+            generate.main(flags(tmp_path / name, tmp_path / "out", "--scheduler", "as-saved", "--intermediates", 2))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_of_a_version_without_towards_continues(tiny_model, whole):
