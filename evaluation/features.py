@@ -1,6 +1,7 @@
 """Features of many images: computed by all processes, resumable, and cached."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..core.files import replace_file
+
+logger = logging.getLogger(__name__)
 
 PART_IMAGES = 1024  # approximate number of images between two saves
 
@@ -38,7 +41,8 @@ def extract_features(
 
     Args:
         extract: maps the indices of a batch to tensors with one row per image.
-        folder: where intermediate results are saved, to resume from after an interruption; the caller removes it.
+        folder: where intermediate results are saved, to resume from after an interruption; the caller removes it. If
+            it cannot be written, they are not saved.
         description: label of the progress bar.
         before_batch: called by all processes together before each of their batches; an exception in it ends the loop.
 
@@ -72,8 +76,8 @@ def extract_features(
             if is_main:
                 part = _concatenate(results)
                 parts.append(part)
-                if folder:
-                    write_features(folder / f"{prefix}-{missing[start].start:09d}.safetensors", part)
+                if folder and not _cache(folder / f"{prefix}-{missing[start].start:09d}.safetensors", part):
+                    folder = None
     if not is_main:
         return None
     features = _concatenate(parts)
@@ -92,7 +96,8 @@ def cached_features(
 ) -> Features | None:
     """Return the features in the file `path`, or extract them and write the file with its protocol.
 
-    If another command is extracting the same features, this one extracts them too but does not save them.
+    If another command is extracting the same features, or the file cannot be written, this one extracts them but does
+    not save them.
     """
     is_cached = [path.exists() if accelerator.is_main_process else None]
     broadcast_object_list(is_cached)
@@ -101,7 +106,7 @@ def cached_features(
     with _locked(path.with_suffix(".parts"), accelerator) as parts:
         features = extract_features(count, batch_size, extract, accelerator, parts, description)
         if features is not None and parts:
-            write_features(path, features, protocol)
+            _cache(path, features, protocol)
             shutil.rmtree(parts, ignore_errors=True)
     return features
 
@@ -117,6 +122,9 @@ def _locked(folder: Path, accelerator: Accelerator) -> Iterator[Path | None]:
             lock.acquire()
         except (Timeout, FileNotFoundError):  # another command holds it, or has just removed the folder
             lock = None
+        except OSError as error:
+            _warn_not_cached(folder, error)
+            lock = None
     try:
         yield folder if lock else None
     finally:
@@ -129,6 +137,20 @@ def write_features(path: Path, features: Features, protocol: dict[str, Any] | No
     tensors = {name: tensor.contiguous() for name, tensor in features.items()}
     metadata = {"protocol": json.dumps(protocol or {})}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _cache(path: Path, features: Features, protocol: dict[str, Any] | None = None) -> bool:
+    """Write features unless the file system rejects them; return whether they were written."""
+    try:
+        write_features(path, features, protocol)
+    except (OSError, SafetensorError) as error:
+        _warn_not_cached(path.parent, error)
+        return False
+    return True
+
+
+def _warn_not_cached(folder: Path, error: Exception) -> None:
+    logger.warning(f"Features are not cached: {folder} cannot be written ({error}). --cache_dir names another folder.")
 
 
 def read_protocol(path: Path) -> dict[str, Any]:

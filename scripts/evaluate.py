@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
             results = compute_results(samples.facts, features, extractor, reference, held_out, classifier, requested)
             write_results(results, args, round(time.perf_counter() - started, 1))
         print_results(results, args)
-        shutil.rmtree(parts)
+        shutil.rmtree(parts, ignore_errors=True)
     accelerator.end_training()
 
 
