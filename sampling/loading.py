@@ -3,7 +3,9 @@
 import copy
 import hashlib
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -20,6 +22,8 @@ from huggingface_hub.errors import GatedRepoError
 from ..core.errors import InputError
 from ..hub.installed import installed_class
 from .spacing import changed_spacing, default_steps, with_usable_spacing
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULERS = {
@@ -58,7 +62,17 @@ def load_pipeline(
         )
     try:
         pipeline_class = installed_class(path_or_repo)
-        pipe = pipeline_class.from_pretrained(path_or_repo, dtype=dtype, trust_remote_code=trust_remote_code)
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        try:
+            pipe = pipeline_class.from_pretrained(path_or_repo, **options)
+        except OSError as error:
+            if "no file named" not in str(error):
+                raise
+            try:
+                pipe = pipeline_class.from_pretrained(path_or_repo, variant="fp16", **options)
+            except (OSError, ValueError):
+                raise error from None
+            logger.info(f"{path_or_repo} has only weights in half precision (fp16), which are loaded.")
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(

@@ -98,6 +98,18 @@ def test_a_broken_pipeline_folder_is_not_looked_for_on_the_hub(tmp_path):
         load_pipeline(str(tmp_path))
 
 
+def test_weights_in_half_precision_alone_are_loaded(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    loaded = load_pipeline(str(tmp_path))
+    assert loaded.unet.dtype == torch.float32
+    assert torch.equal(loaded.unet.conv_in.weight, pipe.unet.conv_in.weight)
+    for path in (tmp_path / "unet").glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"no file named diffusion_pytorch_model\.\w+ found"):
+        load_pipeline(str(tmp_path))
+
+
 def test_ddim_pipelines_load_and_sample(tmp_path):
     DDIMPipeline(tiny_unet().eval(), DDIMScheduler()).save_pretrained(tmp_path)
     assert sample(load_pipeline(str(tmp_path)), [0], 4)[0].size == (8, 8)
