@@ -3,7 +3,8 @@
     python scripts/convert_ddgan_checkpoint.py --checkpoint_path netG_1200.pth --recipe cifar10 --output_dir cifar10
 
 The checkpoint is a generator (netG_*.pth) or a full training state (content.pth). The latter also contains the
-training arguments and the discriminator, which is saved to the subfolder discriminator/.
+training arguments and the discriminator, which is saved to the subfolder discriminator/. Its EMA weights, which the
+optimizer keeps, are converted, as netG_*.pth files contain them.
 """
 
 import json
@@ -68,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.checkpoint_path} does not contain its training arguments. Pass them with --config_path, or name "
             f"the published model: --recipe {'|'.join(PUBLISHED_MODELS)}."
         )
-    arguments = generator_arguments(checkpoint.generator, known_arguments)
     try:
+        arguments = generator_arguments(checkpoint.generator, known_arguments)
         generator = convert_generator(checkpoint.generator, arguments)
         scheduler = DDGANScheduler(
             arguments["num_timesteps"],
@@ -85,8 +86,8 @@ def main(argv: list[str] | None = None) -> None:
             f"The training arguments lack {error}, which cannot be inferred from the checkpoint. Pass it with "
             "--config_path."
         ) from error
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # of arguments that do not fit
+        raise InputError(f"The checkpoint cannot be converted: {error}") from error
 
     pipeline = DDGANPipeline(generator.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -109,7 +110,11 @@ def main(argv: list[str] | None = None) -> None:
         usage=USAGE.format(model=output.resolve().name),
         training_heading="Conversion",
         images={"samples.png": f"Seeds 0 to {len(images) - 1}, nothing left out."} if images else {},
-        training={"checkpoint": Path(args.checkpoint_path).name, "discriminator": "yes" if discriminator else "no"},
+        training={
+            "checkpoint": Path(args.checkpoint_path).name,
+            "weights": "EMA, from the state of the optimizer" if checkpoint.is_ema else "those of the checkpoint",
+            "discriminator": "yes" if discriminator else "no",
+        },
         settings={
             name: arguments[name] for name in sorted({*COMMON_ARGUMENTS, "image_size", "ch_mult", "num_timesteps"})
         },
@@ -123,6 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     replace_file(output / CARD_NAME, lambda path: path.write_text(card_text(card), encoding="utf-8"))
     print(f"pipeline       {output}")
+    print(f"weights        {card.training['weights']}")
     if discriminator is not None:
         print(f"discriminator  {output / 'discriminator'}")
     print(f"load with      pipe = ddgan.DDGANPipeline.from_pretrained({str(output)!r})")
@@ -136,7 +142,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--config_path {path} cannot be read: {error}") from error
     if not isinstance(arguments, dict):
         raise InputError(f"--config_path {path} must contain the training arguments as a JSON object.")
