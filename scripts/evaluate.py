@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ddgan.core.accelerator import start_accelerate
 from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
 from ddgan.core.files import fingerprint, location_name, replace_file
@@ -134,7 +135,7 @@ class EvaluateArguments:
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(EvaluateArguments, argv=argv)
     started = time.perf_counter()
-    accelerator = Accelerator()
+    accelerator = start_accelerate()
     threads = torch.get_num_threads()
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)  # as in scripts/generate.py: another order of summation changes the images

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
 from ddgan import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
+from ddgan.core.accelerator import start_accelerate
 from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
@@ -93,7 +93,7 @@ class GenerateArguments:
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(GenerateArguments, argv=argv)
-    accelerator = Accelerator()
+    accelerator = start_accelerate()
     batch_size = args.batch_size
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 
+from ..core.accelerator import start_accelerate
 from ..core.errors import InputError
 from ..data.preprocessing import Preprocessing, check_value_range
 from ..data.sources import ImageSource
@@ -60,7 +61,7 @@ class Session:
 
         Raises:
             InputError: if the folder holds a run that is not being resumed, a tracker is not installed, the
-                machine does not support the mixed precision, or the Hub refuses the repository.
+                configuration of Accelerate or the mixed precision is not supported, or the Hub refuses the repository.
         """
         accelerator = start_accelerator(run)
         if accelerator.is_fsdp2 and not supports_fsdp:
@@ -125,9 +126,10 @@ def start_accelerator(run: RunArguments) -> Accelerator:
     """Check that the run folder can be used, and start Accelerate; no file is written yet."""
     folder = RunFolder(run.output_dir)
     folder.check_usable(resuming=bool(run.resume_from_checkpoint))
-    accelerator = Accelerator(
+    accelerator = start_accelerate(
+        run.grad_accumulation_steps,
         mixed_precision=run.mixed_precision,
-        log_with=tracker_names(run.report_to) or None,  # pyright: ignore[reportArgumentType]
+        log_with=tracker_names(run.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
         step_scheduler_with_optimizer=False,
     )
