@@ -307,3 +307,20 @@ def test_guided_sampling_lowers_the_loss_of_other_cutouts(model, gradient):
 
     unguided, guided = generate(0.0), generate(2000.0)  # the gradients of some random networks are tiny
     assert (loss_of_other_cutouts(guided) < 0.9 * loss_of_other_cutouts(unguided)).all()
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", ["a red rose", ""]])
+def test_empty_prompts_are_refused(model, prompt):
+    with pytest.raises(InputError, match="A prompt is empty"):
+        CLIPLoss(prompt, model)
+
+
+def test_prompts_longer_than_the_model_reads_are_refused_instead_of_cut(model):
+    CLIPLoss("a red", model)
+    with pytest.raises(InputError, match=r"'a red rose .* is longer than the (8|16) tokens .*several prompts"):
+        CLIPLoss("a red rose " * 20, model)
+
+
+def test_weights_of_prompts_must_be_finite(model):
+    with pytest.raises(InputError, match="with weights other than 0"):
+        CLIPLoss([("a red rose", float("nan"))], model)
