@@ -7,13 +7,17 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
-from tiny import largest_difference, tiny_unet
+from tiny import largest_difference, tiny_unet, write_class_folders
 
-from ddgan import finetune_few_step
+from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, finetune_few_step
 from ddgan.core.errors import InputError
+from ddgan.evaluation.classifier import ImageClassifier
+from ddgan.sampling.generation import sample
+from ddgan.sampling.grids import image_grid
 from ddgan.training.monitors import DiscriminatorAccuracyMonitor
+from ddgan.training.objectives.few_step import FewStepProcess, Transition
 from ddgan.training.tracking import read_metrics
 
 
@@ -122,9 +126,115 @@ def test_wrong_flags_are_refused(few_step, flags, message):
         few_step("run", *flags.split())
 
 
-def test_class_conditional_pipelines_are_refused(few_step, tmp_path):
-    with pytest.raises(InputError, match="class-conditional"):
-        few_step("run", "--start_model", save_model(tmp_path / "model", num_class_embeds=3))
+# ---- class-conditional models
+
+
+def tiny_classes(**changes) -> ClassConditionedUnet:
+    torch.manual_seed(0)
+    config = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    config |= {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    names = {"num_classes": 3, "id2label": ["c", "a", "b"]}
+    return ClassConditionedUnet(**{**config, **names, **changes})
+
+
+@pytest.fixture
+def few_step_classes(few_step, tmp_path):
+    """Return a function that runs finetune_few_step.py on a class-conditional network and images of its classes."""
+
+    def run(name, *flags, network=None, **scheduler):
+        model = tmp_path / "class-model"
+        if not model.exists():
+            scheduler = DDPMScheduler(**{"prediction_type": "v_prediction", "clip_sample": False, **scheduler})
+            ClassConditionalPipeline(network or tiny_classes(class_dropout=0.3), scheduler).save_pretrained(model)
+            write_class_folders(tmp_path / "class-images")
+        return few_step(name, "--start_model", model, "--train_data_dir", tmp_path / "class-images", *flags)
+
+    return run
+
+
+def test_a_class_conditional_model_keeps_its_classes_and_samples_with_posterior_steps(few_step_classes, tmp_path):
+    torch.manual_seed(0)
+    ImageClassifier(8, 1, 3, (8,), id2label={0: "c", 1: "a", 2: "b"}).save_pretrained(tmp_path / "classifier")
+    evaluation = ("--eval_every", 4, "--eval_images", 12, "--feature_extractor", tmp_path / "classifier")
+    run = few_step_classes("run", "--ema_decay", 0, *evaluation, prediction_type="epsilon")
+    pipe = ClassConditionalPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.labels == {"c": 0, "a": 1, "b": 2}
+    assert (pipe.has_null_class, pipe.unet.config.class_dropout) == (True, 0.3)
+    assert pipe.scheduler.config["_num_inference_steps"] == [2]
+    assert list(run.glob("pipeline_class_conditional_*.py")) and list(run.glob("unet/unet_class_conditioned_*.py"))
+    assert 0 <= read_metrics(run / "metrics.csv")[-1]["class_accuracy@12"] <= 1
+
+    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(6)
+    image = pipe("a", num_inference_steps=2, latents=noise, generator=generator, output_type="latent").images
+    process, generator = FewStepProcess(pipe.scheduler, [2]), torch.Generator().manual_seed(6)
+    expected = noise
+    for t, s in process.transitions:
+        with torch.no_grad():
+            output = pipe.unet(expected, t, torch.tensor([1])).sample
+        step = Transition(t[None], s[None], expected)
+        posterior_noise = torch.randn(noise.shape, generator=generator) if s >= 0 else torch.zeros_like(noise)
+        expected = process.posterior_sample(process.predicted_image(output, expected, step.t), step, posterior_noise)
+    torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-4)
+
+    samples = sample(pipe, range(3), 2, [0, 1, 2])  # two samples are rounded up to a row for each class
+    grid = image_grid(samples, columns=1, row_labels=("c", "a", "b"))
+    assert ImageChops.difference(Image.open(run / "samples" / "step-00000004.png"), grid).getbbox() is None
+    assert Image.open(run / "before_after.png").width > 2 * grid.width
+    card = (run / "README.md").read_text()
+    assert "Its 3 classes are c, a, b" in card
+    assert 'pipe(class_labels="c", num_inference_steps=2)' in card
+
+
+@pytest.mark.parametrize(("dropout", "rows"), [(0.5, 4), (0.0, 3)])
+def test_both_networks_train_every_class_and_the_null_class_if_there_is_one(few_step_classes, dropout, rows):
+    network = tiny_classes(class_dropout=dropout)
+    before = network.class_embedding.weight.detach().clone()
+    checkpoint = sorted((few_step_classes("run", network=network) / "checkpoints").glob("step-*"))[-1]
+    discriminator = load_file(checkpoint / "model.safetensors")["input_class_embedding.weight"]
+    generator = load_file(checkpoint / "model_1.safetensors")["class_embedding.weight"]
+    for after in (discriminator, generator):
+        assert (before != after).any(dim=1).tolist() == [True] * rows
+
+
+@pytest.mark.parametrize(
+    ("network", "label"), [("one_hot", '"c"'), ("learned_variance", '"c"'), ("num_class_embeds", "0")]
+)
+def test_other_class_conditional_networks(few_step_classes, network, label):
+    networks = {
+        "one_hot": lambda: tiny_classes(class_emb_size=None, class_dropout=0.1),
+        "learned_variance": lambda: tiny_classes(out_channels=2),
+        "num_class_embeds": lambda: tiny_unet(num_class_embeds=3, in_channels=1, out_channels=1),
+    }
+    run = few_step_classes("run", network=networks[network]())
+    pipe = ClassConditionalPipeline.from_pretrained(run)
+    assert pipe.unet.config.out_channels == 1
+    assert pipe([0, 2], num_inference_steps=2).images[1].size == (8, 8)
+    assert f"pipe(class_labels={label}," in (run / "README.md").read_text()
+
+
+def test_a_class_conditional_network_without_such_an_encoder_is_rejected(few_step_classes, tmp_path):
+    network = ContextUnet(in_channels=1, n_feat=8, n_cfeat=3, height=8)
+    with pytest.raises(
+        InputError, match=r"unet \(ContextUnet\).* unconditional UNet2DModel or a ClassConditionedUnet"
+    ):
+        few_step_classes("run", network=network)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"), [("other", "the model has no 'd'"), ("plain", "is not in a subfolder")]
+)
+def test_images_without_the_classes_of_the_model_are_rejected(few_step_classes, images, tmp_path, message):
+    folder = write_class_folders(tmp_path / "images")
+    if images == "other":
+        (folder / "c").rename(folder / "d")
+    else:
+        Image.new("L", (8, 8)).save(folder / "0.png")
+    with pytest.raises(InputError, match=message):
+        few_step_classes("run", "--train_data_dir", folder)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("accuracy", "warnings"), [(0.99, 1), (0.9, 0), (0.5, 0)])

@@ -18,15 +18,17 @@ Each script has a function that takes its argument dataclasses, so a notebook ca
 `accelerate.notebook_launcher(finetune, arguments, num_processes=...)` starts it on several GPUs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
+from PIL import Image
 
 from ..core.errors import InputError
 from ..data.preprocessing import Preprocessing
 from ..data.sources import ImageSource
+from ..sampling.grids import image_grid, rows_by_class
 from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
 from .evaluator import Evaluator
 from .job import TrainingJob
@@ -78,6 +80,7 @@ class Session:
         size: Sequence[int],
         labels: LabelArguments | None = None,
         source: ImageSource | None = None,
+        classes: Sequence[str] | None = None,
     ) -> TrainingData:
         """Open the training images.
 
@@ -86,6 +89,7 @@ class Session:
             size: height and width.
             labels: where the class labels are, if the run uses them.
             source: the images, if they are only a subset of those in `args`.
+            classes: class names of the start model, which the labels must fit.
         """
         height, width = size
         return TrainingData(
@@ -94,11 +98,28 @@ class Session:
             self.accelerator.process_index,
             labels,
             source,
+            classes,
             batch_size=self.run.batch_size,
             accumulation=self.run.grad_accumulation_steps,
             processes=self.accelerator.num_processes,
             seed=self.run.seed,
         )
+
+    def plan_grid(
+        self, classes: Sequence[str] | None
+    ) -> tuple[list[int] | None, Callable[[list[Image.Image]], Image.Image]]:
+        """Plan the sample grids of the run, with one row per class if there are classes.
+
+        `run.num_samples` is then rounded up to full rows.
+
+        Returns:
+            `labels` and `grid` of a `TrainingJob`.
+        """
+        if not classes:
+            return None, image_grid
+        labels, grid = rows_by_class(self.run.num_samples, classes)
+        self.run = replace(self.run, num_samples=len(labels))
+        return labels, grid
 
     def train(
         self, job: TrainingJob, data: TrainingData, evaluation: EvaluationArguments | None = None

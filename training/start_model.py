@@ -2,23 +2,35 @@
 
 from collections.abc import Sequence
 
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
+from .. import ClassConditionalPipeline, ClassConditionedUnet
 from ..core.errors import InputError
 from ..core.files import location_name
 from ..data.images import CHANNEL_MODES
+from ..sampling.generation import num_classes
 from ..sampling.loading import load_pipeline
+
+TrainedUNet = UNet2DModel | ClassConditionedUnet
 
 
 def load_start_model(
-    start_model: str, size: Sequence[int] | None = None, prediction_type: str | None = None
-) -> DDPMPipeline:
-    """Load a pipeline with an unconditional `UNet2DModel`, its scheduler replaced by an equivalent `DDPMScheduler`.
+    start_model: str,
+    size: Sequence[int] | None = None,
+    prediction_type: str | None = None,
+    allow_classes: bool = False,
+) -> DiffusionPipeline:
+    """Load a pixel-space pipeline, its scheduler replaced by an equivalent `DDPMScheduler`.
 
     Args:
         start_model: a pipeline folder or a repository on the Hub.
         size: height and width to train at (default: those of the model).
         prediction_type: what the network is trained to predict (default: same as the model).
+        allow_classes: whether the network may be class-conditional.
+
+    Returns:
+        A `DDPMPipeline` with an unconditional `UNet2DModel`, or a `ClassConditionalPipeline` with a
+        `ClassConditionedUnet` or a `UNet2DModel` with `num_class_embeds`.
 
     Raises:
         InputError: if the pipeline is not found, is of another kind, or its UNet cannot take the size.
@@ -26,20 +38,25 @@ def load_start_model(
     pipeline = load_pipeline(start_model)
     unet = getattr(pipeline, "unet", None)
     if (
-        not isinstance(unet, UNet2DModel)
+        not isinstance(unet, TrainedUNet)
         or set(pipeline.components) != {"unet", "scheduler"}
         or DDPMScheduler not in pipeline.scheduler.compatibles
     ):
         components = [f"{name} ({type(part).__name__})" for name, part in pipeline.components.items()]
+        networks = "an unconditional UNet2DModel" + (" or a ClassConditionedUnet" if allow_classes else "")
         raise InputError(
             f"--start_model {start_model} is a {type(pipeline).__name__} with the components {', '.join(components)}. "
-            "Fine-tuning needs a pixel-space pipeline of an unconditional UNet2DModel and a scheduler compatible with "
-            "DDPM, such as google/ddpm-celebahq-256."
+            f"Fine-tuning needs a pixel-space pipeline of {networks} and a scheduler compatible with DDPM, such as "
+            "google/ddpm-celebahq-256."
         )
-    if unet.class_embedding is not None:
+    classes = num_classes(unet)
+    if isinstance(unet, UNet2DModel) and unet.class_embedding is not None and not classes:
+        raise InputError(f"The UNet of {start_model} embeds classes, but its config has no num_class_embeds.")
+    if classes and not allow_classes:
         raise InputError(
             f"The UNet of {start_model} is class-conditional; this script fine-tunes unconditional ones. "
-            "train_class_conditional.py trains a class-conditional network from scratch."
+            "finetune_few_step.py also fine-tunes class-conditional ones, and train_class_conditional.py trains them "
+            "from scratch."
         )
     if unet.config.in_channels not in CHANNEL_MODES:
         raise InputError(f"The UNet of {start_model} takes {unet.config.in_channels} channels; images have 1 to 4.")
@@ -52,10 +69,22 @@ def load_start_model(
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
-    return DDPMPipeline(unet, scheduler)  # pyright: ignore[reportArgumentType]
+    pipeline_class = ClassConditionalPipeline if classes else DDPMPipeline
+    return pipeline_class(unet, scheduler)  # pyright: ignore[reportArgumentType]
 
 
-def _check_size(unet: UNet2DModel, start_model: str, size: Sequence[int]) -> None:
+def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
+    """Return the class names of a pipeline in the order of their labels, None if it is unconditional.
+
+    A class without a name is named by its label.
+    """
+    if not isinstance(pipeline, ClassConditionalPipeline):
+        return None
+    names = {label: name for name, label in pipeline.labels.items()}
+    return [names.get(label, str(label)) for label in range(pipeline.num_classes)]
+
+
+def _check_size(unet: TrainedUNet, start_model: str, size: Sequence[int]) -> None:
     halvings = len(unet.config.block_out_channels) - 1
     factor = 2**halvings
     if any(side < factor or side % factor for side in size):
@@ -68,7 +97,7 @@ def _check_size(unet: UNet2DModel, start_model: str, size: Sequence[int]) -> Non
         )
 
 
-def image_size(unet: UNet2DModel) -> tuple[int, int]:
+def image_size(unet: TrainedUNet) -> tuple[int, int]:
     """Return the height and width of the images that a UNet generates."""
     size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)
