@@ -27,7 +27,7 @@ from ddgan.core.files import location_name, replace_file
 from ddgan.hub.cards import CardFacts, license_of
 from ddgan.sampling.generation import PipelineSampler
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
-from ddgan.training.ema import EMA
+from ddgan.training.ema import EMA, half_life
 from ddgan.training.job import TrainedNetwork, TrainingJob
 from ddgan.training.loading import TrainingData
 from ddgan.training.model_card import FinishedRun, print_summary, settings_for_card
@@ -117,7 +117,7 @@ def finetune_few_step(
         InputError: if something in the arguments cannot be used.
         RunError: if the run fails after it has started.
     """
-    session = Session.open(run)
+    session = Session.open(run, supports_fp16=False)
     size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
     start = load_start_model(args.start_model, size, allow_classes=True)
     unet, steps = start.unet, args.num_inference_steps[0]
@@ -131,13 +131,13 @@ def finetune_few_step(
     )
     labels, grid = session.plan_grid(data.classes)
     run = session.run
+    conversion_steps = args.conversion_steps
+    if conversion_steps is None:
+        conversion_steps = CONVERSION_STEPS if start.scheduler.config.prediction_type == "epsilon" else 0
+    check_length(run, data, conversion_steps)
     remove_learned_variance(unet)
     unconverted = type(start)(unet, few_step_scheduler(start.scheduler, args, convert=False))
     save_start_grid(session, unconverted, steps, labels, grid)
-    predicts_noise = start.scheduler.config.prediction_type == "epsilon"
-    conversion_steps = args.conversion_steps
-    if conversion_steps is None:
-        conversion_steps = CONVERSION_STEPS if predicts_noise else 0
     torch.manual_seed(run.seed)  # the same initial heads in every process and every run with this seed
     discriminator = UNetDiscriminator.from_unet(unet)
     if run.gradient_checkpointing:
@@ -215,6 +215,36 @@ def few_step_scheduler(scheduler: DDPMScheduler, args: FewStepArguments, convert
     # Diffusers keeps private keys of a config, and does not warn about them
     few_step.register_to_config(_num_inference_steps=args.num_inference_steps)
     return few_step
+
+
+def check_length(run: FewStepRunArguments, data: TrainingData, conversion_steps: int) -> None:
+    """Check that the images fill a batch, and that the conversion and the EMA fit into the run.
+
+    Raises:
+        InputError: if not.
+    """
+    plan, total_steps = data.plan, data.total_steps(run)
+    if plan.num_images is not None and plan.num_images < plan.global_batch_size:
+        raise InputError(
+            f"{data.name} has {plan.num_images} images, fewer than the {plan.global_batch_size} of one optimizer step "
+            "(--batch_size x --grad_accumulation_steps x processes). A discriminator that sees every image in every "
+            "step memorizes them: use more images or a smaller --batch_size."
+        )
+    adversarial_steps = total_steps - conversion_steps
+    if adversarial_steps < 1:
+        raise InputError(
+            f"The run has {total_steps} optimizer steps, but the first {conversion_steps} (--conversion_steps) "
+            "convert the network to v-prediction, so none are left to train it for few sampling steps. Train longer "
+            "with --max_train_steps or --num_epochs."
+        )
+    steps = half_life(run, total_steps)
+    if steps > adversarial_steps:
+        raise InputError(
+            f"The EMA weights would have a half-life of {steps:.0f} optimizer steps (--ema_decay {run.ema_decay}, "
+            f"--ema_inv_gamma {run.ema_inv_gamma}, --ema_power {run.ema_power}), but only {adversarial_steps} steps "
+            "train for few sampling steps, so the saved network would hardly change. Train for more steps, or use a "
+            f"shorter average: --ema_decay {0.5 ** (10 / adversarial_steps):.3g} has a half-life of a tenth of them."
+        )
 
 
 def remove_learned_variance(unet: TrainedUNet) -> None:

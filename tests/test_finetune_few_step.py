@@ -101,29 +101,49 @@ def test_accumulation_gives_the_losses_of_one_batch(few_step, tmp_path):
             assert first[name] == pytest.approx(second[name], rel=1e-3)  # Adam amplifies rounding
 
 
-@pytest.mark.parametrize("stop", [1, 3])
-def test_resuming_gives_the_same_networks(few_step, stop):
-    whole = few_step("whole")
-    few_step("parts", "--max_train_steps", stop)
-    parts = few_step("parts", "--resume_from_checkpoint", "latest")
-    for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
-        files = [sorted((run / "checkpoints").glob("step-*"))[-1] / name for run in (whole, parts)]
-        assert largest_difference(*map(load_file, files)) == 0
-    assert read_metrics(whole / "metrics.csv")[-1]["g_loss"] == read_metrics(parts / "metrics.csv")[-1]["g_loss"]
+def test_a_run_resumes_bit_identical_during_and_after_the_conversion(few_step):
+    flags = ("--conversion_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 0)
+    straight, run = few_step("straight", *flags), few_step("run", *flags)
+    for step in (3, 2, 1):
+        few_step("run", *flags, "--resume_from_checkpoint", run / "checkpoints" / f"step-{step:08d}")
+        assert (straight / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+        for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
+            states = [load_file(folder / "checkpoints" / "step-00000004" / name) for folder in (straight, run)]
+            assert largest_difference(*states) == 0, (step, name)
+
+
+# ---- rejected input
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--num_inference_steps 1001", "only 1000 timesteps"),
+        ("--num_inference_steps 4 1001", "--num_inference_steps 1001: .*only 1000 timesteps"),
         ("--num_inference_steps 0", "at least 1"),
         ("--instance_noise 2", "a probability is at most 1"),
         ("--gamma -1", "at least 0"),
+        ("--conversion_steps 4", "has 4 optimizer steps, but the first 4 .--conversion_steps.*--max_train_"),
+        ("--conversion_steps 500", "has 4 optimizer steps, but the first 500 "),
+        (
+            "--batch_size 4 --grad_accumulation_steps 4",
+            "thirteen has 13 images, fewer than the 16 of one .*--batch_size",
+        ),
+        ("--ema_power 9", "half-life of 6931 optimizer steps .*--ema_decay 0.9999.* only 3 .*--ema_decay 0.0992"),
+        ("--mixed_precision fp16", "would use fp16 .*gradients.* bf16"),
     ],
 )
-def test_wrong_flags_are_refused(few_step, flags, message):
-    with pytest.raises(InputError, match=message):
+def test_settings_that_cannot_work_are_rejected_before_training(few_step, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message) as raised:
         few_step("run", *flags.split())
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp16_from_the_configuration_of_accelerate_is_rejected_too(few_step, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(InputError, match="would use fp16"):
+        few_step("run")
+    assert not (tmp_path / "run").exists()
 
 
 # ---- class-conditional models

@@ -17,7 +17,7 @@ from ..core.files import location_name
 from ..data.images import BrokenImageError
 from ..data.preprocessing import Preprocessing, read_image
 from ..data.sources import EMBEDDED_DATASET, ImageSource, ImageStream, Labels, file_name, open_source, open_stream
-from .arguments import DataArguments, LabelArguments
+from .arguments import DataArguments, LabelArguments, RunArguments
 from .plan import BatchPlan
 from .randomness import fold_in
 
@@ -287,6 +287,17 @@ class TrainingData:
     def classes(self) -> list[str] | None:
         """Names of the classes in the order of their numbers; None in a run without labels."""
         return self.labels and self.labels.classes
+
+    def total_steps(self, run: RunArguments) -> int:
+        """Return the number of optimizer steps of a run on these images.
+
+        Raises:
+            InputError: if they are a stream and the run is given in epochs.
+        """
+        steps = run.max_train_steps or run.num_epochs * (self.plan.steps_per_epoch or 0)
+        if not steps:
+            raise InputError("A stream has no known length: set the number of steps with --max_train_steps.")
+        return steps
 
     def batches(self, start: int, stop: int, position: dict | None) -> Generator[Batch, None, None]:
         """Iterate over the micro-batches of this process for optimizer steps start .. stop-1.

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ..core.cli import write_config
-from ..core.errors import InputError, RunError
+from ..core.errors import RunError
 from ..core.files import replace_file, replace_tree
 from ..hub.upload import BackgroundUpload
 from .arguments import RunArguments
@@ -91,9 +91,7 @@ class Trainer:
         self.evaluator, self.repo_id = evaluator, repo_id
         self.plan = data.plan
         self.folder = RunFolder(args.output_dir)
-        self.total_steps = args.max_train_steps or args.num_epochs * (self.plan.steps_per_epoch or 0)
-        if not self.total_steps:
-            raise InputError("A stream has no known length: set the number of steps with --max_train_steps.")
+        self.total_steps = data.total_steps(args)
 
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.networks: list[_Prepared] = []

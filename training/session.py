@@ -54,17 +54,18 @@ class Session:
     repo_id: str | None = None
 
     @classmethod
-    def open(cls, run: RunArguments, supports_fsdp: bool = False) -> "Session":
+    def open(cls, run: RunArguments, supports_fsdp: bool = False, supports_fp16: bool = True) -> "Session":
         """Check that the run folder can be used, start Accelerate, and create the repository on the Hub.
 
         Args:
             supports_fsdp: whether the network of the run can be sharded.
+            supports_fp16: whether the losses of the run can be computed in fp16.
 
         Raises:
-            InputError: if the folder holds a run that is not being resumed, a tracker is not installed, the
-                machine does not support the mixed precision, or the Hub refuses the repository.
+            InputError: if the folder holds a run that is not being resumed, a tracker is not installed, the run or
+                the machine does not support the mixed precision, or the Hub refuses the repository.
         """
-        accelerator = start_accelerator(run)
+        accelerator = start_accelerator(run, supports_fp16)
         if accelerator.is_fsdp2 and not supports_fsdp:
             raise InputError(
                 "Only finetune_model.py trains with FSDP; this network is small enough for --multi_gpu, which trains "
@@ -135,7 +136,7 @@ class Session:
         return Trainer(job, data, self.run, self.accelerator, evaluator, self.repo_id).train()
 
 
-def start_accelerator(run: RunArguments) -> Accelerator:
+def start_accelerator(run: RunArguments, supports_fp16: bool = True) -> Accelerator:
     """Check that the run folder can be used, and start Accelerate; no file is written yet."""
     folder = RunFolder(run.output_dir)
     folder.check_usable(resuming=bool(run.resume_from_checkpoint))
@@ -145,6 +146,12 @@ def start_accelerator(run: RunArguments) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.mixed_precision == "fp16" and not supports_fp16:
+        raise InputError(
+            "This run would use fp16 (--mixed_precision, or the configuration of Accelerate), whose range is too "
+            "small for the gradients that a generator gets through its discriminator. Use --mixed_precision bf16, "
+            "which has the range of float32, or no."
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs a GPU. On a CPU, use bf16 or no.")
     if accelerator.distributed_type == DistributedType.FSDP and (run.channels_last or not accelerator.is_fsdp2):
