@@ -9,21 +9,19 @@ From Python, call `finetune_few_step`.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
-from PIL import Image
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ddgan import ClassConditionalPipeline, UNetDiscriminator
 from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
 from ddgan.core.errors import InputError, run_command
-from ddgan.core.files import location_name, replace_file
+from ddgan.core.files import location_name
 from ddgan.hub.cards import CardFacts, license_of
 from ddgan.sampling.generation import PipelineSampler
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
@@ -38,13 +36,13 @@ from ddgan.training.objectives.few_step import (
     FewStepSetup,
     GeneratorObjective,
 )
-from ddgan.training.run_folder import RunFolder
 from ddgan.training.sample_grids import save_before_after
 from ddgan.training.session import Session
 from ddgan.training.start_model import TrainedUNet, class_names, image_size, load_start_model
 
 CONVERSION_STEPS = 500  # for networks that predict the noise
 WARMUP_STEPS = 20  # of the learning rates
+DDIM_STEPS = 40  # of the start model, for comparison
 
 
 @dataclass
@@ -80,6 +78,8 @@ class FewStepArguments:
         if not self.num_inference_steps:
             raise InputError("--num_inference_steps needs at least one number.")
         require_at_least(1, self, "num_inference_steps")
+        if len(set(self.num_inference_steps)) < len(self.num_inference_steps):
+            raise InputError("--num_inference_steps names a number of steps twice.")
         require_at_least(0, self, "gamma", "reconstruction_weight", "instance_noise", "conversion_steps")
         require_above(0, self, "lr_g", "lr_d", "conversion_lr")
         if self.instance_noise > 1:
@@ -120,7 +120,7 @@ def finetune_few_step(
     session = Session.open(run, supports_fp16=False)
     size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
     start = load_start_model(args.start_model, size, allow_classes=True)
-    unet, steps = start.unet, args.num_inference_steps[0]
+    unet = start.unet
     scheduler = few_step_scheduler(start.scheduler, args)
     data = session.load_data(
         data_args,
@@ -136,8 +136,6 @@ def finetune_few_step(
         conversion_steps = CONVERSION_STEPS if start.scheduler.config.prediction_type == "epsilon" else 0
     check_length(run, data, conversion_steps)
     remove_learned_variance(unet)
-    unconverted = type(start)(unet, few_step_scheduler(start.scheduler, args, convert=False))
-    save_start_grid(session, unconverted, steps, labels, grid)
     torch.manual_seed(run.seed)  # the same initial heads in every process and every run with this seed
     discriminator = UNetDiscriminator.from_unet(unet)
     if run.gradient_checkpointing:
@@ -169,19 +167,21 @@ def finetune_few_step(
     ]
 
     arguments = (run, data_args, label_args, evaluation, args)
+    pipeline = type(start)(unet, scheduler)
+    unconverted = type(start)(unet, few_step_scheduler(start.scheduler, args, convert=False))
+    for pipe in (start, unconverted, pipeline):
+        pipe.set_progress_bar_config(disable=True)
     job = TrainingJob(
         networks=networks,
-        pipeline=type(start)(unet, scheduler),
+        pipeline=pipeline,
         ema=EMA(unet, run),
-        sampler=PipelineSampler("as-saved", steps),
+        **compared_samples(args.num_inference_steps, start, unconverted, pipeline),
         labels=labels,
         grid=grid,
-        finish=save_before_after,
         monitor=DiscriminatorAccuracyMonitor(),
         card=describe(args, start, data, arguments),
         arguments=arguments,
     )
-    job.pipeline.set_progress_bar_config(disable=True)
     return session.train(job, data, evaluation)
 
 
@@ -259,28 +259,33 @@ def remove_learned_variance(unet: TrainedUNet) -> None:
     unet.register_to_config(out_channels=channels)
 
 
-def save_start_grid(
-    session: Session,
-    pipeline: DiffusionPipeline,
-    steps: int,
-    labels: list[int] | None,
-    grid: Callable[[list[Image.Image]], Image.Image],
-) -> None:
-    """Save the grid of step 0 before the network is converted, since its output then means something else."""
-    run, accelerator = session.run, session.accelerator
-    path = RunFolder(run.output_dir).grid(0)
-    if accelerator.is_main_process and not path.exists():
-        pipeline.to(accelerator.device)
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.unet.eval()
-        sampler, images = PipelineSampler("as-saved", steps), []
-        for start in range(0, run.num_samples, run.batch_size):
-            indices = range(start, min(start + run.batch_size, run.num_samples))
-            classes = labels and [labels[index] for index in indices]
-            images += sampler(pipeline, [run.seed + index for index in indices], classes)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, grid(images).save)
-    accelerator.wait_for_everyone()
+def compared_samples(
+    step_counts: list[int], start: DiffusionPipeline, unconverted: DiffusionPipeline, trained: DiffusionPipeline
+) -> dict[str, Any]:
+    """Return how to sample, and which grids before_after.png shows, as arguments of a `TrainingJob`.
+
+    Those are, from the same seeds, the start model with many DDIM steps, and the start model and the result with each
+    number of posterior steps. The three pipelines share their network, which at step 0 is that of the start model.
+
+    Args:
+        step_counts: numbers of steps, the default first.
+        start: the start model with its own scheduler.
+        unconverted: the start model with posterior steps.
+        trained: the pipeline that is trained and saved.
+    """
+    ddim_steps = min(DDIM_STEPS, start.scheduler.config.num_train_timesteps)
+    names = {count: f"{count}-steps" for count in step_counts} | {step_counts[0]: ""}
+    samplers = {names[count]: PipelineSampler("as-saved", count) for count in step_counts}
+    captions = {"1 step" if count == 1 else f"{count} steps": names[count] for count in step_counts}
+    return {
+        "sampler": samplers[""],
+        "start_samplers": {
+            "ddim": partial(PipelineSampler("ddim", ddim_steps), start),
+            **{name: partial(sampler, unconverted) for name, sampler in samplers.items()},
+        },
+        "final_samplers": {name: partial(sampler, trained) for name, sampler in samplers.items()},
+        "finish": partial(save_before_after, before={f"{ddim_steps} DDIM steps": "ddim", **captions}, after=captions),
+    }
 
 
 def describe(args: FewStepArguments, start: DiffusionPipeline, data: TrainingData, arguments: tuple) -> CardFacts:

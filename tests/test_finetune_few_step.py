@@ -13,9 +13,11 @@ from tiny import largest_difference, tiny_unet, write_class_folders
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, finetune_few_step
 from ddgan.core.errors import InputError
+from ddgan.core.files import replace_file
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.sampling.generation import sample
-from ddgan.sampling.grids import image_grid
+from ddgan.sampling.grids import before_after, image_grid
+from ddgan.sampling.loading import with_scheduler
 from ddgan.training.monitors import DiscriminatorAccuracyMonitor
 from ddgan.training.objectives.few_step import FewStepProcess, Transition
 from ddgan.training.tracking import read_metrics
@@ -55,17 +57,51 @@ def test_the_result_is_a_plain_pipeline_with_a_scheduler_for_its_steps(few_step)
     assert "in 2 network evaluations" in card
 
 
-def test_step_0_shows_the_start_model_although_it_predicts_the_noise(few_step, tiny_model):
-    run = few_step("run")
-    scheduler = DDPMScheduler.from_pretrained(tiny_model / "scheduler", timestep_spacing="trailing", clip_sample=False)
-    pipe = DDPMPipeline.from_pretrained(tiny_model, scheduler=scheduler)
+def grid_of(pipe, steps: int) -> Image.Image:
+    pipe.set_progress_bar_config(disable=True)
     pipe.unet.eval()
-    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    expected = pipe(batch_size=2, generator=generators, num_inference_steps=2).images[0]
-    grid = Image.open(run / "samples" / "step-00000000.png")
-    tile = grid.crop((4, 4, 100, 100)).resize((8, 8), Image.Resampling.NEAREST)
-    assert np.abs(np.asarray(tile, int) - np.asarray(expected, int)).max() <= 1
-    assert (run / "before_after.png").exists()
+    return image_grid(sample(pipe, range(2), steps))
+
+
+def same(a, b) -> bool:
+    return ImageChops.difference(a, b).getbbox() is None
+
+
+@pytest.mark.parametrize("counts", [[2], [2, 1]])
+def test_before_after_compares_the_start_model_at_40_and_few_steps_with_the_result(few_step, tiny_model, counts):
+    run = few_step("run", "--num_inference_steps", *counts)
+    original = DDPMPipeline.from_pretrained(tiny_model)
+    config = {"timestep_spacing": "trailing", "clip_sample": False}
+    few = DDPMPipeline(original.unet, DDPMScheduler.from_pretrained(tiny_model / "scheduler", **config))
+    trained = DDPMPipeline.from_pretrained(run)
+    captions = {2: "2 steps", 1: "1 step"}
+    before = {"40 DDIM steps": grid_of(with_scheduler(original, "ddim"), 40)}
+    before |= {captions[count]: grid_of(few, count) for count in counts}
+    after = {captions[count]: grid_of(trained, count) for count in counts}
+    assert same(Image.open(run / "before_after.png"), before_after(before, after))
+    assert same(Image.open(run / "samples" / "step-00000000.png"), before["2 steps"])
+    assert same(Image.open(run / "samples" / "step-00000004.png"), after["2 steps"])
+    assert not same(before["2 steps"], after["2 steps"])
+
+
+def test_a_run_killed_between_its_first_grids_completes_them(few_step, monkeypatch):
+    straight = few_step("straight", "--num_inference_steps", 2, 1)
+    saved = []
+
+    def kill_at_the_second(path, write):
+        saved.append(path)
+        if len([path for path in saved if path.parent.name == "samples"]) == 2:
+            raise KeyboardInterrupt
+        replace_file(path, write)
+
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr("ddgan.training.loop.replace_file", kill_at_the_second)
+        few_step("run", "--num_inference_steps", 2, 1)
+    run = few_step("run", "--num_inference_steps", 2, 1, "--resume_from_checkpoint", "latest")
+    names = [sorted(path.name for path in (folder / "samples").iterdir()) for folder in (straight, run)]
+    assert names[0] == names[1]
+    assert len(names[0]) == 3 + 2
+    assert same(Image.open(straight / "before_after.png"), Image.open(run / "before_after.png"))
 
 
 def test_metrics_tell_conversion_from_adversarial_steps(few_step):
@@ -103,13 +139,19 @@ def test_accumulation_gives_the_losses_of_one_batch(few_step, tmp_path):
 
 def test_a_run_resumes_bit_identical_during_and_after_the_conversion(few_step):
     flags = ("--conversion_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 0)
-    straight, run = few_step("straight", *flags), few_step("run", *flags)
+
+    def ends() -> tuple[str, list[dict[str, torch.Tensor]]]:
+        checkpoint = run / "checkpoints" / "step-00000004"
+        files = ("model.safetensors", "model_1.safetensors", "ema.safetensors")
+        return (run / "metrics.csv").read_text(), [load_file(checkpoint / name) for name in files]
+
+    run = few_step("run", *flags)
+    metrics, states = ends()
     for step in (3, 2, 1):
         few_step("run", *flags, "--resume_from_checkpoint", run / "checkpoints" / f"step-{step:08d}")
-        assert (straight / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
-        for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
-            states = [load_file(folder / "checkpoints" / "step-00000004" / name) for folder in (straight, run)]
-            assert largest_difference(*states) == 0, (step, name)
+        resumed_metrics, resumed_states = ends()
+        assert resumed_metrics == metrics
+        assert [largest_difference(*pair) for pair in zip(states, resumed_states, strict=True)] == [0, 0, 0]
 
 
 # ---- rejected input
@@ -120,6 +162,7 @@ def test_a_run_resumes_bit_identical_during_and_after_the_conversion(few_step):
     [
         ("--num_inference_steps 4 1001", "--num_inference_steps 1001: .*only 1000 timesteps"),
         ("--num_inference_steps 0", "at least 1"),
+        ("--num_inference_steps 2 2", "twice"),
         ("--instance_noise 2", "a probability is at most 1"),
         ("--gamma -1", "at least 0"),
         ("--conversion_steps 4", "has 4 optimizer steps, but the first 4 .--conversion_steps.*--max_train_"),
@@ -200,8 +243,8 @@ def test_a_class_conditional_model_keeps_its_classes_and_samples_with_posterior_
 
     samples = sample(pipe, range(3), 2, [0, 1, 2])  # two samples are rounded up to a row for each class
     grid = image_grid(samples, columns=1, row_labels=("c", "a", "b"))
-    assert ImageChops.difference(Image.open(run / "samples" / "step-00000004.png"), grid).getbbox() is None
-    assert Image.open(run / "before_after.png").width > 2 * grid.width
+    assert same(Image.open(run / "samples" / "step-00000004.png"), grid)
+    assert Image.open(run / "before_after.png").width > 3 * grid.width
     card = (run / "README.md").read_text()
     assert "Its 3 classes are c, a, b" in card
     assert 'pipe(class_labels="c", num_inference_steps=2)' in card

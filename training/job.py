@@ -1,7 +1,7 @@
 """The interface between a training script and the loop: networks, losses and optimizers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from ..sampling.grids import image_grid
 from .ema import EMA
 from .objectives.micro_batch import MicroBatch
 from .run_folder import RunFolder
+
+Sampler = Callable[[list[int], list[int] | None], list[Image.Image]]  # images of these seeds and, if any, classes
 
 
 @dataclass(kw_only=True)
@@ -50,6 +52,9 @@ class TrainingJob:
         card: the facts for the model card that the script knows; the loop adds those of the run.
         arguments: all arguments of the script, dataclasses, for config.yaml and the trackers.
         sampler: samples from the pipeline, one image for each seed and class; without it, the run has no sample grids.
+        start_samplers: samplers of the network before training, for grids of step 0 by name. The one named "" replaces
+            `sampler` in the ordinary grid of this step.
+        final_samplers: likewise of the trained network, for the last step.
         labels: the class of each image in a sample grid, if there are classes.
         grid: arranges these images, in their order.
         finish: called in the main process with the run folder and the number of steps once everything is saved; the
@@ -63,6 +68,8 @@ class TrainingJob:
     card: CardFacts
     arguments: tuple[Any, ...]
     sampler: PipelineSampler | None = None
+    start_samplers: dict[str, Sampler] = field(default_factory=dict)
+    final_samplers: dict[str, Sampler] = field(default_factory=dict)
     labels: list[int] | None = None
     grid: Callable[[list[Image.Image]], Image.Image] = image_grid
     finish: Callable[[RunFolder, int], None] = lambda folder, step: None
