@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
-from tiny import largest_difference, tiny_unet, write_class_folders
+from tiny import ROOT, largest_difference, level_difference, run_ranks, tiny_unet, write_class_folders
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, finetune_few_step
 from ddgan.core.errors import InputError
@@ -23,16 +23,20 @@ from ddgan.training.objectives.few_step import FewStepProcess, Transition
 from ddgan.training.tracking import read_metrics
 
 
+def few_step_flags(model, images, output, *flags) -> list[str]:
+    short = "--report_to none --num_samples 2 --batch_size 8 --max_train_steps 4 --num_inference_steps 2"
+    short += " --conversion_steps 1 --lr_g 1e-2"
+    start = ["--start_model", model, "--train_data_dir", images, "--output_dir", output, *short.split()]
+    return [str(flag) for flag in [*start, *flags]]
+
+
 @pytest.fixture
 def few_step(tiny_model, images, tmp_path):
     """Return a function that runs finetune_few_step.py in this process on `tiny_model` and `images`."""
 
     def run(name, *flags):
         AcceleratorState._reset_state(reset_partial_state=True)
-        short = "--report_to none --num_samples 2 --batch_size 8 --max_train_steps 4 --num_inference_steps 2"
-        short += " --conversion_steps 1 --lr_g 1e-2"
-        start = ["--start_model", tiny_model, "--train_data_dir", images, "--output_dir", tmp_path / name]
-        finetune_few_step.main([str(flag) for flag in [*start, *short.split(), *flags]])
+        finetune_few_step.main(few_step_flags(tiny_model, images, tmp_path / name, *flags))
         return tmp_path / name
 
     return run
@@ -306,3 +310,31 @@ def test_the_monitor_warns_once_when_the_discriminator_has_won(accuracy, warning
     messages = [monitor([{"d_accuracy": accuracy}] * 10) for _ in range(150)]
     assert messages[:49] == [None] * 49
     assert len(list(filter(None, messages))) == warnings
+
+
+# ---- several processes
+
+# at this rate the full steps that Adam makes of gradients that are rounding noise stay below the bounds
+LOW_RATES = ("--lr_g", 1e-6, "--lr_d", 1e-6, "--conversion_lr", 1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_also_if_one_has_no_image_left(few_step_classes, tmp_path):
+    images = write_class_folders(tmp_path / "nine", 9)  # global batches of 8 and 1
+    flags = ("--train_data_dir", images, "--num_inference_steps", 2, 1, *LOW_RATES)
+    one = few_step_classes("one", *flags, prediction_type="epsilon")
+    two = tmp_path / "two"
+    arguments = few_step_flags(tmp_path / "class-model", images, two, *flags, "--batch_size", 4)
+    run_ranks(ROOT / "finetune_few_step.py", *arguments, output=tmp_path / "output.txt")
+    rows = [read_metrics(run / "metrics.csv") for run in (one, two)]
+    for a, b in zip(*rows, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6, nan_ok=True), a["step"]
+    checkpoints = [run / "checkpoints" / "step-00000004" for run in (one, two)]
+    for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
+        assert largest_difference(*(load_file(folder / name) for folder in checkpoints)) < 1e-6
+    start = load_file(tmp_path / "class-model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert largest_difference(start, load_file(checkpoints[1] / "model_1.safetensors")) > 2e-6
+    names = [sorted(path.name for path in (run / "samples").iterdir()) for run in (one, two)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert level_difference(*(Image.open(run / "samples" / name) for run in (one, two))) <= 1
