@@ -29,7 +29,7 @@ from ddgan.training.ema import EMA, half_life
 from ddgan.training.job import TrainedNetwork, TrainingJob
 from ddgan.training.loading import TrainingData
 from ddgan.training.model_card import FinishedRun, print_summary, settings_for_card
-from ddgan.training.monitors import DiscriminatorAccuracyMonitor
+from ddgan.training.monitors import DiscriminatorAccuracyMonitor, DiversityMonitor
 from ddgan.training.objectives.few_step import (
     DiscriminatorObjective,
     FewStepProcess,
@@ -130,7 +130,6 @@ def finetune_few_step(
         classes=class_names(start),
     )
     labels, grid = session.plan_grid(data.classes)
-    run = session.run
     conversion_steps = args.conversion_steps
     if conversion_steps is None:
         conversion_steps = CONVERSION_STEPS if start.scheduler.config.prediction_type == "epsilon" else 0
@@ -166,7 +165,7 @@ def finetune_few_step(
         ),
     ]
 
-    arguments = (run, data_args, label_args, evaluation, args)
+    arguments = (session.run, data_args, label_args, evaluation, args)
     pipeline = type(start)(unet, scheduler)
     unconverted = type(start)(unet, few_step_scheduler(start.scheduler, args, convert=False))
     for pipe in (start, unconverted, pipeline):
@@ -179,6 +178,7 @@ def finetune_few_step(
         labels=labels,
         grid=grid,
         monitor=DiscriminatorAccuracyMonitor(),
+        evaluation_monitor=DiversityMonitor(),
         card=describe(args, start, data, arguments),
         arguments=arguments,
     )

@@ -161,7 +161,6 @@ def train_class_conditional(
     classes = data.classes
     assert classes is not None  # images without labels raise an error
     labels, grid = session.plan_grid(classes)
-    run = session.run
     torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
     unet = build(args, size, classes)
     if run.gradient_checkpointing:
@@ -177,7 +176,7 @@ def train_class_conditional(
         timestep_sampling=args.timestep_sampling,
     )
 
-    arguments = (run, learning_rate, data_args, label_args, evaluation, args)
+    arguments = (session.run, learning_rate, data_args, label_args, evaluation, args)
     card = CardFacts(
         title=run.model_save_name,
         summary=f"A class-conditional diffusion model trained on {data.name}, for images of {size[0]}x{size[1]} "

@@ -127,7 +127,6 @@ def train_ddgan(
     size = data_args.resolution or [data_args.image_size or 32] * 2
     data = session.load_data(data_args, args.image_channels, size, label_args if args.class_conditional else None)
     labels, grid = session.plan_grid(data.classes)
-    run = session.run
     torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
     generator, discriminator, scheduler = build(args, size, data.classes)
     if run.gradient_checkpointing:
@@ -154,7 +153,7 @@ def train_ddgan(
         ),
     ]
 
-    arguments = (run, data_args, label_args, evaluation, args)
+    arguments = (session.run, data_args, label_args, evaluation, args)
     card = CardFacts(
         title=run.model_save_name,
         summary=f"A Denoising Diffusion GAN ([arXiv 2112.07804](https://arxiv.org/abs/2112.07804)) trained on "

@@ -1,6 +1,7 @@
 """Claims about finetune_few_step.py: plain pipelines of a few steps, exact runs, and clear errors."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,10 +16,13 @@ from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, f
 from ddgan.core.errors import InputError
 from ddgan.core.files import replace_file
 from ddgan.evaluation.classifier import ImageClassifier
+from ddgan.evaluation.metrics import MetricValue
 from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import before_after, image_grid
 from ddgan.sampling.loading import with_scheduler
-from ddgan.training.monitors import DiscriminatorAccuracyMonitor
+from ddgan.training import evaluator
+from ddgan.training.evaluator import Evaluation
+from ddgan.training.monitors import DiscriminatorAccuracyMonitor, DiversityMonitor
 from ddgan.training.objectives.few_step import FewStepProcess, Transition
 from ddgan.training.tracking import read_metrics
 
@@ -310,6 +314,61 @@ def test_the_monitor_warns_once_when_the_discriminator_has_won(accuracy, warning
     messages = [monitor([{"d_accuracy": accuracy}] * 10) for _ in range(150)]
     assert messages[:49] == [None] * 49
     assert len(list(filter(None, messages))) == warnings
+
+
+def evaluation(step=300, recall=0.5, coverage=0.8, near_copies=0.0, floor=0.02) -> Evaluation:
+    values = {"recall@100": recall, "coverage@100": coverage, "near_copies@100": near_copies}
+    metrics = {key: MetricValue(value) for key, value in values.items()}
+    return Evaluation(step, metrics, {"near_copies": MetricValue(floor)}, {}, "", "images", None, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"recall": 0.2}, "Since step 200 recall has fallen from 0.60 to 0.20, .*--reconstruction_weight or --gamma"),
+        ({"coverage": 0.3}, "Since step 100 coverage has fallen from 0.90 to 0.30, .*--reconstruction_weight"),
+        ({"recall": 0.45, "coverage": 0.7}, None),
+        (
+            {"near_copies": 0.3},
+            "^30% of the samples are near-copies .*, against 2% .*--max_train_steps",
+        ),
+        ({"near_copies": 0.3, "floor": 0.25}, None),  # training images resemble each other as much
+        ({"recall": 0.1, "near_copies": 1.0}, "recall has fallen .* 100% of the samples"),
+    ],
+)
+def test_a_collapse_and_memorization_are_reported_once_with_the_flag_that_helps(changes, warning):
+    earlier = [
+        {"step": 100, "recall@100": 0.3, "coverage@100": 0.9, "near_copies@100": 0.0},
+        {"step": 200, "recall@100": 0.6, "coverage@100": 0.7, "near_copies@100": 0.0},
+    ]
+    monitor = DiversityMonitor()
+    assert monitor(evaluation(100), []) is None
+    message = monitor(evaluation(300, **changes), earlier)
+    assert message is None if warning is None else re.search(warning, message)
+    assert monitor(evaluation(400, **changes), earlier) is None
+
+
+def test_recall_near_zero_is_not_a_collapse():
+    earlier = [{"step": 100, "recall@100": 0.08, "coverage@100": 0.1, "near_copies@100": 0.0}]
+    assert DiversityMonitor()(evaluation(200, recall=0.0, coverage=0.03), earlier) is None
+
+
+def test_a_resumed_run_compares_its_evaluations_with_those_before(few_step, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    ImageClassifier(8, 3, 3, (8,)).save_pretrained(tmp_path / "classifier")
+    recalls, compute = iter([0.8, 0.3]), evaluator.compute_results
+
+    def with_recall(*args, **kwargs):
+        results = compute(*args, **kwargs)
+        results.metrics["recall@12"].value = next(recalls)
+        return results
+
+    monkeypatch.setattr(evaluator, "compute_results", with_recall)
+    flags = ("--eval_every", 2, "--eval_images", 12, "--feature_extractor", tmp_path / "classifier")
+    few_step("run", *flags, "--max_train_steps", 2)
+    assert "has fallen" not in "".join(capsys.readouterr())
+    few_step("run", *flags, "--resume_from_checkpoint", "latest")
+    assert "Since step 2 recall has fallen from 0.80 to 0.30" in "".join(capsys.readouterr())
 
 
 # ---- several processes

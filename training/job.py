@@ -13,6 +13,7 @@ from ..hub.cards import CardFacts
 from ..sampling.generation import PipelineSampler
 from ..sampling.grids import image_grid
 from .ema import EMA
+from .evaluator import Evaluation
 from .objectives.micro_batch import MicroBatch
 from .run_folder import RunFolder
 
@@ -60,6 +61,7 @@ class TrainingJob:
         finish: called in the main process with the run folder and the number of steps once everything is saved; the
             final card includes what it adds to the folder and to `card`.
         monitor: reads the rows of metrics.csv as they are logged; returns a warning, or None.
+        evaluation_monitor: likewise an evaluation, and the rows of metrics.csv with the comparable ones before it.
     """
 
     networks: list[TrainedNetwork]
@@ -74,3 +76,4 @@ class TrainingJob:
     grid: Callable[[list[Image.Image]], Image.Image] = image_grid
     finish: Callable[[RunFolder, int], None] = lambda folder, step: None
     monitor: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
+    evaluation_monitor: Callable[[Evaluation, list[dict[str, float]]], str | None] = lambda evaluation, earlier: None

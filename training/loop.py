@@ -19,7 +19,7 @@ from ..core.files import replace_file, replace_tree
 from ..hub.upload import BackgroundUpload
 from .arguments import RunArguments
 from .checkpoints import BestPipeline, Checkpoints, PreparedState, StreamPosition, resume_invariants
-from .evaluator import Evaluator
+from .evaluator import Evaluation, Evaluator
 from .job import Sampler, TrainedNetwork, TrainingJob
 from .loading import Batch, TrainingData
 from .model_card import (
@@ -39,7 +39,7 @@ from .sample_grids import sample_grid
 from .sharding import full_tensor, gather_pipeline
 from .step_log import StepLog
 from .stopping import RunStopped, StopRequest
-from .tracking import MetricsFile, log_image, plot_evaluations, plot_losses, start_trackers
+from .tracking import MetricsFile, log_image, plot_evaluations, plot_losses, read_metrics, start_trackers
 
 _LOG_EVERY = 10  # optimizer steps whose numbers are read back from the device together
 
@@ -378,6 +378,14 @@ class Trainer:
             self.bar.write(f"step {step}: {evaluation.summary()}{best}; it took {seconds:.0f} s")
             for warning in evaluation.warnings if evaluations.count == 1 else ():
                 self.bar.write(f"warning: {warning}")
+            if warning := self.job.evaluation_monitor(evaluation, self._earlier_evaluations(evaluation)):
+                self.bar.write(warning)
+
+    def _earlier_evaluations(self, evaluation: Evaluation) -> list[dict[str, float]]:
+        """Return the rows of metrics.csv with the evaluations before this one that are comparable with it."""
+        steps = range(self.progress.evaluations.since, evaluation.step)
+        rows = [row for row in read_metrics(self.folder.metrics) if row["step"] in steps]
+        return [row for row in rows if not any(math.isnan(row.get(key, math.nan)) for key in evaluation.metrics)]
 
     def _save_checkpoint(self) -> None:
         self._log()

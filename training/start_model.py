@@ -28,7 +28,7 @@ def load_start_model(
     size: Sequence[int] | None = None,
     prediction_type: str | None = None,
     allow_classes: bool = False,
-) -> DiffusionPipeline:
+) -> DDPMPipeline | ClassConditionalPipeline:
     """Load a pixel-space pipeline, its scheduler replaced by an equivalent `DDPMScheduler`.
 
     Args:
