@@ -91,7 +91,9 @@ class EvaluateArguments:
     seed: int = option(0, "seed of the first sample; sample i uses seed + i")
     scheduler: str = option("as-saved", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
     num_inference_steps: int | None = option(
-        None, "denoising steps (default: all for DDPM, 50 for other schedulers, or the pipeline's own default)"
+        None,
+        "denoising steps (default: as trained for a few-step pipeline, otherwise all for DDPM, 50 for other "
+        "schedulers, or the pipeline's own default)",
     )
     dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     class_labels: list[int] | None = option(None, "class of each image, used in turn: --class_labels 0 1 2")

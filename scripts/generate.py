@@ -29,6 +29,7 @@ from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_na
 from ddgan.sampling.generation import parse_class_labels, sample, sample_in_full_batches
 from ddgan.sampling.grids import image_grid, steps_strip
 from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
+from ddgan.sampling.steps import trained_steps
 from ddgan.sampling.traces import intermediates
 
 SETTINGS = "generate.json"
@@ -47,7 +48,9 @@ class GenerateArguments:
     seed: int = option(0, "seed of the first image; image i uses seed + i")
     scheduler: str = option("as-saved", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
     num_inference_steps: int | None = option(
-        None, "denoising steps (default: all for DDPM, 50 for other schedulers, or the pipeline's own default)"
+        None,
+        "denoising steps (default: as trained for a few-step pipeline, otherwise all for DDPM, 50 for other "
+        "schedulers, or the pipeline's own default)",
     )
     dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     class_labels: list[str] | None = option(
@@ -105,12 +108,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.is_guided:
         guidance |= {"loss": guidance_loss(args, accelerator.device), "gradient": args.guidance_gradient}
     pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+    num_inference_steps = args.num_inference_steps or next(iter(trained_steps(pipe)), None)
     output = Path(args.output_dir)
     settings = {
         "pipeline": args.pipeline,
         "contents": pipeline_hash(pipe),
         "scheduler": args.scheduler,
-        "num_inference_steps": args.num_inference_steps,
+        "num_inference_steps": num_inference_steps,
         "class_labels": args.class_labels,
         "seed": args.seed,
         "dtype": args.dtype,
@@ -142,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def generate(indices: list[int]) -> list[Image.Image]:
         labels = [label_of(i) for i in indices] if args.class_labels else None
-        return sample(pipe, [args.seed + i for i in indices], args.num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
+        return sample(pipe, [args.seed + i for i in indices], num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
 
     shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
     missing = [i for i in shard if not image_path(output, i).exists()]
@@ -164,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
             replace_file(output / "grid.png", image_grid(first_images).save)
             print(f"grid: {output / 'grid.png'}")
         if args.intermediates:
-            steps = (args.intermediates, args.num_inference_steps)
+            steps = (args.intermediates, num_inference_steps)
             trace = intermediates(pipe, args.seed, *steps, label_of(0), **guidance)
             replace_file(output / "intermediates.png", steps_strip(*trace).save)
             print(f"denoising steps of the first image: {output / 'intermediates.png'}")
