@@ -26,9 +26,10 @@ from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
 from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
+from ddgan.sampling.arguments import SamplingArguments
 from ddgan.sampling.generation import parse_class_labels, sample, sample_in_full_batches
 from ddgan.sampling.grids import image_grid, steps_strip
-from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
+from ddgan.sampling.loading import pipeline_hash, with_scheduler
 from ddgan.sampling.steps import trained_steps
 from ddgan.sampling.traces import intermediates
 
@@ -38,25 +39,15 @@ DEFAULT_GUIDANCE_SCALE = 40.0
 
 
 @dataclass
-class GenerateArguments:
+class GenerateArguments(SamplingArguments):
     """The pipeline, how to sample it, and the output folder."""
 
-    pipeline: str | None = option(None, "pipeline folder or Hub repository")
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
     num_images: int = option(16, "total number of images; a higher number adds to existing images")
     batch_size: int = option(16, "images per batch on an accelerator; on a CPU it is always 1")
-    seed: int = option(0, "seed of the first image; image i uses seed + i")
-    scheduler: str = option("as-saved", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
-    num_inference_steps: int | None = option(
-        None,
-        "denoising steps (default: as trained for a few-step pipeline, otherwise all for DDPM, 50 for other "
-        "schedulers, or the pipeline's own default)",
-    )
-    dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
-    trust_remote_code: bool = option(False, "run Python code that comes with the pipeline")
     grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
     intermediates: int | None = option(None, "show this many denoising steps of the first image in intermediates.png")
     color: str | None = option(None, "guide towards a color: '#BB2266', teal")
@@ -75,7 +66,8 @@ class GenerateArguments:
     def __post_init__(self):
         if not self.pipeline:
             raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
-        require_at_least(1, self, "num_images", "batch_size", "num_inference_steps", "intermediates")
+        super().__post_init__()
+        require_at_least(1, self, "num_images", "batch_size", "intermediates")
         if self.class_labels:
             self.class_labels = parse_class_labels(self.class_labels)
         if self.clip_prompt or self.towards:
@@ -107,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     if args.is_guided:
         guidance |= {"loss": guidance_loss(args, accelerator.device), "gradient": args.guidance_gradient}
-    pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+    pipe = args.load(accelerator.device)
     num_inference_steps = args.num_inference_steps or next(iter(trained_steps(pipe)), None)
     output = Path(args.output_dir)
     settings = {
