@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddgan import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
 from ddgan.core.cli import option, parse_arguments, require_at_least
@@ -145,12 +146,12 @@ def main(argv: list[str] | None = None) -> None:
     progress = tqdm(
         total=len(shard), initial=len(shard) - len(missing), unit="image", disable=not accelerator.is_main_process
     )
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
-        for i, image in zip(batch, sample_in_full_batches(generate, batch, batch_size), strict=True):
-            replace_file(image_path(output, i), image.save)
-        progress.update(len(batch))
-    progress.close()
+    with progress, logging_redirect_tqdm():  # warnings are printed above the progress bar
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            for i, image in zip(batch, sample_in_full_batches(generate, batch, batch_size), strict=True):
+                replace_file(image_path(output, i), image.save)
+            progress.update(len(batch))
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
