@@ -1,6 +1,8 @@
 """Claims about finetune_few_step.py: plain pipelines of a few steps, exact runs, and clear errors."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import largest_difference, tiny_unet
+from tiny import largest_difference, level_difference, tiny_unet
 
 from ddgan import finetune_few_step
 from ddgan.core.errors import InputError
+from ddgan.sampling.generation import sample
+from ddgan.sampling.loading import load_pipeline
 from ddgan.training.monitors import DiscriminatorAccuracyMonitor
 from ddgan.training.tracking import read_metrics
 
@@ -49,6 +53,27 @@ def test_the_result_is_a_plain_pipeline_with_a_scheduler_for_its_steps(few_step)
     card = (run / "README.md").read_text()
     assert "pipe(num_inference_steps=2)" in card
     assert "in 2 network evaluations" in card
+
+
+@pytest.mark.slow
+def test_the_result_gives_the_same_image_without_this_package(few_step, tmp_path, capsys):
+    run = few_step("run")
+    assert "image = pipe(num_inference_steps=2).images[0]" in capsys.readouterr().out
+    program = """
+import sys
+sys.modules["ddgan"] = None
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+image = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(5)).images[0]
+print(type(pipe).__module__)
+image.save(sys.argv[2])
+"""
+    command = [sys.executable, "-c", program, run, tmp_path / "image.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("diffusers."), done.stderr
+    (expected,) = sample(load_pipeline(str(run)), [5])
+    assert level_difference(Image.open(tmp_path / "image.png"), expected) <= 1  # of rounding
 
 
 def test_step_0_shows_the_start_model_although_it_predicts_the_noise(few_step, tiny_model):
