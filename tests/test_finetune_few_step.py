@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.metrics import MetricValue
 from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import before_after, image_grid
-from ddgan.sampling.loading import with_scheduler
+from ddgan.sampling.loading import load_pipeline, with_scheduler
 from ddgan.training import evaluator
 from ddgan.training.evaluator import Evaluation
 from ddgan.training.monitors import DiscriminatorAccuracyMonitor, DiversityMonitor
@@ -63,6 +65,27 @@ def test_the_result_is_a_plain_pipeline_with_a_scheduler_for_its_steps(few_step)
     card = (run / "README.md").read_text()
     assert "pipe(num_inference_steps=2)" in card
     assert "in 2 network evaluations" in card
+
+
+@pytest.mark.slow
+def test_the_result_gives_the_same_image_without_this_package(few_step, tmp_path, capsys):
+    run = few_step("run")
+    assert "image = pipe(num_inference_steps=2).images[0]" in capsys.readouterr().out
+    program = """
+import sys
+sys.modules["ddgan"] = None
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+image = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(5)).images[0]
+print(type(pipe).__module__)
+image.save(sys.argv[2])
+"""
+    command = [sys.executable, "-c", program, run, tmp_path / "image.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("diffusers."), done.stderr
+    (expected,) = sample(load_pipeline(str(run)), [5])
+    assert level_difference(Image.open(tmp_path / "image.png"), expected) <= 1  # of rounding
 
 
 def grid_of(pipe, steps: int) -> Image.Image:

@@ -45,6 +45,14 @@ def tiny_pipeline(scheduler: SchedulerMixin | None = None, **unet) -> DDPMPipeli
     return pipe
 
 
+def few_step_scheduler(*num_inference_steps: int) -> DDPMScheduler:
+    """Return a scheduler as few-step fine-tuning saves it."""
+    config = {"timestep_spacing": "trailing", "variance_type": "fixed_small", "clip_sample": False}
+    scheduler = DDPMScheduler(prediction_type="v_prediction", **config)
+    scheduler.register_to_config(_num_inference_steps=list(num_inference_steps))
+    return scheduler
+
+
 def write_images(folder: Path, count: int, size: tuple[int, int] = (8, 8)) -> Path:
     """Write RGB noise images of `size` (width, height), named by their number."""
     folder.mkdir(parents=True, exist_ok=True)
