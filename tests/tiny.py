@@ -62,6 +62,14 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (8, 8)) -> Pa
     return folder
 
 
+def write_class_folders(folder: Path, count: int = 13) -> Path:
+    """Write gray images in the subfolders a, b and c; all pixels of image i have the value 20 i."""
+    for i in range(count):
+        (folder / "abc"[i % 3]).mkdir(exist_ok=True, parents=True)
+        Image.new("L", (8, 8), 20 * i).save(folder / "abc"[i % 3] / f"{i}.png")
+    return folder
+
+
 def make_dataset(folder: Path, count: int, shards: int = 1) -> Path:
     """Write a dataset folder of Parquet files in which all pixels of image i have the value i."""
     (folder / "data").mkdir(parents=True)

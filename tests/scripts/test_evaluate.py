@@ -62,7 +62,7 @@ def values(results: dict) -> dict[str, float]:
     return {name: entry["value"] for name, entry in results["metrics"].items()}
 
 
-ALL = {"fid", "kid", "precision", "recall", "density", "coverage", "classifier_score"}
+ALL = {"fid", "kid", "precision", "recall", "density", "coverage", "near_copies", "classifier_score"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
