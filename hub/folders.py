@@ -10,8 +10,21 @@ from ..core.errors import InputError
 
 def pipeline_components(folder: Path) -> dict[str, str]:
     """Return the class name of each component of a pipeline folder."""
-    pairs = _component_pairs(read_json(folder / "model_index.json"))
-    return {name: class_name for name, (_, class_name) in pairs.items()}
+    return component_classes(read_json(folder / "model_index.json"))
+
+
+def component_classes(index: dict[str, Any]) -> dict[str, str]:
+    """Return the class name of each component in the contents of a model_index.json."""
+    return {name: class_name for name, (_, class_name) in _component_pairs(index).items()}
+
+
+def read_trained_steps(folder: Path) -> list[int]:
+    """Return the numbers of sampling steps that the few-step pipeline in a folder was trained for, its default first.
+
+    Empty for the folder of any other pipeline or of a model.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    return read_json(file).get("_num_inference_steps") or [] if file.is_file() else []
 
 
 def code_files(folder: Path) -> dict[str, str]:

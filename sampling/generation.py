@@ -21,7 +21,8 @@ from PIL import Image
 from ..core.errors import InputError
 from .grids import to_pil
 from .loading import with_scheduler
-from .spacing import changed_spacing, check_steps, default_steps
+from .spacing import changed_spacing, check_steps
+from .steps import default_steps, steps_warning, warn_once
 
 
 @torch.no_grad()
@@ -42,8 +43,9 @@ def sample(
     Args:
         pipe: The pipeline.
         seeds: One seed per image.
-        num_inference_steps: Number of denoising steps. None means all timesteps of training for DDPM and at most 50
-            for other schedulers in these two pipelines, and the default in any other pipeline.
+        num_inference_steps: Number of denoising steps. None means the first of `trained_steps` for a few-step
+            pipeline, otherwise all timesteps of training for DDPM and at most 50 for other schedulers in these two
+            pipelines, and the default in any other pipeline. A few-step pipeline warns once about other numbers.
         class_labels: One class per seed if the network is class-conditional: a label or, if there are names, a name.
         options: Further arguments for the call of the pipeline, such as the loss of a guided one.
 
@@ -57,10 +59,12 @@ def sample(
     if num_inference_steps is not None:
         check_steps(pipe.scheduler, num_inference_steps)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    num_inference_steps = num_inference_steps or default_steps(pipe)
     if type(pipe) in (DDPMPipeline, DDIMPipeline) and not options:
-        steps = num_inference_steps or default_steps(pipe)
-        assert steps is not None  # it has a default for these pipelines
-        return to_pil_images(_denoise(pipe, generators, steps, class_labels))
+        assert num_inference_steps is not None  # these pipelines have a default
+        if warning := steps_warning(pipe, num_inference_steps):
+            warn_once(warning)
+        return to_pil_images(_denoise(pipe, generators, num_inference_steps, class_labels))
 
     parameters = inspect.signature(pipe.__call__).parameters
     needs_labels = getattr(parameters.get("class_labels"), "default", None) is inspect.Parameter.empty

@@ -4,6 +4,8 @@ import copy
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from diffusers import (
 from huggingface_hub.errors import GatedRepoError
 
 from ..core.errors import InputError
+from ..hub.folders import component_classes
 from ..hub.installed import installed_class
-from .spacing import changed_spacing, default_steps, with_usable_spacing
+from .spacing import changed_spacing, with_usable_spacing
+from .steps import default_steps
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +58,7 @@ def load_pipeline(
     Raises:
         InputError: If there is no such pipeline, it cannot be loaded, or it needs `trust_remote_code`.
     """
-    folder = Path(path_or_repo)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise InputError(
-            f"The folder {path_or_repo} holds no pipeline: it has no model_index.json. Pass a folder written by "
-            "`save_pretrained` or a training run, not one of its subfolders."
-        )
-    try:
+    with _pipeline_errors(path_or_repo):
         pipeline_class = installed_class(path_or_repo)
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         try:
@@ -73,6 +71,37 @@ def load_pipeline(
             except (OSError, ValueError):
                 raise error from None
             logger.info(f"{path_or_repo} has only weights in half precision (fp16), which are loaded.")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            realign_parameters(component)
+    return pipe
+
+
+def read_components(path_or_repo: str) -> tuple[str, dict[str, str]]:
+    """Return the class name of a pipeline and those of its components, without downloading its weights.
+
+    Raises:
+        InputError: If there is no such pipeline.
+    """
+    with _pipeline_errors(path_or_repo):
+        index: dict = DiffusionPipeline.load_config(path_or_repo)  # pyright: ignore[reportAssignmentType]
+    name = index["_class_name"]
+    return name if isinstance(name, str) else name[-1], component_classes(index)
+
+
+@contextmanager
+def _pipeline_errors(path_or_repo: str) -> Iterator[None]:
+    """Turn the errors of Diffusers in loading a pipeline into those that users can act on."""
+    folder = Path(path_or_repo)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise InputError(
+            f"The folder {path_or_repo} holds no pipeline: it has no model_index.json. Pass a folder written by "
+            "`save_pretrained` or a training run, not one of its subfolders."
+        )
+    try:
+        yield
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -92,12 +121,6 @@ def load_pipeline(
             f"No pipeline {path_or_repo} was found: there is no such folder{place}, and the Hugging Face Hub "
             f"returned: {reason}"
         ) from error
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            realign_parameters(component)
-    return pipe
 
 
 def realign_parameters(network: torch.nn.Module) -> None:

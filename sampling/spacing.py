@@ -6,21 +6,13 @@ import logging
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from ..core.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 _LATEST_START = 0.9  # sampling must start in the last tenth of the noise process, where images are noise
-
-
-def default_steps(pipe: DiffusionPipeline) -> int | None:
-    """Return the default number of steps of a plain `DDPMPipeline` or `DDIMPipeline`; None for other pipelines."""
-    if type(pipe) not in (DDPMPipeline, DDIMPipeline):
-        return None
-    trained = pipe.scheduler.config.num_train_timesteps
-    return trained if isinstance(pipe.scheduler, DDPMScheduler) else min(50, trained)
 
 
 def with_usable_spacing(scheduler: Any, num_inference_steps: int) -> Any:

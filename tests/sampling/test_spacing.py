@@ -5,11 +5,12 @@ import pytest
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from tiny import tiny_pipeline, tiny_unet
 
-from ddgan import DDGANScheduler
+from ddgan import ClassConditionalPipeline, DDGANScheduler
 from ddgan.core.errors import InputError
 from ddgan.sampling.generation import PipelineSampler, sample
 from ddgan.sampling.loading import SCHEDULERS, ddim_usage, load_pipeline, with_scheduler
-from ddgan.sampling.spacing import changed_spacing, default_steps
+from ddgan.sampling.spacing import changed_spacing
+from ddgan.sampling.steps import default_steps
 
 PROCESSES = {
     "plain": {},
@@ -87,6 +88,8 @@ def test_the_default_number_of_steps_starts_from_noise_too():
     pipe = DDIMPipeline(tiny_unet().eval(), DDIMScheduler(num_train_timesteps=80))
     assert default_steps(pipe) == 50
     assert with_scheduler(pipe, "as-saved").scheduler.config.timestep_spacing == "trailing"
+    pipe = ClassConditionalPipeline(tiny_unet(num_class_embeds=3), DDPMScheduler(num_train_timesteps=80))
+    assert with_scheduler(pipe, "ddim").scheduler.config.timestep_spacing == "trailing"
 
 
 def test_other_noise_processes_are_left_alone():
