@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from diffusers import UNet2DModel
 
-from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
+from ddgan.core.cli import Arguments, option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import location_name
 from ddgan.hub.cards import CardFacts, license_of
@@ -48,7 +48,7 @@ TRAINED_PARTS = {
 
 
 @dataclass
-class FinetuneArguments:
+class FinetuneArguments(Arguments):
     """The model to fine-tune, and the loss."""
 
     _argument_group_name = "fine-tuning"
@@ -60,15 +60,11 @@ class FinetuneArguments:
         None, "what the network predicts (default: same as the start model)"
     )
     min_snr_gamma: float | None = option(
-        None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)"
+        None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)", above=0
     )
     freeze: str = option("none", "which part of the UNet to freeze", choices=TRAINED_PARTS)
     sample_scheduler: str = option("ddim", "scheduler for the sample grids", choices=SCHEDULERS)
-    sample_steps: int = option(40, "sampling steps for these grids")
-
-    def __post_init__(self):
-        require_at_least(1, self, "sample_steps")
-        require_above(0, self, "min_snr_gamma")
+    sample_steps: int = option(40, "sampling steps for these grids", minimum=1)
 
 
 def main(argv: list[str] | None = None) -> None:

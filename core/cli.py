@@ -4,10 +4,11 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,34 +17,98 @@ from transformers import HfArgumentParser
 
 from .errors import InputError
 
+_RANGE = "range"  # key in the metadata of a field
+_LARGEST_INT = 2**31 - 1
 
-def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
-    """Return a dataclass field with a default, a `--help` text and, optionally, its allowed values."""
-    return field(default=default, metadata={"help": help} if choices is None else {"help": help, "choices": choices})
+
+@dataclass(frozen=True)
+class _Range:
+    """The finite numbers that an argument may have; None is no bound."""
+
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+
+    def violation(self, value: float) -> str | None:
+        """Return what a number must be, or None if it is in the range."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return "a finite number"
+        if self.minimum is not None and value < self.minimum:
+            return f"at least {self.minimum}"
+        if self.above is not None and value <= self.above:
+            return f"greater than {self.above}"
+        maximum = _LARGEST_INT if self.maximum is None and isinstance(value, int) else self.maximum
+        if maximum is not None and value > maximum:
+            return f"at most {maximum}"
+        if self.below is not None and value >= self.below:
+            return f"less than {self.below}"
+        return None
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Return a dataclass field with a default, a `--help` text and, optionally, its allowed values.
+
+    Args:
+        choices: the allowed texts.
+        minimum, above, maximum, below: the range of a number, or of each number in a list; `Arguments` checks it.
+            Numbers must be finite in any case, and integers at most 2^31 - 1.
+    """
+    metadata: dict[str, Any] = {"help": help, _RANGE: _Range(minimum, above, maximum, below)}
+    if choices is not None:
+        metadata["choices"] = choices
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Arguments:
+    """Base class of dataclasses of arguments, built from the command line or in Python.
+
+    Raises:
+        InputError: if a number is outside its range (see `option`); the message names its flag.
+    """
+
+    def __post_init__(self):
+        """Check all values."""
+        for argument in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, argument.name)
+            checked = [_checked(argument, item) for item in (value if isinstance(value, list) else [value])]
+            setattr(self, argument.name, checked if isinstance(value, list) else checked[0])
 
 
 def require_at_least(minimum: float, arguments: Any, *names: str) -> None:
-    """Check that the named arguments, numbers or lists of numbers, are at least `minimum`; None is ignored.
-
-    Raises:
-        InputError: if one is smaller; the message names its flag.
-    """
-    for name, value in _numbers(arguments, names):
-        if not value >= minimum:
-            raise InputError(f"--{name} is {value}; it must be at least {minimum}.")
+    """Check that the named arguments, numbers or lists of numbers, are at least `minimum`; None is ignored."""
+    _require(_Range(minimum=minimum), arguments, names)
 
 
 def require_above(bound: float, arguments: Any, *names: str) -> None:
     """Check that the named arguments are greater than `bound`; see `require_at_least`."""
-    for name, value in _numbers(arguments, names):
-        if not value > bound:
-            raise InputError(f"--{name} is {value}; it must be greater than {bound}.")
+    _require(_Range(above=bound), arguments, names)
 
 
-def _numbers(arguments: Any, names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+def _require(allowed: _Range, arguments: Any, names: tuple[str, ...]) -> None:
     for name in names:
-        values = getattr(arguments, name)
-        yield from ((name, value) for value in (values if isinstance(values, list) else [values]) if value is not None)
+        value = getattr(arguments, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and (violation := allowed.violation(number)):
+                raise InputError(f"--{name} is {number}; it must be {violation}.")
+
+
+def _checked(argument: dataclasses.Field, value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if violation := argument.metadata.get(_RANGE, _Range()).violation(value):
+            raise InputError(f"--{argument.name} is {value}; it must be {violation}.")
+    return value
 
 
 def parse_arguments(
@@ -97,7 +162,7 @@ def write_config(path: Path, *arguments: Any) -> None:
 
 
 def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -> HfArgumentParser:
-    parser = HfArgumentParser(
+    parser = _ArgumentParser(
         dataclass_types, allow_abbrev=False, usage="%(prog)s [flags]", formatter_class=_HelpFormatter
     )
     for action in parser._actions:
@@ -112,6 +177,16 @@ def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -
 
     parser.error = fail
     return parser
+
+
+class _ArgumentParser(HfArgumentParser):
+    """`HfArgumentParser` for fields of `option`."""
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        plain = copy.copy(field)
+        plain.metadata = {key: value for key, value in field.metadata.items() if key != _RANGE}  # pyright: ignore
+        HfArgumentParser._parse_dataclass_field(parser, plain)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

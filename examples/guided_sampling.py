@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 
 from ddgan import GuidanceLoss, GuidedPipeline
-from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core import cli
+from ddgan.core.cli import option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
 from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
@@ -30,7 +31,7 @@ DEFAULT_LOSS = "color:#BB2266"
 
 
 @dataclass
-class Arguments:
+class Arguments(cli.Arguments):
     """The pipeline, the guidance, and the output folder."""
 
     pipeline: str = option(str(EMBEDDED_MODEL), "pipeline folder or Hub repository")
@@ -41,21 +42,21 @@ class Arguments:
     scale_schedule: str = option(
         "constant", "factor of the guidance scale as a function of the noise level", choices=SCALE_SCHEDULES
     )
-    guidance_start: float = option(0.0, "fraction of the steps at which guidance starts")
-    guidance_end: float = option(1.0, "fraction of the steps at which guidance ends")
-    max_grad_norm: float | None = option(None, "maximum norm of each image's gradient")
+    guidance_start: float = option(0.0, "fraction of the steps at which guidance starts", minimum=0, maximum=1)
+    guidance_end: float = option(1.0, "fraction of the steps at which guidance ends", minimum=0, maximum=1)
+    max_grad_norm: float | None = option(None, "maximum norm of each image's gradient", above=0)
     scheduler: str = option("ddim", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
     num_inference_steps: int | None = option(
-        None, f"denoising steps (default: as trained for a few-step pipeline, otherwise {DEFAULT_STEPS})"
+        None, f"denoising steps (default: as trained for a few-step pipeline, otherwise {DEFAULT_STEPS})", minimum=1
     )
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
-    num_images: int = option(8, "number of images, with seeds from 0")
+    num_images: int = option(8, "number of images, with seeds from 0", minimum=1)
     output_dir: str = option("guided", "folder for grid.png, losses.png and schedules.png")
 
     def __post_init__(self):
-        require_at_least(1, self, "num_inference_steps", "num_images")
+        super().__post_init__()
         self.towards = self.towards or [DEFAULT_LOSS]
         self.clip_model = clip_model_names(self.clip_model)
 

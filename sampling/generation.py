@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ..core.errors import InputError
+from ..core.errors import InputError, RunError
 from .grids import to_pil
 from .loading import with_scheduler
 from .spacing import changed_spacing, check_steps
@@ -52,6 +52,7 @@ def sample(
     Raises:
         InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, if a
             seed is not from 0 to 2^32 - 1, or if the pipeline does not accept an argument.
+        RunError: If the values of an image are not finite.
     """
     for seed in seeds:
         if seed not in range(1 << 32):  # a CPU generator takes 32 bits: others would repeat the image of another seed
@@ -64,7 +65,9 @@ def sample(
         assert num_inference_steps is not None  # these pipelines have a default
         if warning := steps_warning(pipe, num_inference_steps):
             warn_once(warning)
-        return to_pil_images(_denoise(pipe, generators, num_inference_steps, class_labels))
+        samples = _denoise(pipe, generators, num_inference_steps, class_labels)
+        _check_finite(samples, seeds)
+        return to_pil_images(samples)
 
     parameters = inspect.signature(pipe.__call__).parameters
     needs_labels = getattr(parameters.get("class_labels"), "default", None) is inspect.Parameter.empty
@@ -91,6 +94,7 @@ def sample(
         images = pipe(**arguments).images  # pyright: ignore[reportCallIssue]
     except ValueError as error:
         raise InputError(str(error)) from error
+    _check_finite(torch.from_numpy(images), seeds)
     return [to_pil(image) for image in (images * 255).round().astype(np.uint8)]
 
 
@@ -178,6 +182,15 @@ def to_pil_images(images: torch.Tensor) -> list[Image.Image]:
     """Convert a tensor `(N, C, H, W)`, clipped to [-1, 1], to PIL images."""
     images = (images.float() / 2 + 0.5).clamp(0, 1)
     return [to_pil(image) for image in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _check_finite(images: torch.Tensor, seeds: Sequence[int]) -> None:
+    finite = images.isfinite().flatten(1).all(1).tolist()
+    if broken := [str(seed) for seed, is_finite in zip(seeds, finite, strict=True) if not is_finite]:
+        raise RunError(
+            f"The image of seed {', '.join(broken)} is not finite and would be black. The weights are damaged, the "
+            "guidance scale is too large, or fp16 is too small for this network: use fp32 or bf16."
+        )
 
 
 def _denoise(

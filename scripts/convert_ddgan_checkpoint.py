@@ -21,7 +21,7 @@ from ddgan.conversion.ddgan_checkpoints import (
     generator_arguments,
     read_checkpoint,
 )
-from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.cli import Arguments, option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file, replace_tree
 from ddgan.hub.cards import CARD_NAME, CardFacts, card_text
@@ -31,7 +31,7 @@ from ddgan.sampling.grids import image_grid
 
 
 @dataclass
-class ConvertArguments:
+class ConvertArguments(Arguments):
     """The checkpoint, its training arguments, and the output folder."""
 
     checkpoint_path: str | None = option(None, "checkpoint to convert: netG_*.pth or content.pth")
@@ -42,14 +42,16 @@ class ConvertArguments:
         choices=PUBLISHED_MODELS,
     )
     output_dir: str | None = option(None, "folder for the pipeline")
-    num_samples: int = option(16, "images to generate on the CPU for the model card, slow at 256x256; 0 for none")
+    num_samples: int = option(
+        16, "images to generate on the CPU for the model card, slow at 256x256; 0 for none", minimum=0, maximum=10_000
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.checkpoint_path or not self.output_dir:
             raise InputError("Pass the checkpoint with --checkpoint_path and the output folder with --output_dir.")
         if self.config_path and self.recipe:
             raise InputError("Pass only one of --config_path and --recipe: both define the training arguments.")
-        require_at_least(0, self, "num_samples")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ddgan.core.accelerator import start_accelerate
-from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.cli import option, parse_arguments
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
 from ddgan.core.files import fingerprint, location_name, replace_file
 from ddgan.data.images import color_channels
@@ -71,6 +71,7 @@ class EvaluateArguments(SamplingArguments):
         None,
         f"images to measure (default: {DEFAULT_NUM_IMAGES:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with "
         "--stacked_mnist; all of --images, of which fewer are a random subset, or with --class_labels the first)",
+        minimum=MIN_IMAGES,
     )
     reference: str | None = option(
         None,
@@ -79,7 +80,9 @@ class EvaluateArguments(SamplingArguments):
     )
     reference_split: str | None = option(None, "split of the reference (default: train, if it has splits)")
     reference_config: str | None = option(None, "configuration of a reference dataset, if it has several")
-    num_reference: int | None = option(None, "size of a random subset of the reference (default: all images)")
+    num_reference: int | None = option(
+        None, "size of a random subset of the reference (default: all images)", minimum=MIN_IMAGES
+    )
     held_out: str | None = option(
         None, "images not used in training, to detect memorization; --reference must be the training images"
     )
@@ -99,7 +102,7 @@ class EvaluateArguments(SamplingArguments):
         None, "classifier folder that predicts classes and digits (default: the feature extractor, if it is one)"
     )
     stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
-    batch_size: int = option(64, "images per forward pass; on a CPU samples are generated one by one")
+    batch_size: int = option(64, "images per forward pass; on a CPU samples are generated one by one", minimum=1)
     class_labels: list[str] | None = option(
         None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
@@ -112,6 +115,7 @@ class EvaluateArguments(SamplingArguments):
     update_card: bool = option(True, "write the metrics into the model card of a pipeline folder")
 
     def __post_init__(self):
+        super().__post_init__()
         if bool(self.pipeline) == bool(self.images):
             raise InputError("Pass either --pipeline, to sample from it, or existing --images.")
         if self.images and self.save_images:
@@ -123,9 +127,6 @@ class EvaluateArguments(SamplingArguments):
         if self.feature_extractor is None:
             raise InputError("Pass images to measure against with --reference, or a --classifier.")
         check_value_range(self.value_range)
-        super().__post_init__()
-        require_at_least(1, self, "batch_size")
-        require_at_least(MIN_IMAGES, self, "num_images", "num_reference")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddgan import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
 from ddgan.core.accelerator import start_accelerate
-from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.cli import option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
 from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
@@ -44,13 +44,15 @@ class GenerateArguments(SamplingArguments):
     """The pipeline, how to sample it, and the output folder."""
 
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
-    num_images: int = option(16, "total number of images; a higher number adds to existing images")
-    batch_size: int = option(16, "images per batch on an accelerator; on a CPU it is always 1")
+    num_images: int = option(16, "total number of images; a higher number adds to existing images", minimum=1)
+    batch_size: int = option(16, "images per batch on an accelerator; on a CPU it is always 1", minimum=1)
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
     grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
-    intermediates: int | None = option(None, "show this many denoising steps of the first image in intermediates.png")
+    intermediates: int | None = option(
+        None, "show this many denoising steps of the first image in intermediates.png", minimum=1
+    )
     color: str | None = option(None, "guide towards a color: '#BB2266', teal")
     clip_prompt: list[str] | None = option(None, "guide towards one or more texts with a CLIP model")
     towards: list[str] | None = option(None, TOWARDS_HELP)
@@ -65,10 +67,9 @@ class GenerateArguments(SamplingArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.pipeline:
             raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
-        super().__post_init__()
-        require_at_least(1, self, "num_images", "batch_size", "intermediates")
         if self.clip_prompt or self.towards:
             self.clip_model = clip_model_names(self.clip_model)
         elif self.clip_model:

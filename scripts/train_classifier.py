@@ -11,7 +11,7 @@ From Python, call `train_classifier`.
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import EvalResult
 from tqdm import tqdm
 
-from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.cli import Arguments, option, parse_arguments
 from ddgan.core.errors import InputError, RunError, run_command
 from ddgan.data.preprocessing import check_value_range
 from ddgan.data.sources import ImageSource, ImageSubset, Labels, MissingSplitError
@@ -43,21 +43,23 @@ WEIGHT_DECAY = 0.05
 
 
 @dataclass
-class ClassifierArguments:
+class ClassifierArguments(Arguments):
     """The classifier, its augmentation and its test split."""
 
     _argument_group_name = "classifier"
 
-    widths: list[int] = field(default_factory=lambda: [16, 32, 64, 96], metadata={"help": "channels of each block"})
-    augmentation: float = option(1.0, "strength of random shifts, rotations, scaling and noise; 0 disables them")
+    widths: list[int] = option([16, 32, 64, 96], "channels of each block", minimum=NORM_GROUPS, maximum=16_384)
+    augmentation: float = option(
+        1.0, "strength of random shifts, rotations, scaling and noise; 0 disables them", minimum=0, maximum=10
+    )
     test_split: str | None = option(
         None,
         "split for the test accuracy (default: `test` if it exists, else a tenth of the images is held out)",
     )
 
     def __post_init__(self):
-        require_at_least(0, self, "augmentation")
-        if any(width < 1 or width % NORM_GROUPS for width in self.widths):
+        super().__post_init__()
+        if any(width % NORM_GROUPS for width in self.widths):
             raise InputError(
                 f"--widths {' '.join(map(str, self.widths))}: the widths must be multiples of {NORM_GROUPS}."
             )
@@ -73,7 +75,7 @@ class ClassifierDataArguments(DataArguments):
         "or --train_data_dir is required",
     )
     image_size: int | None = option(
-        None, "height and width of the input (default: the shorter side of the first image)"
+        None, "height and width of the input (default: the shorter side of the first image)", minimum=1
     )
     center_crop: bool = option(True, "crop to a square at the center; --no_center_crop: at random")
     cache_images: bool = option(
@@ -95,8 +97,10 @@ class ClassifierDataArguments(DataArguments):
 class ClassifierLearningRateArguments(LearningRateArguments):
     """The learning rate and its schedule."""
 
-    learning_rate: float = option(4e-3, "peak learning rate of AdamW")
-    lr_warmup_steps: int | None = option(None, "optimizer steps of linear warmup from zero (default: a twentieth)")
+    learning_rate: float = option(4e-3, "peak learning rate of AdamW", minimum=0)
+    lr_warmup_steps: int | None = option(
+        None, "optimizer steps of linear warmup from zero (default: a twentieth)", minimum=0
+    )
 
 
 @dataclass
@@ -105,10 +109,10 @@ class ClassifierRunArguments(RunArguments):
 
     _default_output_dir: ClassVar = "classifier"
 
-    batch_size: int = option(128, "images in a micro-batch of one process")
-    num_epochs: int = option(6, "passes over the images")
-    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off")
-    ema_decay: float = option(0.0, "maximum decay of the EMA weights; 0 turns EMA off")
+    batch_size: int = option(128, "images in a micro-batch of one process", minimum=1)
+    num_epochs: int = option(6, "passes over the images", minimum=1)
+    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
+    ema_decay: float = option(0.0, "maximum decay of the EMA weights; 0 turns EMA off", minimum=0, below=1)
 
     def __post_init__(self):
         super().__post_init__()

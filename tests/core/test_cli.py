@@ -1,27 +1,33 @@
 """Arguments from flags, files and recipes."""
 
+import dataclasses
+import importlib
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from ddgan.core.cli import option, parse_arguments, require_above, require_at_least, write_config
+from ddgan.core.cli import Arguments, option, parse_arguments, write_config
 from ddgan.core.errors import InputError
 
 
 @dataclass
-class Length:
+class Length(Arguments):
     _alternatives = ({"epochs", "steps"},)
 
-    epochs: int = option(1, "passes over the data")
+    epochs: int = option(1, "passes over the data", minimum=1)
     steps: int | None = option(None, "optimizer steps")
-    sizes: list[int] | None = option(None, "height and width")
+    sizes: list[int] | None = option(None, "height and width", minimum=1)
+    widths: list[int] = option([8, 16], "channels")
+    rate: float = option(1.0, "learning rate", above=0, below=2)
+    share: float = option(0.0, "share", minimum=0, maximum=1)
     shuffle: bool = option(True, "shuffle the data")
 
 
 @dataclass
-class Other:
+class Other(Arguments):
     precision: Literal["no", "bf16"] | None = option(None, "number format")
     output_dir: str = option("run", "folder")
     resume_from_checkpoint: str | None = option(None, "checkpoint")
@@ -97,11 +103,60 @@ def test_help_names_each_flag_and_its_default_once(capsys, monkeypatch):
     assert parse("--output-dir", "other")[1].output_dir == "other"
 
 
-def test_numbers_are_bounded_alone_and_in_lists():
-    require_at_least(1, Length(epochs=1, sizes=[1, 2]), "epochs", "steps", "sizes")
-    with pytest.raises(InputError, match="--sizes is 0; it must be at least 1"):
-        require_at_least(1, Length(sizes=[1, 0]), "epochs", "sizes")
-    with pytest.raises(InputError, match="--epochs is nan; it must be at least 1"):
-        require_at_least(1, Length(epochs=float("nan")), "epochs")
-    with pytest.raises(InputError, match="--epochs is 0; it must be greater than 0"):
-        require_above(0, Length(epochs=0), "epochs")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 0}, "--epochs is 0; it must be at least 1"),
+        ({"sizes": [1, 0]}, "--sizes is 0; it must be at least 1"),
+        ({"steps": 2**31}, "--steps is 2147483648; it must be at most 2147483647"),
+        ({"rate": float("nan")}, "--rate is nan; it must be a finite number"),
+        ({"rate": float("-inf")}, "--rate is -inf; it must be a finite number"),
+        ({"rate": 0.0}, "--rate is 0.0; it must be greater than 0"),
+        ({"rate": 2.0}, "--rate is 2.0; it must be less than 2"),
+        ({"share": 1.5}, "--share is 1.5; it must be at most 1"),
+    ],
+)
+def test_numbers_must_be_finite_and_in_their_range(values, message):
+    Length(epochs=1, sizes=[1, 2], rate=1.0, share=1.0)
+    with pytest.raises(InputError, match=message):
+        Length(**values)
+    ((name, value),) = values.items()
+    with pytest.raises(InputError, match=message):
+        parse(f"--{name}", *map(str, value)) if isinstance(value, list) else parse(f"--{name}={value}")
+
+
+def test_an_option_with_a_list_has_its_own_copy():
+    Length().widths.append(3)
+    assert Length().widths == [8, 16]
+
+
+EVERY_COMMAND = {
+    "finetune_model": {},
+    "train_ddgan": {},
+    "train_class_conditional": {},
+    "scripts.train_classifier": {"train_data_dir": "images"},
+    "scripts.generate": {"pipeline": "model"},
+    "scripts.evaluate": {"pipeline": "model", "reference": "images"},
+    "scripts.convert_ddgan_checkpoint": {"checkpoint_path": "a.pth", "output_dir": "out"},
+    "scripts.push_to_hub": {"folder": "model", "repo_id": "a/b"},
+    "examples.guided_sampling": {},
+}
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND)
+def test_every_number_of_every_command_is_checked(command):
+    module = importlib.import_module(f"ddgan.{command}")
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    kinds = [kind for kind in kinds if kind.__name__.endswith("Arguments")]
+    assert kinds and all(issubclass(kind, Arguments) for kind in kinds)
+    for kind in kinds:
+        types = typing.get_type_hints(kind)
+        required = {"start_model": "model"} if kind.__name__ == "FewStepArguments" else EVERY_COMMAND[command]
+        names = {argument.name for argument in dataclasses.fields(kind)}
+        for argument in dataclasses.fields(kind):
+            for type_, value in ((float, float("nan")), (float, float("inf")), (int, 2**64)):
+                if type_ not in {types[argument.name], *typing.get_args(types[argument.name])}:
+                    continue
+                others = {name: text for name, text in required.items() if name in names}
+                with pytest.raises(InputError, match=f"--{argument.name} is"):
+                    kind(**{**others, argument.name: value})

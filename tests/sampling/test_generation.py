@@ -14,7 +14,7 @@ from diffusers import (
 from tiny import level_difference, tiny_pipeline, tiny_unet
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
-from ddgan.core.errors import InputError
+from ddgan.core.errors import InputError, RunError
 from ddgan.sampling.generation import class_names, num_classes, parse_class_labels, sample
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 from ddgan.sampling.traces import intermediates
@@ -125,6 +125,17 @@ def test_more_steps_than_trained_are_refused():
 def test_seeds_that_would_repeat_another_image_are_refused(seed):
     with pytest.raises(InputError, match=f"The seed {seed} is not from 0 to 4294967295"):
         sample(tiny_pipeline(), [0, seed], 2)
+
+
+def test_images_that_are_not_finite_are_reported_instead_of_saved_black():
+    pipe = tiny_pipeline()
+    pipe.unet.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(RunError, match="The image of seed 3, 4 is not finite and would be black"):
+        sample(pipe, [3, 4], 2)
+    conditional = ClassConditionalPipeline(tiny_unet(num_class_embeds=3).eval(), DDPMScheduler())
+    conditional.unet.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(RunError, match="The image of seed 5 is not finite"):
+        sample(conditional, [5], 2, [1])
 
 
 @pytest.mark.parametrize("kind", ["timestep", "identity"])
