@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from .errors import InputError
 
 _RANGE = "range"  # key in the metadata of a field
 _LARGEST_INT = 2**31 - 1
+_EMPTY = "Pass a value, or omit it (is a variable of your shell not set?)."
+_MAX_CONFIG_SIZE = 1_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,16 @@ class Arguments:
     """Base class of dataclasses of arguments, built from the command line or in Python.
 
     Raises:
-        InputError: if a number is outside its range (see `option`); the message names its flag.
+        InputError: if a number is outside its range (see `option`), or a text or a list without default is empty; the
+            message names its flag.
     """
 
     def __post_init__(self):
-        """Check all values."""
+        """Check all values, and expand `~` at the start of paths."""
         for argument in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, argument.name)
+            if value == [] and argument.default is None:
+                raise InputError(f"--{argument.name} is empty. {_EMPTY}")
             checked = [_checked(argument, item) for item in (value if isinstance(value, list) else [value])]
             setattr(self, argument.name, checked if isinstance(value, list) else checked[0])
 
@@ -108,7 +114,18 @@ def _checked(argument: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if violation := argument.metadata.get(_RANGE, _Range()).violation(value):
             raise InputError(f"--{argument.name} is {value}; it must be {violation}.")
+    elif isinstance(value, str):
+        if not value.strip():
+            raise InputError(f"--{argument.name} is empty. {_EMPTY}")
+        if "\0" in value:
+            raise InputError(f"--{argument.name} contains a zero byte, which no path or name can have.")
+        return expand_user(value)
     return value
+
+
+def expand_user(path: str) -> str:
+    """Expand `~/` and `~user/` at the start of a path, as the shell does only in some places."""
+    return os.path.expanduser(path) if re.match(r"~[^/\s]*/|~$", path) else path
 
 
 def parse_arguments(
@@ -135,7 +152,7 @@ def parse_arguments(
 
     files, _ = parser.parse_known_args([token for token in argv if token not in ("-h", "--help")])
     defaults: list[str] = []
-    if files.config:
+    if files.config is not None:
         defaults = _read_config(files.config, parser, alternatives, argv)
     if recipes and files.recipe:
         defaults = _read_config(str(recipes[files.recipe]), parser, alternatives, defaults + argv) + defaults
@@ -210,12 +227,15 @@ def _read_config(
     path: str, parser: argparse.ArgumentParser, alternatives: list[set[str]], overriding: list[str]
 ) -> list[str]:
     """Convert a YAML file to command-line tokens, leaving out flags whose alternatives are among `overriding`."""
-    if not Path(path).is_file():
+    file = Path(expand_user(path))
+    if not file.is_file():
         raise InputError(f"--config {path} does not exist.")
+    if file.stat().st_size > _MAX_CONFIG_SIZE:
+        raise InputError(f"--config {path} is too large for a list of flags.")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path} is not valid YAML: {error}") from None
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
+        raise InputError(f"--config {path} is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path} must contain one `flag: value` per line, like a run folder's config.yaml.")
 
@@ -229,8 +249,11 @@ def _read_config(
             raise InputError(f"--config {path}: {_unknown_flag(f'--{name}', set(actions))}")
         if value is False and "no" in (action.choices or ()):  # YAML reads an unquoted no as false
             value = "no"
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (dict, list, set, tuple)) for item in items):
+            raise InputError(f"--config {path}: {name} must be a single value or a list of values.")
         if value is not None and name not in overridden:
-            tokens += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+            tokens += [f"--{name}", *map(str, items)]
     return tokens
 
 

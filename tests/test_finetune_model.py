@@ -451,6 +451,7 @@ def test_numbers_that_are_too_small_are_rejected(finetune, flags):
         (["--seed", "-1"], "must be at least 0"),
         (["--learning_rate", "nan"], "must be a finite number"),
         (["--ema_power", "-5"], "must be greater than 0"),
+        (["--train_data_dir", ""], "--train_data_dir is empty"),
         (["--min_snr_gamma", "0"], "must be greater than 0"),
         (["--ema_inv_gamma", "0"], "must be greater than 0"),
         (["--resolution", "8", "0"], "must be at least 1"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class Length(Arguments):
 class Other(Arguments):
     precision: Literal["no", "bf16"] | None = option(None, "number format")
     output_dir: str = option("run", "folder")
+    names: list[str] | None = option(None, "names")
     resume_from_checkpoint: str | None = option(None, "checkpoint")
 
 
@@ -47,7 +49,7 @@ def test_flags_override_a_file_which_overrides_a_recipe(tmp_path):
     config = write(tmp_path / "config.yaml", "epochs: 3\nsizes: [3, 4]\n")
     length, other = parse("--recipe", "short", "--config", config, "--epochs", "4", recipes=recipes)
     assert (length.epochs, length.sizes, other.output_dir) == (4, [3, 4], "a")
-    assert parse("--sizes")[0].sizes == []
+    assert parse("--widths")[0].widths == []
 
 
 @pytest.mark.parametrize("flag", ["--steps=5", "--steps"])
@@ -130,6 +132,66 @@ def test_an_option_with_a_list_has_its_own_copy():
     assert Length().widths == [8, 16]
 
 
+@pytest.mark.parametrize("value", ["", " ", "a\0b"])
+def test_empty_texts_are_refused(value, tmp_path):
+    with pytest.raises(InputError, match=r"--output_dir is empty|--output_dir contains a zero byte"):
+        Other(output_dir=value)
+    with pytest.raises(InputError, match=r"--names is empty|--names contains a zero byte"):
+        Other(names=["a", value])
+    config = write(tmp_path / "config.yaml", f"output_dir: {json.dumps(value)}\n")
+    with pytest.raises(InputError, match=r"--output_dir is empty|--output_dir contains a zero byte"):
+        parse("--config", config)
+
+
+def test_an_empty_list_is_refused_unless_it_replaces_a_default():
+    with pytest.raises(InputError, match=r"--sizes is empty\. Pass a value, or omit it"):
+        parse("--sizes")
+
+
+def test_an_empty_config_is_refused():
+    with pytest.raises(InputError, match="--config  does not exist"):
+        parse("--config", "")
+
+
+def test_the_home_folder_is_expanded_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = write(tmp_path / "config.yaml", "output_dir: ~/run\nnames: [~/a, b~/c, 'a ~ b']\n")
+    expected = [f"{tmp_path}/a", "b~/c", "a ~ b"]
+    for argv in (["--config", config], ["--config=~/config.yaml"]):
+        other = parse(*argv)[1]
+        assert (other.output_dir, other.names) == (f"{tmp_path}/run", expected)
+    assert parse("--output_dir=~/run")[1].output_dir == f"{tmp_path}/run"
+    assert Other(output_dir="~/run").output_dir == f"{tmp_path}/run"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("output_dir: caf\xe9\n".encode("latin-1"), "is not valid YAML in UTF-8"),
+        (bytes(range(256)), "is not valid YAML in UTF-8"),
+        (b"[" * 20_000, "is not valid YAML in UTF-8"),
+        (b"sizes: " + b"[" * 20_000 + b"]" * 20_000, "is not valid YAML in UTF-8"),
+        (b"x" * 2_000_000, "is too large"),
+        (b"sizes: [[1, 2], 3]\n", "sizes must be a single value or a list of values"),
+        (b"output_dir: {a: b}\n", "output_dir must be a single value or a list of values"),
+        (b"started: 2024-99-99\n", "is not valid YAML|Unknown flag"),
+        (b"5: 3\n", "Unknown flag --5"),
+    ],
+)
+def test_damaged_configs_are_reported(tmp_path, content, message):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        parse("--config", str(tmp_path / "config.yaml"))
+
+
+def test_aliases_that_multiply_are_refused_at_once(tmp_path):
+    """30 levels of ten aliases each."""
+    levels = ["&a0 [x]"] + [f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
+    config = write(tmp_path / "config.yaml", f"names: [{', '.join(levels)}]\n")
+    with pytest.raises(InputError, match="names must be a single value or a list of values"):
+        parse("--config", config)
+
+
 EVERY_COMMAND = {
     "finetune_model": {},
     "train_ddgan": {},
@@ -144,7 +206,7 @@ EVERY_COMMAND = {
 
 
 @pytest.mark.parametrize("command", EVERY_COMMAND)
-def test_every_number_of_every_command_is_checked(command):
+def test_every_number_and_text_of_every_command_is_checked(command):
     module = importlib.import_module(f"ddgan.{command}")
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     kinds = [kind for kind in kinds if kind.__name__.endswith("Arguments")]
@@ -154,7 +216,7 @@ def test_every_number_of_every_command_is_checked(command):
         required = {"start_model": "model"} if kind.__name__ == "FewStepArguments" else EVERY_COMMAND[command]
         names = {argument.name for argument in dataclasses.fields(kind)}
         for argument in dataclasses.fields(kind):
-            for type_, value in ((float, float("nan")), (float, float("inf")), (int, 2**64)):
+            for type_, value in ((float, float("nan")), (float, float("inf")), (int, 2**64), (str, "")):
                 if type_ not in {types[argument.name], *typing.get_args(types[argument.name])}:
                     continue
                 others = {name: text for name, text in required.items() if name in names}
