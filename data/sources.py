@@ -7,6 +7,7 @@ the methods of `ImageSource` and a function that opens it, and add the function 
 import logging
 import os
 import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from ..core.errors import InputError, naming_file
 from ..core.extras import missing_extra
 from ..core.files import fingerprint, fingerprint_bytes
 from ..core.run_files import is_run_folder
-from .images import IMAGE_SUFFIXES, BrokenImageError, encoded_or_path, file_bytes
+from .images import CHANNEL_MODES, IMAGE_SUFFIXES, BrokenImageError, encoded_or_path, file_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -46,6 +47,7 @@ _SPLIT_NAMES = {  # folder names in lower case -> the split they stand for
     **dict.fromkeys(("eval", "evaluation"), "evaluation"),
 }
 _WHOLE = (None, "train", "all")  # requested splits that a source without splits can give
+_IDX_UINT8 = 8  # code of the data type
 _IDX_PREFIXES = {"train": "train", "test": "t10k"}  # split -> prefix of torchvision's files
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`, for single files
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of image folders, as read by `datasets`
@@ -178,9 +180,10 @@ class FolderImages:
     def labels(self, column: str | None) -> Labels:
         _require_no_column(column, self.folder)
         if metadata := next((path for name in _METADATA_FILES if (path := self.folder / name).is_file()), None):
+            folder = shlex.quote(str(self.folder))
             raise InputError(
                 f"{metadata} may contain the labels of the images, but --train_data_dir takes the classes from the "
-                f"subfolders. Use --dataset_name {self.folder} and --label_column for its labels, or remove it."
+                f"subfolders. Use --dataset_name {folder} and --label_column for its labels, or remove it."
             )
         return _folder_labels([path.relative_to(self.folder) for path in self.paths], self.folder)
 
@@ -381,14 +384,14 @@ class IdxImages(_ArrayImages):
     """
 
     def __init__(self, path: Path, split: str = "train"):
-        super().__init__(path, _read_idx(path), split)
+        super().__init__(path, _read_idx(path, 3), split)
 
     def labels(self, column: str | None) -> Labels:
         _require_no_column(column, self.path)
         path = self.path.with_name(self.path.name.replace("images-idx3", "labels-idx1"))
         if not path.is_file():
             raise InputError(f"The images in {self.path} have no class labels: there is no {path.name} next to them.")
-        numbers = _read_idx(path).tolist()
+        numbers = _read_idx(path, 1).tolist()
         _check_label_count(self, numbers, path.name)
         names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else None
         return _integer_labels(numbers, names, path.name)
@@ -404,8 +407,13 @@ class NpzImages(_ArrayImages):
     def __init__(self, path: Path):
         arrays = read_arrays(path)
         images = arrays.get("arr_0")
-        if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4):
+        channels = images.shape[3:] if images is not None else ()
+        if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
             raise InputError(f"{path} must contain images (N, H, W, C) as 8-bit integers in an array arr_0.")
+        if channels and channels[0] not in CHANNEL_MODES:
+            raise InputError(
+                f"{path} has images of the shape {images.shape[1:]}; it must be (H, W, C) with 1 to 4 channels."
+            )
         super().__init__(path, images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images, "all")
         self._label_array = arrays.get("arr_1")
 
@@ -434,14 +442,20 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             return dict(arrays)
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    """Memory-map a file in MNIST's idx format, (N, ...)."""
-    try:
-        with open(path, "rb") as file:  # two zeros, the data type, the number of dimensions, the dimensions
-            shape = [int.from_bytes(file.read(4), "big") for _ in range(file.read(4)[3])]
-            values = np.memmap(path, np.uint8, "r", file.tell(), tuple(shape))
-    except (IndexError, ValueError):
-        values = np.empty(0)
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """Memory-map a file of bytes in MNIST's idx format, (N, ...)."""
+    with open(path, "rb") as file:  # two zeros, the data type, the number of dimensions, the dimensions
+        magic = file.read(4)
+        if len(magic) == 4 and magic != bytes([0, 0, _IDX_UINT8, dimensions]):
+            raise InputError(
+                f"{path} does not contain bytes in {dimensions} dimensions in MNIST's idx format. If it is "
+                "compressed, unpack it; images of another type can be converted to an .npz file."
+            )
+        shape = tuple(int.from_bytes(file.read(4), "big") for _ in range(dimensions))
+        try:
+            values = np.memmap(path, np.uint8, "r", file.tell(), shape)
+        except (OSError, OverflowError, ValueError):
+            values = np.empty(0)
     if not values.size:
         raise InputError(f"{path} is truncated or empty: download it again.")
     return values
@@ -731,6 +745,9 @@ def _open_idx_folder(request: _Request) -> ImageSource | None:
         for split, prefix in _IDX_PREFIXES.items()
     }
     if not any(files.values()):
+        compressed = [*folder.glob("raw/*-idx3-ubyte.gz"), *folder.glob("*/raw/*-idx3-ubyte.gz")]
+        if compressed:
+            raise InputError(f"{compressed[0]} is compressed: unpack the files in {compressed[0].parent} with gunzip.")
         return None
     split = request.split_or_default
     paths = files.get(split)

@@ -146,9 +146,9 @@ def load_encoder(model: str, pretrained: str | None, device: str) -> "Encoder":
         if is_open_clip:
             return OpenClipEncoder(model, pretrained, torch.device(device))
         return TransformersEncoder(model, torch.device(device))
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # from the libraries, or from the unpickler of a weights file
         name = f"{model} ({pretrained})" if pretrained else model
         raise InputError(
             f"The CLIP model {name} cannot be loaded. Use the Hub ID or folder of a Transformers model "

@@ -87,8 +87,8 @@ def read_components(path_or_repo: str) -> tuple[str, dict[str, str]]:
     """
     with _pipeline_errors(path_or_repo):
         index: dict = DiffusionPipeline.load_config(path_or_repo)  # pyright: ignore[reportAssignmentType]
-    name = index["_class_name"]
-    return name if isinstance(name, str) else name[-1], component_classes(index)
+        name = index["_class_name"]
+        return name if isinstance(name, str) else name[-1], component_classes(index)
 
 
 @contextmanager
@@ -102,7 +102,9 @@ def _pipeline_errors(path_or_repo: str) -> Iterator[None]:
         )
     try:
         yield
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # damaged configs and weights make Diffusers raise almost anything
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"The pipeline {path_or_repo} contains custom Python code. Read that code and, if you trust it, allow "
@@ -113,7 +115,9 @@ def _pipeline_errors(path_or_repo: str) -> Iterator[None]:
                 f"The Hub repository {path_or_repo} is gated. Accept its terms on its page, then log in to the same "
                 "account with `hf auth login` (or set HF_TOKEN)."
             ) from error
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), "")
+        if not isinstance(error, (OSError, ValueError)) or not reason:
+            reason = f"{type(error).__name__}: {reason}"
         if folder.is_dir():
             raise InputError(f"The pipeline in the folder {path_or_repo} cannot be loaded: {reason}") from error
         place = "" if folder.is_absolute() else f" in {Path.cwd()}"

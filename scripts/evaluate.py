@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from zipfile import ZipFile
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -487,6 +488,14 @@ def read_reference_statistics(path: Path, preprocessing: Preprocessing, extracto
         raise InputError(
             f"{path} has mu of the shape {mean.shape} and sigma of {covariance.shape}, but the features of "
             f"{extractor.name} have {dimensions} dimensions. Choose the extractor that computed them."
+        )
+    symmetric = np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-3 * np.abs(covariance).max())
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and symmetric) or (
+        np.linalg.eigvalsh(covariance).min() < -1e-3 * np.abs(covariance).max()
+    ):
+        raise InputError(
+            f"{path}: sigma is not a covariance matrix (symmetric, without negative variances), or a value is not "
+            "finite. Compute mu and sigma again."
         )
     facts = ReferenceFacts(location_name(str(path)), statistics="mu and sigma, of unknown protocol")
     return Reference(facts, None, Gaussian(mean, covariance))

@@ -184,10 +184,18 @@ def test_fingerprints_do_not_change_between_versions(tmp_path):
 
 
 def test_an_npz_file_without_images_or_with_other_labels_is_refused(tmp_path):
-    for arrays in ({"images": np.zeros((2, 8, 8), np.uint8)}, {"arr_0": np.zeros((2, 8, 8), np.float32)}):
+    for arrays in (
+        {"images": np.zeros((2, 8, 8), np.uint8)},
+        {"arr_0": np.zeros((2, 8, 8), np.float32)},
+        {"arr_0": np.zeros((0, 8, 8), np.uint8)},
+        {"arr_0": np.array("text")},
+    ):
         np.savez(tmp_path / "images.npz", **arrays)
         with pytest.raises(InputError, match=r"images\.npz must contain images \(N, H, W, C\) as 8-bit integers"):
             open_source(str(tmp_path / "images.npz"))
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 3, 8, 8), np.uint8))
+    with pytest.raises(InputError, match=r"images of the shape \(3, 8, 8\); it must be \(H, W, C\)"):
+        open_source(str(tmp_path / "images.npz"))
     for labels, message in (
         (None, "no class labels"),
         ([0.0, 1.0], "no class labels"),
@@ -534,6 +542,23 @@ def test_a_torchvision_folder_is_read_as_torchvision_lays_it_out(tmp_path):
         open_folder(tmp_path, split="validation")
     (tmp_path / "KMNIST").symlink_to("MNIST")
     with pytest.raises(InputError, match=r"several sets of images\. Choose one of them: .*/KMNIST, .*/MNIST\."):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x1f\x8b\x08\0" + bytes(60), b"\0\0\x0d\x03" + bytes(60), b"\0\0\x08\x01" + bytes(60)]
+)
+def test_other_contents_than_idx_images_are_refused(tmp_path, content):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(InputError, match="does not contain bytes in 3 dimensions in MNIST's idx format"):
+        open_folder(tmp_path)
+
+
+def test_compressed_idx_files_are_reported(tmp_path):
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz is compressed: unpack the files in .*/raw"):
         open_folder(tmp_path)
 
 

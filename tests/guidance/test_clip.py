@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,6 +271,18 @@ def test_invalid_arguments_are_refused_in_one_paragraph(arguments, message):
     with pytest.raises(InputError, match=message) as error:
         CLIPLoss(**arguments)
     assert "\n" not in str(error.value)
+
+
+@needs_open_clip
+def test_pickled_weights_are_refused_without_running_them(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "attacked",))
+
+    torch.save({"state_dict": Attack()}, tmp_path / "weights.bin")
+    with pytest.raises(InputError, match=r"weights\.bin\) cannot be loaded"):
+        CLIPLoss("a rose", "ViT-B-32", str(tmp_path / "weights.bin"))
+    assert not (tmp_path / "attacked").exists()
 
 
 def test_a_model_without_both_towers_is_refused(folders, tmp_path):

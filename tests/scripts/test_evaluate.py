@@ -299,6 +299,13 @@ def test_saved_statistics_give_only_the_fid(run, folders, tmp_path):
     assert any("saved statistics" in warning for warning in results["warnings"])
 
 
+@pytest.mark.parametrize("sigma", [-np.eye(16), np.triu(np.ones((16, 16))), np.full((16, 16), np.nan)])
+def test_saved_statistics_that_are_no_covariance_are_refused(run, folders, tmp_path, sigma):
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(16), sigma=sigma)
+    with pytest.raises(InputError, match="sigma is not a covariance matrix"):
+        run("--images", folders["samples"], reference=tmp_path / "statistics.npz")
+
+
 def test_features_of_another_network_are_rejected(run, folders, tmp_path):
     run("--images", folders["samples"])
     (cached,) = (tmp_path / "cache").glob("*.safetensors")
