@@ -23,7 +23,8 @@ from ddgan.core.cli import option, parse_arguments, require_above, require_at_le
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import location_name
 from ddgan.hub.cards import CardFacts, license_of
-from ddgan.sampling.generation import PipelineSampler
+from ddgan.sampling.generation import PipelineSampler, num_classes
+from ddgan.sampling.loading import pipeline_hash
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
 from ddgan.training.ema import EMA, half_life
 from ddgan.training.job import TrainedNetwork, TrainingJob
@@ -36,12 +37,14 @@ from ddgan.training.objectives.few_step import (
     FewStepSetup,
     GeneratorObjective,
 )
+from ddgan.training.run_folder import RunFolder
 from ddgan.training.sample_grids import save_before_after
 from ddgan.training.session import Session
 from ddgan.training.start_model import TrainedUNet, class_names, image_size, load_start_model
+from ddgan.training.teacher import Teacher, generate_samples
 
-CONVERSION_STEPS = 500  # for networks that predict the noise
 WARMUP_STEPS = 20  # of the learning rates
+DISCRIMINATOR_HEAD_START = 100  # optimizer steps of the discriminator before the first adversarial step
 DDIM_STEPS = 40  # of the start model, for comparison
 
 
@@ -60,17 +63,22 @@ class FewStepArguments:
             "help": "sampling steps; several numbers train one model for each of them, the first is its default"
         },
     )
-    lr_g: float = option(1e-4, "learning rate of the network (Adam with betas 0.5 and 0.9)")
-    lr_d: float = option(2e-4, "learning rate of the discriminator")
-    gamma: float = option(0.1, "weight of the gradient penalties R1 and R2; 0 turns them off")
-    reconstruction_weight: float = option(0.5, "weight of the distance to the training image behind a noisy one")
-    instance_noise: float = option(0.5, "probability of noise on the clean images that the discriminator sees")
-    conversion_steps: int | None = option(
-        None,
-        "first optimizer steps, in which a network that predicts the noise learns to predict v (default: "
-        f"{CONVERSION_STEPS} if it does)",
+    distillation_steps: int = option(
+        500,
+        "first optimizer steps, in which the network learns to reach in one evaluation what the start model reaches "
+        "in many; the steps after them are adversarial",
     )
-    conversion_lr: float = option(1e-3, "peak learning rate of these steps")
+    distillation_lr: float = option(1e-3, "peak learning rate of these steps")
+    distillation_weight: float = option(20.0, "weight of this loss in the adversarial steps")
+    teacher_samples: int = option(2048, "number of samples of the start model to learn from")
+    teacher_steps: int = option(20, "DDIM steps for each of them")
+    teacher_guidance_scale: float = option(
+        1.0, "classifier-free guidance of these samples, for a class-conditional model with a null class; 1: none"
+    )
+    lr_g: float = option(5e-5, "peak learning rate of the network in the adversarial steps")
+    lr_d: float = option(2e-4, "peak learning rate of the discriminator")
+    gamma: float = option(0.1, "weight of the gradient penalties R1 and R2; 0 turns them off")
+    instance_noise: float = option(0.5, "probability of noise on the clean images that the discriminator sees")
 
     def __post_init__(self):
         if not self.start_model:
@@ -80,8 +88,9 @@ class FewStepArguments:
         require_at_least(1, self, "num_inference_steps")
         if len(set(self.num_inference_steps)) < len(self.num_inference_steps):
             raise InputError("--num_inference_steps names a number of steps twice.")
-        require_at_least(0, self, "gamma", "reconstruction_weight", "instance_noise", "conversion_steps")
-        require_above(0, self, "lr_g", "lr_d", "conversion_lr")
+        require_at_least(1, self, "teacher_samples", "teacher_steps")
+        require_at_least(0, self, "gamma", "instance_noise", "distillation_steps", "distillation_weight")
+        require_above(0, self, "lr_g", "lr_d", "distillation_lr", "teacher_guidance_scale")
         if self.instance_noise > 1:
             raise InputError(f"--instance_noise is {self.instance_noise}; a probability is at most 1.")
 
@@ -130,10 +139,7 @@ def finetune_few_step(
         classes=class_names(start),
     )
     labels, grid = session.plan_grid(data.classes)
-    conversion_steps = args.conversion_steps
-    if conversion_steps is None:
-        conversion_steps = CONVERSION_STEPS if start.scheduler.config.prediction_type == "epsilon" else 0
-    check_length(run, data, conversion_steps)
+    check_length(run, data, args)
     remove_learned_variance(unet)
     torch.manual_seed(run.seed)  # the same initial heads in every process and every run with this seed
     discriminator = UNetDiscriminator.from_unet(unet)
@@ -141,40 +147,66 @@ def finetune_few_step(
         unet.enable_gradient_checkpointing()
         discriminator.enable_gradient_checkpointing()
 
-    process = FewStepProcess(scheduler, args.num_inference_steps)
-    setup = FewStepSetup(unet, discriminator, process, instance_noise=args.instance_noise)
+    setup = FewStepSetup(
+        unet, discriminator, FewStepProcess(scheduler, args.num_inference_steps), instance_noise=args.instance_noise
+    )
     if isinstance(start, ClassConditionalPipeline) and start.has_null_class:
         setup.null_class, setup.class_dropout = start.num_classes, unet.config.class_dropout
-    adam = partial(torch.optim.Adam, betas=(0.5, 0.9), fused=True)
+    objective = GeneratorObjective(setup, args.distillation_steps, args.distillation_weight)
+    adam = partial(torch.optim.Adam, betas=(0.5, 0.99), fused=True)
     networks = [
         TrainedNetwork(
             name="d",
             network=discriminator,
             objective=DiscriminatorObjective(setup, args.gamma),
             optimizer=adam(discriminator.parameters(), args.lr_d),
-            lr_schedule=conversion_schedule,
+            lr_schedule=two_stage_schedule,
+            first_step=max(0, args.distillation_steps - DISCRIMINATOR_HEAD_START),
         ),
         TrainedNetwork(
             name="g",
             network=unet,
-            objective=GeneratorObjective(setup, args.reconstruction_weight, conversion_steps),
+            objective=objective,
             optimizer=adam(unet.parameters(), args.lr_g),
             lr_schedule=partial(
-                conversion_schedule, conversion_steps=conversion_steps, peak=args.conversion_lr / args.lr_g
+                two_stage_schedule, first_stage=args.distillation_steps, first_peak=args.distillation_lr / args.lr_g
             ),
         ),
     ]
 
-    arguments = (session.run, data_args, label_args, evaluation, args)
+    start.scheduler.register_to_config(timestep_spacing="trailing")  # DDIM starts from noise alone, as training does
     pipeline = type(start)(unet, scheduler)
-    unconverted = type(start)(unet, few_step_scheduler(start.scheduler, args, convert=False))
-    for pipe in (start, unconverted, pipeline):
+    for pipe in (start, pipeline):
         pipe.set_progress_bar_config(disable=True)
+    compared = compared_samples(args.num_inference_steps, start, pipeline)
+    teacher = Teacher(
+        unet,
+        FewStepProcess(few_step_scheduler(start.scheduler, args, convert=False), args.num_inference_steps),
+        (unet.config.in_channels, *image_size(unet)),
+        args.teacher_steps,
+        num_classes(unet),
+        setup.null_class,
+        setup.class_dropout,
+        args.teacher_guidance_scale,
+    )
+    contents = pipeline_hash(start)
+
+    def prepare(folder: RunFolder) -> None:
+        if args.distillation_steps or args.distillation_weight:
+            objective.teacher = generate_samples(
+                teacher, args.teacher_samples, run.seed, contents, folder.teacher, session.accelerator
+            )
+
+    def finish(folder: RunFolder, step: int) -> None:
+        compared["finish"](folder, step)
+        folder.teacher.unlink(missing_ok=True)
+
+    arguments = (session.run, data_args, label_args, evaluation, args)
     job = TrainingJob(
         networks=networks,
         pipeline=pipeline,
         ema=EMA(unet, run),
-        **compared_samples(args.num_inference_steps, start, unconverted, pipeline),
+        **(compared | {"prepare": prepare, "finish": finish}),
         labels=labels,
         grid=grid,
         monitor=DiscriminatorAccuracyMonitor(),
@@ -217,8 +249,8 @@ def few_step_scheduler(scheduler: DDPMScheduler, args: FewStepArguments, convert
     return few_step
 
 
-def check_length(run: FewStepRunArguments, data: TrainingData, conversion_steps: int) -> None:
-    """Check that the images fill a batch, and that the conversion and the EMA fit into the run.
+def check_length(run: FewStepRunArguments, data: TrainingData, args: FewStepArguments) -> None:
+    """Check that the images fill a batch, and that the EMA fits into each stage of the run.
 
     Raises:
         InputError: if not.
@@ -230,20 +262,14 @@ def check_length(run: FewStepRunArguments, data: TrainingData, conversion_steps:
             "(--batch_size x --grad_accumulation_steps x processes). A discriminator that sees every image in every "
             "step memorizes them: use more images or a smaller --batch_size."
         )
-    adversarial_steps = total_steps - conversion_steps
-    if adversarial_steps < 1:
-        raise InputError(
-            f"The run has {total_steps} optimizer steps, but the first {conversion_steps} (--conversion_steps) "
-            "convert the network to v-prediction, so none are left to train it for few sampling steps. Train longer "
-            "with --max_train_steps or --num_epochs."
-        )
+    last_stage = total_steps - args.distillation_steps if total_steps > args.distillation_steps else total_steps
     steps = half_life(run, total_steps)
-    if steps > adversarial_steps:
+    if steps > last_stage:
         raise InputError(
             f"The EMA weights would have a half-life of {steps:.0f} optimizer steps (--ema_decay {run.ema_decay}, "
-            f"--ema_inv_gamma {run.ema_inv_gamma}, --ema_power {run.ema_power}), but only {adversarial_steps} steps "
-            "train for few sampling steps, so the saved network would hardly change. Train for more steps, or use a "
-            f"shorter average: --ema_decay {0.5 ** (10 / adversarial_steps):.3g} has a half-life of a tenth of them."
+            f"--ema_inv_gamma {run.ema_inv_gamma}, --ema_power {run.ema_power}), but the last stage of the run has "
+            f"only {last_stage} steps, so it would hardly change the saved network. Train for more steps, or use a "
+            f"shorter average: --ema_decay {0.5 ** (10 / last_stage):.3g} has a half-life of a tenth of them."
         )
 
 
@@ -259,30 +285,26 @@ def remove_learned_variance(unet: TrainedUNet) -> None:
     unet.register_to_config(out_channels=channels)
 
 
-def compared_samples(
-    step_counts: list[int], start: DiffusionPipeline, unconverted: DiffusionPipeline, trained: DiffusionPipeline
-) -> dict[str, Any]:
+def compared_samples(step_counts: list[int], start: DiffusionPipeline, trained: DiffusionPipeline) -> dict[str, Any]:
     """Return how to sample, and which grids before_after.png shows, as arguments of a `TrainingJob`.
 
-    Those are, from the same seeds, the start model with many DDIM steps, and the start model and the result with each
-    number of posterior steps. The three pipelines share their network, which at step 0 is that of the start model.
+    Those are, from the same seeds, the start model with many and with each number of DDIM steps, and the result with
+    each number of posterior steps. The pipelines share their network, which at step 0 is that of the start model.
 
     Args:
         step_counts: numbers of steps, the default first.
-        start: the start model with its own scheduler.
-        unconverted: the start model with posterior steps.
+        start: the start model.
         trained: the pipeline that is trained and saved.
     """
     ddim_steps = min(DDIM_STEPS, start.scheduler.config.num_train_timesteps)
     names = {count: f"{count}-steps" for count in step_counts} | {step_counts[0]: ""}
-    samplers = {names[count]: PipelineSampler("as-saved", count) for count in step_counts}
+    before = {"ddim": PipelineSampler("ddim", ddim_steps)}
+    before |= {name: PipelineSampler("ddim", count) for count, name in names.items()}
+    samplers = {name: PipelineSampler("as-saved", count) for count, name in names.items()}
     captions = {"1 step" if count == 1 else f"{count} steps": names[count] for count in step_counts}
     return {
         "sampler": samplers[""],
-        "start_samplers": {
-            "ddim": partial(PipelineSampler("ddim", ddim_steps), start),
-            **{name: partial(sampler, unconverted) for name, sampler in samplers.items()},
-        },
+        "start_samplers": {name: partial(sampler, start) for name, sampler in before.items()},
         "final_samplers": {name: partial(sampler, trained) for name, sampler in samplers.items()},
         "finish": partial(save_before_after, before={f"{ddim_steps} DDIM steps": "ddim", **captions}, after=captions),
     }
@@ -314,19 +336,19 @@ def describe(args: FewStepArguments, start: DiffusionPipeline, data: TrainingDat
     )
 
 
-def conversion_schedule(
-    optimizer: Optimizer, total_steps: int, conversion_steps: int = 0, peak: float = 1.0
+def two_stage_schedule(
+    optimizer: Optimizer, total_steps: int, first_stage: int = 0, first_peak: float = 1.0
 ) -> LambdaLR:
-    """Return a constant schedule after a short warmup, and before it one for the conversion: a warmup and a decay.
+    """Return a schedule of one or two stages: each has a short warmup, and a linear decay to zero in its second half.
 
     Args:
-        peak: of the conversion, as a multiple of the optimizer's learning rate.
+        first_stage: optimizer steps of the first stage; 0 for a single stage.
+        first_peak: its peak, as a multiple of the optimizer's learning rate.
     """
 
     def factor(step: int) -> float:
-        if step < conversion_steps:
-            return peak * min(1, (step + 1) / WARMUP_STEPS, 2 * (conversion_steps - step) / conversion_steps)
-        return min(1, (step - conversion_steps + 1) / WARMUP_STEPS)
+        start, stop, peak = (0, first_stage, first_peak) if step < first_stage else (first_stage, total_steps, 1)
+        return peak * min(1, (step - start + 1) / WARMUP_STEPS, 2 * (stop - step) / (stop - start))
 
     return LambdaLR(optimizer, factor)
 

@@ -100,7 +100,7 @@ class Trainer:
             spec.network.train().to(memory_format=self.memory_format)
             if args.compile:
                 spec.network.compile()
-            lr_schedule = spec.lr_schedule(spec.optimizer, self.total_steps)
+            lr_schedule = spec.lr_schedule(spec.optimizer, self.total_steps - spec.first_step)
             self.networks.append(_Prepared(spec, *accelerator.prepare(spec.network, spec.optimizer, lr_schedule)))
         job.ema.prepare(accelerator)
 
@@ -160,6 +160,7 @@ class Trainer:
         """Resume from a checkpoint if requested, and open the outputs of the run."""
         args, is_main = self.args, self.accelerator.is_main_process
         checkpoint = self.checkpoints.find(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+        self.job.prepare(self.folder)
         if checkpoint:
             self.checkpoints.load(checkpoint, self.total_steps)
             logger.info(f"Resuming from {checkpoint}, step {self.progress.step} of {self.total_steps}.")
@@ -238,6 +239,8 @@ class Trainer:
         norms: dict[str, torch.Tensor] = {}
         for stream, network in enumerate(self.networks):
             model = network.model
+            if step < network.spec.first_step:
+                continue
             with _frozen(other.spec.network for other in self.networks if other is not network):
                 for i, batch in enumerate(global_batch):
                     micro_batch = MicroBatch(images[i], labels[i], PerSampleRNG(batch.keys, device, stream), step)

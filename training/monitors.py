@@ -73,7 +73,7 @@ class DiscriminatorAccuracyMonitor:
 
     def __call__(self, rows: list[dict[str, float]]) -> str | None:
         """Read the newest rows of metrics.csv and return a warning, or None."""
-        self.accuracies.extend(row["d_accuracy"] for row in rows)
+        self.accuracies.extend(row["d_accuracy"] for row in rows if "d_accuracy" in row)
         if self.warned or len(self.accuracies) < _PATIENCE or fmean(self.accuracies) < _WON_ACCURACY:
             return None
         self.warned = True

@@ -45,6 +45,7 @@ class FewStepProcess:
             timesteps = [*scheduler.timesteps.tolist(), CLEAN]
             transitions += pairwise(timesteps)
         self.transitions = torch.tensor(transitions)
+        self.timesteps = self.transitions[:, 0].unique().flip(0)
 
     def add_noise(self, images: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """sqrt(alphas_cumprod) images + sqrt(1 - alphas_cumprod) noise; the images themselves at `CLEAN`."""
@@ -68,6 +69,14 @@ class FewStepProcess:
         mean = mean + _scale(alpha.sqrt() * (1 - signal_s) / (1 - signal_t), transition.noisier)
         return mean + _scale(((1 - signal_s) / (1 - signal_t) * (1 - alpha)).sqrt(), noise)
 
+    def deterministic_step(
+        self, image: torch.Tensor, noisier: torch.Tensor, t: torch.Tensor, s: torch.Tensor
+    ) -> torch.Tensor:
+        """x_s with the same noise as in x_t, equation (12) of arXiv 2010.02502 for sigma = 0."""
+        signal_t, signal_s = self._alphas_cumprod(t), self._alphas_cumprod(s)
+        noise = _scale((1 - signal_t).rsqrt(), noisier) - _scale((signal_t / (1 - signal_t)).sqrt(), image)
+        return _scale(signal_s.sqrt(), image) + _scale((1 - signal_s).sqrt(), noise)
+
     def signal(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Return the image's share of the variance of x_t, (B,) in float32.
 
@@ -78,6 +87,30 @@ class FewStepProcess:
     def _alphas_cumprod(self, timesteps: torch.Tensor) -> torch.Tensor:
         table = torch.cat([self.alphas_cumprod, torch.ones_like(self.alphas_cumprod[:1])])  # the last is CLEAN's
         return table.to(timesteps.device)[timesteps]
+
+
+class TeacherSamples:
+    """Images that a pretrained network generated, and the noisy images that its deterministic sampler went through.
+
+    Args:
+        timesteps: timesteps of the few-step sampler, (L,), noisiest first.
+        noisy: the noisy images at these timesteps, (N, L, C, H, W).
+        images: what each of them leads to, (N, C, H, W).
+        labels: the classes, (N,), if there are any.
+    """
+
+    def __init__(
+        self, timesteps: torch.Tensor, noisy: torch.Tensor, images: torch.Tensor, labels: torch.Tensor | None = None
+    ):
+        self.timesteps, self.noisy, self.images, self.labels = timesteps, noisy, images, labels
+
+    def draw(self, samples: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Return, for each sample of a micro-batch, a random noisy image, its timestep, its image, and its class."""
+        rng, device = samples.rng, samples.images.device
+        i, level = rng.integers(len(self.images)).cpu(), rng.integers(len(self.timesteps)).cpu()
+        noisy, images = self.noisy[i, level].to(device).float(), self.images[i].to(device).float()
+        conditions = {} if self.labels is None else {"class_labels": self.labels[i].to(device)}
+        return noisy, self.timesteps[level].to(device), images, conditions
 
 
 @dataclass
@@ -120,15 +153,23 @@ class FewStepSetup:
         noisier = self.process.add_noise(samples.images, t, noise)
         return Transition(t, s, torch.where(_per_image(t == self.process.top), noise, noisier))
 
-    def generate(
-        self, generator: torch.nn.Module, samples: MicroBatch, transition: Transition, conditions: dict
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image that the generator predicts, and x_s given that image."""
-        output = generator(transition.noisier, transition.t, **conditions, return_dict=False)[0].float()
-        output = output[:, : samples.images.shape[1]]  # without a learned variance
-        image = self.process.predicted_image(output, transition.noisier, transition.t)
-        noise = samples.rng.normal(*image.shape[1:])
-        return image, self.process.posterior_sample(image, transition, noise)
+    def predict(
+        self, generator: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+    ) -> list[torch.Tensor]:
+        """Return the images that the generator predicts, in a single call.
+
+        Args:
+            inputs: noisy images, their timesteps and their classes, one or more of these.
+        """
+        noisy, t, conditions = zip(*inputs, strict=True)
+        together = {name: torch.cat([part[name] for part in conditions]) for name in conditions[0]}
+        output = generator(torch.cat(noisy), torch.cat(t), **together, return_dict=False)[0].float()
+        images = self.process.predicted_image(output, torch.cat(noisy), torch.cat(t))
+        return list(images.split([len(part) for part in noisy]))
+
+    def less_noisy(self, samples: MicroBatch, image: torch.Tensor, transition: Transition) -> torch.Tensor:
+        """Return x_s given the predicted image."""
+        return self.process.posterior_sample(image, transition, samples.rng.normal(*image.shape[1:]))
 
     def real(self, samples: MicroBatch, transition: Transition) -> torch.Tensor:
         """Return x_s of the forward process."""
@@ -173,7 +214,8 @@ class DiscriminatorObjective:
         conditions = setup.conditions(samples)
         transition = setup.transition(samples)
         with torch.no_grad():
-            _, generated = setup.generate(setup.generator, samples, transition, conditions)
+            image = setup.predict(setup.generator, [(transition.noisier, transition.t, conditions)])[0]
+            generated = setup.less_noisy(samples, image, transition)
         timesteps, real, fake = setup.prepare(samples, transition.s, setup.real(samples, transition), generated)
         noise = [self.step * samples.rng.normal(*real.shape[1:]) for _ in range(2)]
         images = torch.cat([real, fake, real + noise[0], fake + noise[1]])
@@ -187,39 +229,53 @@ class DiscriminatorObjective:
 
 
 class GeneratorObjective:
-    """softplus(-D(generated)), and the distance of the predicted image to the one that x_t was made from.
+    """First the distance to the samples of a teacher, then softplus(-D(generated)) and the weighted distance.
 
-    The distance is weighted by the share of that image in x_t, and left out where x_t is noise alone.
-
-    A network that has predicted the noise so far first learns to predict v (arXiv 2202.00512), by regression at the
-    timesteps of the transitions: at high noise levels x_0 computed from the predicted noise multiplies its error, by
-    157 at the last timestep of DDPM's schedule.
+    The distance is the mean squared one between the predicted image and the image that the deterministic sampler of
+    the pretrained network reaches from the same noisy image (arXiv 2101.02388). Since it does not depend on what the
+    network predicted before, a network that predicted the noise learns to predict v (arXiv 2202.00512) on the way: at
+    high noise levels x_0 computed from the noise multiplies its error, by 157 at the last timestep of DDPM's schedule.
 
     Args:
-        reconstruction_weight: weight of the mean squared distance.
-        conversion_steps: optimizer steps of that regression, before the adversarial ones.
+        distillation_steps: optimizer steps with the distance alone, before the adversarial ones.
+        distillation_weight: weight of the distance in the adversarial steps.
+
+    Attributes:
+        teacher: the samples of the teacher, to be set before the first step that needs them.
     """
 
-    def __init__(self, setup: FewStepSetup, reconstruction_weight: float, conversion_steps: int = 0):
-        self.setup, self.reconstruction_weight = setup, reconstruction_weight
-        self.conversion_steps = conversion_steps
+    teacher: TeacherSamples | None = None
+
+    def __init__(self, setup: FewStepSetup, distillation_steps: int, distillation_weight: float):
+        self.setup = setup
+        self.distillation_steps, self.distillation_weight = distillation_steps, distillation_weight
 
     def __call__(self, generator: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
-        """`loss` and its parts, `adversarial` (NaN in the regression) and `reconstruction`, each (B,)."""
-        setup = self.setup
-        conditions = setup.conditions(samples)
-        transition = setup.transition(samples)
-        image, generated = setup.generate(generator, samples, transition, conditions)
-        distance = (image - samples.images).square().mean(dim=(1, 2, 3))
-        signal = setup.process.signal(transition.t)
-        if samples.step < self.conversion_steps:
-            loss = distance / (1 - signal)  # the mean squared error of v
-            return {"loss": loss, "adversarial": torch.full_like(loss, torch.nan), "reconstruction": loss.detach()}
-        timesteps, generated = setup.prepare(samples, transition.s, generated)
-        adversarial = F.softplus(-setup.discriminator(generated, timesteps, **conditions).float()).mean(1)
-        reconstruction = signal * distance
-        loss = adversarial + self.reconstruction_weight * reconstruction
-        return {"loss": loss, "adversarial": adversarial, "reconstruction": reconstruction}
+        """`loss` and its parts, `adversarial` and `distillation`, each (B,); NaN where a part is not computed."""
+        setup, is_adversarial = self.setup, samples.step >= self.distillation_steps
+        inputs, targets, transition = [], None, None
+        if not is_adversarial or self.distillation_weight:
+            assert self.teacher is not None
+            noisy, t, targets, conditions = self.teacher.draw(samples)
+            inputs.append((noisy, t, conditions))
+        if is_adversarial:
+            transition, conditions = setup.transition(samples), setup.conditions(samples)
+            inputs.append((transition.noisier, transition.t, conditions))
+        images = setup.predict(generator, inputs)  # in a single call, which DistributedDataParallel requires
+
+        missing = samples.images.new_full(samples.images.shape[:1], torch.nan)
+        parts = {"loss": torch.zeros_like(missing), "adversarial": missing, "distillation": missing}
+        if targets is not None:
+            parts["distillation"] = (images[0] - targets).square().mean(dim=(1, 2, 3))
+            parts["loss"] = parts["distillation"] * (self.distillation_weight if is_adversarial else 1)
+        if transition is not None:
+            timesteps, generated = setup.prepare(
+                samples, transition.s, setup.less_noisy(samples, images[-1], transition)
+            )
+            logits = setup.discriminator(generated, timesteps, **conditions).float()
+            parts["adversarial"] = F.softplus(-logits).mean(1)
+            parts["loss"] = parts["loss"] + parts["adversarial"]
+        return parts
 
 
 def _per_image(values: torch.Tensor) -> torch.Tensor:
