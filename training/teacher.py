@@ -130,15 +130,18 @@ def generate_samples(teacher: Teacher, count: int, seed: int, path: Path, accele
 def _generate(teacher: Teacher, count: int, seed: int, accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """Return the tensors of the samples in the main process."""
     rank, batch = accelerator.process_index, _BATCH_SIZE
-    parts = []
+    tensors: dict[str, torch.Tensor] = {}
     starts = range(0, count, batch * accelerator.num_processes)
     for start in tqdm(starts, "sampling the start model", unit="batch", disable=rank > 0):
         indices = range(start + rank * batch, start + (rank + 1) * batch)
         with accelerator.autocast():
             gathered = accelerator.gather(teacher.sample(indices, seed, accelerator.device))
         if accelerator.is_main_process:
-            parts.append({name: tensor.cpu() for name, tensor in gathered.items()})
-    return {name: torch.cat([part[name] for part in parts])[:count] for name in (parts[0] if parts else ())}
+            for name, part in gathered.items():
+                if name not in tensors:
+                    tensors[name] = torch.empty((count, *part.shape[1:]), dtype=part.dtype)
+                tensors[name][start : start + len(part)] = part[: count - start]
+    return tensors
 
 
 def _fingerprint(path: Path) -> str | None:
