@@ -3,7 +3,9 @@
     accelerate launch finetune_few_step.py --start_model google/ddpm-celebahq-256 --train_data_dir path/to/images \
         --num_inference_steps 4 --output_dir my-4-step-model
 
-The result samples with the exact posterior steps of `DDPMScheduler`. It is a plain `DDPMPipeline`, or a
+The network first learns from samples of the start model to reach in one evaluation what DDIM reaches in many
+(distillation), then also from a discriminator that compares its samples with the images (adversarial training). The
+result samples with the exact posterior steps of `DDPMScheduler`. It is a plain `DDPMPipeline`, or a
 `ClassConditionalPipeline` if the start model is class-conditional.
 From Python, call `finetune_few_step`.
 """
@@ -15,20 +17,18 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from ddgan import ClassConditionalPipeline, UNetDiscriminator
 from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import location_name
 from ddgan.hub.cards import CardFacts, license_of
-from ddgan.sampling.generation import PipelineSampler, num_classes
-from ddgan.sampling.loading import pipeline_hash
+from ddgan.sampling.generation import PipelineSampler
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
 from ddgan.training.ema import EMA, half_life
 from ddgan.training.job import TrainedNetwork, TrainingJob
 from ddgan.training.loading import TrainingData
+from ddgan.training.lr_schedules import two_stage_schedule
 from ddgan.training.model_card import FinishedRun, print_summary, settings_for_card
 from ddgan.training.monitors import DiscriminatorAccuracyMonitor, DiversityMonitor
 from ddgan.training.objectives.few_step import (
@@ -43,14 +43,13 @@ from ddgan.training.session import Session
 from ddgan.training.start_model import TrainedUNet, class_names, image_size, load_start_model
 from ddgan.training.teacher import Teacher, generate_samples
 
-WARMUP_STEPS = 20  # of the learning rates
 DISCRIMINATOR_HEAD_START = 100  # optimizer steps of the discriminator before the first adversarial step
 DDIM_STEPS = 40  # of the start model, for comparison
 
 
 @dataclass
 class FewStepArguments:
-    """The model to fine-tune, its number of sampling steps, and the losses."""
+    """The model to fine-tune, its number of sampling steps, and the two stages of training."""
 
     _argument_group_name = "few steps"
 
@@ -65,13 +64,13 @@ class FewStepArguments:
     )
     distillation_steps: int = option(
         500,
-        "first optimizer steps, in which the network learns to reach in one evaluation what the start model reaches "
-        "in many; the steps after them are adversarial",
+        "optimizer steps of the first stage, in which the network learns to reach in one evaluation what the start "
+        "model reaches in many; the steps after them are adversarial",
     )
-    distillation_lr: float = option(1e-3, "peak learning rate of these steps")
-    distillation_weight: float = option(20.0, "weight of this loss in the adversarial steps")
+    distillation_lr: float = option(1e-3, "peak learning rate of the first stage")
+    distillation_weight: float = option(20.0, "weight of the loss of the first stage in the adversarial steps")
     teacher_samples: int = option(2048, "number of samples of the start model to learn from")
-    teacher_steps: int = option(20, "DDIM steps for each of them")
+    teacher_steps: int = option(20, "DDIM steps for each of these samples")
     teacher_guidance_scale: float = option(
         1.0, "classifier-free guidance of these samples, for a class-conditional model with a null class; 1: none"
     )
@@ -116,10 +115,15 @@ def finetune_few_step(
     evaluation: EvaluationArguments,
     args: FewStepArguments,
 ) -> FinishedRun:
-    """Fine-tune a pretrained UNet with a discriminator built from its encoder.
+    """Fine-tune a pretrained UNet in two stages, distillation and adversarial training.
+
+    Before training the start model generates samples with DDIM. In the first stage the network learns to map each
+    noisy image on the way to the image that DDIM reaches from it. In the second it also learns from a discriminator, a
+    copy of the start model's encoder whose training begins a little earlier; the loss of the first stage, weighted,
+    keeps the variety of the samples. A run that ends with the first stage has no discriminator.
 
     A class-conditional network keeps its classes and its null class. The null class replaces labels as often as in the
-    training of the start model (`class_dropout`), in both networks. Otherwise no loss would see it: guidance would use
+    training of the start model (`class_dropout`), in all losses. Otherwise no loss would see it: guidance would use
     predictions of a network that was never trained for few steps, or, after a conversion, that mean something else.
 
     Raises:
@@ -129,8 +133,12 @@ def finetune_few_step(
     session = Session.open(run, supports_fp16=False)
     size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
     start = load_start_model(args.start_model, size, allow_classes=True)
+    check_start_model(start, args)
+    start.scheduler.register_to_config(timestep_spacing="trailing")  # DDIM starts from noise alone, as training does
     unet = start.unet
-    scheduler = few_step_scheduler(start.scheduler, args)
+    pipeline = type(start)(unet, few_step_scheduler(start.scheduler, args.num_inference_steps))
+    for pipe in (start, pipeline):
+        pipe.set_progress_bar_config(disable=True)
     data = session.load_data(
         data_args,
         unet.config.in_channels,
@@ -139,66 +147,61 @@ def finetune_few_step(
         classes=class_names(start),
     )
     labels, grid = session.plan_grid(data.classes)
-    check_length(run, data, args)
-    remove_learned_variance(unet)
-    torch.manual_seed(run.seed)  # the same initial heads in every process and every run with this seed
-    discriminator = UNetDiscriminator.from_unet(unet)
-    if run.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        discriminator.enable_gradient_checkpointing()
+    total_steps = data.total_steps(run)
+    distillation_steps = min(args.distillation_steps, total_steps)
+    check_length(run, data, distillation_steps)
 
-    setup = FewStepSetup(
-        unet, discriminator, FewStepProcess(scheduler, args.num_inference_steps), instance_noise=args.instance_noise
-    )
+    remove_learned_variance(unet)
+    discriminator = None
+    if total_steps > distillation_steps:
+        torch.manual_seed(run.seed)  # the same initial heads in every process and every run with this seed
+        discriminator = UNetDiscriminator.from_unet(unet)
+    if run.gradient_checkpointing:
+        for network in filter(None, (unet, discriminator)):
+            network.enable_gradient_checkpointing()
+
+    process = FewStepProcess(pipeline.scheduler, args.num_inference_steps)
+    setup = FewStepSetup(unet, discriminator, process, args.instance_noise)
     if isinstance(start, ClassConditionalPipeline) and start.has_null_class:
         setup.null_class, setup.class_dropout = start.num_classes, unet.config.class_dropout
-    objective = GeneratorObjective(setup, args.distillation_steps, args.distillation_weight)
+    objective = GeneratorObjective(setup, distillation_steps, args.distillation_weight)
     adam = partial(torch.optim.Adam, betas=(0.5, 0.99), fused=True)
     networks = [
-        TrainedNetwork(
-            name="d",
-            network=discriminator,
-            objective=DiscriminatorObjective(setup, args.gamma),
-            optimizer=adam(discriminator.parameters(), args.lr_d),
-            lr_schedule=two_stage_schedule,
-            first_step=max(0, args.distillation_steps - DISCRIMINATOR_HEAD_START),
-        ),
         TrainedNetwork(
             name="g",
             network=unet,
             objective=objective,
             optimizer=adam(unet.parameters(), args.lr_g),
             lr_schedule=partial(
-                two_stage_schedule, first_stage=args.distillation_steps, first_peak=args.distillation_lr / args.lr_g
+                two_stage_schedule, first_stage=distillation_steps, first_peak=args.distillation_lr / args.lr_g
             ),
-        ),
+        )
     ]
+    if discriminator:
+        networks.insert(
+            0,
+            TrainedNetwork(
+                name="d",
+                network=discriminator,
+                objective=DiscriminatorObjective(setup, args.gamma),
+                optimizer=adam(discriminator.parameters(), args.lr_d),
+                lr_schedule=two_stage_schedule,
+                first_step=max(0, distillation_steps - DISCRIMINATOR_HEAD_START),
+            ),
+        )
 
-    start.scheduler.register_to_config(timestep_spacing="trailing")  # DDIM starts from noise alone, as training does
-    pipeline = type(start)(unet, scheduler)
-    for pipe in (start, pipeline):
-        pipe.set_progress_bar_config(disable=True)
-    compared = compared_samples(args.num_inference_steps, start, pipeline)
-    teacher = Teacher(
-        unet,
-        FewStepProcess(few_step_scheduler(start.scheduler, args, convert=False), args.num_inference_steps),
-        (unet.config.in_channels, *image_size(unet)),
-        args.teacher_steps,
-        num_classes(unet),
-        setup.null_class,
-        setup.class_dropout,
-        args.teacher_guidance_scale,
-    )
-    contents = pipeline_hash(start)
+    teacher_process = FewStepProcess(start.scheduler, args.num_inference_steps)
+    teacher = Teacher(start, teacher_process, args.teacher_steps, args.teacher_guidance_scale)
+    samplers, captions = compared_samples(args.num_inference_steps, start, pipeline)
 
     def prepare(folder: RunFolder) -> None:
-        if args.distillation_steps or args.distillation_weight:
+        if distillation_steps or args.distillation_weight:
             objective.teacher = generate_samples(
-                teacher, args.teacher_samples, run.seed, contents, folder.teacher, session.accelerator
+                teacher, args.teacher_samples, run.seed, folder.teacher, session.accelerator
             )
 
     def finish(folder: RunFolder, step: int) -> None:
-        compared["finish"](folder, step)
+        save_before_after(folder, step, *captions)
         folder.teacher.unlink(missing_ok=True)
 
     arguments = (session.run, data_args, label_args, evaluation, args)
@@ -206,37 +209,53 @@ def finetune_few_step(
         networks=networks,
         pipeline=pipeline,
         ema=EMA(unet, run),
-        **(compared | {"prepare": prepare, "finish": finish}),
+        **samplers,
         labels=labels,
         grid=grid,
-        monitor=DiscriminatorAccuracyMonitor(),
+        prepare=prepare,
+        finish=finish,
+        monitor=DiscriminatorAccuracyMonitor() if discriminator else lambda rows: None,
         evaluation_monitor=DiversityMonitor(),
-        card=describe(args, start, data, arguments),
+        card=describe(args, start, data, arguments, adversarial=discriminator is not None),
         arguments=arguments,
     )
     return session.train(job, data, evaluation)
 
 
-def few_step_scheduler(scheduler: DDPMScheduler, args: FewStepArguments, convert: bool = True) -> DDPMScheduler:
-    """Return a scheduler that takes exact posterior steps between the trailing timesteps of a noise process.
-
-    Args:
-        convert: whether a network that predicts the noise is converted to predict v.
+def check_start_model(start: DiffusionPipeline, args: FewStepArguments) -> None:
+    """Check that a start model has what the arguments ask for.
 
     Raises:
-        InputError: if the process has fewer timesteps than there are steps.
+        InputError: if not.
     """
-    timesteps, prediction_type = scheduler.config.num_train_timesteps, scheduler.config.prediction_type
-    if max(args.num_inference_steps) > timesteps:
+    timesteps, steps = start.scheduler.config.num_train_timesteps, max(args.num_inference_steps)
+    if steps > timesteps:
         raise InputError(
-            f"--num_inference_steps {max(args.num_inference_steps)}: the noise process of {args.start_model} has only "
-            f"{timesteps} timesteps."
+            f"--num_inference_steps {steps}: the noise process of {args.start_model} has only {timesteps} timesteps."
         )
-    if convert and prediction_type == "epsilon":
-        prediction_type = "v_prediction"
+    if start.scheduler.config.prediction_type == "epsilon" and not args.distillation_steps:
+        raise InputError(
+            f"--distillation_steps is 0, but the network of {args.start_model} predicts the noise, from which images "
+            "cannot be computed accurately at high noise levels. In these steps it learns to predict v instead: use a "
+            "few hundred."
+        )
+    if args.teacher_guidance_scale != 1 and not (isinstance(start, ClassConditionalPipeline) and start.has_null_class):
+        raise InputError(
+            f"--teacher_guidance_scale {args.teacher_guidance_scale:g} needs a class-conditional model with a null "
+            f"class (class_dropout above 0 in the config of its network), but {args.start_model} has none. Leave the "
+            "flag out."
+        )
+
+
+def few_step_scheduler(scheduler: DDPMScheduler, step_counts: list[int]) -> DDPMScheduler:
+    """Return a scheduler that takes exact posterior steps between the trailing timesteps of a noise process.
+
+    Its network predicts v if that of the start model predicts the noise.
+    """
+    predicts_noise = scheduler.config.prediction_type == "epsilon"
     config = dict(
         scheduler.config,
-        prediction_type=prediction_type,
+        prediction_type="v_prediction" if predicts_noise else scheduler.config.prediction_type,
         timestep_spacing="trailing",
         variance_type="fixed_small",
         clip_sample=False,
@@ -245,24 +264,25 @@ def few_step_scheduler(scheduler: DDPMScheduler, args: FewStepArguments, convert
     few_step = DDPMScheduler.from_config(config)
     assert isinstance(few_step, DDPMScheduler)
     # Diffusers keeps private keys of a config, and does not warn about them
-    few_step.register_to_config(_num_inference_steps=args.num_inference_steps)
+    few_step.register_to_config(_num_inference_steps=step_counts)
     return few_step
 
 
-def check_length(run: FewStepRunArguments, data: TrainingData, args: FewStepArguments) -> None:
-    """Check that the images fill a batch, and that the EMA fits into each stage of the run.
+def check_length(run: FewStepRunArguments, data: TrainingData, distillation_steps: int) -> None:
+    """Check that the images fill a batch of the adversarial stage, and that the EMA fits into the last stage.
 
     Raises:
         InputError: if not.
     """
     plan, total_steps = data.plan, data.total_steps(run)
-    if plan.num_images is not None and plan.num_images < plan.global_batch_size:
+    adversarial_steps = total_steps - distillation_steps
+    if adversarial_steps and plan.num_images is not None and plan.num_images < plan.global_batch_size:
         raise InputError(
             f"{data.name} has {plan.num_images} images, fewer than the {plan.global_batch_size} of one optimizer step "
             "(--batch_size x --grad_accumulation_steps x processes). A discriminator that sees every image in every "
             "step memorizes them: use more images or a smaller --batch_size."
         )
-    last_stage = total_steps - args.distillation_steps if total_steps > args.distillation_steps else total_steps
+    last_stage = adversarial_steps or distillation_steps
     steps = half_life(run, total_steps)
     if steps > last_stage:
         raise InputError(
@@ -285,8 +305,10 @@ def remove_learned_variance(unet: TrainedUNet) -> None:
     unet.register_to_config(out_channels=channels)
 
 
-def compared_samples(step_counts: list[int], start: DiffusionPipeline, trained: DiffusionPipeline) -> dict[str, Any]:
-    """Return how to sample, and which grids before_after.png shows, as arguments of a `TrainingJob`.
+def compared_samples(
+    step_counts: list[int], start: DiffusionPipeline, trained: DiffusionPipeline
+) -> tuple[dict[str, Any], tuple[dict[str, str], dict[str, str]]]:
+    """Return how to sample, and which grids before_after.png shows.
 
     Those are, from the same seeds, the start model with many and with each number of DDIM steps, and the result with
     each number of posterior steps. The pipelines share their network, which at step 0 is that of the start model.
@@ -295,26 +317,38 @@ def compared_samples(step_counts: list[int], start: DiffusionPipeline, trained: 
         step_counts: numbers of steps, the default first.
         start: the start model.
         trained: the pipeline that is trained and saved.
+
+    Returns:
+        the samplers of a `TrainingJob`, and the names of the grids before and after training by caption.
     """
     ddim_steps = min(DDIM_STEPS, start.scheduler.config.num_train_timesteps)
     names = {count: f"{count}-steps" for count in step_counts} | {step_counts[0]: ""}
     before = {"ddim": PipelineSampler("ddim", ddim_steps)}
     before |= {name: PipelineSampler("ddim", count) for count, name in names.items()}
-    samplers = {name: PipelineSampler("as-saved", count) for count, name in names.items()}
-    captions = {"1 step" if count == 1 else f"{count} steps": names[count] for count in step_counts}
-    return {
-        "sampler": samplers[""],
+    after = {name: PipelineSampler("as-saved", count) for count, name in names.items()}
+    samplers = {
+        "sampler": after[""],
         "start_samplers": {name: partial(sampler, start) for name, sampler in before.items()},
-        "final_samplers": {name: partial(sampler, trained) for name, sampler in samplers.items()},
-        "finish": partial(save_before_after, before={f"{ddim_steps} DDIM steps": "ddim", **captions}, after=captions),
+        "final_samplers": {name: partial(sampler, trained) for name, sampler in after.items()},
     }
+    captions = {"1 step" if count == 1 else f"{count} steps": names[count] for count in step_counts}
+    return samplers, ({f"{ddim_steps} DDIM steps": "ddim"} | captions, captions)
 
 
-def describe(args: FewStepArguments, start: DiffusionPipeline, data: TrainingData, arguments: tuple) -> CardFacts:
-    """Return the facts for the model card of a run; `arguments` are all its arguments, those of the run first."""
+def describe(
+    args: FewStepArguments, start: DiffusionPipeline, data: TrainingData, arguments: tuple, adversarial: bool
+) -> CardFacts:
+    """Return the facts for the model card of a run.
+
+    Args:
+        arguments: all its arguments, those of the run first.
+        adversarial: whether it has an adversarial stage.
+    """
     run, steps = arguments[0], args.num_inference_steps[0]
     evaluations = "one network evaluation" if steps == 1 else f"{steps} network evaluations"
     kind, classes, tags = "An unconditional", "", ["ddpm", "fine-tuned", "few-step"]
+    model = location_name(args.start_model)
+    origin = f"{model}, " + (f"fine-tuned on {data.name} with a discriminator" if adversarial else "distilled")
     usage = UNCONDITIONAL_USAGE.format(model=run.folder_name, steps=steps)
     if isinstance(start, ClassConditionalPipeline):
         names = data.classes or []
@@ -324,8 +358,7 @@ def describe(args: FewStepArguments, start: DiffusionPipeline, data: TrainingDat
         usage = CLASS_USAGE.format(model=run.folder_name, label=label, steps=steps)
     return CardFacts(
         title=run.model_save_name,
-        summary=f"{kind} diffusion model that generates an image in {evaluations}: "
-        f"{location_name(args.start_model)}, fine-tuned on {data.name} with a discriminator. It was trained for "
+        summary=f"{kind} diffusion model that generates an image in {evaluations}: {origin}. It was trained for "
         f"{' or '.join(map(str, args.num_inference_steps))} sampling steps.{classes}",
         usage=usage,
         settings=settings_for_card(*arguments),
@@ -334,23 +367,6 @@ def describe(args: FewStepArguments, start: DiffusionPipeline, data: TrainingDat
         tags=tags,
         **license_of(args.start_model),
     )
-
-
-def two_stage_schedule(
-    optimizer: Optimizer, total_steps: int, first_stage: int = 0, first_peak: float = 1.0
-) -> LambdaLR:
-    """Return a schedule of one or two stages: each has a short warmup, and a linear decay to zero in its second half.
-
-    Args:
-        first_stage: optimizer steps of the first stage; 0 for a single stage.
-        first_peak: its peak, as a multiple of the optimizer's learning rate.
-    """
-
-    def factor(step: int) -> float:
-        start, stop, peak = (0, first_stage, first_peak) if step < first_stage else (first_stage, total_steps, 1)
-        return peak * min(1, (step - start + 1) / WARMUP_STEPS, 2 * (stop - step) / (stop - start))
-
-    return LambdaLR(optimizer, factor)
 
 
 UNCONDITIONAL_USAGE = """

@@ -200,11 +200,11 @@ class Checkpoints:
             )
         return Path(name)
 
-    def load(self, checkpoint: Path, total_steps: int) -> None:
-        """Restore all parts from a checkpoint; every process must call this.
+    def check(self, checkpoint: Path, total_steps: int) -> int:
+        """Check that this run can resume from a checkpoint, and return its step.
 
         Raises:
-            InputError: if this run cannot resume from it exactly, or ends before it; nothing is changed then.
+            InputError: if it cannot resume exactly, or ends before the checkpoint.
         """
         state = load_state(checkpoint)
         for key, value in self.invariants.items():
@@ -220,6 +220,11 @@ class Checkpoints:
                 f"{checkpoint} is beyond the {total_steps} steps of this run. Increase --max_train_steps or "
                 "--num_epochs, or resume from an earlier checkpoint."
             )
+        return state["step"]
+
+    def load(self, checkpoint: Path) -> None:
+        """Restore all parts from a checkpoint; every process must call this."""
+        state = load_state(checkpoint)
         for part in self.parts:
             part.load(checkpoint, state)
 

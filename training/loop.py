@@ -160,20 +160,23 @@ class Trainer:
         """Resume from a checkpoint if requested, and open the outputs of the run."""
         args, is_main = self.args, self.accelerator.is_main_process
         checkpoint = self.checkpoints.find(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-        self.job.prepare(self.folder)
-        if checkpoint:
-            self.checkpoints.load(checkpoint, self.total_steps)
-            logger.info(f"Resuming from {checkpoint}, step {self.progress.step} of {self.total_steps}.")
+        step = self.checkpoints.check(checkpoint, self.total_steps) if checkpoint else 0
         if is_main:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.folder.remove_leftovers()
-            self.checkpoints.remove_after(self.progress.step)
         start_trackers(self.accelerator, args, {k: v for part in self.job.arguments for k, v in vars(part).items()})
+        self.progress.clock.start(self.plan.images_seen(step))
+        with self.progress.clock.paused():
+            if step < self.total_steps:
+                self.job.prepare(self.folder)
+            if checkpoint:
+                self.checkpoints.load(checkpoint)
+                logger.info(f"Resuming from {checkpoint}, step {step} of {self.total_steps}.")
         if is_main:
+            self.checkpoints.remove_after(step)
             replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))
-            self.metrics = MetricsFile(self.folder.metrics, self.progress.step)
+            self.metrics = MetricsFile(self.folder.metrics, step)
         self.upload = BackgroundUpload(self.folder.path, self.repo_id) if self.repo_id else None
-        self.progress.clock.start(self.plan.images_seen(self.progress.step))
 
     def _run_steps(self) -> None:
         """Train to the last step, with everything that is due along the way.
@@ -238,9 +241,9 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         norms: dict[str, torch.Tensor] = {}
         for stream, network in enumerate(self.networks):
-            model = network.model
             if step < network.spec.first_step:
                 continue
+            model = network.model
             with _frozen(other.spec.network for other in self.networks if other is not network):
                 for i, batch in enumerate(global_batch):
                     micro_batch = MicroBatch(images[i], labels[i], PerSampleRNG(batch.keys, device, stream), step)

@@ -64,7 +64,7 @@ class DiscriminatorAccuracyMonitor:
     """Warns once when a discriminator ranks real images above generated ones almost always.
 
     Unlike its logits, which gradient penalties keep close to zero, its accuracy does not depend on their scale. The
-    monitor reads the column `d_accuracy`.
+    monitor reads the column `d_accuracy`, which steps without the discriminator do not have.
     """
 
     def __init__(self):
@@ -111,7 +111,7 @@ class DiversityMonitor:
             if metric.value < min(_COLLAPSED_SHARE * best[key], best[key] - _COLLAPSED_DIFFERENCE):
                 return (
                     f"Since step {best['step']:.0f} {name} has fallen from {best[key]:.2f} to {metric.value:.2f}, so "
-                    "the samples have lost variety; a larger --reconstruction_weight or --gamma usually helps, and "
+                    "the samples have lost variety; a larger --distillation_weight or --gamma usually helps, and "
                     "best/ keeps the best pipeline so far."
                 )
         return None

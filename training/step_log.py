@@ -60,7 +60,7 @@ class StepLog:
         sums = iter(self.accelerator.reduce(sums, reduction="sum").tolist())
         norms = iter(torch.stack([norm for step in self.pending for norm in step.norms.values()]).tolist())
         rows = []
-        for step in self.pending:  # some have fewer columns, before a network's first step
+        for step in self.pending:  # each with its own columns
             step_norms = {name: next(norms) for name in step.norms}
             row = step.row | {name: next(sums) for name in step.sums} | step_norms
             self._check_finite(row, list(step_norms.values()))
