@@ -123,8 +123,8 @@ def finetune_few_step(
     keeps the variety of the samples. A run that ends with the first stage has no discriminator.
 
     A class-conditional network keeps its classes and its null class. The null class replaces labels as often as in the
-    training of the start model (`class_dropout`), in all losses. Otherwise no loss would see it: guidance would use
-    predictions of a network that was never trained for few steps, or, after a conversion, that mean something else.
+    training of the start model (`class_dropout`), in all losses. Otherwise no loss would see it, and guidance would
+    use predictions that were never trained for few steps or, in a network that now predicts v, mean something else.
 
     Raises:
         InputError: if something in the arguments cannot be used.
