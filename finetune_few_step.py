@@ -50,6 +50,7 @@ class FewStepArguments:
     _argument_group_name = "few steps"
 
     start_model: str = option("", "pipeline folder or Hub repository of an unconditional UNet2DModel to start from")
+    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
     num_inference_steps: list[int] = field(
         default_factory=lambda: [4],
         metadata={
@@ -105,7 +106,7 @@ def finetune_few_step(
     """
     session = Session.open(run)
     size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
-    start = load_start_model(args.start_model, size)
+    start = load_start_model(args.start_model, size, trust_remote_code=args.trust_remote_code)
     unet, steps = start.unet, args.num_inference_steps[0]
     data = session.load_data(data_args, unet.config.in_channels, image_size(unet))
     remove_learned_variance(unet)

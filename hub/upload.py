@@ -3,6 +3,7 @@
 import logging
 import os
 import queue
+import re
 import subprocess
 import sys
 import time
@@ -37,6 +38,9 @@ _WAITS = (1, 2, 4, 8, 16)  # seconds between attempts; longer if the Hub asks fo
 _MAX_WAIT = 600  # seconds; twice the window of the Hub's rate limits
 _READ_TIMEOUT = 120  # seconds without a byte after which a connection counts as lost
 _RETRYABLE = (408, 412, 425, 429, 500, 502, 503, 504)  # 412: another commit was made in between
+
+# names of environment variables that may hold a secret
+_SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY|AUTH", re.IGNORECASE)
 
 _Result = TypeVar("_Result")
 
@@ -333,13 +337,18 @@ def upload_space(folder: Path, repo_id: str, private: bool = False) -> Uploaded:
         return space.upload(Path(copy), "Upload the app")
 
 
-def sample_standalone(path_or_repo: str, revision: str | None = None, samples_folder: str | None = None) -> bytes:
+def sample_standalone(
+    path_or_repo: str, revision: str | None = None, samples_folder: str | None = None, trust_remote_code: bool = False
+) -> bytes:
     """Sample one image in a process that has Diffusers, an empty cache and not this package; see standalone_check.py.
+
+    That process has no access tokens in its environment, unless it loads a repository.
 
     Args:
         path_or_repo: a pipeline folder, or a repository on the Hub.
         revision: revision of the repository; None for a folder.
         samples_folder: where to save the sample images of a model card, if at all.
+        trust_remote_code: whether to run the code of the pipeline; see `require_trusted_code`.
 
     Returns:
         Bytes that are equal for equal images.
@@ -350,6 +359,7 @@ def sample_standalone(path_or_repo: str, revision: str | None = None, samples_fo
     with TemporaryDirectory() as home:
         caches = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE", "HF_ASSETS_CACHE")
         environment = {name: value for name, value in os.environ.items() if name not in caches}
+        environment = {name: value for name, value in environment.items() if not _SECRET.search(name)}
         environment["HF_HOME"] = home
         if revision is None:
             environment["HF_HUB_OFFLINE"] = "1"
@@ -358,7 +368,7 @@ def sample_standalone(path_or_repo: str, revision: str | None = None, samples_fo
         image_file = Path(home, "image.npy")
         # -P: the script's folder must not be on the import path
         command = [sys.executable, "-P", Path(__file__).with_name("standalone_check.py"), path_or_repo, image_file]
-        command += [revision or "", samples_folder or ""]
+        command += [revision or "", samples_folder or "", "trust_remote_code" if trust_remote_code else ""]
         result = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if result.returncode and not image_file.is_file():  # with an image, only the samples have failed
             reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]

@@ -60,8 +60,9 @@ def load_pipeline(
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
-                f"The pipeline {path_or_repo} contains custom Python code. Read that code and, if you trust it, allow "
-                "it to run with --trust_remote_code (in Python: trust_remote_code=True)."
+                f"The pipeline {path_or_repo} contains custom Python code, which is not run unless you allow it. Read "
+                "that code and, if you trust it, pass --trust_remote_code to a command that has this flag, or in "
+                "Python trust_remote_code=True."
             ) from error
         if isinstance(error.__context__, GatedRepoError):  # Diffusers reports a missing repository
             raise InputError(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -275,6 +276,17 @@ def test_a_missing_model_is_reported_with_where_it_was_searched(finetune, tmp_pa
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"model_index\.json"):
         finetune("run", "--start_model", tmp_path / "empty")
+
+
+def test_code_of_the_start_model_runs_only_if_trusted(finetune, tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": ["mine", "MyPipeline"]}))
+    (model / "mine.py").write_text("from diffusers import DDPMPipeline\n\nclass MyPipeline(DDPMPipeline):\n    pass\n")
+    flags = ("--start_model", model, "--max_train_steps", 1)
+    with pytest.raises(InputError, match=r"model contains custom Python code.* --trust_remote_code"):
+        finetune("run", *flags)
+    assert type(DiffusionPipeline.from_pretrained(finetune("run", *flags, "--trust_remote_code"))) is DDPMPipeline
 
 
 def test_an_existing_run_in_the_folder_is_kept(finetune):

@@ -11,7 +11,10 @@ from ..sampling.loading import load_pipeline
 
 
 def load_start_model(
-    start_model: str, size: Sequence[int] | None = None, prediction_type: str | None = None
+    start_model: str,
+    size: Sequence[int] | None = None,
+    prediction_type: str | None = None,
+    trust_remote_code: bool = False,
 ) -> DDPMPipeline:
     """Load a pipeline with an unconditional `UNet2DModel`, its scheduler replaced by an equivalent `DDPMScheduler`.
 
@@ -19,11 +22,13 @@ def load_start_model(
         start_model: a pipeline folder or a repository on the Hub.
         size: height and width to train at (default: those of the model).
         prediction_type: what the network is trained to predict (default: same as the model).
+        trust_remote_code: whether to run Python code that comes with the pipeline.
 
     Raises:
-        InputError: if the pipeline is not found, is of another kind, or its UNet cannot take the size.
+        InputError: if the pipeline is not found, is of another kind, needs `trust_remote_code`, or its UNet cannot take
+            the size.
     """
-    pipeline = load_pipeline(start_model)
+    pipeline = load_pipeline(start_model, trust_remote_code=trust_remote_code)
     unet = getattr(pipeline, "unet", None)
     if (
         not isinstance(unet, UNet2DModel)

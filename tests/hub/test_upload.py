@@ -18,7 +18,7 @@ from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.core.errors import InputError, RunError
 from ddgan.hub import upload
 from ddgan.hub.publication import pipeline_files, snapshot
-from ddgan.hub.upload import BackgroundUpload, Repository, upload_space, who_am_i
+from ddgan.hub.upload import BackgroundUpload, Repository, sample_standalone, upload_space, who_am_i
 
 COMMIT = "POST /api/models/ann/model/commit/"
 STORE = "PUT /storage/"
@@ -198,6 +198,22 @@ def test_the_images_of_a_card_are_published_whatever_the_form_of_the_link(run, m
     (run / "README.md").write_text(f"# Mine\n{link.replace('{run}', str(run))}\n")
     images = [name for name in pipeline_files(Path("run")) if name.endswith(".png")]
     assert images == ([file] if file else [])
+
+
+def test_the_check_before_an_upload_has_no_access_to_secrets(run, monkeypatch):
+    environments = []
+
+    def check(command, env, **_):
+        environments.append(env)
+        Path(command[4]).write_bytes(b"image")
+        return subprocess.CompletedProcess(command, 0)
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setattr(subprocess, "run", check)
+    assert sample_standalone(str(run)) == b"image"
+    assert environments[0]["HF_HUB_OFFLINE"] == "1" and environments[0]["PATH"] == os.environ["PATH"]
+    assert "secret" not in environments[0].values()
 
 
 # ---- permissions

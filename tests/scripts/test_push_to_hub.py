@@ -1,6 +1,7 @@
 """Claims about scripts/push_to_hub.py, with a local stand-in for the Hub."""
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,25 @@ def test_a_pipeline_that_would_not_load_for_others_is_not_uploaded(local_hub, tm
     assert not local_hub.repos
 
 
+@pytest.mark.parametrize("where", ["pipeline", "component", "changed"])
+def test_code_that_the_package_did_not_write_is_run_only_if_trusted(local_hub, folder, checked, where):
+    index = json.loads((folder / "model_index.json").read_text())
+    if where == "changed":
+        file = folder / "unet" / f"{index['unet'][0]}.py"
+        file.write_text(f"{file.read_text()}\nprint('changed')\n")
+    else:
+        file = folder / ("evil.py" if where == "pipeline" else "unet/evil.py")
+        file.write_text("raise SystemExit")
+        index |= {"_class_name": ["evil", "P"]} if where == "pipeline" else {"unet": ["evil", "NCSNpp"]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+    name = file.relative_to(folder).as_posix()
+    with pytest.raises(InputError, match=rf"did not write: {name}\. .* --trust_remote_code"):
+        push_to_hub.main(flags(folder))
+    assert not checked and not local_hub.requests
+    push_to_hub.main(flags(folder, "--trust_remote_code"))
+    assert len(checked) == 2 and name in local_hub.files("ann/model")
+
+
 def test_a_command_that_failed_can_be_repeated(local_hub, folder, checked, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     local_hub.fail("POST .*/commit/", times=100, instead=503)
@@ -133,7 +153,7 @@ def test_a_license_chosen_before_there_was_a_card_is_on_every_later_one(local_hu
 
 
 def test_sample_images_are_uploaded_where_the_card_shows_them(local_hub, folder, monkeypatch):
-    def sample(place, *revision, samples_folder=None):
+    def sample(place, *revision, samples_folder=None, **_):
         if samples_folder:
             save_samples(DDGANPipeline.from_pretrained(place), Path(samples_folder))
         return b"the same"
