@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.errors import InputError
 from ..core.run_files import PIPELINE_FILE
+
+_MODULE = re.compile(r"\w[\w.-]*")  # a package, or a Python file without its suffix; never a path
 
 
 class PipelineIndex(NamedTuple):
@@ -28,7 +31,7 @@ def read_index(folder: Path) -> PipelineIndex:
     """Read the model_index.json of a pipeline folder.
 
     Raises:
-        InputError: if it is missing or damaged.
+        InputError: if it is missing or damaged, or names a file outside of the folder.
     """
     file = folder / PIPELINE_FILE
     contents = read_json(file) if file.is_file() else {}
@@ -45,6 +48,12 @@ def read_index(folder: Path) -> PipelineIndex:
         if not name.startswith("_") and isinstance(value, list) and len(value) == 2
         if all(isinstance(part, str) and part for part in value)
     }
+    for name in components:
+        if not name.isidentifier():
+            raise InputError(f"{file} names a component {name!r}, which is not the name of a folder beside it.")
+    for name in [module, *(library for library, _ in components.values())]:
+        if name is not None and not (isinstance(name, str) and _MODULE.fullmatch(name)):
+            raise InputError(f"{file} names a module {name!r}, which is neither a package nor a file in the folder.")
     return PipelineIndex(class_name, module, components)
 
 

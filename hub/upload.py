@@ -287,7 +287,7 @@ class BackgroundUpload:
         """Queue the folder, as it is now, for upload."""
         try:
             state = snapshot(self.folder, self.repository.repo_id)
-        except OSError as error:
+        except (OSError, InputError) as error:
             state = error
         self.states.put((state, message, last))
 
@@ -312,7 +312,7 @@ class BackgroundUpload:
                 waiting.append(self.states.get())
             newest, message, last = waiting[-1]
             try:
-                if isinstance(newest, OSError):
+                if isinstance(newest, Exception):
                     raise newest
                 self.outcome = self.repository.upload(Path(newest.name), message)
             except Exception as error:  # of any kind: the run continues

@@ -25,8 +25,8 @@ def load_start_model(
         trust_remote_code: whether to run Python code that comes with the pipeline.
 
     Raises:
-        InputError: if the pipeline is not found, is of another kind, needs `trust_remote_code`, or its UNet cannot take
-            the size.
+        InputError: if the pipeline is not found, needs `trust_remote_code` or is of another kind, or if its UNet
+            cannot take the size.
     """
     pipeline = load_pipeline(start_model, trust_remote_code=trust_remote_code)
     unet = getattr(pipeline, "unet", None)

@@ -49,7 +49,9 @@ def pipeline(tmp_path_factory) -> Path:
         "config.yaml token .env README.md~ .README.md.swp notes.txt metrics.csv nohup.out unet/optimizer.bin "
         "unet/token.txt unet/#config.json# unet/optimizer.safetensors checkpoints/step-1/model.safetensors "
         "checkpoints/step-1/optimizer.bin logs/events.out wandb/run.json samples/step-1.png .git/config "
-        "__pycache__/pipeline.pyc old_pipeline.py unet/.tmp-1-config.json .tmp-files/model_index.json"
+        "__pycache__/pipeline.pyc old_pipeline.py unet/.tmp-1-config.json .tmp-files/model_index.json "
+        "unet/api_key_config.json scheduler/api_key_config.json unet/key.safetensors.index.json "
+        "unet/diffusion_pytorch_model_key.safetensors"
     )
     for name in (*private.split(), "samples/step-2.png", "x.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +101,57 @@ def test_only_the_pipeline_its_code_its_card_and_its_images_are_published(pipeli
     rest += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     names = [name if not name.endswith(".py") else f"{name[:-16]}.py" for name in pipeline_files(pipeline)]
     assert sorted(names) == sorted(code + rest)
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_shards_and_variants_of_weights_are_published(tmp_path, variant):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}')
+    shards = [f"unet/diffusion_pytorch_model{variant}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weights = ["unet/config.json", f"unet/diffusion_pytorch_model.safetensors.index{variant}.json", *shards]
+    (tmp_path / "unet").mkdir()
+    for name in weights:
+        (tmp_path / name).write_text("{}")
+    assert pipeline_files(tmp_path) == sorted(["model_index.json", *weights])
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE", "README.md", "x.png", "unet", "unet/config.json", "."])
+def test_files_behind_symbolic_links_are_not_published(run, tmp_path, name):
+    if name == ".":  # a folder of the Hub's cache, where every file is a link
+        elsewhere, name = tmp_path / "blobs", "README.md"
+        shutil.copytree(run, elsewhere)
+        for file in filter(Path.is_file, elsewhere.rglob("*")):
+            (run / file.relative_to(elsewhere)).unlink()
+            (run / file.relative_to(elsewhere)).symlink_to(file)
+    else:
+        elsewhere = tmp_path / "elsewhere"
+        os.rename(run / name, elsewhere) if (run / name).exists() else elsewhere.write_text("a private key")
+        (run / name).symlink_to(elsewhere)
+    with pytest.raises(InputError, match=rf"run/{name} is a symbolic link to .*, but only files of the folder itself"):
+        snapshot(run, "ann/model")
+    assert not list(run.glob(".tmp-upload-*"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"../.docker": ["diffusers", "UNet2DModel"]}, r"names a component '\.\./\.docker', which is not the"),
+        ({"..": ["diffusers", "UNet2DModel"]}, r"names a component '\.\.'"),
+        ({"/etc": ["diffusers", "UNet2DModel"]}, "names a component '/etc'"),
+        ({"unet": ["../../evil", "UNet2DModel"]}, r"names a module '\.\./\.\./evil', which is neither"),
+        ({"unet": [".hidden", "UNet2DModel"]}, r"names a module '\.hidden'"),
+        ({"_class_name": ["../evil", "P"]}, r"names a module '\.\./evil'"),
+        ({"_class_name": [5, "P"]}, "names a module 5"),
+        ({"_class_name": []}, "is not a pipeline folder"),
+        ({"_class_name": ["a"]}, "is not a pipeline folder"),
+    ],
+)
+def test_an_index_that_leaves_the_folder_is_refused(run, entry, message):
+    (run.parent / ".docker").mkdir()
+    (run.parent / ".docker" / "config.json").write_text('{"auths": "secret"}')
+    index = json.loads((run / "model_index.json").read_text())
+    (run / "model_index.json").write_text(json.dumps(index | entry))
+    with pytest.raises(InputError, match=message):
+        snapshot(run, "ann/model")
 
 
 def test_a_snapshot_is_not_touched_by_the_next_save_and_leaves_the_folder_as_it_was(pipeline):
@@ -507,6 +560,19 @@ def test_a_failed_upload_does_not_affect_the_next(local_hub, run, waits, caplog,
     step(run, 3)
     background.finish("three")
     assert uploaded(local_hub) == [3]
+
+
+def test_a_folder_that_cannot_be_published_does_not_stop_the_caller(local_hub, run, waits):
+    opened()
+    (run / "LICENSE").symlink_to(run / "README.md")
+    background = BackgroundUpload(run, "ann/model")
+    background.push("one")
+    while background.outcome is None:
+        Event().wait(0.01)
+    assert "LICENSE is a symbolic link" in str(background.outcome)
+    (run / "LICENSE").unlink()
+    background.finish("two")
+    assert uploaded(local_hub)
 
 
 def disk_full(*_):
