@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ def fingerprint(facts: Any) -> str:
 def fingerprint_bytes(content: bytes) -> str:
     """Return a short hash of bytes: 24 hexadecimal digits of BLAKE2b."""
     return hashlib.blake2b(content, digest_size=12).hexdigest()
+
+
+def digest_files(paths: Iterable[Path]) -> list[tuple[int, str]]:
+    """Return the size in bytes and the BLAKE2b of the contents of each file; files are read in blocks, in parallel."""
+
+    def digest(path: Path) -> tuple[int, str]:
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            return file.tell(), content.hexdigest()
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(digest, paths))
 
 
 def sync(path: Path) -> None:

@@ -168,6 +168,7 @@ class Trainer:
         if is_main:
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.folder.remove_leftovers()
+            self.checkpoints.set_aside_damaged()
             self.checkpoints.remove_after(self.progress.step)
         start_trackers(self.accelerator, args, {k: v for part in self.job.arguments for k, v in vars(part).items()})
         if is_main:
