@@ -25,6 +25,7 @@ from ddgan import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
 from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
+from ddgan.core.locks import locked
 from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
 from ddgan.sampling.generation import parse_class_labels, sample, sample_in_full_batches
 from ddgan.sampling.grids import image_grid, steps_strip
@@ -96,6 +97,12 @@ class GenerateArguments:
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(GenerateArguments, argv=argv)
     accelerator = Accelerator()
+    with locked(Path(args.output_dir), accelerator):
+        generate_images(args, accelerator)
+
+
+def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
+    """Generate the images that are missing in the output folder."""
     batch_size = args.batch_size
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)

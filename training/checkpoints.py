@@ -190,7 +190,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(
                 f"The checkpoint of step {step} could not be written to {self.folder}: {error}. The last good "
-                f"checkpoint is {self.last()}. Free some space, then resume with --resume_from_checkpoint latest."
+                f"checkpoint is {self.last()}. Once the cause is fixed (is the disk full?), resume with "
+                "--resume_from_checkpoint latest."
             ) from error
         if self.accelerator.is_main_process and self.limit:
             self._remove(self.steps()[: -self.limit])

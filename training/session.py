@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 
 from ..core.errors import InputError
+from ..core.locks import check_unlocked
 from ..data.preprocessing import Preprocessing
 from ..data.sources import ImageSource
 from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
@@ -59,8 +60,9 @@ class Session:
             supports_fsdp: whether the network of the run can be sharded.
 
         Raises:
-            InputError: if the folder holds a run that is not being resumed, a tracker is not installed, the
-                machine does not support the mixed precision, or the Hub refuses the repository.
+            InputError: if the folder holds a run that is not being resumed, another command is writing to it, a
+                tracker is not installed, the machine does not support the mixed precision, or the Hub refuses the
+                repository.
         """
         accelerator = start_accelerator(run)
         if accelerator.is_fsdp2 and not supports_fsdp:
@@ -131,5 +133,6 @@ def start_accelerator(run: RunArguments) -> Accelerator:
             "FSDP training needs FSDP version 2 (fsdp_version: 2, as in examples/accelerate/fsdp.yaml) and does not "
             "support --channels_last, since FSDP shards contiguous parameters only."
         )
+    check_unlocked(folder.path, accelerator)
     accelerator.wait_for_everyone()  # all processes must check the folder before the main process writes to it
     return accelerator

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, HeunDiscreteScheduler
 from PIL import Image
 from tiny import ROOT, run_ranks, run_script, tiny_unet
@@ -13,6 +14,7 @@ from tiny_clip import save_clip
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
 from ddgan.core.errors import InputError
+from ddgan.core.locks import locked
 from ddgan.scripts import generate
 
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -82,6 +84,14 @@ def test_an_interrupted_run_continues(tiny_model, whole):
     generate.main(flags(tiny_model, whole))
     assert images(whole) == expected
     assert (folder / "000000.png").stat().st_mtime_ns == kept
+
+
+def test_two_commands_do_not_write_to_one_folder(tiny_model, whole):
+    before = images(whole)
+    with locked(whole, Accelerator()), pytest.raises(InputError, match=r"whole is in use: .* has been writing to it"):
+        generate.main(flags(tiny_model, whole, "--num_images", 9))
+    assert images(whole) == before
+    assert sorted(path.name for path in whole.iterdir()) == ["generate.json", "images"]
 
 
 def test_more_images_are_added_to_existing_ones(tiny_model, whole):

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from tiny import largest_difference, weights
 
 from ddgan.core.errors import InputError
+from ddgan.core.locks import locked
 from ddgan.core.run_files import is_run_folder
 from ddgan.training.checkpoints import Checkpoints, load_state
 from ddgan.training.loop import Trainer
@@ -62,6 +63,20 @@ def test_a_checkpoint_of_an_earlier_version_resumes_bit_identical(finetune):
     finetune("run", *flags, "--resume_from_checkpoint", old)
     assert largest_difference(weights(straight), weights(run)) == 0
     assert (straight / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+
+
+def test_two_runs_do_not_write_to_one_folder(finetune, tmp_path, monkeypatch):
+    run = finetune("run", "--max_train_steps", 1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with (
+        locked(run, Accelerator()),
+        pytest.raises(InputError, match=r"run is in use: .* has been writing to it since"),
+    ):
+        finetune("run", "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    monkeypatch.setattr("ddgan.training.session.check_unlocked", lambda *_: None)  # the other run starts later
+    with locked(tmp_path / "new", Accelerator()), pytest.raises(InputError, match="new is in use: "):
+        finetune("new")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def damage(file: Path, how: str) -> None:
