@@ -1,6 +1,7 @@
 """Atomic writes, links, names and content hashes."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -68,6 +69,12 @@ def link_or_copy(file: Path, target: Path) -> None:
         os.link(file.resolve(), target)
     except OSError:
         shutil.copyfile(file, target)
+
+
+def unused_path(path: Path) -> Path:
+    """Return a path, with a number added to its name if something of that name exists."""
+    candidates = (path.with_stem(f"{path.stem}-{number}") if number else path for number in itertools.count())
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def location_name(location: str) -> str:

@@ -15,7 +15,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..core.errors import InputError, RunError
-from ..core.files import copy_folder, digest_files, fingerprint, replace_folder, sync
+from ..core.files import copy_folder, digest_files, fingerprint, replace_folder, sync, unused_path
 from .job import TrainingJob
 from .lr_schedules import set_peak_rates
 from .plan import BatchPlan
@@ -222,9 +222,7 @@ class Checkpoints:
     def set_aside_damaged(self) -> None:
         """Rename the damaged checkpoints that `find` has skipped, so that the run can save these steps again."""
         for checkpoint, damage in self.damaged.items():
-            aside = self.folder / f"damaged-{checkpoint.name}"
-            while aside.exists():
-                aside = aside.with_name(f"{aside.name}-again")
+            aside = unused_path(self.folder / f"damaged-{checkpoint.name}")
             os.replace(checkpoint, aside)
             logger.warning(f"The checkpoint {checkpoint} is damaged: {damage}. It is kept as {aside.name}.")
         self.damaged.clear()

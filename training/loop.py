@@ -179,7 +179,7 @@ class Trainer:
             self.checkpoints.remove_after(self.progress.step)
         start_trackers(self.accelerator, args, {k: v for part in self.job.arguments for k, v in vars(part).items()})
         if is_main:
-            replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))
+            self._write_config()
             self.metrics = MetricsFile(self.folder.metrics, self.progress.step)
         self.upload = BackgroundUpload(self.folder.path, self.repo_id) if self.repo_id else None
         self.progress.clock.start(self.plan.images_seen(self.progress.step))
@@ -289,6 +289,9 @@ class Trainer:
         newest = rows[-1]
         speed = self.progress.clock.images_per_second(int(newest["images"]))
         if self.metrics:
+            if not self.folder.config.exists():
+                logger.warning(f"{self.folder.path} was removed or renamed during the run. The run continues there.")
+                self._write_config()
             self.metrics.append(rows)
         # the newest value of each column: some, such as a lazy penalty, have none at most steps
         tracked = {
@@ -400,6 +403,9 @@ class Trainer:
                 if self.upload and not self._is_last_step():
                     self.upload.push(f"Step {self.progress.step} of {self.total_steps}")
             self.accelerator.wait_for_everyone()
+
+    def _write_config(self) -> None:
+        replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))
 
     def _facts(self) -> RunFacts:
         return collect_facts(self.folder, self.progress, self.plan, self.total_steps, self.accelerator)
