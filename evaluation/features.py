@@ -97,7 +97,8 @@ def cached_features(
 ) -> Features | None:
     """Return the features in the file `path`, or extract them and write the file with its protocol.
 
-    A damaged file is written again. If another command is extracting the same features, this one extracts them too but does not save them.
+    A damaged file is written again. If another command is extracting the same features, this one extracts them too
+    but does not save them.
     """
     features = _read_features(path) if accelerator.is_main_process and path.exists() else None
     is_cached = [features is not None]

@@ -152,7 +152,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
         return sample(pipe, [args.seed + i for i in indices], args.num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
 
     shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
-    missing = [i for i in shard if not image_path(output, i).exists()]
+    missing = [i for i in shard if not is_complete(image_path(output, i))]
     progress = tqdm(
         total=len(shard), initial=len(shard) - len(missing), unit="image", disable=not accelerator.is_main_process
     )
@@ -191,11 +191,21 @@ def image_path(output: Path, i: int) -> Path:
     return output / "images" / f"{i:06d}.png"
 
 
+def is_complete(path: Path) -> bool:
+    """Return whether an image exists and matches its checksums."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):  # Pillow's errors for a damaged file
+        return False
+    return True
+
+
 def check_settings(output: Path, settings: dict) -> None:
     """Check that existing images were generated with the same settings.
 
     Raises:
-        InputError: if the settings of the images in the folder are different or unknown.
+        InputError: if the settings of the images in the folder are different, unknown or cannot be read.
     """
     if not (output / SETTINGS).exists():
         if (output / "images").exists():
@@ -204,7 +214,13 @@ def check_settings(output: Path, settings: dict) -> None:
                 "Choose another --output_dir."
             )
         return
-    existing = json.loads((output / SETTINGS).read_text())
+    try:
+        existing = dict(json.loads((output / SETTINGS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{output / SETTINGS} is damaged, so the settings of the images beside it are unknown ({error}). Choose "
+            "another --output_dir."
+        ) from error
     changes = [
         f"{name} was {existing.get(name)}, is {value}"
         for name, value in settings.items()
