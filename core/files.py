@@ -1,5 +1,6 @@
 """Atomic writes, links, names and content hashes."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -46,7 +47,7 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     for path in (temporary, replaced):
         shutil.rmtree(path, ignore_errors=True)
     write(temporary)
-    for path in temporary.rglob("*"):
+    for path in [*temporary.rglob("*"), temporary]:
         sync(path)
     if folder.exists():
         os.replace(folder, replaced)
@@ -105,11 +106,14 @@ def digest_files(paths: Iterable[Path]) -> list[tuple[int, str]]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
+    """Flush a file or folder to disk, where the file system supports it."""
     if os.name == "nt":  # Windows can only sync files that are open for writing
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network and FUSE file systems cannot sync folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
