@@ -1,14 +1,17 @@
-"""Locks that keep two commands from writing to the same folder."""
+"""Locks that keep two commands from writing to the same folder, and that tell which temporary folders are in use."""
 
 import json
 import logging
 import os
+import secrets
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
@@ -16,6 +19,7 @@ from filelock import FileLock, Timeout
 from .errors import USER_ERRNOS, InputError
 
 _LOCK, _OWNER = ".lock", ".lock-owner.json"
+_ID_LENGTH = 8  # characters that tell temporary directories apart
 _ORPHAN_SECONDS = 15  # time within which the worker processes of a killed command end; until then they hold its lock
 
 _Result = TypeVar("_Result")
@@ -45,12 +49,43 @@ def locked(folder: Path, accelerator: Any) -> Iterator[None]:
     finally:
         if lock:
             (folder / _OWNER).unlink(missing_ok=True)
-            with suppress(OSError):
-                (folder / _LOCK).unlink()  # before the release: afterwards another command may hold it
-            lock.release()
+            _remove_and_release(lock)
             if is_new:
                 with suppress(OSError):
                     folder.rmdir()  # succeeds only if the command has written nothing
+
+
+class LockedTemporaryDirectory(TemporaryDirectory):
+    """A temporary directory inside another folder; `remove_abandoned` removes those of killed processes.
+
+    Args:
+        folder: the folder.
+        prefix: first characters of the directory's name.
+    """
+
+    def __init__(self, folder: Path, prefix: str):
+        name = f"{prefix}{secrets.token_hex(_ID_LENGTH // 2)}"
+        self.lock = FileLock(folder / f"{name}{_LOCK}", thread_local=False)
+        with suppress(OSError, NotImplementedError):  # without locks, nobody else will remove the directory
+            self.lock.acquire(timeout=0)
+        super().__init__(prefix=f"{name}-", dir=folder)
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        _remove_and_release(self.lock)
+
+    @staticmethod
+    def remove_abandoned(folder: Path, prefix: str) -> None:
+        """Remove the directories that processes have left behind in a folder, for example when they were killed."""
+        for name in {path.name[: len(prefix) + _ID_LENGTH] for path in folder.glob(f"{prefix}*")}:
+            lock = FileLock(folder / f"{name}{_LOCK}", thread_local=False)
+            try:
+                lock.acquire(timeout=0)
+            except (Timeout, OSError, NotImplementedError):  # it is in use, or that cannot be known
+                continue
+            for directory in filter(Path.is_dir, folder.glob(f"{name}*")):
+                shutil.rmtree(directory, ignore_errors=True)
+            _remove_and_release(lock)
 
 
 def check_unlocked(folder: Path, accelerator: Any) -> None:
@@ -65,6 +100,13 @@ def check_unlocked(folder: Path, accelerator: Any) -> None:
             lock.release()
 
     _in_main_process(accelerator, check)
+
+
+def _remove_and_release(lock: FileLock) -> None:
+    if lock.is_locked:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()  # before the release: afterwards another process may hold it
+        lock.release()
 
 
 def _acquire(folder: Path, record_owner: bool = True) -> FileLock | None:

@@ -19,6 +19,7 @@ from ddgan.core.errors import InputError, RunError
 from ddgan.hub import upload
 from ddgan.hub.publication import pipeline_files, snapshot
 from ddgan.hub.upload import BackgroundUpload, Repository, sample_standalone, upload_space, who_am_i
+from ddgan.training.run_folder import RunFolder
 
 COMMIT = "POST /api/models/ann/model/commit/"
 STORE = "PUT /storage/"
@@ -179,6 +180,23 @@ def test_the_published_card_loads_the_repository_and_no_file_contains_a_local_pa
         assert 'from_pretrained("ann/model"' in card.text and "| | |" not in card.text
     with snapshot(pipeline, "ann/model") as copy:
         assert 'from_pretrained("ann/model", trust' in Path(copy, "README.md").read_text()
+
+
+def test_snapshots_of_killed_commands_are_removed_and_those_in_use_are_kept(pipeline, run):
+    code = (
+        "import os, sys; from pathlib import Path; from ddgan.core.locks import LockedTemporaryDirectory\n"
+        "directory = LockedTemporaryDirectory(Path(sys.argv[1]), '.tmp-upload-')\n"
+        "Path(directory.name, 'weights').touch(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, run])
+    (run / ".tmp-upload-k3x_9abc" / "unet").mkdir(parents=True)  # of an earlier version
+    assert len(list(run.glob(".tmp-upload-*/*"))) == 2
+    with snapshot(run, "ann/model") as first:
+        assert {path.parent for path in run.glob(".tmp-upload-*/*")} == {Path(first)}
+        RunFolder(run).remove_leftovers()
+        with snapshot(run, "ann/model"):
+            assert sorted(contents(Path(first))) == pipeline_files(pipeline)
+    assert not list(run.glob(".tmp-upload-*"))
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
