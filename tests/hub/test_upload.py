@@ -430,6 +430,29 @@ def test_the_wait_that_the_hub_asks_for_is_respected(local_hub, folder, waits, p
     assert len(waits) == 1 and 40 <= waits[0] <= 41
 
 
+@pytest.mark.parametrize("pattern", ["HEAD .*/resolve/", "GET .*/resolve/", "GET /api/models/ann/model/"])
+@pytest.mark.parametrize("how", [{"instead": 503}, {"halved": True}, {"lost": True}], ids=str)
+def test_downloads_are_retried(local_hub, folder, waits, tmp_path, pattern, how):
+    repository = opened()
+    done = repository.upload(folder, "first")
+    local_hub.fail(pattern, times=2, **how)
+    downloaded = repository.download(done, ["README.md", "large.bin", "missing"], tmp_path / "cache")
+    assert contents(downloaded).items() < contents(folder).items() and downloaded.name == done.commit
+    assert (downloaded / "large.bin").read_bytes() == (folder / "large.bin").read_bytes()
+    assert local_hub.faults[0].times == 0
+
+
+def test_a_hub_that_goes_down_after_the_upload_is_not_reported_as_a_bad_upload(local_hub, folder, waits, tmp_path):
+    repository = opened()
+    done = repository.upload(folder, "first")
+    local_hub.stop()
+    with pytest.raises(
+        RunError, match=r"commit/\w+ contains all files, but they could not be downloaded to check .*Rep"
+    ):
+        repository.download(done, ["README.md"], tmp_path / "cache")
+    assert 16 in waits, "not retried like an upload"
+
+
 def test_waits_grow_and_end(local_hub, folder, waits):
     repository = opened()
     local_hub.fail(COMMIT, times=100, instead=503)
