@@ -157,7 +157,7 @@ def _digest(features: Features) -> str:
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in sorted(features.items()):
         digest.update(name.encode())
-        digest.update(tensor.numpy())
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()
 
 

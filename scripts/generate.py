@@ -111,6 +111,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
     guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     if args.is_guided:
         guidance |= {"loss": guidance_loss(args, accelerator.device), "gradient": args.guidance_gradient}
+    assert args.pipeline is not None
     pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
     output = Path(args.output_dir)
     settings = {
