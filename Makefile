@@ -3,15 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo models test lint bench clean
+.PHONY: help demo demo-few-step models test lint bench clean
 
 help:
-	@echo "make demo    fine-tune the embedded model on the embedded images; results in demo/"
-	@echo "make models  save the configs of the embedded models again with the current classes"
-	@echo "make test    the whole test suite"
-	@echo "make lint    ruff, the type checker and the import rules"
-	@echo "make bench   speed and memory, as ratios; minutes"
-	@echo "make clean   remove the virtual environment and the demo"
+	@echo "make demo           fine-tune the embedded model on the embedded images; results in demo/"
+	@echo "make demo-few-step  turn the demo's model, made first if needed, into a four-step one in demo-few-step/"
+	@echo "make models         save the configs of the embedded models again with the current classes"
+	@echo "make test           the whole test suite"
+	@echo "make lint           ruff, the type checker and the import rules"
+	@echo "make bench          speed and memory, as ratios; minutes"
+	@echo "make clean          remove the virtual environment and the demos"
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
@@ -23,6 +24,9 @@ help:
 
 demo: .venv/installed
 	$(BIN)/python finetune_model.py --resume_from_checkpoint latest
+
+demo-few-step: demo
+	$(BIN)/python finetune_few_step.py --config examples/recipes/few_step_demo.yaml --resume_from_checkpoint latest
 
 models: .venv/installed
 	$(BIN)/python examples/models/save_models.py
@@ -40,4 +44,4 @@ bench: .venv/installed
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo demo-few-step

@@ -22,7 +22,6 @@ from ddgan.core.cli import option, parse_arguments, require_above, require_at_le
 from ddgan.core.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts
 from ddgan.sampling.generation import PipelineSampler
-from ddgan.sampling.grids import rows_by_class
 from ddgan.training.arguments import (
     DataArguments,
     EvaluationArguments,
@@ -161,8 +160,7 @@ def train_class_conditional(
     data = session.load_data(chosen_data, args.image_channels, size, label_args)
     classes = data.classes
     assert classes is not None  # images without labels raise an error
-    labels, grid = rows_by_class(run.num_samples, classes)
-    run = session.run = replace(run, num_samples=len(labels))  # full rows
+    labels, grid = session.plan_grid(classes)
     torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
     unet = build(args, size, classes)
     if run.gradient_checkpointing:
@@ -178,7 +176,7 @@ def train_class_conditional(
         timestep_sampling=args.timestep_sampling,
     )
 
-    arguments = (run, learning_rate, data_args, label_args, evaluation, args)
+    arguments = (session.run, learning_rate, data_args, label_args, evaluation, args)
     card = CardFacts(
         title=run.model_save_name,
         summary=f"A class-conditional diffusion model trained on {data.name}, for images of {size[0]}x{size[1]} "

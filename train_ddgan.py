@@ -7,7 +7,7 @@ From Python, call `train_ddgan`.
 """
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -19,7 +19,6 @@ from ddgan.core.cli import option, parse_arguments, require_above, require_at_le
 from ddgan.core.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts
 from ddgan.sampling.generation import PipelineSampler
-from ddgan.sampling.grids import image_grid, rows_by_class
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
 from ddgan.training.ema import EMA
 from ddgan.training.job import TrainedNetwork, TrainingJob
@@ -127,10 +126,7 @@ def train_ddgan(
     session = Session.open(run)
     size = data_args.resolution or [data_args.image_size or 32] * 2
     data = session.load_data(data_args, args.image_channels, size, label_args if args.class_conditional else None)
-    labels, grid = None, image_grid
-    if data.classes:
-        labels, grid = rows_by_class(run.num_samples, data.classes)
-        run = session.run = replace(run, num_samples=len(labels))  # full rows
+    labels, grid = session.plan_grid(data.classes)
     torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
     generator, discriminator, scheduler = build(args, size, data.classes)
     if run.gradient_checkpointing:
@@ -157,7 +153,7 @@ def train_ddgan(
         ),
     ]
 
-    arguments = (run, data_args, label_args, evaluation, args)
+    arguments = (session.run, data_args, label_args, evaluation, args)
     card = CardFacts(
         title=run.model_save_name,
         summary=f"A Denoising Diffusion GAN ([arXiv 2112.07804](https://arxiv.org/abs/2112.07804)) trained on "

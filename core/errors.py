@@ -49,15 +49,16 @@ def run_command(main: Callable[[], None]) -> None:
     folder.
     """
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("ddgan").setLevel(logging.INFO)
+    rank = os.environ.get("RANK", "0")
+    # all processes have the same input, so the warnings of one are enough
+    logging.getLogger("ddgan").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     try:
         main()
     except (InputError, RunError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
             raise
-        rank = os.environ.get("RANK", "0")
         if rank == "0":
             print(f"\nerror: {error}", file=sys.stderr)
-        elif not isinstance(error, InputError):  # all processes have the same input, but may fail differently
+        elif not isinstance(error, InputError):  # processes may fail differently
             print(f"\nerror in process {rank}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

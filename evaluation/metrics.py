@@ -28,6 +28,7 @@ IS_SPLITS = 10
 PRECISION_NEIGHBORS = 3  # arXiv 1904.06991
 DENSITY_NEIGHBORS = 5  # arXiv 2002.09797
 CLOSE_QUANTILE = 0.01  # fraction of the held-out images that counts as close to the training images
+NEAR_COPY_RATIO = 1 / 3  # arXiv 2310.02664
 MIN_HELD_OUT = 100  # so that the fraction is at least one image
 DISTANCE_EPSILON = 1e-5  # fraction of the length of features below which a distance is rounding error
 _ROWS = 2000  # rows of a distance matrix in memory at a time
@@ -202,7 +203,7 @@ def memorization_metrics(
     samples, training = _checked_pair(samples, training, min_images=1)
     held_out, _ = _checked_pair(held_out, training, min_images=MIN_HELD_OUT)
     samples, held_out = (part[_shuffled_order(part)[:MANIFOLD_IMAGES]] for part in (samples, held_out))
-    sample_distances, held_out_distances = _nearest(samples, training), _nearest(held_out, training)
+    sample_distances, held_out_distances = (_nearest(part, training, 1)[:, 0] for part in (samples, held_out))
     if held_out_distances.median() == 0:
         raise ValueError(
             "At least half of the held-out images are among the training images, so they do not show how close unseen "
@@ -218,10 +219,26 @@ def memorization_metrics(
     }
 
 
-def _nearest(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Return the distance from each row to the nearest of the others; rounding errors are set to 0."""
+def near_copies(samples: torch.Tensor, reference: torch.Tensor) -> MetricValue:
+    """Compute the fraction of samples that are near-copies of a reference image (arXiv 2310.02664).
+
+    Such a sample is at most a third as far from its nearest reference image as from the second nearest. Other samples,
+    blurred ones too, are about equally far from both. At most `MANIFOLD_IMAGES` samples are used, and all reference
+    images. This needs no held-out images, but misses copies of images of which the reference has variants.
+    """
+    samples, reference = _checked_pair(samples, reference, min_images=2)
+    samples = samples[_shuffled_order(samples)[:MANIFOLD_IMAGES]]
+    nearest, second = _nearest(samples, reference, 2).unbind(1)
+    fraction = (nearest <= NEAR_COPY_RATIO * second).double().mean().item()
+    return MetricValue(fraction, None, {"reference_images": len(reference), "images": len(samples)})
+
+
+def _nearest(features: torch.Tensor, others: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the distances from each row to the nearest of the others, (N, count); rounding errors are set to 0."""
     rows = max(1, _ROWS * MANIFOLD_IMAGES // max(len(others), MANIFOLD_IMAGES))
-    distances = torch.cat([torch.cdist(part, others).amin(1) for part in features.split(rows)])
+    distances = torch.cat(
+        [torch.cdist(part, others).topk(count, largest=False).values for part in features.split(rows)]
+    )
     return distances.masked_fill(distances < DISTANCE_EPSILON * others.norm(dim=1).mean(), 0)
 
 
@@ -327,6 +344,12 @@ METRICS = {
     "recall": Metric("recall", _REFERENCE, lambda inputs: inputs.manifold_metrics["recall"], panel="fractions"),
     "density": Metric("density", _REFERENCE, lambda inputs: inputs.manifold_metrics["density"]),
     "coverage": Metric("coverage", _REFERENCE, lambda inputs: inputs.manifold_metrics["coverage"], panel="fractions"),
+    "near_copies": Metric(
+        "near-copies of reference images",
+        _REFERENCE,
+        lambda inputs: near_copies(inputs.features, inputs.reference),
+        lower_is_better=True,
+    ),
     "nearest_training_ratio": Metric(
         "distance to training images, ratio to held-out",
         _HELD_OUT,

@@ -23,6 +23,7 @@ from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
 from ddgan.sampling.generation import parse_class_labels
 from ddgan.sampling.grids import image_grid
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.sampling.steps import trained_steps
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "noto-emoji-32"
 DEFAULT_LOSS = "color:#BB2266"
@@ -44,7 +45,9 @@ class Arguments:
     guidance_end: float = option(1.0, "fraction of the steps at which guidance ends")
     max_grad_norm: float | None = option(None, "maximum norm of each image's gradient")
     scheduler: str = option("ddim", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
-    num_inference_steps: int | None = option(None, f"denoising steps (default: {DEFAULT_STEPS})")
+    num_inference_steps: int | None = option(
+        None, f"denoising steps (default: as trained for a few-step pipeline, otherwise {DEFAULT_STEPS})"
+    )
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
@@ -73,7 +76,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare(pipe: GuidedPipeline, loss: GuidanceLoss, args: Arguments) -> None:
     """Generate the same seeds without and with guidance, and save the comparison."""
-    steps = args.num_inference_steps or min(DEFAULT_STEPS, pipe.scheduler.config.num_train_timesteps)
+    steps = args.num_inference_steps
+    if steps is None:
+        steps, *_ = trained_steps(pipe) or [min(DEFAULT_STEPS, pipe.scheduler.config.num_train_timesteps)]
     if round(args.guidance_start * steps) >= round(args.guidance_end * steps):
         raise InputError(
             f"--guidance_start {args.guidance_start:g} and --guidance_end {args.guidance_end:g}: of {steps} steps "

@@ -34,12 +34,24 @@ def read_index(folder: Path) -> PipelineIndex:
         InputError: if it is missing or damaged, or names a file outside of the folder.
     """
     file = folder / PIPELINE_FILE
-    contents = read_json(file) if file.is_file() else {}
+    return parse_index(read_json(file) if file.is_file() else {}, folder)
+
+
+def parse_index(contents: dict[str, Any], location: str | Path) -> PipelineIndex:
+    """Return the facts in the contents of a model_index.json.
+
+    Args:
+        contents: its contents.
+        location: its folder or repository, for messages.
+
+    Raises:
+        InputError: if it names no class, or a file outside of the folder.
+    """
     pipeline = contents.get("_class_name")
     module, class_name = pipeline if isinstance(pipeline, list) and len(pipeline) == 2 else (None, pipeline)
     if not class_name or not isinstance(class_name, str):
         raise InputError(
-            f"{folder} is not a pipeline folder: it has no {PIPELINE_FILE} that names a pipeline's class. Pass the "
+            f"{location} is not a pipeline folder: it has no {PIPELINE_FILE} that names a pipeline's class. Pass the "
             "folder that a training run or `save_pretrained` wrote."
         )
     components = {
@@ -48,6 +60,7 @@ def read_index(folder: Path) -> PipelineIndex:
         if not name.startswith("_") and isinstance(value, list) and len(value) == 2
         if all(isinstance(part, str) and part for part in value)
     }
+    file = f"{PIPELINE_FILE} of {location}"
     for name in components:
         if not name.isidentifier():
             raise InputError(f"{file} names a component {name!r}, which is not the name of a folder beside it.")
@@ -55,6 +68,15 @@ def read_index(folder: Path) -> PipelineIndex:
         if name is not None and not (isinstance(name, str) and _MODULE.fullmatch(name)):
             raise InputError(f"{file} names a module {name!r}, which is neither a package nor a file in the folder.")
     return PipelineIndex(class_name, module, components)
+
+
+def read_trained_steps(folder: Path) -> list[int]:
+    """Return the numbers of sampling steps that the few-step pipeline in a folder was trained for, its default first.
+
+    Empty for the folder of any other pipeline or of a model.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    return read_json(file).get("_num_inference_steps") or [] if file.is_file() else []
 
 
 def code_classes(folder: Path) -> dict[str, str]:

@@ -69,11 +69,14 @@ def sample_arguments(pipe: DiffusionPipeline, count: int, num_inference_steps: i
     """Return call arguments for `count` images with seeds from 0, cycling through the classes, without guidance.
 
     Args:
-        num_inference_steps: None for the pipeline's default, at most 50.
+        num_inference_steps: None for the pipeline's default, at most 50. A few-step pipeline is always sampled in the
+            number of steps that it was trained for.
     """
     accepted = inspect.signature(pipe.__call__).parameters
     arguments: dict[str, Any] = {"generator": [torch.Generator().manual_seed(seed) for seed in range(count)]}
-    if steps := num_inference_steps or accepted["num_inference_steps"].default:
+    if trained := pipe.scheduler.config.get("_num_inference_steps"):
+        arguments["num_inference_steps"] = trained[0]
+    elif steps := num_inference_steps or accepted["num_inference_steps"].default:
         arguments["num_inference_steps"] = min(steps, 50, pipe.scheduler.config.get("num_train_timesteps", 50))
     if "loss" in accepted:  # required by the pipeline; its scale makes it ineffective
         arguments |= {"loss": lambda images: images.square().mean((1, 2, 3)), "guidance_scale": 0.0}

@@ -1,7 +1,9 @@
 """Class-conditional image generation with any scheduler and with classifier-free guidance."""
 
 import difflib
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -10,9 +12,12 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -167,7 +172,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self,
         batch_size: int | None,
         guidance_scale: float,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ):
@@ -179,7 +184,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
-        if num_inference_steps < 1:
+        if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but must be at least 1.")
         if guidance_scale > 1 and not self.has_null_class:
             raise ValueError(
@@ -222,7 +227,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         class_labels: int | str | Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor,
         batch_size: int | None = None,
         guidance_scale: float = 1.0,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -244,7 +249,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 Number of images. It is only needed with a single label, where it defaults to 1.
             guidance_scale (`float`, defaults to 1.0):
                 Scale of classifier-free guidance, which is enabled above 1 and needs a null class.
-            num_inference_steps (`int`, defaults to 50): Number of denoising steps, as the scheduler counts them.
+            num_inference_steps (`int`, *optional*):
+                Number of denoising steps, as the scheduler counts them. Defaults to the number that a few-step
+                pipeline was trained for (the first of `_num_inference_steps` in the scheduler's config), otherwise to
+                50, or to the scheduler's `num_train_timesteps` if it has fewer.
             eta (`float`, defaults to 0.0):
                 Noise added at each step, relative to DDPM, by [`DDIMScheduler`] and others whose `step` takes it.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -283,7 +291,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         device, dtype = self._execution_device, torch.promote_types(self.unet.dtype, torch.float32)
         class_labels = self.encode_class_labels(class_labels, batch_size).to(device)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_timesteps(self._choose_steps(num_inference_steps), device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
         sample = self.prepare_latents(len(class_labels), generator, latents, dtype)
         if self.do_classifier_free_guidance:
@@ -326,3 +334,21 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)  # pyright: ignore[reportArgumentType]
+
+    def _choose_steps(self, num_inference_steps: int | None) -> int:
+        """Return the number of steps, and warn once if a few-step pipeline was not trained for it."""
+        config = self.scheduler.config
+        trained = config.get("_num_inference_steps")
+        steps = num_inference_steps or (trained[0] if trained else min(50, config.num_train_timesteps))
+        if trained and not (steps in trained and isinstance(self.scheduler, DDPMScheduler)):
+            _warn_once(
+                f"This pipeline was trained for num_inference_steps={' or '.join(map(str, trained))} with "
+                f"DDPMScheduler (posterior steps); num_inference_steps={steps} with {type(self.scheduler).__name__} "
+                "may give worse images."
+            )
+        return steps
+
+
+@functools.cache
+def _warn_once(message: str):
+    logger.warning(message)

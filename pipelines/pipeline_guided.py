@@ -1,6 +1,8 @@
 """Guided sampling from any pixel-space diffusion model, by the gradient of a loss on the predicted image."""
 
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ SCALE_SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 DEFAULT_STEPS = 40
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -168,7 +172,9 @@ class GuidedPipeline(DiffusionPipeline):
                 Scale of the guidance: each sample is updated by minus this times the gradient of its own loss.
             batch_size (`int`, defaults to 1): Number of images to generate.
             num_inference_steps (`int`, *optional*):
-                Number of denoising steps. Defaults to 40, or to the scheduler's `num_train_timesteps` if it has fewer.
+                Number of denoising steps. Defaults to the number that a few-step pipeline was trained for (the first
+                of `_num_inference_steps` in the scheduler's config), otherwise to 40, or to the scheduler's
+                `num_train_timesteps` if it has fewer.
             gradient (`"sample"` or `"model"`, defaults to `"sample"`):
                 `"sample"` treats the network's output as a constant and differentiates only the formula that computes
                 x_0 from it and the sample. (If the network predicts x_0, the equivalent v-prediction is the constant.)
@@ -400,13 +406,24 @@ class GuidedPipeline(DiffusionPipeline):
     def _set_timesteps(self, num_inference_steps: int | None, device: str | torch.device) -> list[float]:
         """Set the scheduler's timesteps and return alpha_bar at each of them."""
         scheduler = self.scheduler
-        if num_inference_steps is None:
-            num_inference_steps = min(DEFAULT_STEPS, scheduler.config.num_train_timesteps)
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        scheduler.set_timesteps(self._choose_steps(num_inference_steps), device=device)
         if not hasattr(scheduler, "sigmas"):
             return scheduler.alphas_cumprod[scheduler.timesteps.cpu()].tolist()
         scheduler.set_begin_index(0)
         return [1 / (1 + sigma**2) for sigma in scheduler.sigmas[:-1].tolist()]
+
+    def _choose_steps(self, num_inference_steps: int | None) -> int:
+        """Return the number of steps, and warn once if a few-step pipeline was not trained for it."""
+        config = self.scheduler.config
+        trained = config.get("_num_inference_steps")
+        steps = num_inference_steps or (trained[0] if trained else min(DEFAULT_STEPS, config.num_train_timesteps))
+        if trained and not (steps in trained and isinstance(self.scheduler, DDPMScheduler)):
+            _warn_once(
+                f"This pipeline was trained for num_inference_steps={' or '.join(map(str, trained))} with "
+                f"DDPMScheduler (posterior steps); num_inference_steps={steps} with {type(self.scheduler).__name__} "
+                "may give worse images."
+            )
+        return steps
 
     def _encode_class_labels(self, class_labels, batch_size: int, device) -> dict[str, torch.Tensor]:
         """Return the keyword arguments that condition the network: none, integer labels or float contexts."""
@@ -514,6 +531,11 @@ class _PerImageLoss:
             raise ValueError(
                 "`loss` has no gradient: it must be computed from the images by differentiable operations."
             )
+
+
+@functools.cache
+def _warn_once(message: str):
+    logger.warning(message)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from PIL import Image
 from ..core.errors import InputError
 from .grids import to_pil
 from .loading import with_scheduler
+from .steps import steps_warning, trained_steps, warn_once
 
 
 @torch.no_grad()
@@ -34,8 +35,9 @@ def sample(
     Args:
         pipe: The pipeline.
         seeds: One seed per image.
-        num_inference_steps: Number of denoising steps. None means all timesteps of training for DDPM and at most 50
-            for other schedulers in these two pipelines, and the default in any other pipeline.
+        num_inference_steps: Number of denoising steps. None means the first of `trained_steps` for a few-step
+            pipeline, otherwise all timesteps of training for DDPM and at most 50 for other schedulers in these two
+            pipelines, and the default in any other pipeline. A few-step pipeline warns once about other numbers.
         class_labels: One class per seed if the network is class-conditional: a label or, if there are names, a name.
         options: Further arguments for the call of the pipeline, such as the loss of a guided one.
 
@@ -49,11 +51,15 @@ def sample(
             f"{num_inference_steps} inference steps are more than the {num_train_timesteps} timesteps that this "
             "pipeline was trained with."
         )
+    if num_inference_steps is None and (trained := trained_steps(pipe)):
+        num_inference_steps = trained[0]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if type(pipe) in (DDPMPipeline, DDIMPipeline) and not options:
         if num_inference_steps is None:
             uses_all = isinstance(pipe.scheduler, DDPMScheduler)
             num_inference_steps = num_train_timesteps if uses_all else min(50, num_train_timesteps)
+        if warning := steps_warning(pipe, num_inference_steps):
+            warn_once(warning)
         return to_pil_images(_denoise(pipe, generators, num_inference_steps, class_labels))
 
     parameters = inspect.signature(pipe.__call__).parameters

@@ -1,7 +1,7 @@
 """Image grids: labeled, before and after, step by step, one row per class."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -22,6 +22,8 @@ def image_grid(
     columns: int | None = None,
     column_labels: Sequence[str] = (),
     row_labels: Sequence[str] = (),
+    label_size: int = LABEL_SIZE,
+    gutter: int = GUTTER,
 ) -> Image.Image:
     """Arrange images row by row on a white background, as an RGB image.
 
@@ -32,31 +34,51 @@ def image_grid(
         columns: Number of columns; None makes the grid about square.
         column_labels: Label above each column.
         row_labels: Label to the left of each row.
+        label_size: Font size of the labels in pixels.
+        gutter: Pixels between images.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     factor = max(1, LEGIBLE_SIDE // max(images[0].size))
     width, height = (side * factor for side in images[0].size)
-    font = ImageFont.load_default(LABEL_SIZE)
-    top = 2 * LABEL_SIZE if column_labels else GUTTER
-    left = math.ceil(max(map(font.getlength, row_labels))) + 2 * LABEL_SIZE if row_labels else GUTTER
-    right, bottom = left + columns * (width + GUTTER), top + rows * (height + GUTTER)
+    font = ImageFont.load_default(label_size)
+    top = 2 * label_size if column_labels else gutter
+    left = math.ceil(max(map(font.getlength, row_labels))) + 2 * label_size if row_labels else gutter
+    right, bottom = left + columns * (width + gutter), top + rows * (height + gutter)
     grid = Image.new("RGB", (right, bottom), "white")
     for index, image in enumerate(images):
         tile = image.resize((width, height), Image.Resampling.NEAREST)
-        corner = (left + index % columns * (width + GUTTER), top + index // columns * (height + GUTTER))
+        corner = (left + index % columns * (width + gutter), top + index // columns * (height + gutter))
         grid.paste(tile, corner, tile if tile.mode == "RGBA" else None)
     draw = ImageDraw.Draw(grid)
     for column, label in enumerate(column_labels):
-        draw.text((left + column * (width + GUTTER) + width / 2, top / 2), label, "black", font, anchor="mm")
+        draw.text((left + column * (width + gutter) + width / 2, top / 2), label, "black", font, anchor="mm")
     for row, label in enumerate(row_labels):
-        draw.text((left / 2, top + row * (height + GUTTER) + height / 2), label, "black", font, anchor="mm")
+        draw.text((left / 2, top + row * (height + gutter) + height / 2), label, "black", font, anchor="mm")
     return grid
 
 
-def before_after(before: Image.Image, after: Image.Image) -> Image.Image:
-    """Show two images of the same size side by side with captions, typically grids of the same seeds."""
-    return image_grid([before, after], columns=2, column_labels=("before", "after"))
+def before_after(before: Mapping[str, Image.Image], after: Mapping[str, Image.Image]) -> Image.Image:
+    """Show grids of the same seeds before and after training, with captions.
+
+    A single grid after training is to the right of those before; several are in a second row, below those before that
+    have the same caption.
+
+    Args:
+        before: Images of the same size by caption, such as the number of sampling steps; it may be empty.
+        after: Likewise, after training.
+    """
+    label_size = max(LABEL_SIZE, next(iter(after.values())).width // 24)
+    grid = partial(image_grid, label_size=label_size, gutter=label_size)
+    if len(after) == 1:
+        captions = [f"before, {name}" if name else "before" for name in before]
+        captions += [f"after, {name}" if name else "after" for name in after]
+        images = [*before.values(), *after.values()]
+        return grid(images, len(images), captions)
+    names = list(dict.fromkeys([*before, *after]))
+    blank = Image.new("RGB", next(iter(after.values())).size, "white")
+    images = [row.get(name, blank) for row in (before, after) for name in names]
+    return grid(images, len(names), names, row_labels=("before", "after"))
 
 
 def steps_strip(timesteps: Sequence[int], noisy: Sequence[Image.Image], clean: Sequence[Image.Image]) -> Image.Image:

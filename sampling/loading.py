@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from diffusers import (
 from huggingface_hub.errors import GatedRepoError
 
 from ..core.errors import InputError
+from ..hub.folders import parse_index
 from ..hub.installed import installed_class
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -48,6 +51,32 @@ def load_pipeline(
     Raises:
         InputError: If there is no such pipeline, it cannot be loaded, or it needs `trust_remote_code`.
     """
+    with _pipeline_errors(path_or_repo):
+        pipeline_class = installed_class(path_or_repo)
+        pipe = pipeline_class.from_pretrained(path_or_repo, dtype=dtype, trust_remote_code=trust_remote_code)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            realign_parameters(component)
+    return pipe
+
+
+def read_components(path_or_repo: str) -> tuple[str, dict[str, str]]:
+    """Return the class name of a pipeline and those of its components, without downloading its weights.
+
+    Raises:
+        InputError: If there is no such pipeline.
+    """
+    with _pipeline_errors(path_or_repo):
+        index: dict = DiffusionPipeline.load_config(path_or_repo)  # pyright: ignore[reportAssignmentType]
+    parsed = parse_index(index, path_or_repo)
+    return parsed.class_name, {name: class_name for name, (_, class_name) in parsed.components.items()}
+
+
+@contextmanager
+def _pipeline_errors(path_or_repo: str) -> Iterator[None]:
+    """Turn the errors of Diffusers in loading a pipeline into those that users can act on."""
     folder = Path(path_or_repo)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise InputError(
@@ -55,8 +84,7 @@ def load_pipeline(
             "`save_pretrained` or a training run, not one of its subfolders."
         )
     try:
-        pipeline_class = installed_class(path_or_repo)
-        pipe = pipeline_class.from_pretrained(path_or_repo, dtype=dtype, trust_remote_code=trust_remote_code)
+        yield
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -77,12 +105,6 @@ def load_pipeline(
             f"No pipeline {path_or_repo} was found: there is no such folder{place}, and the Hugging Face Hub "
             f"returned: {reason}"
         ) from error
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            realign_parameters(component)
-    return pipe
 
 
 def realign_parameters(network: torch.nn.Module) -> None:

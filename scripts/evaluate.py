@@ -48,18 +48,20 @@ from ddgan.evaluation.references import (
 from ddgan.evaluation.reporting import format_table, model_index_entries, update_model_index
 from ddgan.evaluation.results import Results, compute_results
 from ddgan.hub.cards import CARD_NAME
+from ddgan.sampling.arguments import SamplingArguments
 from ddgan.sampling.generation import sample, sample_in_full_batches
-from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
+from ddgan.sampling.loading import pipeline_hash, with_scheduler
 
 DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline; with fewer the bias of FID is large
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(SamplingArguments):
     """The samples to measure, the reference images and the features."""
 
-    pipeline: str | None = option(None, "pipeline folder or Hub repository to generate samples with")
-    images: str | None = option(None, "or existing images to measure: folder, .parquet, or .npz with arr_0")
+    images: str | None = option(
+        None, "existing images to measure instead of --pipeline: folder, .parquet, or .npz with arr_0"
+    )
     num_images: int | None = option(
         None,
         f"images to measure (default: {DEFAULT_NUM_IMAGES:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with "
@@ -88,17 +90,10 @@ class EvaluateArguments:
     )
     stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
     batch_size: int = option(64, "images per forward pass; on a CPU samples are generated one by one")
-    seed: int = option(0, "seed of the first sample; sample i uses seed + i")
-    scheduler: str = option("as-saved", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
-    num_inference_steps: int | None = option(
-        None, "denoising steps (default: all for DDPM, 50 for other schedulers, or the pipeline's own default)"
-    )
-    dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     class_labels: list[int] | None = option(None, "class of each image, used in turn: --class_labels 0 1 2")
     guidance_scale: float | None = option(
         None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
     )
-    trust_remote_code: bool = option(False, "run Python code that comes with the pipeline")
     output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
     save_images: str | None = option(None, "save the samples in this folder")
     cache_dir: str = option(str(CACHE_DIR), "folder for cached features of references")
@@ -115,7 +110,8 @@ class EvaluateArguments:
             self.feature_extractor = INCEPTION if self.reference else self.classifier
         if self.feature_extractor is None:
             raise InputError("Pass images to measure against with --reference, or a --classifier.")
-        require_at_least(1, self, "batch_size", "num_inference_steps")
+        super().__post_init__()
+        require_at_least(1, self, "batch_size")
         require_at_least(MIN_IMAGES, self, "num_images", "num_reference")
 
 
@@ -206,7 +202,7 @@ class PipelineSamples:
         # on an accelerator results depend only on the batch size, on a CPU on more, so there it is 1
         self.batch_size = 1 if accelerator.device.type == "cpu" else args.batch_size
         assert args.pipeline is not None
-        pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+        pipe = args.load(accelerator.device)
         contents = pipeline_hash(pipe)
         self.pipe = with_scheduler(pipe, args.scheduler)
         (first,) = sample_in_full_batches(self._sample, [0], self.batch_size)

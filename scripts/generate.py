@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddgan import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
 from ddgan.core.cli import option, parse_arguments, require_at_least
@@ -27,9 +28,11 @@ from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
 from ddgan.core.locks import locked
 from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
+from ddgan.sampling.arguments import SamplingArguments
 from ddgan.sampling.generation import parse_class_labels, sample, sample_in_full_batches
 from ddgan.sampling.grids import image_grid, steps_strip
-from ddgan.sampling.loading import DTYPES, SCHEDULERS, load_pipeline, pipeline_hash, with_scheduler
+from ddgan.sampling.loading import pipeline_hash, with_scheduler
+from ddgan.sampling.steps import trained_steps
 from ddgan.sampling.traces import intermediates
 
 SETTINGS = "generate.json"
@@ -38,23 +41,15 @@ DEFAULT_GUIDANCE_SCALE = 40.0
 
 
 @dataclass
-class GenerateArguments:
+class GenerateArguments(SamplingArguments):
     """The pipeline, how to sample it, and the output folder."""
 
-    pipeline: str | None = option(None, "pipeline folder or Hub repository")
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
     num_images: int = option(16, "total number of images; a higher number adds to existing images")
     batch_size: int = option(16, "images per batch on an accelerator; on a CPU it is always 1")
-    seed: int = option(0, "seed of the first image; image i uses seed + i")
-    scheduler: str = option("as-saved", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
-    num_inference_steps: int | None = option(
-        None, "denoising steps (default: all for DDPM, 50 for other schedulers, or the pipeline's own default)"
-    )
-    dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
-    trust_remote_code: bool = option(False, "run Python code that comes with the pipeline")
     grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
     intermediates: int | None = option(None, "show this many denoising steps of the first image in intermediates.png")
     color: str | None = option(None, "guide towards a color: '#BB2266', teal")
@@ -73,7 +68,8 @@ class GenerateArguments:
     def __post_init__(self):
         if not self.pipeline:
             raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
-        require_at_least(1, self, "num_images", "batch_size", "num_inference_steps", "intermediates")
+        super().__post_init__()
+        require_at_least(1, self, "num_images", "batch_size", "intermediates")
         if self.class_labels:
             self.class_labels = parse_class_labels(self.class_labels)
         if self.clip_prompt or self.towards:
@@ -111,14 +107,14 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
     guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     if args.is_guided:
         guidance |= {"loss": guidance_loss(args, accelerator.device), "gradient": args.guidance_gradient}
-    assert args.pipeline is not None
-    pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+    pipe = args.load(accelerator.device)
+    num_inference_steps = args.num_inference_steps or next(iter(trained_steps(pipe)), None)
     output = Path(args.output_dir)
     settings = {
         "pipeline": args.pipeline,
         "contents": pipeline_hash(pipe),
         "scheduler": args.scheduler,
-        "num_inference_steps": args.num_inference_steps,
+        "num_inference_steps": num_inference_steps,
         "class_labels": args.class_labels,
         "seed": args.seed,
         "dtype": args.dtype,
@@ -150,19 +146,19 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
 
     def generate(indices: list[int]) -> list[Image.Image]:
         labels = [label_of(i) for i in indices] if args.class_labels else None
-        return sample(pipe, [args.seed + i for i in indices], args.num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
+        return sample(pipe, [args.seed + i for i in indices], num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
 
     shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
     missing = [i for i in shard if not is_complete(image_path(output, i))]
     progress = tqdm(
         total=len(shard), initial=len(shard) - len(missing), unit="image", disable=not accelerator.is_main_process
     )
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
-        for i, image in zip(batch, sample_in_full_batches(generate, batch, batch_size), strict=True):
-            replace_file(image_path(output, i), image.save)
-        progress.update(len(batch))
-    progress.close()
+    with progress, logging_redirect_tqdm():  # warnings are printed above the progress bar
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            for i, image in zip(batch, sample_in_full_batches(generate, batch, batch_size), strict=True):
+                replace_file(image_path(output, i), image.save)
+            progress.update(len(batch))
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -172,7 +168,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
             replace_file(output / "grid.png", image_grid(first_images).save)
             print(f"grid: {output / 'grid.png'}")
         if args.intermediates:
-            steps = (args.intermediates, args.num_inference_steps)
+            steps = (args.intermediates, num_inference_steps)
             trace = intermediates(pipe, args.seed, *steps, label_of(0), **guidance)
             replace_file(output / "intermediates.png", steps_strip(*trace).save)
             print(f"denoising steps of the first image: {output / 'intermediates.png'}")

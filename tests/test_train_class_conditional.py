@@ -14,7 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
-from tiny import largest_difference, make_dataset, weights
+from tiny import largest_difference, make_dataset, weights, write_class_folders
 from torchvision.datasets import MNIST
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, train_class_conditional
@@ -45,11 +45,7 @@ GUIDED = [
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory) -> Path:
     """13 gray images in three subfolders, so that the last global batch of 4 in each epoch is short."""
-    folder = tmp_path_factory.mktemp("data") / "kinds"
-    for i in range(13):
-        (folder / "abc"[i % 3]).mkdir(exist_ok=True, parents=True)
-        Image.new("L", (8, 8), 20 * i).save(folder / "abc"[i % 3] / f"{i}.png")
-    return folder
+    return write_class_folders(tmp_path_factory.mktemp("data") / "kinds")
 
 
 def write_idx(raw: Path, prefix: str = "train") -> Path:

@@ -45,12 +45,28 @@ def tiny_pipeline(scheduler: SchedulerMixin | None = None, **unet) -> DDPMPipeli
     return pipe
 
 
+def few_step_scheduler(*num_inference_steps: int) -> DDPMScheduler:
+    """Return a scheduler as few-step fine-tuning saves it."""
+    config = {"timestep_spacing": "trailing", "variance_type": "fixed_small", "clip_sample": False}
+    scheduler = DDPMScheduler(prediction_type="v_prediction", **config)
+    scheduler.register_to_config(_num_inference_steps=list(num_inference_steps))
+    return scheduler
+
+
 def write_images(folder: Path, count: int, size: tuple[int, int] = (8, 8)) -> Path:
     """Write RGB noise images of `size` (width, height), named by their number."""
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0)
     for i in range(count):
         Image.fromarray(pixels.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def write_class_folders(folder: Path, count: int = 13) -> Path:
+    """Write gray images in the subfolders a, b and c; all pixels of image i have the value 20 i."""
+    for i in range(count):
+        (folder / "abc"[i % 3]).mkdir(exist_ok=True, parents=True)
+        Image.new("L", (8, 8), 20 * i).save(folder / "abc"[i % 3] / f"{i}.png")
     return folder
 
 

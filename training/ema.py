@@ -1,5 +1,6 @@
 """The exponential moving average (EMA) of a network's weights."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,14 +38,7 @@ class EMA:
         """Start averaging from the current weights, once Accelerate has placed and sharded the network."""
         self.accelerator = accelerator
         if self.enabled:
-            self.average = EMAModel(
-                local_shards(self.network.parameters()),
-                decay=self.args.ema_decay,
-                use_ema_warmup=True,
-                inv_gamma=self.args.ema_inv_gamma,
-                power=self.args.ema_power,
-                foreach=True,
-            )
+            self.average = _average(local_shards(self.network.parameters()), self.args)
 
     def step(self) -> None:
         """Update the EMA weights after an optimizer step."""
@@ -95,3 +89,23 @@ class EMA:
     def _file_name(self) -> str:
         sharded = num_shards(self.accelerator) > 1
         return f"ema_{self.accelerator.process_index}.safetensors" if sharded else "ema.safetensors"
+
+
+def half_life(args: RunArguments, step: int) -> float:
+    """Return the half-life of the EMA weights after `step` optimizer steps, in steps; 0 without EMA.
+
+    So many steps later, the weights of the network at that step have half their share in the EMA weights.
+    """
+    decay = _average([], args).get_decay(step) if args.ema_decay else 0
+    return math.log(0.5) / math.log(decay) if decay else 0.0
+
+
+def _average(parameters: list[torch.nn.Parameter], args: RunArguments) -> EMAModel:
+    return EMAModel(
+        parameters,
+        decay=args.ema_decay,
+        use_ema_warmup=True,
+        inv_gamma=args.ema_inv_gamma,
+        power=args.ema_power,
+        foreach=True,
+    )

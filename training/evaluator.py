@@ -55,7 +55,7 @@ class Evaluation:
     best_metric: str = "fid"
 
     def is_better(self, other: "Evaluation") -> bool:
-        values = [evaluation._by_name()[self.best_metric][1].value for evaluation in (self, other)]
+        values = [evaluation.by_name()[self.best_metric][1].value for evaluation in (self, other)]
         return METRICS[self.best_metric].is_better(*values)
 
     def values(self) -> dict[str, float]:
@@ -66,11 +66,12 @@ class Evaluation:
         return ", ".join(
             f"{metric_title(key)} {format_value(metric)}"
             + (f" (floor {format_value(self.floors[name])})" if name in self.floors else "")
-            for name, (key, metric) in self._by_name().items()
+            for name, (key, metric) in self.by_name().items()
             if METRICS[name].is_headline or name == self.best_metric
         )
 
-    def _by_name(self) -> dict[str, tuple[str, MetricValue]]:
+    def by_name(self) -> dict[str, tuple[str, MetricValue]]:
+        """Return each metric with its key, by its name in `METRICS`."""
         return {key.partition("@")[0]: (key, metric) for key, metric in self.metrics.items()}
 
     def to_json(self) -> dict[str, Any]:

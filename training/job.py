@@ -1,7 +1,7 @@
 """The interface between a training script and the loop: networks, losses and optimizers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from ..hub.cards import CardFacts
 from ..sampling.generation import PipelineSampler
 from ..sampling.grids import image_grid
 from .ema import EMA
+from .evaluator import Evaluation
 from .objectives.micro_batch import MicroBatch
 from .run_folder import RunFolder
+
+Sampler = Callable[[list[int], list[int] | None], list[Image.Image]]  # images of these seeds and, if any, classes
 
 
 @dataclass(kw_only=True)
@@ -50,11 +53,15 @@ class TrainingJob:
         card: the facts for the model card that the script knows; the loop adds those of the run.
         arguments: all arguments of the script, dataclasses, for config.yaml and the trackers.
         sampler: samples from the pipeline, one image for each seed and class; without it, the run has no sample grids.
+        start_samplers: samplers of the network before training, for grids of step 0 by name. The one named "" replaces
+            `sampler` in the ordinary grid of this step.
+        final_samplers: likewise of the trained network, for the last step.
         labels: the class of each image in a sample grid, if there are classes.
         grid: arranges these images, in their order.
         finish: called in the main process with the run folder and the number of steps once everything is saved; the
             final card includes what it adds to the folder and to `card`.
         monitor: reads the rows of metrics.csv as they are logged; returns a warning, or None.
+        evaluation_monitor: likewise an evaluation, and the rows of metrics.csv with the comparable ones before it.
     """
 
     networks: list[TrainedNetwork]
@@ -63,7 +70,10 @@ class TrainingJob:
     card: CardFacts
     arguments: tuple[Any, ...]
     sampler: PipelineSampler | None = None
+    start_samplers: dict[str, Sampler] = field(default_factory=dict)
+    final_samplers: dict[str, Sampler] = field(default_factory=dict)
     labels: list[int] | None = None
     grid: Callable[[list[Image.Image]], Image.Image] = image_grid
     finish: Callable[[RunFolder, int], None] = lambda folder, step: None
     monitor: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
+    evaluation_monitor: Callable[[Evaluation, list[dict[str, float]]], str | None] = lambda evaluation, earlier: None

@@ -1,7 +1,7 @@
 """Micro-batches of training images, from image sources or streams."""
 
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice
@@ -17,7 +17,7 @@ from ..core.files import location_name
 from ..data.images import BrokenImageError
 from ..data.preprocessing import Preprocessing, read_image
 from ..data.sources import EMBEDDED_DATASET, ImageSource, ImageStream, Labels, file_name, open_source, open_stream
-from .arguments import DataArguments, LabelArguments
+from .arguments import DataArguments, LabelArguments, RunArguments
 from .plan import BatchPlan
 from .randomness import fold_in
 
@@ -133,13 +133,14 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
     Args:
         label_column: the column with the labels; None for a run without them.
+        class_of: the class of each label in that column.
     """
 
     def __init__(
         self,
         stream: ImageStream,
         label_column: str | None,
-        labels: Labels | None,
+        class_of: Sequence[int],
         preprocessing: Preprocessing,
         plan: BatchPlan,
         rank: int,
@@ -155,7 +156,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         rows = rows.shuffle(seed=plan.seed, buffer_size=1, **options)
         self.stream = split_dataset_by_node(rows, rank, plan.processes)
         self.preprocessing, self.plan, self.rank = preprocessing, plan, rank
-        self.numbers = range(len(labels.classes) if labels else 0)
+        self.class_of = class_of
         self.skip_broken = args.skip_broken_images
         self.start_step, self.position = 0, None
 
@@ -188,9 +189,9 @@ class StreamedImages(torch.utils.data.IterableDataset):
             if position["pass"] > first_pass + 1:
                 raise RunError(f"No image could be read in a whole pass over the stream; the last one: {broken[-1]}")
             try:
-                if label and label[0] not in self.numbers:
-                    raise BrokenImageError(f"its class is {label[0]}, not one of 0 to {self.numbers[-1]}")
-                return read_image(cell, self.preprocessing), label[0] if label else None, position
+                if label and label[0] not in range(len(self.class_of)):
+                    raise BrokenImageError(f"its class is {label[0]}, not one of 0 to {len(self.class_of) - 1}")
+                return read_image(cell, self.preprocessing), self.class_of[label[0]] if label else None, position
             except BrokenImageError as error:
                 broken.append(f"a row of the stream ({file_name(cell)}): {error}")
                 if not self.skip_broken:
@@ -228,13 +229,16 @@ class TrainingData:
         rank: number of this process.
         label_args: where the class labels are; None for a run without them.
         source: the images, if they are only a subset of those in `args`; not for a stream.
+        classes: class names of a pretrained model, in the order of its labels. The labels of the images are converted
+            to those of the model.
         plan: the batch_size, accumulation, processes and seed of the `BatchPlan`.
 
     Attributes:
         source: the images; None for a stream.
 
     Raises:
-        InputError: if there are no such images or labels, or an image cannot be read.
+        InputError: if there are no such images or labels, the classes are not those of the pretrained model, or an
+            image cannot be read.
     """
 
     def __init__(
@@ -244,6 +248,7 @@ class TrainingData:
         rank: int,
         label_args: LabelArguments | None = None,
         source: ImageSource | None = None,
+        classes: Sequence[str] | None = None,
         **plan: int,
     ):
         self.args, self.preprocessing = args, preprocessing
@@ -251,23 +256,27 @@ class TrainingData:
         self.labels: Labels | None = None
         if args.streaming:
             self.plan = BatchPlan(None, **plan)
-            self.images = self._stream(label_args, rank)
+            self.images = self._stream(label_args, rank, classes)
         else:
             self.source = open_training_source(args) if source is None else source
             self.plan = BatchPlan(len(self.source), **plan)
             if label_args:
-                self.labels = self.source.labels(label_args.label_column)
+                labels = self.source.labels(label_args.label_column)
+                names, class_of = match_classes(labels.classes, classes, self.name)
+                assert labels.numbers is not None  # only streams have none
+                self.labels = Labels(names, [class_of[number] for number in labels.numbers])
             if rank == 0 and not args.skip_broken_images:
                 _check_readable(self.source, preprocessing)
             self.images = TrainingImages(self.source, self.labels, preprocessing, self.plan, rank, args)
 
-    def _stream(self, label_args: LabelArguments | None, rank: int) -> StreamedImages:
-        args, label_column = self.args, None
+    def _stream(self, label_args: LabelArguments | None, rank: int, classes: Sequence[str] | None) -> StreamedImages:
+        args, label_column, class_of = self.args, None, []
         stream = open_stream(_location(args), args.split, config=args.dataset_config, image_column=args.image_column)
         if label_args:
             label_column = stream.label_column(label_args.label_column)
-            self.labels = stream.labels(label_column)
-        return StreamedImages(stream, label_column, self.labels, self.preprocessing, self.plan, rank, args)
+            names, class_of = match_classes(stream.labels(label_column).classes, classes, self.name)
+            self.labels = Labels(names, None)
+        return StreamedImages(stream, label_column, class_of, self.preprocessing, self.plan, rank, args)
 
     @property
     def name(self) -> str:
@@ -278,6 +287,17 @@ class TrainingData:
     def classes(self) -> list[str] | None:
         """Names of the classes in the order of their numbers; None in a run without labels."""
         return self.labels and self.labels.classes
+
+    def total_steps(self, run: RunArguments) -> int:
+        """Return the number of optimizer steps of a run on these images.
+
+        Raises:
+            InputError: if they are a stream and the run is given in epochs.
+        """
+        steps = run.max_train_steps or run.num_epochs * (self.plan.steps_per_epoch or 0)
+        if not steps:
+            raise InputError("A stream has no known length: set the number of steps with --max_train_steps.")
+        return steps
 
     def batches(self, start: int, stop: int, position: dict | None) -> Generator[Batch, None, None]:
         """Iterate over the micro-batches of this process for optimizer steps start .. stop-1.
@@ -315,6 +335,51 @@ class TrainingData:
             for process in processes:
                 if process.is_alive():
                     process.kill()  # it ignores SIGTERM
+
+
+def match_classes(found: list[str], expected: Sequence[str] | None, name: str) -> tuple[list[str], list[int] | range]:
+    """Match the classes of training images with those of a pretrained model, by name.
+
+    Classes whose names are just numbers, 0 to N-1, have no names. If those on one side have none, the numbers are
+    matched.
+
+    Args:
+        found: class names of the images, in the order of their labels.
+        expected: those of the model, in the order of its labels; None if there is no model, and any classes fit.
+        name: the name of the images, for messages.
+
+    Returns:
+        The names in the order of the labels to train on, and the label to train on for each label of the images.
+
+    Raises:
+        InputError: if the two have different classes.
+    """
+    if expected is None:
+        return found, range(len(found))
+    numbers = [str(number) for number in range(len(expected))]
+    if set(found) == set(expected):
+        names = list(expected)
+    elif set(found) == set(numbers):
+        return list(expected), [int(number) for number in found]
+    elif list(expected) == numbers and len(found) == len(numbers):
+        names = found
+    else:
+        differences = {
+            f"{name} has no": [label for label in expected if label not in found],
+            "the model has no": [label for label in found if label not in expected],
+        }
+        raise InputError(
+            f"The classes of {name} are not the {len(expected)} classes of the start model: "
+            f"{', and '.join(f'{which} {_quoted(missing)}' for which, missing in differences.items() if missing)}. "
+            "Give the classes (subfolders, or labels of the dataset) the names that the model has, or name another "
+            "column with --label_column."
+        )
+    return names, [names.index(label) for label in found]
+
+
+def _quoted(names: list[str], limit: int = 10) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(map(repr, names[:limit]))}{more}"
 
 
 def open_training_source(args: DataArguments) -> ImageSource:

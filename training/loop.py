@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ..core.cli import write_config
-from ..core.errors import InputError, RunError
+from ..core.errors import RunError
 from ..core.files import replace_file, replace_tree
 from ..core.locks import locked
 from ..hub.upload import BackgroundUpload
 from .arguments import RunArguments
 from .checkpoints import BestPipeline, Checkpoints, PreparedState, StreamPosition, resume_invariants
-from .evaluator import Evaluator
-from .job import TrainedNetwork, TrainingJob
+from .evaluator import Evaluation, Evaluator
+from .job import Sampler, TrainedNetwork, TrainingJob
 from .loading import Batch, TrainingData
 from .model_card import (
     FinishedRun,
@@ -40,7 +40,7 @@ from .sample_grids import sample_grid
 from .sharding import full_tensor, gather_pipeline
 from .step_log import StepLog
 from .stopping import RunStopped, StopRequest
-from .tracking import MetricsFile, log_image, plot_evaluations, plot_losses, start_trackers
+from .tracking import MetricsFile, log_image, plot_evaluations, plot_losses, read_metrics, start_trackers
 
 _LOG_EVERY = 10  # optimizer steps whose numbers are read back from the device together
 
@@ -92,9 +92,7 @@ class Trainer:
         self.evaluator, self.repo_id = evaluator, repo_id
         self.plan = data.plan
         self.folder = RunFolder(args.output_dir)
-        self.total_steps = args.max_train_steps or args.num_epochs * (self.plan.steps_per_epoch or 0)
-        if not self.total_steps:
-            raise InputError("A stream has no known length: set the number of steps with --max_train_steps.")
+        self.total_steps = data.total_steps(args)
 
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.networks: list[_Prepared] = []
@@ -190,8 +188,8 @@ class Trainer:
         Methods that write files first call `_log`, which raises if a loss is not finite, so nothing is overwritten.
         """
         args = self.args
-        if self._samples_due() and not self.folder.grid(self.progress.step).exists():
-            self._save_samples()
+        due, step = self._samplers_due(), self.progress.step
+        self._save_samples({name: due[name] for name in due if not self.folder.grid(step, name).exists()})
         batches = self.data.batches(self.progress.step, self.total_steps, self.position.value)
         with closing(batches), self._progress_bar() as self.bar:  # closing ends the data loader workers
             try:
@@ -203,8 +201,9 @@ class Trainer:
                     self.stop.raise_if_requested()
                     if self._due(_LOG_EVERY):
                         self._log()
-                    if self._samples_due():  # before the evaluation, whose best pipeline is shown with this grid
-                        self._save_samples()
+                    self._save_samples(
+                        self._samplers_due()
+                    )  # before the evaluation, whose best pipeline is shown with it
                     if self._evaluation_due():
                         self._evaluate()
                     if self._due(args.checkpointing_steps) or self._is_last_step():
@@ -316,10 +315,17 @@ class Trainer:
     def _is_last_step(self) -> bool:
         return self.progress.step == self.total_steps
 
-    def _samples_due(self) -> bool:
-        if self.job.sampler is None:
-            return False
-        return self.progress.step == 0 or self._is_last_step() or self._due(self.args.log_samples_every)
+    def _samplers_due(self) -> dict[str, Sampler]:
+        """Return the samplers of the grids of this step, by name; the ordinary grid has the name ""."""
+        job, step = self.job, self.progress.step
+        if job.sampler is None:
+            return {}
+        ordinary: dict[str, Sampler] = {"": partial(job.sampler, job.pipeline)}  # pyright: ignore[reportArgumentType]
+        if step == 0:
+            return ordinary | job.start_samplers
+        if self._is_last_step():
+            return ordinary | job.final_samplers
+        return ordinary if self._due(self.args.log_samples_every) else {}
 
     def _evaluation_due(self) -> bool:
         if self.evaluator is None:
@@ -329,16 +335,19 @@ class Trainer:
     # -----------------------------------------------------------------------------------------------------------------
     # Samples, evaluations and saves
 
-    def _save_samples(self) -> None:
-        """Sample the fixed seeds of the run with the EMA weights, then save and log the grid."""
+    def _save_samples(self, samplers: dict[str, Sampler]) -> None:
+        """Sample the fixed seeds of the run with the EMA weights, then save and log a grid for each sampler."""
+        if not samplers:
+            return
         self._log()
         step = self.progress.step
-        with self.progress.clock.paused():
-            with self.job.ema.applied():
-                grid = sample_grid(self.job, self.args, self.accelerator)
-            if grid is not None:
-                replace_file(self.folder.grid(step), grid.save)
-                log_image(self.accelerator, "samples", grid, step)
+        for name, sampler in samplers.items():
+            with self.progress.clock.paused():
+                with self.job.ema.applied():
+                    grid = sample_grid(sampler, self.job, self.args, self.accelerator)
+                if grid is not None:
+                    replace_file(self.folder.grid(step, name), grid.save)
+                    log_image(self.accelerator, f"samples{name and f'_{name}'}", grid, step)
 
     def _evaluate(self) -> None:
         """Measure samples of the EMA weights, log the results, and keep the pipeline if it is the best so far.
@@ -380,6 +389,14 @@ class Trainer:
             self.bar.write(f"step {step}: {evaluation.summary()}{best}; it took {seconds:.0f} s")
             for warning in evaluation.warnings if evaluations.count == 1 else ():
                 self.bar.write(f"warning: {warning}")
+            if warning := self.job.evaluation_monitor(evaluation, self._earlier_evaluations(evaluation)):
+                self.bar.write(warning)
+
+    def _earlier_evaluations(self, evaluation: Evaluation) -> list[dict[str, float]]:
+        """Return the rows of metrics.csv with the evaluations before this one that are comparable with it."""
+        steps = range(self.progress.evaluations.since, evaluation.step)
+        rows = [row for row in read_metrics(self.folder.metrics) if row["step"] in steps]
+        return [row for row in rows if not any(math.isnan(row.get(key, math.nan)) for key in evaluation.metrics)]
 
     def _save_checkpoint(self) -> None:
         self._log()

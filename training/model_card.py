@@ -16,7 +16,7 @@ from ..core.files import link_or_copy, replace_file, replace_folder
 from ..core.run_files import PIPELINE_FILE
 from ..evaluation.reporting import format_value, metric_title, model_index_entries
 from ..hub.cards import CardFacts, card_text, is_repo_id
-from ..hub.folders import code_files
+from ..hub.folders import code_files, read_trained_steps
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
 from .arguments import RunArguments
 from .evaluator import EvaluationHistory
@@ -226,6 +226,8 @@ def print_summary(run: FinishedRun) -> None:
         lines.append(f"best model     {folder.best}: step {best.step}, {best.summary()}")
     if (run.folder / PIPELINE_FILE).exists():
         lines.append(f"load it with   pipe = diffusers.DiffusionPipeline.from_pretrained({str(run.folder)!r}{trust})")
+        if not trust and (steps := read_trained_steps(run.folder)):  # the pipelines with code use this by default
+            lines.append(f"sample with    image = pipe(num_inference_steps={steps[0]}).images[0]")
     if run.upload:
         lines.append(run.upload)
     print("\n".join(lines))

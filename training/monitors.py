@@ -4,6 +4,8 @@ import math
 from collections import deque
 from statistics import fmean
 
+from .evaluator import Evaluation
+
 # mean logits of the discriminator beyond these, on the correct sides, mean a loss below 0.014
 _SATURATED_LOGIT = 5
 # loss of a discriminator that always predicts 50%
@@ -11,6 +13,11 @@ _CHANCE_LOSS = 2 * math.log(2)
 _LOSS_MARGIN = 0.01
 # share of pairs that a discriminator ranks correctly once it has won
 _WON_ACCURACY = 0.97
+# recall and coverage have collapsed below this share of their highest value, unless they differ by less than the noise
+# of evaluations with a few hundred samples
+_COLLAPSED_SHARE, _COLLAPSED_DIFFERENCE = 0.7, 0.1
+# share of near-copies, above that among other training images, at which the networks memorize
+_MEMORIZED_SHARE = 0.1
 # consecutive saturated steps, or steps in the mean loss, before a warning
 _PATIENCE = 500
 
@@ -74,4 +81,47 @@ class DiscriminatorAccuracyMonitor:
             f"For {_PATIENCE} steps the discriminator has ranked the real image above the generated one in "
             f"{fmean(self.accuracies):.0%} of pairs (50% is chance), so the generator is falling behind. A larger "
             "--gamma, a larger --instance_noise or a smaller --lr_d usually helps."
+        )
+
+
+class DiversityMonitor:
+    """Warns once when evaluations show that samples have lost variety, and once when they repeat training images.
+
+    Variety is lost if recall or coverage fall far below their highest value in the earlier evaluations of the run.
+    """
+
+    def __init__(self):
+        self.warned: set[str] = set()
+
+    def __call__(self, evaluation: Evaluation, earlier: list[dict[str, float]]) -> str | None:
+        """Read an evaluation and return a warning, or None.
+
+        Args:
+            earlier: the comparable evaluations before it, rows of metrics.csv.
+        """
+        found = {"collapse": self._collapse(evaluation, earlier), "memorization": self._memorization(evaluation)}
+        new = {kind: warning for kind, warning in found.items() if warning and kind not in self.warned}
+        self.warned |= new.keys()
+        return " ".join(new.values()) or None
+
+    def _collapse(self, evaluation: Evaluation, earlier: list[dict[str, float]]) -> str | None:
+        for name in ("recall", "coverage"):
+            key, metric = evaluation.by_name()[name]
+            best = max(earlier, key=lambda row: row[key], default={key: 0.0, "step": 0})
+            if metric.value < min(_COLLAPSED_SHARE * best[key], best[key] - _COLLAPSED_DIFFERENCE):
+                return (
+                    f"Since step {best['step']:.0f} {name} has fallen from {best[key]:.2f} to {metric.value:.2f}, so "
+                    "the samples have lost variety; a larger --reconstruction_weight or --gamma usually helps, and "
+                    "best/ keeps the best pipeline so far."
+                )
+        return None
+
+    def _memorization(self, evaluation: Evaluation) -> str | None:
+        _, metric = evaluation.by_name()["near_copies"]
+        floor = evaluation.floors["near_copies"].value
+        if metric.value <= floor + _MEMORIZED_SHARE:
+            return None
+        return (
+            f"{metric.value:.0%} of the samples are near-copies of training images, against {floor:.0%} of other "
+            "training images, so the networks memorize them; a smaller --max_train_steps or more images usually help."
         )

@@ -17,7 +17,7 @@ class RunFolder:
         config: all arguments; its presence marks the folder as a run.
         metrics: one row for each optimizer step.
         loss_plot, eval_plot: the curves of the losses and of the evaluations.
-        before_after: the first and the last grid of samples side by side.
+        before_after: grids of samples before and after training, side by side.
         best: folder of the pipeline with the best evaluation.
         checkpoints: folder of the checkpoints.
         logs: folder of the trackers that write local files.
@@ -35,13 +35,13 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
 
-    def grid(self, step: int) -> Path:
-        """Return the path of the sample grid of a step."""
-        return self.path / SAMPLES_FOLDER / f"step-{step:08d}.png"
+    def grid(self, step: int, name: str = "") -> Path:
+        """Return the path of the sample grid of a step, or of a further grid of that step."""
+        return self.path / SAMPLES_FOLDER / f"step-{step:08d}{name and f'-{name}'}.png"
 
     def newest_grid(self, step: int) -> Path | None:
         """Return the newest existing sample grid up to a step."""
-        grids = (self.path / SAMPLES_FOLDER).glob("step-*.png")
+        grids = (self.path / SAMPLES_FOLDER).glob(f"step-{'[0-9]' * 8}.png")
         return max((path for path in grids if step_of_grid(path) <= step), key=step_of_grid, default=None)
 
     def check_usable(self, resuming: bool) -> None:

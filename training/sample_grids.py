@@ -1,5 +1,7 @@
 """Grids of samples from fixed seeds, which show the progress of a run."""
 
+from collections.abc import Mapping
+
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -7,14 +9,17 @@ from PIL import Image
 from ..core.files import replace_file
 from ..sampling.grids import before_after
 from .arguments import RunArguments
-from .job import TrainingJob
+from .job import Sampler, TrainingJob
 from .run_folder import RunFolder
+
+ORDINARY_GRID = {"": ""}
 
 
 @torch.no_grad()
-def sample_grid(job: TrainingJob, args: RunArguments, accelerator: Accelerator) -> Image.Image | None:
+def sample_grid(
+    sampler: Sampler, job: TrainingJob, args: RunArguments, accelerator: Accelerator
+) -> Image.Image | None:
     """Sample the fixed seeds of a run, sharded over the processes, and return the grid in the main process."""
-    assert job.sampler is not None
     indices = list(range(args.num_samples))
     with accelerator.split_between_processes(indices, apply_padding=True) as shard:
         own_indices: list[int] = shard  # pyright: ignore[reportAssignmentType]
@@ -22,7 +27,7 @@ def sample_grid(job: TrainingJob, args: RunArguments, accelerator: Accelerator) 
         for start in range(0, len(own_indices), args.batch_size):  # a batch size that fits into memory during training
             batch = own_indices[start : start + args.batch_size]
             labels = job.labels and [job.labels[i] for i in batch]
-            images += job.sampler(job.pipeline, [args.seed + i for i in batch], labels)  # pyright: ignore[reportArgumentType]
+            images += sampler([args.seed + i for i in batch], labels)
         image_of = dict(zip(own_indices, images, strict=True))
     if accelerator.num_processes > 1:
         gathered: list[dict[int, Image.Image]] = [{} for _ in range(accelerator.num_processes)]
@@ -31,10 +36,20 @@ def sample_grid(job: TrainingJob, args: RunArguments, accelerator: Accelerator) 
     return job.grid([image_of[index] for index in indices]) if accelerator.is_main_process else None
 
 
-def save_before_after(folder: RunFolder, step: int) -> None:
-    """Save the grids of step 0 and of `step` side by side, if both exist and have the same size."""
-    paths = [folder.grid(0), folder.grid(step)]
-    if all(path.exists() for path in paths):
-        before, after = map(Image.open, paths)
-        if before.size == after.size:  # otherwise --num_samples has changed
-            replace_file(folder.before_after, before_after(before, after).save)
+def save_before_after(
+    folder: RunFolder,
+    step: int,
+    before: Mapping[str, str] = ORDINARY_GRID,
+    after: Mapping[str, str] = ORDINARY_GRID,
+) -> None:
+    """Save grids of step 0 and of `step` side by side, if there are any before and after and all have the same size.
+
+    Args:
+        before, after: the names of these grids by caption (see `before_after`); missing grids are left out.
+    """
+    rows = []
+    for grid_step, names in ((0, before), (step, after)):
+        paths = {caption: folder.grid(grid_step, name) for caption, name in names.items()}
+        rows.append({caption: Image.open(path) for caption, path in paths.items() if path.exists()})
+    if all(rows) and len({image.size for row in rows for image in row.values()}) == 1:  # or --num_samples has changed
+        replace_file(folder.before_after, before_after(*rows).save)

@@ -18,16 +18,18 @@ Each script has a function that takes its argument dataclasses, so a notebook ca
 `accelerate.notebook_launcher(finetune, arguments, num_processes=...)` starts it on several GPUs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
+from PIL import Image
 
 from ..core.errors import InputError
 from ..core.locks import check_unlocked
 from ..data.preprocessing import Preprocessing
 from ..data.sources import ImageSource
+from ..sampling.grids import image_grid, rows_by_class
 from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
 from .evaluator import Evaluator
 from .job import TrainingJob
@@ -53,18 +55,19 @@ class Session:
     repo_id: str | None = None
 
     @classmethod
-    def open(cls, run: RunArguments, supports_fsdp: bool = False) -> "Session":
+    def open(cls, run: RunArguments, supports_fsdp: bool = False, supports_fp16: bool = True) -> "Session":
         """Check that the run folder can be used, start Accelerate, and create the repository on the Hub.
 
         Args:
             supports_fsdp: whether the network of the run can be sharded.
+            supports_fp16: whether the losses of the run can be computed in fp16.
 
         Raises:
             InputError: if the folder holds a run that is not being resumed, another command is writing to it, a
-                tracker is not installed, the machine does not support the mixed precision, or the Hub refuses the
-                repository.
+                tracker is not installed, the run or the machine does not support the mixed precision, or the Hub
+                refuses the repository.
         """
-        accelerator = start_accelerator(run)
+        accelerator = start_accelerator(run, supports_fp16)
         if accelerator.is_fsdp2 and not supports_fsdp:
             raise InputError(
                 "Only finetune_model.py trains with FSDP; this network is small enough for --multi_gpu, which trains "
@@ -80,6 +83,7 @@ class Session:
         size: Sequence[int],
         labels: LabelArguments | None = None,
         source: ImageSource | None = None,
+        classes: Sequence[str] | None = None,
     ) -> TrainingData:
         """Open the training images.
 
@@ -88,6 +92,7 @@ class Session:
             size: height and width.
             labels: where the class labels are, if the run uses them.
             source: the images, if they are only a subset of those in `args`.
+            classes: class names of the start model, which the labels must fit.
         """
         height, width = size
         return TrainingData(
@@ -96,11 +101,28 @@ class Session:
             self.accelerator.process_index,
             labels,
             source,
+            classes,
             batch_size=self.run.batch_size,
             accumulation=self.run.grad_accumulation_steps,
             processes=self.accelerator.num_processes,
             seed=self.run.seed,
         )
+
+    def plan_grid(
+        self, classes: Sequence[str] | None
+    ) -> tuple[list[int] | None, Callable[[list[Image.Image]], Image.Image]]:
+        """Plan the sample grids of the run, with one row per class if there are classes.
+
+        `run.num_samples` is then rounded up to full rows.
+
+        Returns:
+            `labels` and `grid` of a `TrainingJob`.
+        """
+        if not classes:
+            return None, image_grid
+        labels, grid = rows_by_class(self.run.num_samples, classes)
+        self.run = replace(self.run, num_samples=len(labels))
+        return labels, grid
 
     def train(
         self, job: TrainingJob, data: TrainingData, evaluation: EvaluationArguments | None = None
@@ -116,7 +138,7 @@ class Session:
         return Trainer(job, data, self.run, self.accelerator, evaluator, self.repo_id).train()
 
 
-def start_accelerator(run: RunArguments) -> Accelerator:
+def start_accelerator(run: RunArguments, supports_fp16: bool = True) -> Accelerator:
     """Check that the run folder can be used, and start Accelerate; no file is written yet."""
     folder = RunFolder(run.output_dir)
     folder.check_usable(resuming=bool(run.resume_from_checkpoint))
@@ -126,6 +148,12 @@ def start_accelerator(run: RunArguments) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.mixed_precision == "fp16" and not supports_fp16:
+        raise InputError(
+            "This run would use fp16 (--mixed_precision, or the configuration of Accelerate), whose range is too "
+            "small for the gradients that a generator gets through its discriminator. Use --mixed_precision bf16, "
+            "which has the range of float32, or no."
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs a GPU. On a CPU, use bf16 or no.")
     if accelerator.distributed_type == DistributedType.FSDP and (run.channels_last or not accelerator.is_fsdp2):

@@ -1,50 +1,79 @@
 """Load the pretrained pipeline that fine-tuning starts from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 
+from .. import ClassConditionalPipeline, ClassConditionedUnet
 from ..core.errors import InputError
 from ..core.files import location_name
 from ..data.images import CHANNEL_MODES
-from ..sampling.loading import load_pipeline
+from ..sampling.generation import num_classes
+from ..sampling.loading import load_pipeline, read_components
+
+TrainedUNet = UNet2DModel | ClassConditionedUnet
+
+# noise processes other than DDPM's, by the beginning of the scheduler's class name
+_OTHER_PROCESSES = {
+    "FlowMatch": "flow matching, in which the network predicts a velocity on straight paths from noise to images",
+    "EDM": "EDM, which does not scale images down as it adds noise, and scales what the network sees and returns",
+    "ScoreSdeVe": "variance exploding (VE), which does not scale images down as it adds noise",
+    "KarrasVe": "variance exploding (VE), which does not scale images down as it adds noise",
+    "DDGAN": "that of a Denoising Diffusion GAN, which samples in few steps already",
+}
 
 
 def load_start_model(
     start_model: str,
     size: Sequence[int] | None = None,
     prediction_type: str | None = None,
+    allow_classes: bool = False,
     trust_remote_code: bool = False,
-) -> DDPMPipeline:
-    """Load a pipeline with an unconditional `UNet2DModel`, its scheduler replaced by an equivalent `DDPMScheduler`.
+) -> DDPMPipeline | ClassConditionalPipeline:
+    """Load a pixel-space pipeline, its scheduler replaced by an equivalent `DDPMScheduler`.
 
     Args:
         start_model: a pipeline folder or a repository on the Hub.
         size: height and width to train at (default: those of the model).
         prediction_type: what the network is trained to predict (default: same as the model).
+        allow_classes: whether the network may be class-conditional.
         trust_remote_code: whether to run Python code that comes with the pipeline.
+
+    Returns:
+        A `DDPMPipeline` with an unconditional `UNet2DModel`, or a `ClassConditionalPipeline` with a
+        `ClassConditionedUnet` or a `UNet2DModel` with `num_class_embeds`.
 
     Raises:
         InputError: if the pipeline is not found, needs `trust_remote_code` or is of another kind, or if its UNet
             cannot take the size.
     """
-    pipeline = load_pipeline(start_model, trust_remote_code=trust_remote_code)
-    unet = getattr(pipeline, "unet", None)
-    if (
-        not isinstance(unet, UNet2DModel)
-        or set(pipeline.components) != {"unet", "scheduler"}
-        or DDPMScheduler not in pipeline.scheduler.compatibles
-    ):
-        components = [f"{name} ({type(part).__name__})" for name, part in pipeline.components.items()]
-        raise InputError(
-            f"--start_model {start_model} is a {type(pipeline).__name__} with the components {', '.join(components)}. "
-            "Fine-tuning needs a pixel-space pipeline of an unconditional UNet2DModel and a scheduler compatible with "
-            "DDPM, such as google/ddpm-celebahq-256."
+    class_name, components = read_components(start_model)
+    networks = "an unconditional UNet2DModel" + (" or a ClassConditionedUnet" if allow_classes else "")
+
+    def unsupported(reason: str) -> InputError:
+        parts = [f"{name} ({part})" for name, part in components.items()]
+        return InputError(
+            f"--start_model {start_model} is a {class_name} with the components {', '.join(parts)}: {reason}. "
+            f"Fine-tuning needs a pixel-space pipeline with {networks} and a scheduler compatible with DDPM, such as "
+            "google/ddpm-celebahq-256."
         )
-    if unet.class_embedding is not None:
+
+    if reason := _unsupported_components(components):  # before the weights are downloaded
+        raise unsupported(reason)
+    pipeline = load_pipeline(start_model, trust_remote_code=trust_remote_code)
+    unet = pipeline.unet
+    if not isinstance(unet, TrainedUNet):
+        raise unsupported(f"this command does not train a {type(unet).__name__}")
+    if reason := _unsupported_process(pipeline.scheduler):
+        raise unsupported(reason)
+    classes = num_classes(unet)
+    if isinstance(unet, UNet2DModel) and unet.class_embedding is not None and not classes:
+        raise InputError(f"The UNet of {start_model} embeds classes, but its config has no num_class_embeds.")
+    if classes and not allow_classes:
         raise InputError(
             f"The UNet of {start_model} is class-conditional; this script fine-tunes unconditional ones. "
-            "train_class_conditional.py trains a class-conditional network from scratch."
+            "finetune_few_step.py also fine-tunes class-conditional ones, and train_class_conditional.py trains them "
+            "from scratch."
         )
     if unet.config.in_channels not in CHANNEL_MODES:
         raise InputError(f"The UNet of {start_model} takes {unet.config.in_channels} channels; images have 1 to 4.")
@@ -57,10 +86,50 @@ def load_start_model(
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
-    return DDPMPipeline(unet, scheduler)  # pyright: ignore[reportArgumentType]
+    pipeline_class = ClassConditionalPipeline if classes else DDPMPipeline
+    return pipeline_class(unet, scheduler)  # pyright: ignore[reportArgumentType]
 
 
-def _check_size(unet: UNet2DModel, start_model: str, size: Sequence[int]) -> None:
+def _unsupported_components(components: Mapping[str, str]) -> str | None:
+    """Return why a pipeline with these components, class names by name, cannot be fine-tuned; None if it can."""
+    others = components.keys() - {"unet", "scheduler"}
+    reasons = []
+    if any("vae" in name or "vq" in name or "Autoencoder" in components[name] for name in others):
+        reasons.append("its network generates the latents of an autoencoder instead of pixels")
+    if any("text_encoder" in name for name in others):
+        reasons.append("it is conditioned on text")
+    if others and not reasons:
+        reasons.append("it has more components than a UNet and a scheduler")
+    if not others and len(components) < 2:
+        reasons.append("it has no UNet or no scheduler")
+    return " and ".join(reasons) or None
+
+
+def _unsupported_process(scheduler: SchedulerMixin) -> str | None:
+    """Return why a scheduler cannot be replaced by a `DDPMScheduler`; None if it can."""
+    name, prediction_type = type(scheduler).__name__, scheduler.config.get("prediction_type", "epsilon")
+    if DDPMScheduler in scheduler.compatibles and prediction_type in ("epsilon", "sample", "v_prediction"):
+        return None
+    if prediction_type == "flow_prediction":
+        process = _OTHER_PROCESSES["FlowMatch"]
+    else:
+        known = [process for start, process in _OTHER_PROCESSES.items() if name.startswith(start)]
+        process = known[0] if known else "one that DDPMScheduler does not have"
+    return f"the noise process of its scheduler is {process}"
+
+
+def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
+    """Return the class names of a pipeline in the order of their labels, None if it is unconditional.
+
+    A class without a name is named by its label.
+    """
+    if not isinstance(pipeline, ClassConditionalPipeline):
+        return None
+    names = {label: name for name, label in pipeline.labels.items()}
+    return [names.get(label, str(label)) for label in range(pipeline.num_classes)]
+
+
+def _check_size(unet: TrainedUNet, start_model: str, size: Sequence[int]) -> None:
     halvings = len(unet.config.block_out_channels) - 1
     factor = 2**halvings
     if any(side < factor or side % factor for side in size):
@@ -73,7 +142,7 @@ def _check_size(unet: UNet2DModel, start_model: str, size: Sequence[int]) -> Non
         )
 
 
-def image_size(unet: UNet2DModel) -> tuple[int, int]:
+def image_size(unet: TrainedUNet) -> tuple[int, int]:
     """Return the height and width of the images that a UNet generates."""
     size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)

@@ -301,7 +301,8 @@ def show(
 def caption(request: GenerationRequest, result: GenerationResult) -> str:
     first, last = request.seeds[0], request.seeds[-1]
     seeds = f"seeds {first} to {last}" if request.num_images > 1 else f"seed {first}"
-    return f"{request.steps} steps in {result.seconds:.2g} s · {request.scheduler} · {seeds}"
+    text = f"{request.steps} steps in {result.seconds:.2g} s · {request.scheduler} · {seeds}"
+    return f"{text}\n\n{result.warning}" if result.warning else text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,6 +347,8 @@ def comparison_tab(ddgans: list[Model], others: list[Model]) -> None:
             updates[side.images] = [enlarge(image) for image in generated.images]
             guidance = f", class guidance scale {DEFAULT_CLASS_GUIDANCE}" if model.supports_class_guidance else ""
             updates[side.time] = f"## {generated.seconds:.2g} s\n{request.steps} steps of {model.name}{guidance}"
+            if generated.warning:
+                updates[side.time] += f"\n\n{generated.warning}"
         return updates
 
     def select_diffusion(name: str) -> tuple:

@@ -24,6 +24,7 @@ from ddgan.hub.upload import SPACE_VARIABLE
 from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import steps_strip
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
+from ddgan.sampling.steps import steps_warning, trained_steps
 from ddgan.sampling.traces import DenoisingTrace, Step, trace_steps
 
 CLIP_VARIABLE = "DDGAN_CLIP"  # environment variable that names the CLIP model
@@ -81,7 +82,8 @@ class Model:
     def schedulers(self) -> list[str]:
         """The names of the compatible schedulers, the default first."""
         compatible = [name for name, scheduler in SCHEDULERS.items() if scheduler in self.pipe.scheduler.compatibles]
-        return sorted([*compatible, "as-saved"], key=lambda name: name != "ddim")
+        default = "as-saved" if trained_steps(self.pipe) else "ddim"
+        return sorted([*compatible, "as-saved"], key=lambda name: name != default)
 
     @property
     def max_steps(self) -> int:
@@ -89,18 +91,21 @@ class Model:
 
     @property
     def default_steps(self) -> int:
-        return min(DEFAULT_STEPS, self.max_steps)
+        steps, *_ = trained_steps(self.pipe) or [DEFAULT_STEPS]
+        return min(steps, self.max_steps)
 
     def describe(self) -> str:
-        """Return one line for the page: kind, number of training timesteps, image size, classes, parameters."""
+        """Return one line for the page: kind, timesteps, steps it was trained for, image size, classes, parameters."""
         size = self.pipe.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         colors = {1: "grayscale", 3: "color", 4: "color with alpha"}.get(self.channels, f"{self.channels} channels")
         parameters = sum(parameter.numel() for parameter in self.pipe.unet.parameters()) / 1e6
         classes = f" · {len(self.classes)} classes" if self.classes else ""
         kind = "Denoising Diffusion GAN" if self.is_ddgan else "Diffusion model"
-        timesteps = self.pipe.scheduler.config.num_train_timesteps
-        return f"{kind}, {timesteps} timesteps · {width}×{height}, {colors}{classes} · {parameters:.1f} M parameters"
+        timesteps = f"{self.pipe.scheduler.config.num_train_timesteps} timesteps"
+        if trained := trained_steps(self.pipe):
+            timesteps += f", few-step sampling ({' or '.join(map(str, trained))})"
+        return f"{kind}, {timesteps} · {width}×{height}, {colors}{classes} · {parameters:.1f} M parameters"
 
 
 @dataclass(frozen=True)
@@ -145,11 +150,18 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """Generated images, the denoising steps of the first one as an image strip, and the time in seconds."""
+    """Generated images.
+
+    Attributes:
+        strip: the denoising steps of the first image.
+        seconds: the time that it took.
+        warning: a sentence if the model was not trained for these steps.
+    """
 
     images: list[Image.Image]
     strip: Image.Image
     seconds: float
+    warning: str | None
 
 
 class StepProgress:
@@ -220,7 +232,8 @@ def load_model(path_or_repo: str, name: str) -> Model:
     except (AttributeError, ValueError) as error:
         raise InputError(f"{path_or_repo} cannot be used here: {error}") from error
     # a warm-up: the first image takes longest, and a pipeline that fails should do so before the page is served
-    request = GenerationRequest(num_images=1, steps=1, scheduler=model.schedulers[0], seed=0)
+    steps, *_ = trained_steps(model.pipe) or [1]
+    request = GenerationRequest(num_images=1, steps=steps, scheduler=model.schedulers[0], seed=0)
     generate(model, request, StepProgress(lambda *_: None))
     return model
 
@@ -326,7 +339,8 @@ def _generate(
     with trace_steps(pipe, on_step):
         images = sample(pipe, request.seeds, request.steps, request.labels(model), **options)
     seconds = time.perf_counter() - start
-    return GenerationResult(images, steps_strip(trace.timesteps, trace.noisy, trace.clean), seconds)
+    strip = steps_strip(trace.timesteps, trace.noisy, trace.clean)
+    return GenerationResult(images, strip, seconds, steps_warning(pipe, request.steps))
 
 
 def mean_loss(images: list[Image.Image], loss: GuidanceLoss) -> float:
@@ -361,5 +375,9 @@ def save_zip(path: Path, model: Model, request: GenerationRequest, result: Gener
 
 
 def most_similar(ddgan: Model, others: list[Model]) -> Model:
-    """Return the most similar model to a DDGAN: preferably with the same classes, then with the same channels."""
-    return max(others, key=lambda model: (model.classes == ddgan.classes, model.channels == ddgan.channels))
+    """Return the most similar model to a DDGAN: preferably with the same classes, the same channels and many steps."""
+
+    def similarity(model: Model) -> tuple[bool, bool, bool]:
+        return model.classes == ddgan.classes, model.channels == ddgan.channels, not trained_steps(model.pipe)
+
+    return max(others, key=similarity)

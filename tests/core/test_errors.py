@@ -1,11 +1,18 @@
 """Tests of the messages and exit codes with which commands end."""
 
 import errno
+import logging
 import re
 
 import pytest
 
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
+
+
+@pytest.fixture(autouse=True)
+def restored_log_level():
+    yield
+    logging.getLogger("ddgan").setLevel(logging.NOTSET)
 
 
 @pytest.mark.parametrize(
@@ -34,14 +41,15 @@ def test_other_errors_keep_their_traceback():
 @pytest.mark.parametrize(
     ("error", "message"), [(InputError("bad"), ""), (RunError("bad"), "\nerror in process 1: bad\n")]
 )
-def test_only_the_first_process_reports_bad_input(error, message, capsys, monkeypatch):
+def test_only_the_first_process_reports_bad_input_and_warnings(error, message, capsys, caplog, monkeypatch):
     def main():
+        logging.getLogger("ddgan.part").warning("unusual")
         raise error
 
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
         run_command(main)
-    assert capsys.readouterr().err == message
+    assert capsys.readouterr().err == message and not caplog.messages
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,18 @@ def test_repeated_training_images_are_detected():
         metrics.memorization_metrics(fresh, training, training[:100])
 
 
+def test_near_copies_are_samples_with_a_single_close_reference_image():
+    reference, fresh = features(400, 24, 0), features(100, 24, 1)
+    copies = reference[:50] + 1e-2 * features(50, 24, 2)
+    value = metrics.near_copies(torch.cat([fresh, copies]), reference)
+    assert value.value == pytest.approx(50 / 150)
+    assert value.protocol == {"reference_images": 400, "images": 150}
+    assert metrics.near_copies(0.1 * fresh, reference).value == 0  # close to the mean, but not to a single image
+    twins = torch.cat([reference, reference])
+    assert metrics.near_copies(reference[:50], twins).value == 1  # exact copies have no distance to either
+    assert metrics.near_copies(copies, twins).value == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Invariances and errors
 
@@ -217,7 +229,7 @@ def test_metrics_do_not_depend_on_the_order(pair):
     values, reordered_values = (
         metrics.compute_metrics(MetricInputs(a, b, Gaussian.of(b))) for a, b in ((samples, reference), reordered)
     )
-    assert list(values) == ["fid", "kid", "precision", "recall", "density", "coverage"]
+    assert list(values) == ["fid", "kid", "precision", "recall", "density", "coverage", "near_copies"]
     for name, metric in values.items():
         assert reordered_values[name].value == pytest.approx(metric.value, rel=1e-9, abs=1e-12), name
         assert (reordered_values[name].std or 0) == pytest.approx(metric.std or 0, rel=1e-9), name

@@ -25,7 +25,7 @@ from gradio_client import Client
 from gradio_client.utils import Status
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageColor
-from tiny import ROOT, tiny_unet
+from tiny import ROOT, few_step_scheduler, tiny_unet
 from tiny_clip import save_clip
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, DDGANPipeline, GuidedPipeline
@@ -364,6 +364,20 @@ def test_a_guided_pipeline_also_generates_without_guidance(generation, models):
     progress = generation["StepProgress"](lambda *_: None)
     expected = generation["generate"](generation["Model"]("plain", plain), request, progress)
     assert same_images(generation["generate"](guided, request, progress).images, expected.images)
+
+
+def test_a_few_step_model_offers_the_steps_it_was_trained_for(generation, tmp_path):
+    DDPMPipeline(tiny_unet(), few_step_scheduler(3)).save_pretrained(tmp_path)
+    model = generation["load_model"](str(tmp_path), "few")
+    assert (model.default_steps, model.schedulers[0]) == (3, "as-saved")
+    assert "1000 timesteps, few-step sampling (3)" in model.describe()
+
+    def warning(**settings) -> str | None:
+        request = generation["GenerationRequest"](num_images=1, seed=0, **settings)
+        return generation["generate"](model, request, generation["StepProgress"](lambda *_: None)).warning
+
+    assert warning(steps=3, scheduler="as-saved") is None
+    assert "num_inference_steps=2 with DDIMScheduler may give worse images" in warning(steps=2, scheduler="ddim")
 
 
 def test_the_embedded_models_are_the_default_color_models_first(generation, monkeypatch):

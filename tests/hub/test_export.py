@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from huggingface_hub import ModelCard
 from in_a_fresh_process import refusal, sample
 from PIL import Image
-from tiny import ROOT, tiny_unet
+from tiny import ROOT, few_step_scheduler, tiny_unet
 
 import ddgan
 from ddgan import (
@@ -104,9 +104,10 @@ def saved(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    by_class = ClassConditionalPipeline(ClassConditionedUnet(**sizes, **blocks), DDPMScheduler())
+    by_class = ClassConditionalPipeline(ClassConditionedUnet(**sizes, **blocks), few_step_scheduler(3, 1))
     by_class.save_pretrained(home / "by_class")
-    expect(home / "by_class", ClassConditionalPipeline.from_pretrained(home / "by_class"))
+    expect(home / "by_class", by_class := ClassConditionalPipeline.from_pretrained(home / "by_class"))
+    assert by_class.num_timesteps == 3
     by_context = ClassConditionalPipeline(ContextUnet(n_feat=8, height=8), DDIMScheduler())
     by_context.save_pretrained(home / "by_context")
     expect(home / "by_context", ClassConditionalPipeline.from_pretrained(home / "by_context"))
@@ -390,14 +391,15 @@ def test_the_card_of_a_folder_is_pushed_and_an_empty_template_is_not(saved, tmp_
     assert (tmp_path / "README.md").read_text() == "# Ann's model\n"
     assert local_hub.files("ann/model")["README.md"] == b"# Ann's model\n"
 
-    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(
+    DDPMPipeline(tiny_unet(), few_step_scheduler(4, 2)).save_pretrained(
         str(tmp_path / "ddpm"), push_to_hub=True, repo_id="ann/ddpm"
     )
     assert "[More Information Needed]" in (tmp_path / "ddpm/README.md").read_text()
     with snapshot(tmp_path / "ddpm", "ann/ddpm") as taken:
         card = Path(taken, "README.md").read_text()
     assert "A `DDPMPipeline` of `DDPMScheduler` (scheduler) and `UNet2DModel` (unet)." in card
-    assert 'from_pretrained("ann/ddpm")' in card and "[More" not in card
+    assert "trained for `num_inference_steps=4 or 2`" in card and "[More" not in card
+    assert 'from_pretrained("ann/ddpm")\nimage = pipe(num_inference_steps=4).images[0]' in card
 
 
 def test_without_the_package_no_card_is_pushed_but_that_of_the_folder(saved, tmp_path, local_hub):

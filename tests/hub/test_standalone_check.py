@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
-from tiny import tiny_unet
+from tiny import few_step_scheduler, tiny_unet
 
 from ddgan import (
     ClassConditionalPipeline,
@@ -22,6 +22,7 @@ BLOCKS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2
 DDGAN = {"sample_size": 8, "block_out_channels": (8, 12), "layers_per_block": 1, "latent_dim": 5}
 PIPELINES = {
     "plain": lambda: DDPMPipeline(tiny_unet(), DDPMScheduler()),
+    "few steps": lambda: DDPMPipeline(tiny_unet(), few_step_scheduler(3, 1)),
     "gray": lambda: DDPMPipeline(tiny_unet(in_channels=1, out_channels=1), DDPMScheduler()),
     "ddgan": lambda: DDGANPipeline(NCSNpp(**DDGAN, attention_resolutions=()), DDGANScheduler()),
     "ddgan by class": lambda: DDGANPipeline(
@@ -43,10 +44,12 @@ def test_the_image_depends_on_the_weights_and_on_nothing_else(kind):
     torch.manual_seed(0)
     pipe = PIPELINES[kind]()
     pipe.unet.eval()
+    pipe.set_progress_bar_config(disable=True)
     for parameter in pipe.unet.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     first = sample(pipe)
     torch.manual_seed(1)
+    assert len(pipe.scheduler.timesteps) == (3 if kind == "few steps" else 2)
     assert first.shape == (8, 8, 1 if kind == "gray" else first.shape[2])
     assert np.array_equal(sample(pipe), first)
     with torch.no_grad():

@@ -6,6 +6,7 @@ from PIL import Image
 
 from ddgan.sampling.grids import (
     GUTTER,
+    LABEL_SIZE,
     LEGIBLE_SIDE,
     before_after,
     image_grid,
@@ -81,16 +82,46 @@ def test_labels_are_in_separate_margins():
     assert is_white(labelled.crop((0, 0, left, top)))
 
 
+def panels(comparison: Image.Image, rows: int, columns: int, side: int) -> list[list[Image.Image]]:
+    """Cut out the panels of a comparison, row by row; the captions are above and to the left of them."""
+    left, top = (size - n * (side + LABEL_SIZE) for size, n in zip(comparison.size, (columns, rows), strict=True))
+    step = side + LABEL_SIZE
+    return [
+        [comparison.crop((x, y, x + side, y + side)) for x in range(left, comparison.width, step)]
+        for y in range(top, comparison.height, step)
+    ]
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_before_is_left_of_after_with_captions_above(mode):
-    before, after = (image_grid([flat(shade, mode=mode)] * 4) for shade in (50, 100))
+@pytest.mark.parametrize("names", [[""], ["40 DDIM steps", "4 steps"]])
+def test_grids_before_and_after_are_side_by_side_with_captions_above(mode, names):
+    before = {name: image_grid([flat(50 + i, mode=mode)] * 4) for i, name in enumerate(names)}
+    after = {names[-1]: image_grid([flat(100, mode=mode)] * 4)}
     both = before_after(before, after)
-    assert both.width == 2 * before.width + 3 * GUTTER
-    top = both.height - before.height - GUTTER
-    assert top > GUTTER and not is_white(both.crop((0, 0, both.width, top)))
-    assert both.crop((GUTTER, top, GUTTER + before.width, top + before.height)).tobytes() == before.tobytes()
-    right = 2 * GUTTER + before.width
-    assert both.crop((right, top, right + after.width, top + after.height)).tobytes() == after.tobytes()
+    side = after[names[-1]].width
+    (row,) = panels(both, 1, len(names) + 1, side)
+    assert [panel.tobytes() for panel in row] == [grid.tobytes() for grid in (*before.values(), *after.values())]
+    for i in range(len(row)):
+        left = LABEL_SIZE + i * (side + LABEL_SIZE)
+        assert not is_white(both.crop((left, 0, left + side, both.height - side - LABEL_SIZE)))
+
+
+def test_several_grids_after_training_are_below_those_before():
+    before = {
+        name: flat(shade) for name, shade in (("40 DDIM steps", "black"), ("4 steps", "red"), ("1 step", "blue"))
+    }
+    after = {"4 steps": flat("yellow"), "1 step": flat("green")}
+    first, second = panels(before_after(before, after), 2, 3, 100)
+    assert [panel.tobytes() for panel in first] == [image.tobytes() for image in before.values()]
+    assert is_white(second[0])
+    assert [panel.tobytes() for panel in second[1:]] == [image.tobytes() for image in after.values()]
+
+
+def test_captions_grow_with_the_grids():
+    heights = [
+        before_after({"": flat("red", side, side)}, {"": flat("red", side, side)}).height - side for side in (200, 900)
+    ]
+    assert heights[1] > 2 * heights[0]
 
 
 def test_a_strip_shows_noise_above_predictions():

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import ROOT, run_ranks, tiny_unet, write_images
+from tiny import ROOT, few_step_scheduler, run_ranks, tiny_unet, write_images
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
 from ddgan.core.errors import InputError, RunError
@@ -62,7 +62,7 @@ def values(results: dict) -> dict[str, float]:
     return {name: entry["value"] for name, entry in results["metrics"].items()}
 
 
-ALL = {"fid", "kid", "precision", "recall", "density", "coverage", "classifier_score"}
+ALL = {"fid", "kid", "precision", "recall", "density", "coverage", "near_copies", "classifier_score"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,6 +75,12 @@ def test_a_pipeline_and_its_generated_images_give_the_same_numbers(run, folders,
     generated = ("--pipeline", folders["model"], *SHORT, "--num_images", 12, "--output_dir", tmp_path / "generated")
     generate.main([str(flag) for flag in generated])
     assert values(run("--images", tmp_path / "generated" / "images")) == values(sampled)
+
+
+def test_a_few_step_pipeline_is_sampled_in_the_steps_it_was_trained_for(run, tmp_path):
+    DDPMPipeline(tiny_unet(), few_step_scheduler(3)).save_pretrained(tmp_path / "model")
+    results = run("--pipeline", tmp_path / "model", "--num_images", 12)
+    assert "DDPMScheduler, num inference steps 3," in results["metrics"]["fid@12"]["protocol"]["samples"]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, HeunDiscreteScheduler
 from PIL import Image
-from tiny import ROOT, run_ranks, run_script, tiny_unet
+from tiny import ROOT, few_step_scheduler, run_ranks, run_script, tiny_unet
 from tiny_clip import save_clip
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
@@ -72,6 +72,21 @@ def test_two_processes_write_the_same_files_as_one(wide_model, wide_images, tmp_
     assert images(output) == wide_images
     assert printed.count(str(output / "images")) == 1
     assert (output / "grid.png").exists() and (output / "intermediates.png").exists()
+
+
+def test_a_few_step_pipeline_is_sampled_in_the_steps_it_was_trained_for(tmp_path, caplog):
+    DDPMPipeline(tiny_unet(), few_step_scheduler(3)).save_pretrained(tmp_path / "model")
+
+    def run(name: str, *more) -> dict[str, bytes]:
+        flags = ("--pipeline", tmp_path / "model", "--output_dir", tmp_path / name, "--num_images", 2, *more)
+        generate.main([str(flag) for flag in flags])
+        return images(tmp_path / name)
+
+    assert run("default") == run("explicit", "--num_inference_steps", 3) and not caplog.messages
+    assert json.loads((tmp_path / "default" / "generate.json").read_text())["num_inference_steps"] == 3
+    run("more", "--num_inference_steps", 7)
+    (message,) = caplog.messages
+    assert "trained for num_inference_steps=3 with DDPMScheduler" in message
 
 
 def test_an_interrupted_run_continues(tiny_model, whole):

@@ -28,7 +28,7 @@ from ddgan.training.evaluator import EvaluationHistory
 from ddgan.training.run_folder import RunFolder
 from ddgan.training.tracking import read_metrics
 
-NAMES = ("fid", "kid", "precision", "recall", "density", "coverage", "classifier_score")
+NAMES = ("fid", "kid", "precision", "recall", "density", "coverage", "near_copies", "classifier_score")
 COLUMNS = {f"{name}@13" for name in NAMES}
 SHORT = "--image_size 8 --batch_size 4 --max_train_steps 6 --num_samples 3 --report_to none"
 NETWORK = "--block_out_channels 8 16 --layers_per_block 1"

@@ -179,9 +179,11 @@ def test_a_stream_shuffles_its_rows(tmp_path):
 # ---- labels
 
 
-def labelled(args: DataArguments, label_column: str | None = None) -> tuple[list[str], dict[int, str]]:
+def labelled(
+    args: DataArguments, label_column: str | None = None, model_classes: list[str] | None = None
+) -> tuple[list[str], dict[int, str]]:
     """Return the classes, and the class of each image by the value of its first pixel."""
-    data = TrainingData(args, Preprocessing(1, 8, 8), 0, LabelArguments(label_column), **PLAN)
+    data = TrainingData(args, Preprocessing(1, 8, 8), 0, LabelArguments(label_column), classes=model_classes, **PLAN)
     steps = data.plan.steps_per_epoch or 3
     names = {}
     for batch in islice(data.batches(0, steps, None), steps):
@@ -252,6 +254,48 @@ def test_a_column_of_class_labels_is_found(tmp_path, streaming):
     assert len(names) == 9
     with pytest.raises(InputError, match=r"no column 'label'.*kind, image.*--label_column"):
         labelled(args, "label")
+
+
+def write_classes(folder: Path, names: list[str]) -> None:
+    """Write a dataset of one image per class, whose pixels have the value of the label."""
+    features = datasets.Features({"label": datasets.ClassLabel(names=names), "image": datasets.Image()})
+    rows = {"label": range(len(names)), "image": [Image.new("L", (8, 8), i) for i in range(len(names))]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("names", "model", "expected"),
+    [
+        (["cat", "ant", "bee"], ["ant", "bee", "cat"], ["cat", "ant", "bee"]),  # the names decide, not their order
+        (["2", "0", "1"], ["ant", "bee", "cat"], ["cat", "ant", "bee"]),  # images without class names
+        (["cat", "ant", "bee"], ["0", "1", "2"], ["cat", "ant", "bee"]),  # a model without class names
+        (["1", "0", "2"], ["0", "1", "2"], ["1", "0", "2"]),
+    ],
+)
+def test_labels_become_those_of_a_pretrained_model(tmp_path, streaming, names, model, expected):
+    write_classes(tmp_path, names)
+    classes, labels = labelled(DataArguments(dataset_name=str(tmp_path), streaming=streaming), model_classes=model)
+    assert classes == (names if model[0] == "0" and names[0] == "cat" else model)
+    assert labels == dict(enumerate(expected))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("names", "model", "message"),
+    [
+        (["ant", "cow"], ["ant", "bee", "cat"], "has no 'bee', 'cat', and the model has no 'cow'"),
+        (["ant", "bee"], ["ant", "bee", "cat"], "has no 'cat'[.]"),
+        (["ant", "bee", "cat"], ["ant", "bee"], "the model has no 'cat'[.]"),
+        (["0", "1", "2"], ["ant", "bee"], "the model has no '0', '1', '2'[.]"),
+        (["ant"], [str(i) for i in range(12)], "'9' and 2 more, and the model has no 'ant'"),
+    ],
+)
+def test_classes_that_a_pretrained_model_lacks_are_named(tmp_path, streaming, names, model, message):
+    write_classes(tmp_path, names)
+    args = DataArguments(dataset_name=str(tmp_path), streaming=streaming)
+    with pytest.raises(InputError, match=rf"not the {len(model)} classes of the start model: .*{message}.*label_col"):
+        labelled(args, model_classes=model)
 
 
 def test_a_row_of_a_stream_without_a_class_is_reported_or_skipped(tmp_path):

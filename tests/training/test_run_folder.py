@@ -34,6 +34,7 @@ def test_the_newest_grid_is_the_last_one_up_to_a_step(tmp_path):
     folder.grid(0).parent.mkdir()
     for step in (0, 9, 100):
         folder.grid(step).touch()
+    folder.grid(40, "further").touch()
     assert [folder.newest_grid(step) for step in (0, 50, 100)] == [folder.grid(step) for step in (0, 9, 100)]
 
 

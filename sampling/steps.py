@@ -1,0 +1,34 @@
+"""The numbers of sampling steps that a few-step pipeline was trained for."""
+
+import functools
+import logging
+
+from diffusers import DDPMScheduler, DiffusionPipeline
+
+logger = logging.getLogger(__name__)
+
+
+def trained_steps(pipe: DiffusionPipeline) -> list[int]:
+    """Return the numbers of sampling steps that a pipeline was trained for, its default first.
+
+    Few-step fine-tuning writes them into the scheduler's config. Empty for any other pipeline.
+    """
+    return pipe.scheduler.config.get("_num_inference_steps") or []
+
+
+def steps_warning(pipe: DiffusionPipeline, num_inference_steps: int) -> str | None:
+    """Return a warning, one sentence, if a few-step pipeline was not trained for its scheduler or number of steps."""
+    trained, scheduler = trained_steps(pipe), pipe.scheduler
+    if not trained or (num_inference_steps in trained and isinstance(scheduler, DDPMScheduler)):
+        return None
+    return (
+        f"This pipeline was trained for num_inference_steps={' or '.join(map(str, trained))} with DDPMScheduler "
+        f"(posterior steps); num_inference_steps={num_inference_steps} with {type(scheduler).__name__} may give worse "
+        "images."
+    )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, unless the same one was logged before in this process."""
+    logger.warning(message)

@@ -1,0 +1,72 @@
+"""Claims about the pipelines that fine-tuning starts from: which are rejected, and why."""
+
+import json
+
+import pytest
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMPipeline,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    ScoreSdeVeScheduler,
+)
+from tiny import tiny_unet
+
+from ddgan import DDGANScheduler
+from ddgan.core.errors import InputError
+from ddgan.training.start_model import load_start_model
+
+
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        (
+            "unet vae text_encoder",
+            "generates the latents of an autoencoder instead of pixels and it is conditioned on text",
+        ),
+        ("unet text_encoder_2", "it is conditioned on text"),
+        ("unet movq", "its network generates the latents of an autoencoder instead of pixels"),
+        ("unet image_encoder", "it has more components than a UNet and a scheduler"),
+        ("", "it has no UNet or no scheduler"),
+    ],
+)
+def test_other_pipelines_are_rejected_before_their_weights_are_loaded(tmp_path, components, message):
+    index = {name: ["diffusers", "SomeModel"] for name in components.split()}
+    index |= {"_class_name": "SomePipeline", "scheduler": ["diffusers", "DDPMScheduler"], "safety_checker": [None] * 2}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=rf"is a SomePipeline with .*{message}[.] .* pixel-space .*UNet2D") as raised:
+        load_start_model(str(tmp_path))
+    assert "\n" not in str(raised.value)
+    assert "safety_checker" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "process"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), "flow matching"),
+        (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "flow matching"),
+        (EDMEulerScheduler(), "EDM"),
+        (ScoreSdeVeScheduler(), r"variance exploding \(VE\)"),
+        (DDGANScheduler(4), "that of a Denoising Diffusion GAN, which samples in few steps already"),
+        (CMStochasticIterativeScheduler(), "one that DDPMScheduler does not have"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_other_noise_processes_are_rejected(tmp_path, scheduler, process):
+    DDPMPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match=f"noise process of its scheduler is {process}.* scheduler compatible with DDPM"
+    ):
+        load_start_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler])
+def test_samplers_of_the_same_noise_process_are_accepted(tmp_path, scheduler):
+    saved = scheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", num_train_timesteps=100)
+    DDPMPipeline(tiny_unet(), saved).save_pretrained(tmp_path)
+    loaded = load_start_model(str(tmp_path)).scheduler
+    assert loaded.config.prediction_type == "v_prediction"
+    assert loaded.alphas_cumprod.tolist() == saved.alphas_cumprod.tolist()
