@@ -54,6 +54,7 @@ class FewStepArguments:
     start_model: str = option(
         "", "pipeline folder or Hub repository of an unconditional UNet2DModel or a ClassConditionedUnet to start from"
     )
+    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
     num_inference_steps: list[int] = field(
         default_factory=lambda: [4],
         metadata={
@@ -119,7 +120,7 @@ def finetune_few_step(
     """
     session = Session.open(run, supports_fp16=False)
     size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
-    start = load_start_model(args.start_model, size, allow_classes=True)
+    start = load_start_model(args.start_model, size, allow_classes=True, trust_remote_code=args.trust_remote_code)
     unet = start.unet
     scheduler = few_step_scheduler(start.scheduler, args)
     data = session.load_data(
