@@ -56,6 +56,7 @@ class FewStepArguments:
     start_model: str = option(
         "", "pipeline folder or Hub repository of an unconditional UNet2DModel or a ClassConditionedUnet to start from"
     )
+    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
     num_inference_steps: list[int] = field(
         default_factory=lambda: [4],
         metadata={
@@ -132,7 +133,7 @@ def finetune_few_step(
     """
     session = Session.open(run, supports_fp16=False)
     size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
-    start = load_start_model(args.start_model, size, allow_classes=True)
+    start = load_start_model(args.start_model, size, allow_classes=True, trust_remote_code=args.trust_remote_code)
     check_start_model(start, args)
     start.scheduler.register_to_config(timestep_spacing="trailing")  # DDIM starts from noise alone, as training does
     unet = start.unet

@@ -43,7 +43,7 @@ class Networks:
         setup = FewStepSetup(self.generator, self.discriminator, process)
         channels, size = self.generator.config.in_channels, self.generator.config.sample_size
         self.images = torch.rand(batch_size, channels, size, size, device=DEVICE) * 2 - 1
-        self.teacher = Teacher(self.generator, process, (channels, size, size), TEACHER_STEPS)
+        self.teacher = Teacher(pipeline, process, TEACHER_STEPS)
         self.plain = DenoisingObjective(scheduler)  # pyright: ignore[reportArgumentType]
         self.distillation = GeneratorObjective(setup, distillation_steps=1, distillation_weight=0)
         self.adversarial = GeneratorObjective(setup, distillation_steps=0, distillation_weight=1)
@@ -71,7 +71,7 @@ class Networks:
             "plain fine-tuning": lambda: self.step(self.generator, self.plain),
             "distillation": lambda: self.step(self.generator, self.distillation),
             "adversarial (both networks)": self.adversarial_step,
-            "teacher samples, a batch": lambda: self.teacher.samples(range(self.batch_size), 0, self.images.device),
+            "teacher samples, a batch": lambda: self.teacher.sample(range(self.batch_size), 0, self.images.device),
         }
 
     def adversarial_step(self) -> None:

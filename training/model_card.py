@@ -92,6 +92,7 @@ def collect_facts(
     """Return the facts of a run so far; only the main process has its metrics."""
     device, step = accelerator.device, progress.step
     rows = read_metrics(folder.metrics)[-_LOSS_STEPS:]
+    columns = rows[0] if rows else {}
     return RunFacts(
         step=step,
         total_steps=total_steps,
@@ -103,7 +104,7 @@ def collect_facts(
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         losses={
             name: fmean(values)
-            for name in rows[0]
+            for name in columns
             if name.endswith("loss") and (values := [row[name] for row in rows if not isnan(row[name])])
         },
         loss_steps=len(rows),
