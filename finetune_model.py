@@ -56,6 +56,7 @@ class FinetuneArguments(Arguments):
     start_model: str = option(
         str(EMBEDDED_MODEL), "pipeline folder or Hub repository of an unconditional UNet2DModel to start from"
     )
+    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
         None, "what the network predicts (default: same as the start model)"
     )
@@ -90,7 +91,7 @@ def finetune(
     """
     session = Session.open(run, supports_fsdp=True)
     size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
-    pipeline = load_start_model(args.start_model, size, args.prediction_type)
+    pipeline = load_start_model(args.start_model, size, args.prediction_type, trust_remote_code=args.trust_remote_code)
     unet = pipeline.unet
     data = session.load_data(data_args, unet.config.in_channels, image_size(unet))
     trained_parameters = freeze(unet, args)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -26,6 +27,7 @@ from ddgan.core.accelerator import start_accelerate
 from ddgan.core.cli import option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
+from ddgan.core.locks import locked
 from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
 from ddgan.sampling.arguments import SamplingArguments
 from ddgan.sampling.generation import class_names, parse_class_labels, sample, sample_in_full_batches
@@ -91,6 +93,12 @@ class GenerateArguments(SamplingArguments):
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(GenerateArguments, argv=argv)
     accelerator = start_accelerate()
+    with locked(Path(args.output_dir), accelerator):
+        generate_images(args, accelerator)
+
+
+def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
+    """Generate the images that are missing in the output folder."""
     batch_size = args.batch_size
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)
@@ -145,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         return sample(pipe, [args.seed + i for i in indices], num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
 
     shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
-    missing = [i for i in shard if not image_path(output, i).exists()]
+    missing = [i for i in shard if not is_complete(image_path(output, i))]
     progress = tqdm(
         total=len(shard), initial=len(shard) - len(missing), unit="image", disable=not accelerator.is_main_process
     )
@@ -184,11 +192,21 @@ def image_path(output: Path, i: int) -> Path:
     return output / "images" / f"{i:06d}.png"
 
 
+def is_complete(path: Path) -> bool:
+    """Return whether an image exists and matches its checksums."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):  # Pillow's errors for a damaged file
+        return False
+    return True
+
+
 def check_settings(output: Path, settings: dict) -> None:
     """Check that existing images were generated with the same settings.
 
     Raises:
-        InputError: if the settings of the images in the folder are different or unknown.
+        InputError: if the settings of the images in the folder are different, unknown or cannot be read.
     """
     if not (output / SETTINGS).exists():
         if (output / "images").exists():
@@ -197,7 +215,13 @@ def check_settings(output: Path, settings: dict) -> None:
                 "Choose another --output_dir."
             )
         return
-    existing = json.loads((output / SETTINGS).read_text())
+    try:
+        existing = dict(json.loads((output / SETTINGS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{output / SETTINGS} is damaged, so the settings of the images beside it are unknown ({error}). Choose "
+            "another --output_dir."
+        ) from error
     changes = [
         f"{name} was {existing.get(name)}, is {value}"
         for name, value in settings.items()

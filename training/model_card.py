@@ -4,7 +4,9 @@ import os
 import re
 import shlex
 from dataclasses import asdict, dataclass, replace
+from math import isnan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -91,6 +93,7 @@ def collect_facts(
     """Return the facts of a run so far; only the main process has its metrics."""
     device, step = accelerator.device, progress.step
     rows = read_metrics(folder.metrics)[-_LOSS_STEPS:]
+    columns = rows[0] if rows else {}
     return RunFacts(
         step=step,
         total_steps=total_steps,
@@ -100,7 +103,11 @@ def collect_facts(
         processes=accelerator.num_processes,
         precision=describe_precision(accelerator),
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
-        losses={name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name.endswith("loss")},
+        losses={
+            name: fmean(values)
+            for name in columns
+            if name.endswith("loss") and (values := [row[name] for row in rows if not isnan(row[name])])
+        },
         loss_steps=len(rows),
         seconds=progress.clock.total_seconds,
         waiting_share=progress.clock.waiting_share,

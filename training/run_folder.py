@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from ..core.run_files import CONFIG_FILE, MODEL_FILE, PIPELINE_FILE, SAMPLES_FOLDER
+from ..hub.publication import SNAPSHOT, remove_abandoned_snapshots
 
 
 class RunFolder:
@@ -19,6 +20,7 @@ class RunFolder:
         before_after: grids of samples before and after training, side by side.
         best: folder of the pipeline with the best evaluation.
         checkpoints: folder of the checkpoints.
+        teacher: samples of the start model that few-step fine-tuning learns from, while it runs.
         logs: folder of the trackers that write local files.
     """
 
@@ -32,6 +34,7 @@ class RunFolder:
         self.before_after = self.path / "before_after.png"
         self.best = self.path / "best"
         self.checkpoints = self.path / "checkpoints"
+        self.teacher = self.path / "teacher.safetensors"
         self.logs = self.path / "logs"
 
     def grid(self, step: int, name: str = "") -> Path:
@@ -67,10 +70,12 @@ class RunFolder:
             )
 
     def remove_leftovers(self) -> None:
-        """Remove the temporary files of interrupted writes."""
+        """Remove the temporary files of interrupted writes and uploads, but not those of an upload in progress."""
+        remove_abandoned_snapshots(self.path)
         folders = (self.path, self.path / SAMPLES_FOLDER, self.checkpoints)
         for path in [path for folder in folders for path in folder.glob(".tmp-*")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if not path.name.startswith(SNAPSHOT):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def step_of_grid(grid: Path) -> int:
