@@ -208,3 +208,11 @@ def _scheduler_by_name(pipe: DiffusionPipeline, name: str) -> SchedulerMixin:
     except NotImplementedError:  # a schedule of betas that this class cannot compute
         betas = {"trained_betas": pipe.scheduler.betas.tolist(), "rescale_betas_zero_snr": False}
         return SCHEDULERS[name].from_config(config, **options, **betas)
+
+
+def with_own_scheduler(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Return a copy of a pipeline that shares its networks but not its scheduler, whose state changes in sampling."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    pipe = copy.copy(pipe)
+    pipe.scheduler = scheduler
+    return pipe
