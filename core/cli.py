@@ -92,24 +92,6 @@ class Arguments:
             setattr(self, argument.name, checked if isinstance(value, list) else checked[0])
 
 
-def require_at_least(minimum: float, arguments: Any, *names: str) -> None:
-    """Check that the named arguments, numbers or lists of numbers, are at least `minimum`; None is ignored."""
-    _require(_Range(minimum=minimum), arguments, names)
-
-
-def require_above(bound: float, arguments: Any, *names: str) -> None:
-    """Check that the named arguments are greater than `bound`; see `require_at_least`."""
-    _require(_Range(above=bound), arguments, names)
-
-
-def _require(allowed: _Range, arguments: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(arguments, name)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and (violation := allowed.violation(number)):
-                raise InputError(f"--{name} is {number}; it must be {violation}.")
-
-
 def _checked(argument: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if violation := argument.metadata.get(_RANGE, _Range()).violation(value):

@@ -194,6 +194,7 @@ def test_aliases_that_multiply_are_refused_at_once(tmp_path):
 
 EVERY_COMMAND = {
     "finetune_model": {},
+    "finetune_few_step": {},
     "train_ddgan": {},
     "train_class_conditional": {},
     "scripts.train_classifier": {"train_data_dir": "images"},
