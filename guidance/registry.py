@@ -7,7 +7,15 @@ from PIL import Image
 
 from ..core.errors import InputError
 from .clip import DEFAULT_MODEL, CLIPLoss
-from .losses import ColorLoss, GuidanceLoss, ReferenceLoss, SaturationLoss, SymmetryLoss, TotalVariationLoss
+from .losses import (
+    ColorLoss,
+    GuidanceLoss,
+    ReferenceLoss,
+    SaturationLoss,
+    SymmetryLoss,
+    TotalVariationLoss,
+    WeightedSum,
+)
 
 # called with the argument as text, if there is one
 LOSSES: dict[str, Callable[..., GuidanceLoss]] = {
@@ -79,6 +87,12 @@ def clip_model_names(clip_model: str | Sequence[str] | None) -> list[str]:
             f"--clip_model {' '.join(names)}: it takes one name, or an open_clip architecture and its pretrained tag."
         )
     return names
+
+
+def includes_clip(loss: GuidanceLoss) -> bool:
+    """Return whether a loss is a `CLIPLoss` or a sum that includes one."""
+    terms = [term for _, term in loss.terms] if isinstance(loss, WeightedSum) else [loss]
+    return any(isinstance(term, CLIPLoss) for term in terms)
 
 
 def sum_losses(losses: Sequence[GuidanceLoss]) -> GuidanceLoss:

@@ -28,9 +28,9 @@ def sample(
     """Generate one image per seed: gray, RGB or RGBA, depending on the channels of the network.
 
     All noise of an image comes from its own CPU generator, so that the image depends only on its seed: exactly, for a
-    given device and number of seeds, otherwise up to the rounding of the network's arithmetic. In a plain
-    `DDPMPipeline` or `DDIMPipeline` the sample stays float32 whatever the dtype of the network. For any other pipeline
-    its own `__call__` is used.
+    given device, number of threads and number of seeds, otherwise up to the rounding of the network's arithmetic;
+    `GroupSampler` keeps these the same. In a plain `DDPMPipeline` or `DDIMPipeline` the sample stays float32 whatever
+    the dtype of the network. For any other pipeline its own `__call__` is used.
 
     Args:
         pipe: The pipeline.

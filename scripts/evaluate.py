@@ -5,15 +5,15 @@
         --reference uoft-cs/cifar10 --num_images 50000 --output cifar10.json
     python scripts/evaluate.py --images generated/images --reference path/to/MNIST --held_out path/to/MNIST
 
-Samples of a pipeline are measured as they are generated, sample i only from the seed `--seed` + i, and are not kept
-without `--save_images`. The results do not depend on the number of processes, an interrupted command resumes when it
-is run again, and the features of a reference are cached.
+Samples of a pipeline are measured as they are generated, sample i only from the seed `--seed` + i as in
+scripts/generate.py, and are not kept without `--save_images`. A CPU is used with all its cores. The results depend
+neither on their number nor on that of the processes, an interrupted command resumes when it is run again, and the
+features of a reference are cached.
 """
 
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +21,14 @@ from zipfile import ZipFile
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
 from ddgan.core.files import fingerprint, location_name, replace_file
+from ddgan.core.threads import one_thread_per_operation
 from ddgan.data.images import color_channels
 from ddgan.data.preprocessing import Preprocessing
 from ddgan.data.sources import open_source, read_arrays
@@ -49,7 +50,8 @@ from ddgan.evaluation.reporting import format_table, model_index_entries, update
 from ddgan.evaluation.results import Results, compute_results
 from ddgan.hub.cards import CARD_NAME
 from ddgan.sampling.arguments import SamplingArguments
-from ddgan.sampling.generation import sample, sample_in_full_batches
+from ddgan.sampling.generation import sample
+from ddgan.sampling.groups import GroupSampler, group_size
 from ddgan.sampling.loading import pipeline_hash, with_scheduler
 
 DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline; with fewer the bias of FID is large
@@ -89,7 +91,7 @@ class EvaluateArguments(SamplingArguments):
         None, "classifier folder that predicts classes and digits (default: the feature extractor, if it is one)"
     )
     stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
-    batch_size: int = option(64, "images per forward pass; on a CPU samples are generated one by one")
+    batch_size: int = option(64, "images per forward pass; for samples on a CPU it depends on the image size only")
     class_labels: list[int] | None = option(None, "class of each image, used in turn: --class_labels 0 1 2")
     guidance_scale: float | None = option(
         None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
@@ -119,21 +121,17 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(EvaluateArguments, argv=argv)
     started = time.perf_counter()
     accelerator = Accelerator()
-    threads = torch.get_num_threads()
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(1)  # as in scripts/generate.py: another order of summation changes the images
-
-    with user_errors(InputError):
-        extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
-        classifier = select_classifier(args, extractor, accelerator.device)
-    samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args)
-    if args.stacked_mnist and samples.facts.properties.channels != 3:
-        raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
-    with user_errors(RunError):
-        reference, held_out = load_references(samples, extractor, args, accelerator)
-        features, parts = extract_sample_features(samples, extractor, classifier, args, accelerator)
+    with one_thread_per_operation(accelerator.device) as threads:
+        with user_errors(InputError):
+            extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
+            classifier = select_classifier(args, extractor, accelerator.device)
+        samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args)
+        if args.stacked_mnist and samples.facts.properties.channels != 3:
+            raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
+        with user_errors(RunError):
+            reference, held_out = load_references(samples, extractor, args, accelerator, threads)
+            features, parts = extract_sample_features(samples, extractor, classifier, args, accelerator, threads)
     if features is not None:
-        torch.set_num_threads(threads)
         with user_errors(InputError):
             results = compute_results(
                 samples.facts, features, extractor, reference, held_out, classifier, args.class_labels
@@ -194,18 +192,25 @@ class PipelineSamples:
         count: number of samples.
         facts: how they are generated.
         preprocessing: conversion to tensors, with their channels, height and width.
+        batch_size: number of samples in a batch.
+        offset: position of sample 0 in its batch.
     """
 
     def __init__(self, args: EvaluateArguments, accelerator: Accelerator):
         self.args = args
         self.count = args.num_images or (STACKED_MNIST_SAMPLES if args.stacked_mnist else DEFAULT_NUM_IMAGES)
-        # on an accelerator results depend only on the batch size, on a CPU on more, so there it is 1
-        self.batch_size = 1 if accelerator.device.type == "cpu" else args.batch_size
         assert args.pipeline is not None
         pipe = args.load(accelerator.device)
         contents = pipeline_hash(pipe)
-        self.pipe = with_scheduler(pipe, args.scheduler)
-        (first,) = sample_in_full_batches(self._sample, [0], self.batch_size)
+        pipe = with_scheduler(pipe, args.scheduler)
+        guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+        self.batch_size = group_size(pipe, args.batch_size)
+        self.sampler = GroupSampler(
+            pipe, self.batch_size, args.seed, args.num_inference_steps, args.class_labels, guidance
+        )
+        self.offset = self.sampler.offset
+        labels = args.class_labels and args.class_labels[:1]
+        (first,) = sample(pipe, [args.seed], args.num_inference_steps, labels, **guidance)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
         self.facts = SampleFacts(
             count=self.count,
@@ -213,8 +218,8 @@ class PipelineSamples:
             origin={"pipeline": location_name(args.pipeline), "contents": contents},
             settings={
                 "seeds": f"{args.seed} to {args.seed + self.count - 1}",
-                "scheduler": type(self.pipe.scheduler).__name__,
-                "num_inference_steps": len(self.pipe.scheduler.timesteps),
+                "scheduler": type(pipe.scheduler).__name__,
+                "num_inference_steps": len(pipe.scheduler.timesteps),
                 "class_labels": args.class_labels,
                 "guidance_scale": args.guidance_scale,
                 "dtype": args.dtype,
@@ -224,20 +229,12 @@ class PipelineSamples:
         )
 
     def batch(self, indices: range) -> torch.Tensor:
-        """Generate samples (N, C, H, W), uint8."""
-        images = sample_in_full_batches(self._sample, indices, self.batch_size)
+        """Generate samples of a batch (N, C, H, W), uint8."""
+        images = self.sampler(indices)
         if self.args.save_images:
             for i, image in zip(indices, images, strict=True):
                 replace_file(Path(self.args.save_images) / f"{i:06d}.png", image.save)
         return torch.stack([self.preprocessing.load(image) for image in images])
-
-    def _sample(self, indices: Sequence[int]) -> list[Image.Image]:
-        classes = self.args.class_labels
-        labels = [classes[i % len(classes)] for i in indices] if classes else None
-        scale = self.args.guidance_scale
-        guidance = {} if scale is None else {"guidance_scale": scale}
-        seeds = [self.args.seed + i for i in indices]
-        return sample(self.pipe, seeds, self.args.num_inference_steps, labels, **guidance)
 
 
 class StoredSamples:
@@ -245,6 +242,7 @@ class StoredSamples:
 
     def __init__(self, args: EvaluateArguments):
         assert args.images is not None
+        self.batch_size, self.offset = args.batch_size, 0
         self.source = open_source(args.images, image_column=args.image_column)
         self.images = ReferenceImages(self.source)
         total = len(self.source)
@@ -281,15 +279,20 @@ def extract_sample_features(
     classifier: ClassifierFeatures | None,
     args: EvaluateArguments,
     accelerator: Accelerator,
+    threads: int,
 ) -> tuple[Features | None, Path]:
     """Extract the features of all samples, and the classes or digits that the classifier predicts.
+
+    Prints how many samples were measured per second.
 
     Returns:
         The features, in the main process, and the folder of intermediate results from which an interrupted command
         resumes.
     """
+    counts: list[int] = []
 
     def extract(indices: range) -> Features:
+        counts.append(len(indices))
         images = samples.batch(indices)
         features = extractor(images)
         if classifier and args.stacked_mnist:
@@ -303,14 +306,28 @@ def extract_sample_features(
     settings = {
         **samples.facts.as_dict(),
         **extractor.facts.as_dict(),
-        "batch_size": args.batch_size,
+        "batch_size": samples.batch_size,
         "digits": args.stacked_mnist,
         "judge": classifier and classifier.digest,
         "kept": args.save_images and str(Path(args.save_images).resolve()),
     }
     parts = Path(args.cache_dir) / f"samples-{fingerprint(settings)}.parts"
     description = "sampling and measuring" if args.pipeline else "measuring"
-    return extract_features(samples.count, args.batch_size, extract, accelerator, parts, description), parts
+    started = time.perf_counter()
+    features = extract_features(
+        samples.count,
+        samples.batch_size,
+        extract,
+        accelerator,
+        parts,
+        description,
+        offset=samples.offset,
+        threads=threads,
+    )
+    rate = sum(gather_object(counts)) / (time.perf_counter() - started)
+    if rate and accelerator.is_main_process:
+        print(f"{description}: {rate:.3g} images per second")
+    return features, parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,6 +339,7 @@ def load_references(
     extractor: FeatureExtractor,
     args: EvaluateArguments,
     accelerator: Accelerator,
+    threads: int,
 ) -> tuple[Reference | None, Reference | None]:
     """Return the reference and the held-out images.
 
@@ -333,7 +351,7 @@ def load_references(
     if not args.reference:
         return None, None
     reference = load_reference(
-        args.reference, args.reference_split, args.num_reference, samples, extractor, args, accelerator
+        args.reference, args.reference_split, args.num_reference, samples, extractor, args, accelerator, threads
     )
     require_images(MIN_IMAGES, args.reference, reference)
     if not args.held_out:
@@ -343,7 +361,7 @@ def load_references(
             f"Detecting memorization needs the features of the training images, but {args.reference} has only their "
             "mean and covariance. Pass the images themselves with --reference."
         )
-    held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator)
+    held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator, threads)
     require_images(MIN_HELD_OUT, args.held_out, held_out)
     if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
         raise InputError(
@@ -361,6 +379,7 @@ def load_reference(
     extractor: FeatureExtractor,
     args: EvaluateArguments,
     accelerator: Accelerator,
+    threads: int,
 ) -> Reference:
     """Load saved features or statistics, or extract and cache the features of images at the size of the samples.
 
@@ -386,6 +405,7 @@ def load_reference(
         accelerator,
         Path(args.cache_dir),
         count,
+        threads=threads,
     )
 
 

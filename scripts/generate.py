@@ -5,19 +5,23 @@
     python scripts/generate.py --pipeline examples/models/noto-emoji-32 --color "#BB2266" --guidance_scale 100 --grid
 
 Image i depends only on the seed `--seed` + i, so any number of processes writes the same files, and running an
-interrupted command again resumes it. On a CPU each process generates one image at a time on one thread, because the
-batch size and the number of threads change the order in which floating-point numbers are summed; start one process per
-core. On an accelerator images are generated in batches of a fixed size, the last one padded. There, guided images are
-reproducible only up to rounding, because some kernels sum gradients in a nondeterministic order.
+interrupted command again resumes it. The batch size and the number of threads change the order in which floating-point
+numbers are summed, so images are generated in fixed groups of consecutive seeds: on a CPU 16 at 32x32 and fewer if
+they are larger, on an accelerator `--batch_size`. A group is computed as a whole even if only some of its images are
+missing. On a CPU each group takes one thread, and all cores work on different groups; `OMP_NUM_THREADS` limits their
+number. On an accelerator guided images are reproducible only up to rounding, because some kernels sum gradients in a
+nondeterministic order.
 """
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -27,10 +31,19 @@ from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
 from ddgan.core.locks import locked
-from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
+from ddgan.core.threads import one_thread_per_operation, run_in_threads
+from ddgan.guidance.registry import (
+    CLIP_MODEL_HELP,
+    TOWARDS_HELP,
+    clip_model_names,
+    includes_clip,
+    parse_loss,
+    sum_losses,
+)
 from ddgan.sampling.arguments import SamplingArguments
-from ddgan.sampling.generation import parse_class_labels, sample, sample_in_full_batches
+from ddgan.sampling.generation import parse_class_labels
 from ddgan.sampling.grids import image_grid, steps_strip
+from ddgan.sampling.groups import GroupSampler, group_size, split_into_groups
 from ddgan.sampling.loading import pipeline_hash, with_scheduler
 from ddgan.sampling.steps import trained_steps
 from ddgan.sampling.traces import intermediates
@@ -46,7 +59,7 @@ class GenerateArguments(SamplingArguments):
 
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
     num_images: int = option(16, "total number of images; a higher number adds to existing images")
-    batch_size: int = option(16, "images per batch on an accelerator; on a CPU it is always 1")
+    batch_size: int = option(16, "images per batch on an accelerator; on a CPU it depends on the image size only")
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
@@ -93,21 +106,20 @@ class GenerateArguments(SamplingArguments):
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(GenerateArguments, argv=argv)
     accelerator = Accelerator()
-    with locked(Path(args.output_dir), accelerator):
-        generate_images(args, accelerator)
+    with locked(Path(args.output_dir), accelerator), one_thread_per_operation(accelerator.device) as threads:
+        generate_images(args, accelerator, threads)
 
 
-def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
-    """Generate the images that are missing in the output folder."""
-    batch_size = args.batch_size
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(1)
-        batch_size = 1
-
+def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: int) -> None:
+    """Generate the images that are missing in the output folder, in this number of threads."""
     guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
-    if args.is_guided:
-        guidance |= {"loss": guidance_loss(args, accelerator.device), "gradient": args.guidance_gradient}
+    loss = guidance_loss(args, accelerator.device) if args.is_guided else None
+    if loss:
+        guidance |= {"loss": loss, "gradient": args.guidance_gradient}
     pipe = args.load(accelerator.device)
+    size = group_size(pipe, args.batch_size)
+    if loss and includes_clip(loss) and accelerator.device.type == "cpu":
+        size = 1  # the CLIP model takes most of the time, and much memory for each image
     num_inference_steps = args.num_inference_steps or next(iter(trained_steps(pipe)), None)
     output = Path(args.output_dir)
     settings = {
@@ -119,7 +131,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
         "seed": args.seed,
         "dtype": args.dtype,
         "device": accelerator.device.type,
-        "images_at_once": batch_size,
+        "images_at_once": size,
         "color": args.color,
         "clip_prompt": args.clip_prompt,
         "towards": args.towards,
@@ -141,35 +153,33 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
 
-    def label_of(i: int) -> int | str | None:
-        return args.class_labels[i % len(args.class_labels)] if args.class_labels else None
+    sampler = GroupSampler(pipe, size, args.seed, num_inference_steps, args.class_labels, guidance)
 
-    def generate(indices: list[int]) -> list[Image.Image]:
-        labels = [label_of(i) for i in indices] if args.class_labels else None
-        return sample(pipe, [args.seed + i for i in indices], num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
+    def generate(indices: list[int]) -> int:
+        for i, image in zip(indices, sampler(indices), strict=True):
+            replace_file(image_path(output, i), image.save)
+        return len(indices)
 
-    shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
-    missing = [i for i in shard if not is_complete(image_path(output, i))]
-    progress = tqdm(
-        total=len(shard), initial=len(shard) - len(missing), unit="image", disable=not accelerator.is_main_process
-    )
+    groups = split_into_groups(args.num_images, size, sampler.offset)
+    shard = groups[accelerator.process_index :: accelerator.num_processes]
+    missing = [[i for i in group if not is_complete(image_path(output, i))] for group in shard]
+    total, count = sum(map(len, shard)), sum(map(len, missing))
+    progress = tqdm(total=total, initial=total - count, unit="image", disable=not accelerator.is_main_process)
+    started = time.perf_counter()
     with progress, logging_redirect_tqdm():  # warnings are printed above the progress bar
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            for i, image in zip(batch, sample_in_full_batches(generate, batch, batch_size), strict=True):
-                replace_file(image_path(output, i), image.save)
-            progress.update(len(batch))
+        run_in_threads(generate, filter(None, missing), threads, progress.update)
 
     accelerator.wait_for_everyone()
+    rate = sum(gather_object([count])) / (time.perf_counter() - started)
     if accelerator.is_main_process:
-        print(f"{args.num_images} images: {output / 'images'}")
+        print(f"{args.num_images} images: {output / 'images'}" + (f" ({rate:.3g} images per second)" if rate else ""))
         if args.grid:
             first_images = [Image.open(image_path(output, i)) for i in range(min(args.num_images, GRID_IMAGES))]
             replace_file(output / "grid.png", image_grid(first_images).save)
             print(f"grid: {output / 'grid.png'}")
         if args.intermediates:
             steps = (args.intermediates, num_inference_steps)
-            trace = intermediates(pipe, args.seed, *steps, label_of(0), **guidance)
+            trace = intermediates(pipe, args.seed, *steps, sampler.class_label(0), **guidance)
             replace_file(output / "intermediates.png", steps_strip(*trace).save)
             print(f"denoising steps of the first image: {output / 'intermediates.png'}")
     accelerator.end_training()
