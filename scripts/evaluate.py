@@ -11,6 +11,7 @@ is run again, and the features of a reference are cached.
 """
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,17 +20,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from zipfile import ZipFile
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.accelerator import start_accelerate
+from ddgan.core.cli import option, parse_arguments
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
 from ddgan.core.files import fingerprint, location_name, replace_file
 from ddgan.data.images import color_channels
-from ddgan.data.preprocessing import Preprocessing
+from ddgan.data.preprocessing import Preprocessing, check_value_range, low_contrast
 from ddgan.data.sources import open_source, read_arrays
 from ddgan.evaluation.coverage import STACKED_MNIST_SAMPLES, confusion_matrix_plot
 from ddgan.evaluation.extractors import EXTRACTORS, INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
@@ -49,8 +52,11 @@ from ddgan.evaluation.reporting import format_table, model_index_entries, update
 from ddgan.evaluation.results import Results, compute_results
 from ddgan.hub.cards import CARD_NAME
 from ddgan.sampling.arguments import SamplingArguments
-from ddgan.sampling.generation import sample, sample_in_full_batches
+from ddgan.sampling.generation import class_names, parse_class_labels, sample, sample_in_full_batches
 from ddgan.sampling.loading import pipeline_hash, with_scheduler
+from ddgan.sampling.spacing import changed_spacing
+
+logger = logging.getLogger("ddgan")
 
 DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline; with fewer the bias of FID is large
 
@@ -66,20 +72,28 @@ class EvaluateArguments(SamplingArguments):
         None,
         f"images to measure (default: {DEFAULT_NUM_IMAGES:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with "
         "--stacked_mnist; all of --images, of which fewer are a random subset, or with --class_labels the first)",
+        minimum=MIN_IMAGES,
     )
     reference: str | None = option(
         None,
         "images to measure against: folder, MNIST-style folder, dataset folder or Hub dataset, .npz, .parquet, or "
         "statistics: an .npz with mu and sigma, or a .safetensors file of cached features",
     )
-    reference_split: str = option("train", "split of the reference")
+    reference_split: str | None = option(None, "split of the reference (default: train, if it has splits)")
     reference_config: str | None = option(None, "configuration of a reference dataset, if it has several")
-    num_reference: int | None = option(None, "size of a random subset of the reference (default: all images)")
+    num_reference: int | None = option(
+        None, "size of a random subset of the reference (default: all images)", minimum=MIN_IMAGES
+    )
     held_out: str | None = option(
         None, "images not used in training, to detect memorization; --reference must be the training images"
     )
-    held_out_split: str = option("test", "split of the held-out images")
+    held_out_split: str | None = option(None, "split of the held-out images (default: test, if they have splits)")
     image_column: str | None = option(None, "column with the images (default: the first image column)")
+    value_range: list[float] | None = option(
+        None,
+        "values of black and white in gray --images and references: --value_range 0 4095 (default: the full range of "
+        "their bits for integers, 0 1 for floating-point numbers)",
+    )
     feature_extractor: str | None = option(
         None,
         f"{', '.join(EXTRACTORS)} (default: {INCEPTION}), or a classifier folder from scripts/train_classifier.py",
@@ -89,8 +103,10 @@ class EvaluateArguments(SamplingArguments):
         None, "classifier folder that predicts classes and digits (default: the feature extractor, if it is one)"
     )
     stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
-    batch_size: int = option(64, "images per forward pass; on a CPU samples are generated one by one")
-    class_labels: list[int] | None = option(None, "class of each image, used in turn: --class_labels 0 1 2")
+    batch_size: int = option(64, "images per forward pass; on a CPU samples are generated one by one", minimum=1)
+    class_labels: list[str] | None = option(
+        None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
+    )
     guidance_scale: float | None = option(
         None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
     )
@@ -100,6 +116,7 @@ class EvaluateArguments(SamplingArguments):
     update_card: bool = option(True, "write the metrics into the model card of a pipeline folder")
 
     def __post_init__(self):
+        super().__post_init__()
         if bool(self.pipeline) == bool(self.images):
             raise InputError("Pass either --pipeline, to sample from it, or existing --images.")
         if self.images and self.save_images:
@@ -110,15 +127,13 @@ class EvaluateArguments(SamplingArguments):
             self.feature_extractor = INCEPTION if self.reference else self.classifier
         if self.feature_extractor is None:
             raise InputError("Pass images to measure against with --reference, or a --classifier.")
-        super().__post_init__()
-        require_at_least(1, self, "batch_size")
-        require_at_least(MIN_IMAGES, self, "num_images", "num_reference")
+        check_value_range(self.value_range)
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(EvaluateArguments, argv=argv)
     started = time.perf_counter()
-    accelerator = Accelerator()
+    accelerator = start_accelerate()
     threads = torch.get_num_threads()
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)  # as in scripts/generate.py: another order of summation changes the images
@@ -126,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors(InputError):
         extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
         classifier = select_classifier(args, extractor, accelerator.device)
-    samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args)
+    samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args, classifier)
+    requested = None if args.stacked_mnist else requested_classes(samples, classifier)
     if args.stacked_mnist and samples.facts.properties.channels != 3:
         raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
     with user_errors(RunError):
@@ -135,12 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     if features is not None:
         torch.set_num_threads(threads)
         with user_errors(InputError):
-            results = compute_results(
-                samples.facts, features, extractor, reference, held_out, classifier, args.class_labels
-            )
+            results = compute_results(samples.facts, features, extractor, reference, held_out, classifier, requested)
             write_results(results, args, round(time.perf_counter() - started, 1))
         print_results(results, args)
-        shutil.rmtree(parts)
+        shutil.rmtree(parts, ignore_errors=True)
     accelerator.end_training()
 
 
@@ -172,15 +186,41 @@ def select_classifier(
         flag = "--stacked_mnist" if args.stacked_mnist else "--class_labels"
         raise InputError(f"{flag} needs the predictions of a classifier: pass its folder with --classifier.")
     classes = classifier.network.config.num_classes
-    if args.stacked_mnist:
-        if (classes, classifier.channels) != (10, 1):
-            raise InputError(f"--stacked_mnist needs a classifier of ten gray digits, which {classifier.name} is not.")
-    elif args.class_labels is not None and (min(args.class_labels) < 0 or max(args.class_labels) >= classes):
-        raise InputError(
-            f"--class_labels are {sorted(set(args.class_labels))}, but the classifier {classifier.name} has the "
-            f"classes 0 to {classes - 1}."
-        )
+    if args.stacked_mnist and (classes, classifier.channels) != (10, 1):
+        raise InputError(f"--stacked_mnist needs a classifier of ten gray digits, which {classifier.name} is not.")
     return classifier
+
+
+def requested_classes(
+    samples: "PipelineSamples | StoredSamples", classifier: ClassifierFeatures | None
+) -> list[int] | None:
+    """Return the requested classes as numbered by the classifier; None without classes.
+
+    The classes of a pipeline are those of the classifier with the same names. If no name agrees, or one of the two has
+    no names, they are matched by number.
+
+    Raises:
+        InputError: if the classifier does not have a requested class.
+    """
+    if samples.labels is None or classifier is None:
+        return None
+    known, names = classifier.network.class_names, samples.class_names
+    wanted = [names.get(label, label) if isinstance(label, int) else label for label in samples.labels]
+    if any(name in known for name in wanted) or not names:
+        numbers = [known.index(name) if name in known else name for name in wanted]
+    else:
+        numbers_by_name = {name: label for label, name in names.items()}
+        numbers = [numbers_by_name.get(name, name) for name in wanted]
+        logger.warning(
+            f"The classes of the pipeline ({', '.join(names.values())}) and of the classifier {classifier.name} "
+            f"({', '.join(known)}) have different names, so they are matched by number."
+        )
+    if unknown := [str(number) for number in numbers if number not in range(len(known))]:
+        raise InputError(
+            f"--class_labels {' '.join(dict.fromkeys(unknown))}: the classifier {classifier.name} has the classes 0 "
+            f"to {len(known) - 1}, named {', '.join(known)}."
+        )
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,6 +232,8 @@ class PipelineSamples:
 
     Attributes:
         count: number of samples.
+        labels: their requested classes, used in turn, as labels or names; None without classes.
+        class_names: the names of the classes by label, if there are any.
         facts: how they are generated.
         preprocessing: conversion to tensors, with their channels, height and width.
     """
@@ -204,7 +246,9 @@ class PipelineSamples:
         assert args.pipeline is not None
         pipe = args.load(accelerator.device)
         contents = pipeline_hash(pipe)
-        self.pipe = with_scheduler(pipe, args.scheduler)
+        self.pipe = with_scheduler(pipe, args.scheduler, args.num_inference_steps)
+        self.class_names = class_names(getattr(pipe, "unet", None))
+        self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
         (first,) = sample_in_full_batches(self._sample, [0], self.batch_size)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
         self.facts = SampleFacts(
@@ -214,8 +258,9 @@ class PipelineSamples:
             settings={
                 "seeds": f"{args.seed} to {args.seed + self.count - 1}",
                 "scheduler": type(self.pipe.scheduler).__name__,
+                **changed_spacing(pipe, self.pipe.scheduler),
                 "num_inference_steps": len(self.pipe.scheduler.timesteps),
-                "class_labels": args.class_labels,
+                "class_labels": self.labels,
                 "guidance_scale": args.guidance_scale,
                 "dtype": args.dtype,
                 "device": accelerator.device.type,
@@ -232,7 +277,7 @@ class PipelineSamples:
         return torch.stack([self.preprocessing.load(image) for image in images])
 
     def _sample(self, indices: Sequence[int]) -> list[Image.Image]:
-        classes = self.args.class_labels
+        classes = self.labels
         labels = [classes[i % len(classes)] for i in indices] if classes else None
         scale = self.args.guidance_scale
         guidance = {} if scale is None else {"guidance_scale": scale}
@@ -243,10 +288,13 @@ class PipelineSamples:
 class StoredSamples:
     """Existing images, all of one size, with the same attributes as `PipelineSamples`."""
 
-    def __init__(self, args: EvaluateArguments):
+    def __init__(self, args: EvaluateArguments, classifier: ClassifierFeatures | None):
         assert args.images is not None
+        self.class_names = dict(enumerate(classifier.network.class_names)) if classifier else {}
+        self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
+        self.args = args
         self.source = open_source(args.images, image_column=args.image_column)
-        self.images = ReferenceImages(self.source)
+        self.images = ReferenceImages(self.source, value_range=check_value_range(args.value_range))
         total = len(self.source)
         self.count = args.num_images or total
         if self.count > total:
@@ -256,7 +304,11 @@ class StoredSamples:
             count=self.count,
             properties=describe_images([self.images.image(self.indices[i]) for i in evenly_spaced(self.count)]),
             origin={"source": location_name(args.images), "contents": self.source.fingerprint(self.indices)},
-            settings={"class_labels": args.class_labels},
+            settings={
+                "class_labels": self.labels,
+                "order": "natural order of the files, or as stored" if self.labels else None,
+                "value_range": args.value_range,
+            },
         )
         first = self.images.image(self.indices[0])
         self.preprocessing = Preprocessing(self.facts.properties.channels, first.height, first.width)
@@ -272,7 +324,10 @@ class StoredSamples:
                     f"The images differ in size: {self.source.name(self.indices[0])} is {width}x{height}, "
                     f"{self.source.name(i)} is {size[0]}x{size[1]}. Measure images of one size at a time."
                 )
-        return torch.stack([self.images.pixels(i, channels, height, width) for i in source_indices])
+        pixels = torch.stack([self.images.pixels(i, channels, height, width) for i in source_indices])
+        if indices.start == 0 and (warning := low_contrast(pixels / 127.5 - 1)):
+            logger.warning(f"{self.args.images}: {warning}")
+        return pixels
 
 
 def extract_sample_features(
@@ -333,7 +388,7 @@ def load_references(
     if not args.reference:
         return None, None
     reference = load_reference(
-        args.reference, args.reference_split, args.num_reference, samples, extractor, args, accelerator
+        args.reference, args.reference_split, "train", args.num_reference, samples, extractor, args, accelerator
     )
     require_images(MIN_IMAGES, args.reference, reference)
     if not args.held_out:
@@ -343,7 +398,7 @@ def load_references(
             f"Detecting memorization needs the features of the training images, but {args.reference} has only their "
             "mean and covariance. Pass the images themselves with --reference."
         )
-    held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator)
+    held_out = load_reference(args.held_out, args.held_out_split, "test", None, samples, extractor, args, accelerator)
     require_images(MIN_HELD_OUT, args.held_out, held_out)
     if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
         raise InputError(
@@ -355,7 +410,8 @@ def load_references(
 
 def load_reference(
     location: str,
-    split: str,
+    split: str | None,
+    default_split: str,
     count: int | None,
     samples: PipelineSamples | StoredSamples,
     extractor: FeatureExtractor,
@@ -374,10 +430,16 @@ def load_reference(
     if path.suffix == ".npz" and path.is_file() and holds_statistics(path):
         return read_reference_statistics(path, samples.preprocessing, extractor)
     with accelerator.main_process_first():
-        source = open_source(location, split, config=args.reference_config, image_column=args.image_column)
+        source = open_source(
+            location,
+            split,
+            default_split=default_split,
+            config=args.reference_config,
+            image_column=args.image_column,
+        )
     height, width = samples.preprocessing.height, samples.preprocessing.width
     return measure_reference(
-        ReferenceImages(source),
+        ReferenceImages(source, value_range=check_value_range(args.value_range)),
         location_name(location),
         source.split,
         (height, width),
@@ -426,6 +488,14 @@ def read_reference_statistics(path: Path, preprocessing: Preprocessing, extracto
         raise InputError(
             f"{path} has mu of the shape {mean.shape} and sigma of {covariance.shape}, but the features of "
             f"{extractor.name} have {dimensions} dimensions. Choose the extractor that computed them."
+        )
+    symmetric = np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-3 * np.abs(covariance).max())
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and symmetric) or (
+        np.linalg.eigvalsh(covariance).min() < -1e-3 * np.abs(covariance).max()
+    ):
+        raise InputError(
+            f"{path}: sigma is not a covariance matrix (symmetric, without negative variances), or a value is not "
+            "finite. Compute mu and sigma again."
         )
     facts = ReferenceFacts(location_name(str(path)), statistics="mu and sigma, of unknown protocol")
     return Reference(facts, None, Gaussian(mean, covariance))
