@@ -209,7 +209,7 @@ def requested_classes(
     if any(name in known for name in wanted) or not names:
         numbers = [known.index(name) if name in known else name for name in wanted]
     else:
-        numbers_by_name = {name: label for label, name in names.items()}
+        numbers_by_name: dict[int | str, int] = {name: label for label, name in names.items()}
         numbers = [numbers_by_name.get(name, name) for name in wanted]
         logger.warning(
             f"The classes of the pipeline ({', '.join(names.values())}) and of the classifier {classifier.name} "
@@ -220,7 +220,7 @@ def requested_classes(
             f"--class_labels {' '.join(dict.fromkeys(unknown))}: the classifier {classifier.name} has the classes 0 "
             f"to {len(known) - 1}, named {', '.join(known)}."
         )
-    return numbers
+    return [int(number) for number in numbers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
