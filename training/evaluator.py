@@ -188,7 +188,7 @@ class Evaluator:
             if isinstance(self.extractor, ClassifierFeatures) and self.extractor.network.class_names == data.classes:
                 self.classifier = self.extractor
             self._require_best_metric()
-            images = ReferenceImages(data.source, data.args.skip_broken_images)
+            images = ReferenceImages(data.source, data.args.skip_broken_images, data.preprocessing.value_range)
             with self._extractor_on_device():
                 self.reference = measure_reference(
                     images,

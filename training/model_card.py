@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from dataclasses import asdict, dataclass, replace
 from math import isnan
 from pathlib import Path
@@ -265,9 +266,10 @@ def finish_upload(background: BackgroundUpload, args: RunArguments) -> str:
     try:
         return f"uploaded       {background.finish('Upload finished model').url}"
     except (Exception, KeyboardInterrupt) as error:  # in any case, the run is finished and saved
-        private = " --private" if args.hub_private else ""
+        command = ["--folder", args.output_dir, "--repo_id", repository.repo_id]
+        command += ["--private"] if args.hub_private else []
         reason = str(error) or "The upload was interrupted."
         return (
             f"\n{reason}\nThe model is complete in {args.output_dir}; to finish the upload:\n"
-            f"    python scripts/push_to_hub.py --folder {args.output_dir} --repo_id {repository.repo_id}{private}"
+            f"    python scripts/push_to_hub.py {shlex.join(command)}"
         )

@@ -289,6 +289,20 @@ def test_every_form_of_samples_gives_the_same_numbers(run, folders, tmp_path):
     assert values(run("--images", tmp_path / "images.npz")) == pytest.approx(whole, rel=1e-6)
 
 
+def test_a_stated_range_of_values_makes_formats_equal(run, folders, tmp_path):
+    gray = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    for name, images in (("bytes", gray), ("floats", gray / np.float32(127.5) - 1)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{i:02d}.tif")
+    flags = ("--images", tmp_path / "floats")
+    with pytest.raises(RunError, match="--value_range"):
+        run(*flags, reference=tmp_path / "bytes")
+    results = run(*flags, "--value_range", -1, 1, reference=tmp_path / "floats")
+    assert values(results) == values(run("--images", tmp_path / "bytes", reference=tmp_path / "bytes"))
+    assert results["reference"]["value_range"] == "-1 to 1"
+
+
 def test_saved_statistics_give_only_the_fid(run, folders, tmp_path):
     whole = values(run("--images", folders["samples"]))
     (cached,) = (tmp_path / "cache").glob("*.safetensors")
@@ -297,6 +311,13 @@ def test_saved_statistics_give_only_the_fid(run, folders, tmp_path):
     results = run("--images", folders["samples"], reference=tmp_path / "statistics.npz")
     assert values(results) == {name: whole[name] for name in ("fid@40", "classifier_score@40")}
     assert any("saved statistics" in warning for warning in results["warnings"])
+
+
+@pytest.mark.parametrize("sigma", [-np.eye(16), np.triu(np.ones((16, 16))), np.full((16, 16), np.nan)])
+def test_saved_statistics_that_are_no_covariance_are_refused(run, folders, tmp_path, sigma):
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(16), sigma=sigma)
+    with pytest.raises(InputError, match="sigma is not a covariance matrix"):
+        run("--images", folders["samples"], reference=tmp_path / "statistics.npz")
 
 
 def test_features_of_another_network_are_rejected(run, folders, tmp_path):
@@ -374,6 +395,60 @@ def test_a_conditional_pipeline_samples_the_classes_in_turn(run, tmp_path):
     generate.main([str(flag) for flag in (*generated, "--class_labels", 1, 2)])
     assert (stack(tmp_path / "saved") == stack(tmp_path / "generated" / "images")).all()
     assert [sum(row) for row in results["confusion"]] == [0, 6, 6]
+
+
+def named_pipeline(folder: Path, names: list[str]) -> Path:
+    torch.manual_seed(0)
+    levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = ClassConditionedUnet(
+        8,
+        in_channels=3,
+        out_channels=3,
+        num_classes=3,
+        id2label=names,
+        **levels,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def test_classes_of_a_pipeline_and_a_classifier_are_matched_by_name(run, tmp_path, caplog):
+    torch.manual_seed(3)
+    network = ImageClassifier(8, 3, 3, widths=(8, 16), id2label={0: "bee", 1: "cat", 2: "ant"})
+    network.save_pretrained(tmp_path / "classifier")
+    flags = [*SHORT, "--num_images", 12, "--feature_extractor", tmp_path / "classifier"]
+    named = named_pipeline(tmp_path / "named", ["ant", "bee", "cat"])
+    results = run("--pipeline", named, *flags, "--class_labels", "ant", 1, reference=None)
+    assert [sum(row) for row in results["confusion"]] == [6, 0, 6]
+    assert not caplog.records
+    other = named_pipeline(tmp_path / "other", ["a", "b", "c"])
+    results = run("--pipeline", other, *flags, "--class_labels", "b", reference=None)
+    assert [sum(row) for row in results["confusion"]] == [0, 12, 0]
+    assert "they are matched by number" in caplog.text
+    partly = named_pipeline(tmp_path / "partly", ["ant", "bee", "wasp"])
+    with pytest.raises(
+        InputError, match="--class_labels wasp: the classifier classifier has the classes 0 to 2, named"
+    ):
+        run("--pipeline", partly, *flags, "--class_labels", 0, "wasp", reference=None)
+
+
+def test_existing_images_are_paired_with_their_classes_in_natural_order(run, tmp_path):
+    torch.manual_seed(0)
+    classifier = ImageClassifier(8, 1, 2, widths=(8, 8), id2label={0: "dark", 1: "bright"})
+    classifier.head.weight.data *= 100
+    images = torch.cat([torch.full((1, 1, 8, 8), value / 127.5 - 1) for value in range(0, 240, 20)])
+    predicted = classifier(images).argmax(1).tolist()
+    classifier.save_pretrained(tmp_path / "classifier")
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        Image.new("L", (8, 8), 20 * i).save(tmp_path / "images" / f"{i}.png")
+    flags = ("--images", tmp_path / "images", "--feature_extractor", tmp_path / "classifier")
+    names = [("dark", "bright")[label] for label in predicted]
+    results = run(*flags, "--class_labels", *names, reference=None)
+    assert values(results)["class_accuracy@12"] == 1
+    assert "natural order" in results["samples"]["order"]
 
 
 def test_guidance_is_the_same_as_in_generate(run, tmp_path):
