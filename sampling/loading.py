@@ -19,7 +19,7 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..core.errors import InputError
 from ..hub.folders import parse_index
@@ -123,9 +123,22 @@ def _pipeline_errors(path_or_repo: str) -> Iterator[None]:
             raise InputError(f"The pipeline in the folder {path_or_repo} cannot be loaded: {reason}") from error
         place = "" if folder.is_absolute() else f" in {Path.cwd()}"
         raise InputError(
-            f"No pipeline {path_or_repo} was found: there is no such folder{place}, and the Hugging Face Hub "
-            f"returned: {reason}"
+            f"No pipeline {path_or_repo} was found: there is no such folder{place}, and "
+            f"{_hub_problem(error) or f'the Hugging Face Hub returned: {reason}'}"
         ) from error
+
+
+def _hub_problem(error: BaseException) -> str | None:
+    """Return why a repository could not be read, if the Hub did not answer; Diffusers then reports a missing file."""
+    causes: list[BaseException] = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    uncached = "and its files are not in the local cache. Pass the path of a folder, or"
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return f"the Hugging Face Hub is not asked because HF_HUB_OFFLINE is set, {uncached} unset it."
+    if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
+        return f"the Hugging Face Hub cannot be reached ({causes[-1]}), {uncached} try again later."
+    return None
 
 
 def realign_parameters(network: torch.nn.Module) -> None:

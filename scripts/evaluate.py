@@ -49,7 +49,7 @@ from ddgan.evaluation.references import (
     measure_reference,
     random_subset,
 )
-from ddgan.evaluation.reporting import format_table, model_index_entries, update_model_index
+from ddgan.evaluation.reporting import format_table, update_card
 from ddgan.evaluation.results import Results, compute_results
 from ddgan.hub.cards import CARD_NAME
 from ddgan.sampling.arguments import SamplingArguments
@@ -117,7 +117,7 @@ class EvaluateArguments(SamplingArguments):
     output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
     save_images: str | None = option(None, "save the samples in this folder")
     cache_dir: str = option(str(CACHE_DIR), "folder for cached features of references")
-    update_card: bool = option(True, "write the metrics into the model card of a pipeline folder")
+    update_card: bool = option(False, "write the metrics into the model card of the pipeline folder")
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,6 +132,8 @@ class EvaluateArguments(SamplingArguments):
         if self.feature_extractor is None:
             raise InputError("Pass images to measure against with --reference, or a --classifier.")
         check_value_range(self.value_range)
+        if self.update_card and not (self.pipeline and card_path(self).is_file()):
+            raise InputError(f"--update_card needs the --pipeline of a local folder with a model card ({CARD_NAME}).")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -549,11 +551,8 @@ def write_results(results: Results, args: EvaluateArguments, seconds: float) -> 
     if results.classes:
         figure = confusion_matrix_plot(results.classes.confusion, results.classes.names)
         replace_file(confusion_path(args), lambda path: figure.savefig(path, dpi=110))
-    if card := card_to_update(args):
-        protocol = results.protocol
-        dataset = (protocol.reference or protocol.classifier or protocol.extractor).name
-        split = protocol.reference and protocol.reference.split
-        update_model_index(card, model_index_entries(results.metrics, dataset, split, protocol.descriptions()))
+    if args.update_card:
+        update_card(card_path(args), results)
 
 
 def print_results(results: Results, args: EvaluateArguments) -> None:
@@ -572,8 +571,8 @@ def print_results(results: Results, args: EvaluateArguments) -> None:
     print(f"\nall metrics with their protocol: {args.output}")
     if results.classes:
         print(f"confusion matrix: {confusion_path(args)}")
-    if card := card_to_update(args):
-        print(f"model card with these metrics: {card}")
+    if args.update_card:
+        print(f"model card with these metrics: {card_path(args)}")
 
 
 def confusion_path(args: EvaluateArguments) -> Path:
@@ -581,10 +580,9 @@ def confusion_path(args: EvaluateArguments) -> Path:
     return output.with_name(f"{output.stem}-confusion.png")
 
 
-def card_to_update(args: EvaluateArguments) -> Path | None:
-    """Return the model card to update: that of a pipeline folder, unless `--no_update_card`."""
-    card = Path(args.pipeline or "") / CARD_NAME
-    return card if args.pipeline and args.update_card and card.is_file() else None
+def card_path(args: EvaluateArguments) -> Path:
+    """Return the model card of a pipeline folder."""
+    return Path(args.pipeline or "") / CARD_NAME
 
 
 if __name__ == "__main__":

@@ -58,6 +58,11 @@ class Evaluation:
         values = [evaluation.by_name()[self.best_metric][1].value for evaluation in (self, other)]
         return METRICS[self.best_metric].is_better(*values)
 
+    @property
+    def extractor(self) -> str:
+        """Name of the feature extractor, which also predicts classes if it is a classifier."""
+        return self.protocol.get("extractor", INCEPTION).partition(", extractor digest ")[0]
+
     def values(self) -> dict[str, float]:
         return {key: metric.value for key, metric in self.metrics.items()}
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+from huggingface_hub import constants
 from tiny import level_difference, tiny_pipeline, tiny_unet
 
 from ddgan import DDGANScheduler
@@ -90,6 +91,19 @@ def test_a_missing_pipeline_is_reported_with_the_places_searched(name):
     with pytest.raises(InputError, match=rf"No pipeline {name} .*folder.*Hub") as error:
         load_pipeline(name)
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_reported_as_such(local_hub, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    local_hub.stop()
+    with pytest.raises(InputError, match=r"No pipeline ann/model was found: .*the Hugging Face Hub cannot be reached"):
+        load_pipeline("ann/model")
+
+
+def test_offline_mode_is_named_as_the_reason(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"is not asked because HF_HUB_OFFLINE is set, .*unset it\."):
+        load_pipeline("ann/model")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ddgan.core.errors import InputError, RunError
 from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import ClassifierFeatures, weights_digest
+from ddgan.evaluation.reporting import measured_by, metric_title
 from ddgan.sampling import groups
 from ddgan.scripts import evaluate, generate
 
@@ -519,26 +520,53 @@ def test_the_table_has_each_number_with_its_floor(run, folders, capsys):
     assert "floor: 20 images of one half of the reference against 20 of the other" in printed
 
 
-def test_numbers_in_the_model_card_replace_earlier_ones(run, folders, tmp_path):
+def test_numbers_in_the_model_card_replace_those_of_the_same_protocol(run, folders, tmp_path):
     unet, model = tiny_unet(), tmp_path / "model"
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(model)
     (model / "README.md").write_text("---\nlicense: mit\ntags:\n- ddpm\n---\n\n# Mine\n\nWords.\n")
-    flags = ["--pipeline", model, *SHORT, "--num_images", 12]
+    flags = ["--pipeline", model, *SHORT, "--num_images", 12, "--update_card"]
     run(*flags)
+    unet.conv_out.bias.data += 0.1
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(model)  # trained further
     results = run(*flags, "--seed", 7)
     card = ModelCard.load(model / "README.md")
-    assert card.data.license == "mit" and card.text.strip() == "# Mine\n\nWords."
+    assert card.data.license == "mit" and card.text.strip().startswith("# Mine\n\nWords.")
     written = {result.metric_name: result for result in card.data.eval_results}
     assert len(written) == len(card.data.eval_results) == len(results["metrics"])
-    fid = written["FID@12"]
+    fid = written["FID@12 (color)"]
     assert fid.metric_value == pytest.approx(results["metrics"]["fid@12"]["value"], rel=1e-5)
-    assert (fid.dataset_name, fid.dataset_split, fid.metric_type) == ("reference", "all", "fid")
+    assert (fid.dataset_name, fid.dataset_split, fid.metric_type) == ("reference", "all", "fid-color")
     assert "seeds 7 to 18" in fid.metric_args["samples"]
     assert str(tmp_path) not in card.content
+    assert card.text.count("## Evaluation on reference, all") == 1
+    assert f"| FID@12 (color) | {results['metrics']['fid@12']['value']:.4g} | " in card.text
+    assert "**Warning:** Too few samples: 12." in card.text and "seeds 7 to 18" in card.text
 
-    before = (model / "README.md").read_text()
-    run(*flags, "--seed", 8, "--no_update_card")
-    assert (model / "README.md").read_text() == before
+    ImageClassifier(8, 3, 3, widths=(8, 16)).save_pretrained(tmp_path / "other")
+    for more in (["--feature_extractor", tmp_path / "other"], ["--scheduler", "ddpm"], ["--num_images", 13]):
+        before = len(ModelCard.load(model / "README.md").data.eval_results)
+        results = run(*flags, *more)
+        card = ModelCard.load(model / "README.md")
+        assert len(card.data.eval_results) == before + len(results["metrics"])
+    assert card.text.count("## Evaluation on reference, all") == 4
+    assert {"fid-color", "fid-other"} <= {result.metric_type for result in card.data.eval_results}
+
+
+def test_a_model_card_is_only_updated_on_request(run, folders, tmp_path):
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    flags = ["--pipeline", tmp_path / "model", *SHORT, "--num_images", 12]
+    with pytest.raises(InputError, match="--update_card needs the --pipeline of a local folder with a model card"):
+        run(*flags, "--update_card")
+    (tmp_path / "model" / "README.md").write_text("# Mine\n")
+    run(*flags)
+    assert (tmp_path / "model" / "README.md").read_text() == "# Mine\n"
+
+
+def test_only_metrics_of_the_inception_network_have_the_names_of_papers():
+    assert measured_by("fid@10", "inception-v3-compat", None) is None
+    assert measured_by("fid@10", "dinov2", "digits") == "dinov2"
+    assert measured_by("class_accuracy@10", "inception-v3-compat", "digits") == "digits"
+    assert metric_title("fid@10", "dinov2") == "FID@10 (dinov2)" and metric_title("fid@10") == "FID@10"
 
 
 def warnings(results: dict) -> str:
