@@ -11,7 +11,7 @@ From Python, call `finetune_few_step`.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from ddgan import ClassConditionalPipeline, UNetDiscriminator
-from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
+from ddgan.core.cli import Arguments, option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import location_name
 from ddgan.hub.cards import CardFacts, license_of
@@ -48,51 +48,51 @@ DDIM_STEPS = 40  # of the start model, for comparison
 
 
 @dataclass
-class FewStepArguments:
+class FewStepArguments(Arguments):
     """The model to fine-tune, its number of sampling steps, and the two stages of training."""
 
     _argument_group_name = "few steps"
 
-    start_model: str = option(
-        "", "pipeline folder or Hub repository of an unconditional UNet2DModel or a ClassConditionedUnet to start from"
+    start_model: str = option(  # __post_init__ refuses None
+        None,
+        "pipeline folder or Hub repository of an unconditional UNet2DModel or a ClassConditionedUnet to start from",
     )
     trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
-    num_inference_steps: list[int] = field(
-        default_factory=lambda: [4],
-        metadata={
-            "help": "sampling steps; several numbers train one model for each of them, the first is its default"
-        },
+    num_inference_steps: list[int] = option(
+        [4], "sampling steps; several numbers train one model for each of them, the first is its default", minimum=1
     )
     distillation_steps: int = option(
         500,
         "optimizer steps of the first stage, in which the network learns to reach in one evaluation what the start "
         "model reaches in many; the steps after them are adversarial",
+        minimum=0,
     )
-    distillation_lr: float = option(1e-3, "peak learning rate of the first stage")
-    distillation_weight: float = option(20.0, "weight of the loss of the first stage in the adversarial steps")
-    teacher_samples: int = option(2048, "number of samples of the start model to learn from")
-    teacher_steps: int = option(20, "DDIM steps for each of these samples")
+    distillation_lr: float = option(1e-3, "peak learning rate of the first stage", above=0)
+    distillation_weight: float = option(
+        20.0, "weight of the loss of the first stage in the adversarial steps", minimum=0
+    )
+    teacher_samples: int = option(2048, "number of samples of the start model to learn from", minimum=1)
+    teacher_steps: int = option(20, "DDIM steps for each of these samples", minimum=1)
     teacher_guidance_scale: float = option(
-        1.0, "classifier-free guidance of these samples, for a class-conditional model with a null class; 1: none"
+        1.0,
+        "classifier-free guidance of these samples, for a class-conditional model with a null class; 1: none",
+        above=0,
     )
-    lr_g: float = option(5e-5, "peak learning rate of the network in the adversarial steps")
-    lr_d: float = option(2e-4, "peak learning rate of the discriminator")
-    gamma: float = option(0.1, "weight of the gradient penalties R1 and R2; 0 turns them off")
-    instance_noise: float = option(0.5, "probability of noise on the clean images that the discriminator sees")
+    lr_g: float = option(5e-5, "peak learning rate of the network in the adversarial steps", above=0)
+    lr_d: float = option(2e-4, "peak learning rate of the discriminator", above=0)
+    gamma: float = option(0.1, "weight of the gradient penalties R1 and R2; 0 turns them off", minimum=0)
+    instance_noise: float = option(
+        0.5, "probability of noise on the clean images that the discriminator sees", minimum=0, maximum=1
+    )
 
     def __post_init__(self):
-        if not self.start_model:
+        super().__post_init__()
+        if self.start_model is None:
             raise InputError("Name the pipeline to start from with --start_model.")
         if not self.num_inference_steps:
             raise InputError("--num_inference_steps needs at least one number.")
-        require_at_least(1, self, "num_inference_steps")
         if len(set(self.num_inference_steps)) < len(self.num_inference_steps):
             raise InputError("--num_inference_steps names a number of steps twice.")
-        require_at_least(1, self, "teacher_samples", "teacher_steps")
-        require_at_least(0, self, "gamma", "instance_noise", "distillation_steps", "distillation_weight")
-        require_above(0, self, "lr_g", "lr_d", "distillation_lr", "teacher_guidance_scale")
-        if self.instance_noise > 1:
-            raise InputError(f"--instance_noise is {self.instance_noise}; a probability is at most 1.")
 
 
 @dataclass
@@ -101,7 +101,7 @@ class FewStepRunArguments(RunArguments):
 
     _default_output_dir: ClassVar = "few-step-model"
 
-    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off")
+    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
 
 
 def main(argv: list[str] | None = None) -> None:

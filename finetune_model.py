@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 from diffusers import UNet2DModel
 
-from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
+from ddgan.core.cli import Arguments, option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import location_name
 from ddgan.hub.cards import CardFacts, license_of
 from ddgan.sampling.generation import PipelineSampler
-from ddgan.sampling.loading import SCHEDULERS
+from ddgan.sampling.loading import SCHEDULERS, ddim_usage
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
 from ddgan.training.ema import EMA
 from ddgan.training.job import TrainedNetwork, TrainingJob
@@ -48,7 +48,7 @@ TRAINED_PARTS = {
 
 
 @dataclass
-class FinetuneArguments:
+class FinetuneArguments(Arguments):
     """The model to fine-tune, and the loss."""
 
     _argument_group_name = "fine-tuning"
@@ -61,15 +61,11 @@ class FinetuneArguments:
         None, "what the network predicts (default: same as the start model)"
     )
     min_snr_gamma: float | None = option(
-        None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)"
+        None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)", above=0
     )
     freeze: str = option("none", "which part of the UNet to freeze", choices=TRAINED_PARTS)
     sample_scheduler: str = option("ddim", "scheduler for the sample grids", choices=SCHEDULERS)
-    sample_steps: int = option(40, "sampling steps for these grids")
-
-    def __post_init__(self):
-        require_at_least(1, self, "sample_steps")
-        require_above(0, self, "min_snr_gamma")
+    sample_steps: int = option(40, "sampling steps for these grids", minimum=1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,7 +102,9 @@ def finetune(
     card = CardFacts(
         title=run.model_save_name,
         summary=f"An unconditional diffusion model: {location_name(args.start_model)}, fine-tuned on {data.name}.",
-        usage=USAGE.format(model=run.folder_name, steps=args.sample_steps),
+        usage=USAGE.format(
+            model=run.folder_name, scheduler=ddim_usage(pipeline, args.sample_steps), steps=args.sample_steps
+        ),
         settings=settings_for_card(*arguments),
         base_model=args.start_model,
         dataset=data.name,
@@ -152,7 +150,7 @@ USAGE = """
 from diffusers import DDIMScheduler, DDPMPipeline
 
 pipe = DDPMPipeline.from_pretrained("{model}")
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+{scheduler}
 image = pipe(num_inference_steps={steps}).images[0]
 """
 

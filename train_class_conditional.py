@@ -8,7 +8,7 @@ From Python, call `train_class_conditional`.
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,11 +18,13 @@ from diffusers import DDPMScheduler
 from torchvision.datasets import MNIST, FashionMNIST
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
-from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
+from ddgan.core.cli import Arguments, option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts
 from ddgan.sampling.generation import PipelineSampler
+from ddgan.sampling.loading import ddim_usage
 from ddgan.training.arguments import (
+    MAX_GRID_IMAGES,
     DataArguments,
     EvaluationArguments,
     LabelArguments,
@@ -43,10 +45,11 @@ RECIPES = {
 DATASETS = {"mnist": MNIST, "fashion_mnist": FashionMNIST}
 NUM_TRAIN_TIMESTEPS = 1000
 MIN_WIDTH = 8  # channels of one attention head in the blocks of Diffusers
+MAX_WIDTH, MAX_LAYERS = 16_384, 100  # far above any network that can be trained
 
 
 @dataclass
-class ClassConditionalArguments:
+class ClassConditionalArguments(Arguments):
     """The class-conditional network, and its loss."""
 
     _argument_group_name = "class conditioning"
@@ -64,39 +67,39 @@ class ClassConditionalArguments:
     )
     image_channels: Literal[1, 2, 3, 4] = option(1, "channels of the images: gray, gray and alpha, RGB, RGBA")
     class_dropout: float = option(
-        0.0, "probability of the null class in training; above 0 allows classifier-free guidance"
+        0.0, "probability of the null class in training; above 0 allows classifier-free guidance", minimum=0, below=1
     )
-    block_out_channels: list[int] = field(
-        default_factory=lambda: [32, 64, 64],
-        metadata={"help": "channels of each level, highest resolution first; context: only the first is used"},
+    block_out_channels: list[int] = option(
+        [32, 64, 64],
+        "channels of each level, highest resolution first; context: only the first is used",
+        minimum=MIN_WIDTH,
+        maximum=MAX_WIDTH,
     )
-    class_emb_size: int = option(4, "class_conditioned: size of the class embedding; 0: one-hot vectors")
-    layers_per_block: int = option(2, "class_conditioned: residual blocks per level")
-    attention_levels: list[int] = field(
-        default_factory=lambda: [1, 2],
-        metadata={"help": "class_conditioned: levels with attention; 0 is the highest resolution"},
+    class_emb_size: int = option(
+        4, "class_conditioned: size of the class embedding; 0: one-hot vectors", minimum=0, maximum=MAX_WIDTH
+    )
+    layers_per_block: int = option(2, "class_conditioned: residual blocks per level", minimum=1, maximum=MAX_LAYERS)
+    attention_levels: list[int] = option(
+        [1, 2], "class_conditioned: levels with attention; 0 is the highest resolution", minimum=0
     )
     norm_num_groups: int = option(
-        32, "class_conditioned: groups of the group norms; must divide the channels of every level"
+        32, "class_conditioned: groups of the group norms; must divide the channels of every level", minimum=1
     )
 
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("epsilon", "what the network predicts")
     min_snr_gamma: float | None = option(
-        None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)"
+        None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)", above=0
     )
     timestep_sampling: Literal["uniform", "logit_normal"] = option(
         "uniform", "distribution of the timesteps: uniform, or concentrated in the middle"
     )
-    sample_steps: int = option(50, "DDIM steps for the sample grids")
+    sample_steps: int = option(50, "DDIM steps for the sample grids", minimum=1)
     guidance_scale: float = option(
         1.0, "classifier-free guidance scale for these grids; above 1 needs --class_dropout"
     )
 
     def __post_init__(self):
-        require_at_least(1, self, "layers_per_block", "norm_num_groups", "sample_steps")
-        require_at_least(0, self, "class_emb_size", "class_dropout")
-        require_at_least(MIN_WIDTH, self, "block_out_channels")
-        require_above(0, self, "min_snr_gamma")
+        super().__post_init__()
         if not self.block_out_channels:
             raise InputError("--block_out_channels needs at least one width.")
         if self.guidance_scale > 1 and not self.class_dropout:
@@ -110,7 +113,7 @@ class ClassConditionalArguments:
 class ClassConditionalLearningRateArguments(LearningRateArguments):
     """The learning rate and its schedule."""
 
-    learning_rate: float = option(1e-3, "peak learning rate (Adam)")
+    learning_rate: float = option(1e-3, "peak learning rate (Adam)", minimum=0)
 
 
 @dataclass
@@ -119,7 +122,12 @@ class ClassConditionalRunArguments(RunArguments):
 
     _default_output_dir: ClassVar = "class-conditional"
 
-    num_samples: int = option(80, "images in a sample grid with one row per class, rounded up to full rows")
+    num_samples: int = option(
+        80,
+        "images in a sample grid with one row per class, rounded up to full rows",
+        minimum=1,
+        maximum=MAX_GRID_IMAGES,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -176,6 +184,8 @@ def train_class_conditional(
         timestep_sampling=args.timestep_sampling,
     )
 
+    pipeline = ClassConditionalPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
     arguments = (session.run, learning_rate, data_args, label_args, evaluation, args)
     card = CardFacts(
         title=run.model_save_name,
@@ -185,14 +195,13 @@ def train_class_conditional(
             model=run.folder_name,
             name=json.dumps(classes[0], ensure_ascii=False),
             guidance=f"guidance_scale={args.guidance_scale}, " if args.class_dropout else "",
+            scheduler=ddim_usage(pipeline, args.sample_steps),
             steps=args.sample_steps,
         ),
         settings=settings_for_card(*arguments),
         dataset=data.name,
         tags=["ddpm", "class-conditional"],
     )
-    pipeline = ClassConditionalPipeline(unet, scheduler)
-    pipeline.set_progress_bar_config(disable=True)
     job = TrainingJob(
         networks=[
             TrainedNetwork(
@@ -298,7 +307,7 @@ USAGE = """
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{model}", trust_remote_code=True)
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+{scheduler}
 image = pipe(class_labels={name}, {guidance}num_inference_steps={steps}).images[0]
 """
 

@@ -7,7 +7,7 @@ From Python, call `train_ddgan`.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
-from ddgan.core.cli import option, parse_arguments, require_above, require_at_least
+from ddgan.core.cli import Arguments, option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.hub.cards import CardFacts
 from ddgan.sampling.generation import PipelineSampler
@@ -35,54 +35,57 @@ DISCRIMINATORS = {
     "small": ((2, 4, 8, 8), (False, True, True, True)),
     "large": ((4, 8, 8, 8, 8, 8), (True, True, True, True, True, True)),
 }
+MAX_WIDTH, MAX_LAYERS = 16_384, 100  # far above any network that can be trained
 AUGMENTATIONS = ("color", "translation", "cutout")
 
 
 @dataclass
-class DDGANArguments:
+class DDGANArguments(Arguments):
     """The noise process, the two networks, and their losses."""
 
     _argument_group_name = "DDGAN"
 
-    num_train_timesteps: int = option(4, "denoising steps T")
-    beta_min: float = option(0.1, "noise process: lowest rate")
-    beta_max: float = option(20.0, "noise process: highest rate")
+    num_train_timesteps: int = option(4, "denoising steps T", minimum=1, maximum=1000)
+    beta_min: float = option(0.1, "noise process: lowest rate", above=0)
+    beta_max: float = option(20.0, "noise process: highest rate", above=0)
     variance_schedule: Literal["vp", "geometric"] = option("vp", "noise process: how its variance grows")
 
     image_channels: Literal[1, 2, 3, 4] = option(3, "channels of the images: gray, gray and alpha, RGB, RGBA")
     class_conditional: bool = option(False, "condition both networks on the class labels of the images")
-    block_out_channels: list[int] = field(
-        default_factory=lambda: [128, 256, 256, 256],
-        metadata={"help": "generator: channels of each level, highest resolution first"},
+    block_out_channels: list[int] = option(
+        [128, 256, 256, 256],
+        "generator: channels of each level, highest resolution first",
+        minimum=1,
+        maximum=MAX_WIDTH,
     )
-    layers_per_block: int = option(2, "generator: residual blocks per level")
-    attention_resolutions: list[int] = field(
-        default_factory=lambda: [16], metadata={"help": "generator: feature map heights with attention"}
+    layers_per_block: int = option(2, "generator: residual blocks per level", minimum=1, maximum=MAX_LAYERS)
+    attention_resolutions: list[int] = option([16], "generator: feature map heights with attention", minimum=1)
+    latent_dim: int = option(100, "generator: length of the latent z", minimum=1, maximum=MAX_WIDTH)
+    latent_embed_dim: int = option(256, "generator: width of the mapping network of z", minimum=1, maximum=MAX_WIDTH)
+    latent_mapping_layers: int = option(
+        4, "generator: layers of the mapping network after the first", minimum=0, maximum=MAX_LAYERS
     )
-    latent_dim: int = option(100, "generator: length of the latent z")
-    latent_embed_dim: int = option(256, "generator: width of the mapping network of z")
-    latent_mapping_layers: int = option(4, "generator: layers of the mapping network after the first")
-    dropout: float = option(0.0, "generator: dropout probability")
+    dropout: float = option(0.0, "generator: dropout probability", minimum=0, below=1)
     discriminator: str = option(
         "small", "the paper's discriminator for 32x32 (small) or 256x256 (large)", choices=DISCRIMINATORS
     )
-    discriminator_channels: int = option(64, "discriminator: base width, which its blocks multiply")
+    discriminator_channels: int = option(
+        64, "discriminator: base width, which its blocks multiply", minimum=1, maximum=MAX_WIDTH
+    )
 
-    lr_g: float = option(1.6e-4, "learning rate of the generator (Adam with betas 0.5 and 0.9)")
-    lr_d: float = option(1.25e-4, "learning rate of the discriminator")
-    lr_min: float = option(1e-5, "final learning rate of both, after a cosine decay that is constant within an epoch")
-    r1_gamma: float = option(0.05, "weight of the gradient penalty R1; 0 turns it off")
-    lazy_reg: int = option(15, "steps between applications of R1")
-    diffaug: list[str] = field(
-        default_factory=list,
-        metadata={"help": "differentiable augmentations, for small datasets: any of color,translation,cutout"},
+    lr_g: float = option(1.6e-4, "learning rate of the generator (Adam with betas 0.5 and 0.9)", above=0)
+    lr_d: float = option(1.25e-4, "learning rate of the discriminator", above=0)
+    lr_min: float = option(
+        1e-5, "final learning rate of both, after a cosine decay that is constant within an epoch", minimum=0
+    )
+    r1_gamma: float = option(0.05, "weight of the gradient penalty R1; 0 turns it off", minimum=0)
+    lazy_reg: int = option(15, "steps between applications of R1", minimum=1)
+    diffaug: list[str] = option(
+        [], "differentiable augmentations, for small datasets: any of color,translation,cutout"
     )
 
     def __post_init__(self):
-        require_at_least(1, self, "layers_per_block", "latent_dim", "latent_embed_dim", "discriminator_channels")
-        require_at_least(1, self, "num_train_timesteps", "lazy_reg")
-        require_at_least(0, self, "r1_gamma", "lr_min", "dropout", "latent_mapping_layers")
-        require_above(0, self, "lr_g", "lr_d")
+        super().__post_init__()
         if self.lr_min > min(self.lr_g, self.lr_d):
             raise InputError(
                 f"--lr_min is {self.lr_min}, the final value of --lr_g {self.lr_g} and --lr_d {self.lr_d}; it must "
@@ -99,7 +102,7 @@ class DDGANRunArguments(RunArguments):
 
     _default_output_dir: ClassVar = "ddgan-model"
 
-    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off")
+    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
 
 
 def main(argv: list[str] | None = None) -> None:

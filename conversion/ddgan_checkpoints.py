@@ -5,7 +5,6 @@ command-line arguments, here called arguments, and its generator keeps all layer
 """
 
 import argparse
-import pickle
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -73,12 +72,15 @@ class Checkpoint:
     """The contents of a checkpoint.
 
     Attributes:
-        generator: parameters of the generator.
+        generator: parameters of the generator: the EMA weights if the file has them.
+        is_ema: whether the optimizer state of a full training state contained EMA weights, which netG_*.pth files
+            have already.
         discriminator: parameters of the discriminator, if the file has them.
         arguments: arguments of the training run, if the file has them.
     """
 
     generator: dict[str, torch.Tensor]
+    is_ema: bool
     discriminator: dict[str, torch.Tensor] | None
     arguments: dict[str, Any] | None
 
@@ -94,23 +96,53 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the unpickler raises almost anything on damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"The checkpoint {path} cannot be read as tensors and plain values: {reason}") from error
     if not isinstance(content, dict):
         raise InputError(f"The checkpoint {path} contains a {type(content).__name__} instead of a state dict.")
     values = [content, *content.values()]
-    states = [value for value in values if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))]
+    states = [
+        value
+        for value in values
+        if isinstance(value, dict)
+        and any(map(torch.is_tensor, value.values()))
+        and all(isinstance(key, str) for key in value)
+    ]
 
     def find_state(key_part: str) -> dict[str, torch.Tensor] | None:
-        return next((state for state in states if any(key_part in key for key in state)), None)
+        found = next((state for state in states if any(key_part in key for key in state)), None)
+        for key, value in (found or {}).items():
+            if not torch.is_tensor(value):
+                raise InputError(f"{key} in the checkpoint {path} is a {type(value).__name__} instead of a tensor.")
+        return found
 
     generator = find_state("all_modules.")
     if generator is None:
         keys = ", ".join(map(str, content))[:300]
         raise InputError(f"The checkpoint {path} contains no generator: its keys are {keys}.")
     arguments = next((vars(value) for value in values if isinstance(value, argparse.Namespace)), None)
-    return Checkpoint(generator, find_state("start_conv."), arguments)
+    ema = _ema_weights(generator, content)
+    return Checkpoint(ema or generator, ema is not None, find_state("start_conv."), arguments)
+
+
+def _ema_weights(generator: State, content: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+    """Return the EMA weights of the generator from the state of its optimizer, None if there are none.
+
+    The optimizer numbers the parameters in their order, and has no state for those that are not trained.
+    """
+    keys = list(generator)
+    for value in content.values():
+        state = value.get("state") if isinstance(value, dict) else None
+        if not isinstance(state, dict) or not state or not all(isinstance(index, int) for index in state):
+            continue
+        ema = {index: entry["ema"] for index, entry in state.items() if isinstance(entry, dict) and "ema" in entry}
+        if len(ema) == len(state) and all(
+            torch.is_tensor(weights) and index in range(len(keys)) and weights.shape == generator[keys[index]].shape
+            for index, weights in ema.items()
+        ):
+            return {**generator, **{keys[index]: weights for index, weights in ema.items()}}
+    return None
 
 
 def _generator_modules(arguments: Arguments) -> list[tuple[str, dict[str, str]]]:
@@ -304,6 +336,9 @@ def generator_arguments(state_dict: State, arguments: Arguments) -> dict[str, An
     Args:
         state_dict: parameters of the generator, with or without the prefix `module.`.
         arguments: known arguments, which take precedence.
+
+    Raises:
+        ValueError: if the entries of `all_modules` are not numbered consecutively.
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     inferred, entries = {}, {}
@@ -313,7 +348,12 @@ def generator_arguments(state_dict: State, arguments: Arguments) -> dict[str, An
     for key, value in state_dict.items():
         if match := re.fullmatch(r"all_modules\.(\d+)\.(.+)", key):
             entries.setdefault(int(match[1]), {})[match[2]] = value
-    modules = [entries.get(index, {}) for index in range(max(entries, default=-1) + 1)]  # some have no parameters
+    count = max(entries, default=-1) + 1
+    if count > 2 * len(entries) + 10:  # few entries have no parameters
+        raise ValueError(
+            f"The checkpoint has {len(entries)} entries of `all_modules`, but one with number {count - 1}."
+        )
+    modules = [entries.get(index, {}) for index in range(count)]
     with suppress(KeyError, ValueError, IndexError):  # if keys are missing, the conversion lists them
         inferred |= infer_arguments(modules, arguments.get("image_size"))
     return {**COMMON_ARGUMENTS, **inferred, **arguments}

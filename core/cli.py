@@ -4,10 +4,12 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import math
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,34 +18,96 @@ from transformers import HfArgumentParser
 
 from .errors import InputError
 
+_RANGE = "range"  # key in the metadata of a field
+_LARGEST_INT = 2**31 - 1
+_EMPTY = "Pass a value, or omit it (is a variable of your shell not set?)."
+_MAX_CONFIG_SIZE = 1_000_000  # bytes
 
-def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
-    """Return a dataclass field with a default, a `--help` text and, optionally, its allowed values."""
-    return field(default=default, metadata={"help": help} if choices is None else {"help": help, "choices": choices})
+
+@dataclass(frozen=True)
+class _Range:
+    """The finite numbers that an argument may have; None is no bound."""
+
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+
+    def violation(self, value: float) -> str | None:
+        """Return what a number must be, or None if it is in the range."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return "a finite number"
+        if self.minimum is not None and value < self.minimum:
+            return f"at least {self.minimum}"
+        if self.above is not None and value <= self.above:
+            return f"greater than {self.above}"
+        maximum = _LARGEST_INT if self.maximum is None and isinstance(value, int) else self.maximum
+        if maximum is not None and value > maximum:
+            return f"at most {maximum}"
+        if self.below is not None and value >= self.below:
+            return f"less than {self.below}"
+        return None
 
 
-def require_at_least(minimum: float, arguments: Any, *names: str) -> None:
-    """Check that the named arguments, numbers or lists of numbers, are at least `minimum`; None is ignored.
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Return a dataclass field with a default, a `--help` text and, optionally, its allowed values.
+
+    Args:
+        choices: the allowed texts.
+        minimum, above, maximum, below: the range of a number, or of each number in a list; `Arguments` checks it.
+            Numbers must be finite in any case, and integers at most 2^31 - 1.
+    """
+    metadata: dict[str, Any] = {"help": help, _RANGE: _Range(minimum, above, maximum, below)}
+    if choices is not None:
+        metadata["choices"] = choices
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Arguments:
+    """Base class of dataclasses of arguments, built from the command line or in Python.
 
     Raises:
-        InputError: if one is smaller; the message names its flag.
+        InputError: if a number is outside its range (see `option`), or a text or a list without default is empty; the
+            message names its flag.
     """
-    for name, value in _numbers(arguments, names):
-        if not value >= minimum:
-            raise InputError(f"--{name} is {value}; it must be at least {minimum}.")
+
+    def __post_init__(self):
+        """Check all values, and expand `~` at the start of paths."""
+        for argument in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, argument.name)
+            if value == [] and argument.default is None:
+                raise InputError(f"--{argument.name} is empty. {_EMPTY}")
+            checked = [_checked(argument, item) for item in (value if isinstance(value, list) else [value])]
+            setattr(self, argument.name, checked if isinstance(value, list) else checked[0])
 
 
-def require_above(bound: float, arguments: Any, *names: str) -> None:
-    """Check that the named arguments are greater than `bound`; see `require_at_least`."""
-    for name, value in _numbers(arguments, names):
-        if not value > bound:
-            raise InputError(f"--{name} is {value}; it must be greater than {bound}.")
+def _checked(argument: dataclasses.Field, value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if violation := argument.metadata.get(_RANGE, _Range()).violation(value):
+            raise InputError(f"--{argument.name} is {value}; it must be {violation}.")
+    elif isinstance(value, str):
+        if not value.strip():
+            raise InputError(f"--{argument.name} is empty. {_EMPTY}")
+        if "\0" in value:
+            raise InputError(f"--{argument.name} contains a zero byte, which no path or name can have.")
+        return expand_user(value)
+    return value
 
 
-def _numbers(arguments: Any, names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
-    for name in names:
-        values = getattr(arguments, name)
-        yield from ((name, value) for value in (values if isinstance(values, list) else [values]) if value is not None)
+def expand_user(path: str) -> str:
+    """Expand `~/` and `~user/` at the start of a path, as the shell does only in some places."""
+    return os.path.expanduser(path) if re.match(r"~[^/\s]*/|~$", path) else path
 
 
 def parse_arguments(
@@ -70,7 +134,7 @@ def parse_arguments(
 
     files, _ = parser.parse_known_args([token for token in argv if token not in ("-h", "--help")])
     defaults: list[str] = []
-    if files.config:
+    if files.config is not None:
         defaults = _read_config(files.config, parser, alternatives, argv)
     if recipes and files.recipe:
         defaults = _read_config(str(recipes[files.recipe]), parser, alternatives, defaults + argv) + defaults
@@ -97,7 +161,7 @@ def write_config(path: Path, *arguments: Any) -> None:
 
 
 def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -> HfArgumentParser:
-    parser = HfArgumentParser(
+    parser = _ArgumentParser(
         dataclass_types, allow_abbrev=False, usage="%(prog)s [flags]", formatter_class=_HelpFormatter
     )
     for action in parser._actions:
@@ -112,6 +176,16 @@ def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -
 
     parser.error = fail
     return parser
+
+
+class _ArgumentParser(HfArgumentParser):
+    """`HfArgumentParser` for fields of `option`."""
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        plain = copy.copy(field)
+        plain.metadata = {key: value for key, value in field.metadata.items() if key != _RANGE}  # pyright: ignore
+        HfArgumentParser._parse_dataclass_field(parser, plain)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -135,12 +209,15 @@ def _read_config(
     path: str, parser: argparse.ArgumentParser, alternatives: list[set[str]], overriding: list[str]
 ) -> list[str]:
     """Convert a YAML file to command-line tokens, leaving out flags whose alternatives are among `overriding`."""
-    if not Path(path).is_file():
+    file = Path(expand_user(path))
+    if not file.is_file():
         raise InputError(f"--config {path} does not exist.")
+    if file.stat().st_size > _MAX_CONFIG_SIZE:
+        raise InputError(f"--config {path} is too large for a list of flags.")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path} is not valid YAML: {error}") from None
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
+        raise InputError(f"--config {path} is not valid YAML in UTF-8: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path} must contain one `flag: value` per line, like a run folder's config.yaml.")
 
@@ -154,8 +231,11 @@ def _read_config(
             raise InputError(f"--config {path}: {_unknown_flag(f'--{name}', set(actions))}")
         if value is False and "no" in (action.choices or ()):  # YAML reads an unquoted no as false
             value = "no"
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (dict, list, set, tuple)) for item in items):
+            raise InputError(f"--config {path}: {name} must be a single value or a list of values.")
         if value is not None and name not in overridden:
-            tokens += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+            tokens += [f"--{name}", *map(str, items)]
     return tokens
 
 

@@ -11,12 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+_UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(_UMASK)
+
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name, sync it and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")  # keeps the suffix, from which writers infer the format
     write(temporary)
+    _apply_umask(temporary)
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
@@ -33,6 +37,7 @@ def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:
     files = [path for path in temporary.rglob("*") if path.is_file()]
     files.sort(key=lambda path: (-len(path.parts), path.suffix == ".json"))
     for path in files:
+        _apply_umask(path)
         sync(path)
     for path in files:
         target = folder / path.relative_to(temporary)
@@ -48,12 +53,20 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(path, ignore_errors=True)
     write(temporary)
     for path in [*temporary.rglob("*"), temporary]:
+        if path.is_file():
+            _apply_umask(path)
         sync(path)
     if folder.exists():
         os.replace(folder, replaced)
     os.replace(temporary, folder)
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _apply_umask(path: Path) -> None:
+    """Let others read a file as the umask allows; safetensors writes files that only their owner can read."""
+    if path.stat().st_mode & 0o777 == 0o600:
+        path.chmod(0o666 & ~_UMASK)
 
 
 def copy_folder(folder: Path, target: Path) -> None:
@@ -79,8 +92,9 @@ def unused_path(path: Path) -> Path:
 
 
 def location_name(location: str) -> str:
-    """Return the base name of a local file or folder, or a Hub name unchanged."""
-    return Path(location).resolve().name if Path(location).exists() else location
+    """Return the base name of a local file or folder, or a Hub name unchanged; bytes that are not UTF-8 become `?`."""
+    name = Path(location).resolve().name if Path(location).exists() else location
+    return name.encode(errors="replace").decode()
 
 
 def fingerprint(facts: Any) -> str:

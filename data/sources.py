@@ -4,9 +4,13 @@
 the methods of `ImageSource` and a function that opens it, and add the function to `KINDS`.
 """
 
+import logging
 import os
+import re
+import shlex
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,19 +26,33 @@ from ..core.errors import InputError, naming_file
 from ..core.extras import missing_extra
 from ..core.files import fingerprint, fingerprint_bytes
 from ..core.run_files import is_run_folder
-from .images import IMAGE_SUFFIXES, BrokenImageError, file_bytes
+from .images import CHANNEL_MODES, IMAGE_SUFFIXES, BrokenImageError, encoded_or_path, file_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
+logger = logging.getLogger(__name__)
+
 EMBEDDED_DATASET = Path(__file__).parent.parent / "examples" / "data" / "twemoji-32"
 
-_SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
+# folders in which network drives and desktops keep thumbnails, snapshots and deleted files, in lower case
+_SYSTEM_FOLDERS = {
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot", "$recycle.bin", "lost+found"),
+    *("system volume information", "__macosx", "found.000"),
+}
+_SPLIT_NAMES = {  # folder names in lower case -> the split they stand for
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("eval", "evaluation"), "evaluation"),
+}
+_WHOLE = (None, "train", "all")  # requested splits that a source without splits can give
+_IDX_UINT8 = 8  # code of the data type
 _IDX_PREFIXES = {"train": "train", "test": "t10k"}  # split -> prefix of torchvision's files
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`, for single files
+_METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of image folders, as read by `datasets`
 _DATASET_SUFFIXES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}  # files that make a folder a dataset
-_MAX_LABEL_GAP = 10  # maximum classes per distinct label; with more, labels are years or IDs, not classes
-_FEW_CLASSES = 100  # up to this many classes are accepted regardless of gaps
+_FEW_CLASSES = 100  # with more classes, they must have at least two images on average, or the labels are IDs
 
 
 @dataclass(frozen=True)
@@ -127,9 +145,10 @@ class MissingSplitError(InputError):
 
 
 class FolderImages:
-    """The image files below a folder, in the order of their paths; each subfolder is a class.
+    """The image files below a folder, in the natural order of their paths; each subfolder is a class.
 
-    Symbolic links to folders are followed. Hidden files, hidden folders and run folders are ignored.
+    Symbolic links to folders are followed. Hidden files, hidden folders, run folders, and the thumbnails and recycle
+    bins of network drives are ignored; what else is ignored is logged.
 
     Raises:
         InputError: if there are none.
@@ -137,12 +156,14 @@ class FolderImages:
 
     def __init__(self, folder: Path, split: str = "all"):
         self.folder, self.split = folder, split
-        self.paths = _image_files(folder)
+        self.paths, ignored = _image_files(folder)
         if not self.paths:
             raise InputError(
                 f"There are no images in {folder} or its subfolders. Image files end in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}; torchvision's raw/train-images-idx3-ubyte is also supported."
             )
+        if ignored and os.environ.get("RANK", "0") == "0":
+            logger.info(f"{folder}: {len(self.paths)} images. Ignored: {_describe(ignored)}.")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -157,32 +178,39 @@ class FolderImages:
         return _fingerprint(self.paths[i] for i in indices)
 
     def labels(self, column: str | None) -> Labels:
+        _require_no_column(column, self.folder)
+        if metadata := next((path for name in _METADATA_FILES if (path := self.folder / name).is_file()), None):
+            folder = shlex.quote(str(self.folder))
+            raise InputError(
+                f"{metadata} may contain the labels of the images, but --train_data_dir takes the classes from the "
+                f"subfolders. Use --dataset_name {folder} and --label_column for its labels, or remove it."
+            )
         return _folder_labels([path.relative_to(self.folder) for path in self.paths], self.folder)
 
 
 class ZipImages:
-    """The image files in a .zip archive, in the order of their paths; each folder is a class.
+    """The image files in a .zip archive, in the natural order of their paths; each folder is a class.
 
     Paths are relative to the deepest folder that contains all images, which may have a subfolder for each split.
 
     Raises:
         InputError: if there are none, or the file is not an archive.
-        MissingSplitError: if there are splits, but not this one.
+        MissingSplitError: if there is no such split.
     """
 
-    def __init__(self, path: Path, split: str = "train"):
+    def __init__(self, path: Path, split: str | None = None, default_split: str = "train"):
         self.path = path
         with naming_file(path), ZipFile(path) as archive:
             members = [PurePosixPath(name) for name in archive.namelist()]
-        members = [m for m in members if m.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(m)]
+        members = [m for m in members if m.suffix.lower() in IMAGE_SUFFIXES and not any(map(_is_left_out, m.parts))]
         if not members:
             raise InputError(f"There are no images in {path}. Image files end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
         self.root = PurePosixPath(os.path.commonpath([member.parent for member in members]))
         folders = {parts[0] for m in members if len(parts := m.relative_to(self.root).parts) > 1}
-        split_folder = _find_split(folders, split, path)
+        split_folder = _find_split(folders, split, default_split, path)
         self.split = split_folder or "all"
         self.root /= split_folder or ""
-        self.members = sorted(member for member in members if member.is_relative_to(self.root))
+        self.members = sorted((m for m in members if m.is_relative_to(self.root)), key=natural_order)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -201,6 +229,7 @@ class ZipImages:
         return _fingerprint(self._cell_or_none(i) for i in indices)
 
     def labels(self, column: str | None) -> Labels:
+        _require_no_column(column, self.path)
         return _folder_labels([member.relative_to(self.root) for member in self.members], self.path)
 
     def _cell_or_none(self, i: int) -> dict[str, Any] | None:
@@ -219,46 +248,87 @@ def _fingerprint(cells: Iterable[Any]) -> str:
     return fingerprint([fingerprint_bytes(file_bytes(cell)) for cell in cells])
 
 
-def _image_files(folder: Path) -> list[Path]:
-    paths = []
+def natural_order(name: str | PurePath) -> list[list[tuple[int, str, str]]]:
+    """Sort key of a name or path that compares the numbers in it by value: 2.png before 10.png."""
+
+    def key(text: str) -> tuple[int, str, str]:
+        number = text.lstrip("0") if text.isdecimal() else ""
+        return len(number), number, text
+
+    parts = name.parts if isinstance(name, PurePath) else [name]
+    return [[key(text) for text in re.split(r"(\d+)", part)] for part in parts]
+
+
+def _image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the images below a folder, and the number of ignored files by their suffix or system folder."""
+    paths, ignored = [], Counter[str]()
     for root, folders, files in os.walk(folder, followlinks=True):
+        for name in folders:
+            if name.lower() in _SYSTEM_FOLDERS and (count := _count_images(Path(root, name))):
+                ignored[f"in {name}"] += count
         folders[:] = [name for name in folders if not _is_ignored(Path(root, name))]
-        paths += [Path(root, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        for path in (Path(root, name) for name in files if not name.startswith(".")):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                paths.append(path)
+            else:
+                ignored[path.suffix.lower() or "without a suffix"] += 1
+    return sorted((path for path in paths if path.is_file()), key=natural_order), ignored
+
+
+def _count_images(folder: Path) -> int:
+    return sum(Path(name).suffix.lower() in IMAGE_SUFFIXES for _, _, files in os.walk(folder) for name in files)
+
+
+def _describe(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
 def _is_ignored(folder: Path) -> bool:
-    if folder.name.startswith("."):
+    if _is_left_out(folder.name):
         return True
     if folder.is_symlink() and any(parent.resolve().is_relative_to(folder.resolve()) for parent in folder.parents):
         return True  # a link to one of its own parent folders
     return is_run_folder(folder)
 
 
-def _is_hidden(path: PurePath) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _is_left_out(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
-def _find_split(folders: set[str], split: str, location: Path) -> str | None:
+def _find_split(folders: set[str], split: str | None, default_split: str, location: Path) -> str | None:
     """Return the subfolder that contains a split, or None if the subfolders are not splits.
 
-    `train` may also be the name of a class, and the caller may not have chosen it, since it is the default split. A
-    subfolder `train` is therefore a split only if it is the only one, or another one has the name of a split too.
+    `train` and `test` may also be names of classes. Unless the caller names a split, subfolders are splits only if
+    there are two different ones, or the only subfolder is that of the training images.
 
     Raises:
-        MissingSplitError: if the subfolders are splits, but none of them is this one.
+        MissingSplitError: if there is no such split.
     """
-    split_names = folders & _SPLIT_NAMES
-    has_splits = "train" in folders and (split_names == folders or len(split_names) > 1)
-    if split in folders and (has_splits or split != "train"):
-        return split
+    splits = {name: _SPLIT_NAMES[name.lower()] for name in folders if name.lower() in _SPLIT_NAMES}
+    has_splits = len(set(splits.values())) > 1 or (splits.keys() == folders and "train" in splits.values())
+    requested = split or default_split
+    kind = _SPLIT_NAMES.get(requested.lower())
+    found = [requested] if requested in folders else [name for name in splits if splits[name] == kind]
+    if len(found) == 1 and (has_splits or split):
+        return found[0]
     if has_splits:
-        raise MissingSplitError(f"{location} has no split {split}: its splits are {', '.join(sorted(split_names))}.")
+        raise MissingSplitError(f"{location} has no split {requested}: its splits are {', '.join(sorted(splits))}.")
+    _require_no_split(split, location)
     return None
 
 
+def _require_no_split(split: str | None, location: str | Path) -> None:
+    """Check that no particular split was requested of a source without splits.
+
+    Raises:
+        MissingSplitError: if one was.
+    """
+    if split not in _WHOLE:
+        raise MissingSplitError(f"{location} has no split {split}: it is not divided into splits.")
+
+
 def _folder_labels(paths: Sequence[PurePath], location: Path) -> Labels:
-    """Return one class per subfolder, sorted by name; the paths are relative to `location`."""
+    """Return one class per subfolder, in natural order; the paths are relative to `location`."""
     for path in paths:
         if len(path.parts) == 1:
             raise InputError(
@@ -266,9 +336,21 @@ def _folder_labels(paths: Sequence[PurePath], location: Path) -> Labels:
                 "class into a subfolder named after the class."
             )
     names = [path.parts[0] for path in paths]
-    classes = sorted(set(names))
+    for name in set(names):
+        if name != name.encode(errors="replace").decode():  # model cards and configs are UTF-8
+            raise InputError(f"The name of the folder {name!r} in {location} is not UTF-8: rename it.")
+    return _named_labels(names)
+
+
+def _named_labels(names: Sequence[str]) -> Labels:
+    classes = sorted(set(names), key=natural_order)
     numbers = {name: number for number, name in enumerate(classes)}
     return Labels(classes, [numbers[name] for name in names])
+
+
+def _require_no_column(column: str | None, location: Path) -> None:
+    if column is not None:
+        raise InputError(f"--label_column {column}: {location} has no columns. Only datasets have them.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,16 +384,17 @@ class IdxImages(_ArrayImages):
     """
 
     def __init__(self, path: Path, split: str = "train"):
-        super().__init__(path, _read_idx(path), split)
+        super().__init__(path, _read_idx(path, 3), split)
 
     def labels(self, column: str | None) -> Labels:
+        _require_no_column(column, self.path)
         path = self.path.with_name(self.path.name.replace("images-idx3", "labels-idx1"))
         if not path.is_file():
             raise InputError(f"The images in {self.path} have no class labels: there is no {path.name} next to them.")
-        numbers = _read_idx(path).tolist()
+        numbers = _read_idx(path, 1).tolist()
         _check_label_count(self, numbers, path.name)
-        names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else range(max(numbers) + 1)
-        return Labels([str(name) for name in names], numbers)
+        names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else None
+        return _integer_labels(numbers, names, path.name)
 
 
 class NpzImages(_ArrayImages):
@@ -324,12 +407,18 @@ class NpzImages(_ArrayImages):
     def __init__(self, path: Path):
         arrays = read_arrays(path)
         images = arrays.get("arr_0")
-        if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4):
+        channels = images.shape[3:] if images is not None else ()
+        if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
             raise InputError(f"{path} must contain images (N, H, W, C) as 8-bit integers in an array arr_0.")
+        if channels and channels[0] not in CHANNEL_MODES:
+            raise InputError(
+                f"{path} has images of the shape {images.shape[1:]}; it must be (H, W, C) with 1 to 4 channels."
+            )
         super().__init__(path, images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images, "all")
         self._label_array = arrays.get("arr_1")
 
     def labels(self, column: str | None) -> Labels:
+        _require_no_column(column, self.path)
         array = self._label_array
         if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
             raise InputError(
@@ -353,14 +442,20 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             return dict(arrays)
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    """Memory-map a file in MNIST's idx format, (N, ...)."""
-    try:
-        with open(path, "rb") as file:  # two zeros, the data type, the number of dimensions, the dimensions
-            shape = [int.from_bytes(file.read(4), "big") for _ in range(file.read(4)[3])]
-            values = np.memmap(path, np.uint8, "r", file.tell(), tuple(shape))
-    except (IndexError, ValueError):
-        values = np.empty(0)
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """Memory-map a file of bytes in MNIST's idx format, (N, ...)."""
+    with open(path, "rb") as file:  # two zeros, the data type, the number of dimensions, the dimensions
+        magic = file.read(4)
+        if len(magic) == 4 and magic != bytes([0, 0, _IDX_UINT8, dimensions]):
+            raise InputError(
+                f"{path} does not contain bytes in {dimensions} dimensions in MNIST's idx format. If it is "
+                "compressed, unpack it; images of another type can be converted to an .npz file."
+            )
+        shape = tuple(int.from_bytes(file.read(4), "big") for _ in range(dimensions))
+        try:
+            values = np.memmap(path, np.uint8, "r", file.tell(), shape)
+        except (OSError, OverflowError, ValueError):
+            values = np.empty(0)
     if not values.size:
         raise InputError(f"{path} is truncated or empty: download it again.")
     return values
@@ -380,10 +475,12 @@ class DatasetImages:
 
     Args:
         column: the column with the images; detected if None.
+        split: name of the split.
+        folder: folder of a local dataset, which paths in the column are relative to.
     """
 
-    def __init__(self, rows: "Dataset", column: str | None, split: str = "train"):
-        self.rows, self.split = rows, split
+    def __init__(self, rows: "Dataset", column: str | None, split: str = "train", folder: Path | None = None):
+        self.rows, self.split, self.folder = rows, split, folder
         self.column = _image_column(rows, column)
         self._encoded = _undecoded(rows, [self.column])
 
@@ -391,16 +488,16 @@ class DatasetImages:
         return len(self._encoded)
 
     def __getitem__(self, i: int) -> Any:
-        return self._encoded[i][self.column]
+        return locate(self._encoded[i][self.column], self.folder)
 
     def name(self, i: int) -> str:
-        return f"row {i} ({file_name(self[i])})"
+        return f"row {i} of the column {self.column!r} ({file_name(self._encoded[i][self.column])})"
 
     def fingerprint(self, indices: Sequence[int]) -> str:
-        return _fingerprint(row[self.column] for row in self._encoded.select(indices))
+        return _fingerprint(locate(row[self.column], self.folder) for row in self._encoded.select(indices))
 
     def labels(self, column: str | None) -> Labels:
-        """Return the classes in the label column: a `ClassLabel`, integers counting from 0, or names.
+        """Return the classes in the label column: a `ClassLabel`, or integers or names, in natural order.
 
         Raises:
             InputError: if there is no such column, or a label in it is missing or is not a valid class label.
@@ -409,9 +506,8 @@ class DatasetImages:
         values = self.rows[column][:]
         classes = getattr(self.rows.features[column], "names", None)
         if classes is None and all(isinstance(value, str) for value in values):
-            classes = sorted(set(values))
-            numbers = {name: number for number, name in enumerate(classes)}
-            return Labels(classes, [numbers[value] for value in values])
+            _require_classes(values, f"label column {column!r}")
+            return _named_labels(values)
         return _integer_labels(values, classes, f"label column {column!r}")
 
 
@@ -420,10 +516,11 @@ class ImageStream:
 
     Args:
         image_column: the column with the images; detected if None.
+        folder: see `DatasetImages`.
     """
 
-    def __init__(self, rows: "IterableDataset", image_column: str | None):
-        self.rows, self.image_column = rows, _image_column(rows, image_column)
+    def __init__(self, rows: "IterableDataset", image_column: str | None, folder: Path | None = None):
+        self.rows, self.image_column, self.folder = rows, _image_column(rows, image_column), folder
 
     def label_column(self, column: str | None) -> str:
         """Return the name of the column with the class labels; detected if None."""
@@ -450,30 +547,57 @@ class ImageStream:
 
 def file_name(cell: Any) -> str:
     """Return the file name of a dataset cell, or a placeholder if it has none."""
-    return (isinstance(cell, dict) and cell["path"]) or "no file name"
+    path = cell.get("path") if isinstance(cell, dict) else cell
+    return path if isinstance(path, str) and path else "no file name"
+
+
+def locate(cell: Any, folder: Path | None) -> Any:
+    """Return a dataset cell with a relative path in it resolved.
+
+    Args:
+        folder: the folder of a local dataset; None for one on the Hub, whose cells must be images.
+
+    Raises:
+        BrokenImageError: for a URL, or a path in a dataset on the Hub.
+    """
+    path = encoded_or_path(cell)
+    if isinstance(path, bytes) or path is None or (path.is_absolute() and (folder or isinstance(cell, dict))):
+        return cell
+    if folder is None or "://" in file_name(cell):
+        raise BrokenImageError(f"it holds {file_name(cell)!r}, not an image. Download the images it refers to")
+    return folder / path
 
 
 def _integer_labels(values: list[Any], classes: list[str] | None, place: str) -> Labels:
-    """Check that labels are non-negative integers, and name the classes after them unless they have names."""
+    """Check that labels are non-negative integers, and name the classes after them unless they have names.
+
+    Without names, the classes are the labels that occur, so that labels 1 to 5 make five classes.
+    """
     wrong = [value for value in values if not isinstance(value, int) or value < 0]
     if wrong:
         raise InputError(
             f"The {place} must contain a class for every image: a name, or an integer from 0. It contains "
             f"{None if None in wrong else wrong[0]!r}."
         )
-    distinct = len(set(values))
-    if classes is None and max(values) >= max(_FEW_CLASSES, _MAX_LABEL_GAP * distinct):
-        raise InputError(
-            f"The {place} contains {distinct} different labels, up to {max(values)}. Labels must count from 0, here "
-            f"to {distinct - 1}: renumber them, or use class names instead."
-        )
-    classes = classes or [str(number) for number in range(max(values) + 1)]
+    if classes is None:
+        _require_classes(values, place)
+        return _named_labels([str(int(value)) for value in values])  # booleans are labels too
     if max(values) >= len(classes):
         raise InputError(
             f"The {place} contains the label {max(values)}, but names {len(classes)} classes, whose labels are 0 to "
             f"{len(classes) - 1}."
         )
-    return Labels(classes, [int(value) for value in values])  # booleans are labels too
+    return Labels(classes, [int(value) for value in values])
+
+
+def _require_classes(values: Sequence[Any], place: str) -> None:
+    """Check that labels are classes of several images, and not the IDs of the images."""
+    distinct = len(set(values))
+    if distinct > max(_FEW_CLASSES, len(values) / 2):
+        raise InputError(
+            f"The {place} contains {distinct} different labels for {len(values)} images: these are not classes. Name "
+            "another column with --label_column."
+        )
 
 
 def _undecoded(rows: Any, columns: list[str]) -> Any:
@@ -523,7 +647,8 @@ class _Request:
     """The arguments of `open_source`."""
 
     location: str
-    split: str
+    split: str | None
+    default_split: str
     config: str | None
     image_column: str | None
     folder_as: Literal["images", "dataset"] | None
@@ -532,11 +657,22 @@ class _Request:
     def path(self) -> Path:
         return Path(self.location)
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder of a local dataset."""
+        return self.path if self.path.is_dir() else self.path.parent if self.path.exists() else None
+
+    @property
+    def split_or_default(self) -> str:
+        """The split to read of a source that has splits."""
+        return self.split or self.default_split
+
 
 def open_source(
     location: str,
-    split: str = "train",
+    split: str | None = None,
     *,
+    default_split: str = "train",
     config: str | None = None,
     image_column: str | None = None,
     folder_as: Literal["images", "dataset"] | None = None,
@@ -554,43 +690,50 @@ def open_source(
     | any other folder, or a name on the Hub | as read by `datasets.load_dataset` |
 
     Args:
-        split: the split to read, if there are several; datasets also accept slices such as `train[:10%]`.
+        split: the split to read; datasets also accept slices such as `train[:10%]`. None: `default_split` of a source
+            with splits, else all images.
+        default_split: see `split`.
         config: configuration of a dataset that has several.
         image_column: the column of a dataset with the images; detected if None.
-        folder_as: how to read a folder that could be both. "images": as image files if it has any. "dataset": with
-            `datasets`, even if it only has image files. None: with `datasets` if it has .parquet, .arrow, .jsonl,
-            .csv or .tar files.
+        folder_as: how to read a folder that could be both. "images": as image files if it has any. "dataset" or None:
+            with `datasets` if it has .parquet, .arrow, .jsonl, .csv or .tar files, or a dataset card with
+            configurations. A folder without images is read with `datasets` if it has such files, or for "dataset".
 
     Raises:
         InputError: if the location does not exist, is damaged, has no images or several sets of them, or has no
             such configuration or column.
-        MissingSplitError: if it has splits, but not the requested one.
+        MissingSplitError: if it does not have the requested split.
     """
-    request = _Request(location, split, config, image_column, folder_as)
+    request = _Request(location, split, default_split, config, image_column, folder_as)
     return next(source for open_kind in KINDS if (source := open_kind(request)) is not None)
 
 
 def open_stream(
-    location: str, split: str = "train", *, config: str | None = None, image_column: str | None = None
+    location: str, split: str | None = None, *, config: str | None = None, image_column: str | None = None
 ) -> ImageStream:
     """Open a dataset on the Hub, or a local one (see `open_source`), to read its rows without a copy on disk.
 
     Raises:
         InputError: if it is not found, is not a dataset, or has no such split, configuration or column.
     """
-    request = _Request(location, split, config, image_column, "dataset")
+    request = _Request(location, split, "train", config, image_column, "dataset")
     if request.path.suffix in (".npz", ".zip") and not request.path.is_dir():
         raise InputError(f"{location} cannot be streamed: read {request.path.suffix} files without --streaming.")
     rows, _ = _load_dataset(request, streaming=True)
-    return ImageStream(rows, image_column)
+    return ImageStream(rows, image_column, request.folder)
 
 
 def _open_npz(request: _Request) -> ImageSource | None:
-    return NpzImages(_existing_file(request.path)) if _is_file(request.path, ".npz") else None
+    if not _is_file(request.path, ".npz"):
+        return None
+    _require_no_split(request.split, request.location)
+    return NpzImages(_existing_file(request.path))
 
 
 def _open_zip(request: _Request) -> ImageSource | None:
-    return ZipImages(_existing_file(request.path), request.split) if _is_file(request.path, ".zip") else None
+    if not _is_file(request.path, ".zip"):
+        return None
+    return ZipImages(_existing_file(request.path), request.split, request.default_split)
 
 
 def _open_idx_folder(request: _Request) -> ImageSource | None:
@@ -602,16 +745,20 @@ def _open_idx_folder(request: _Request) -> ImageSource | None:
         for split, prefix in _IDX_PREFIXES.items()
     }
     if not any(files.values()):
+        compressed = [*folder.glob("raw/*-idx3-ubyte.gz"), *folder.glob("*/raw/*-idx3-ubyte.gz")]
+        if compressed:
+            raise InputError(f"{compressed[0]} is compressed: unpack the files in {compressed[0].parent} with gunzip.")
         return None
-    paths = files.get(request.split)
+    split = request.split_or_default
+    paths = files.get(split)
     if not paths:
         raw = next(path.parent for paths in files.values() for path in paths)
         splits = [split for split, paths in files.items() if paths]
-        raise MissingSplitError(f"{raw} has no split {request.split}: its splits are {' and '.join(splits)}.")
+        raise MissingSplitError(f"{raw} has no split {split}: its splits are {' and '.join(splits)}.")
     if len(paths) > 1:
         sets = ", ".join(sorted(str(path.parent.parent) for path in paths))
         raise InputError(f"{request.location} contains several sets of images. Choose one of them: {sets}.")
-    return IdxImages(paths[0], request.split)
+    return IdxImages(paths[0], split)
 
 
 def _open_image_folder(request: _Request) -> ImageSource | None:
@@ -619,16 +766,18 @@ def _open_image_folder(request: _Request) -> ImageSource | None:
     if request.folder_as == "images" and not folder.exists():
         place = "" if folder.is_absolute() else f" (looked for at {folder.resolve()})"
         raise InputError(f"{folder}: there is no such folder{place}.")
-    if not folder.is_dir() or request.folder_as == "dataset":
+    if not folder.is_dir():
         return None
-    if request.folder_as is None and _has_dataset_files(folder):
+    if request.folder_as != "images" and (
+        _has_dataset_files(folder) or request.config or "[" in request.split_or_default
+    ):
         return None
     subfolders = {child.name for child in folder.iterdir() if child.is_dir() and not _is_ignored(child)}
-    split = _find_split(subfolders, request.split, folder)
+    split = _find_split(subfolders, request.split, request.default_split, folder)
     try:
         return FolderImages(folder / split, split) if split else FolderImages(folder)
     except InputError:
-        if _has_dataset_files(folder):
+        if _has_dataset_files(folder) or request.folder_as == "dataset":
             return None
         raise
 
@@ -637,7 +786,7 @@ def _open_dataset(request: _Request) -> ImageSource:
     rows, split = _load_dataset(request, streaming=False)
     if len(rows) == 0:
         raise InputError(f"The dataset {request.location}, split {split}, is empty.")
-    return DatasetImages(rows, request.image_column, split)
+    return DatasetImages(rows, request.image_column, split, request.folder)
 
 
 # tried in this order; each returns None for other kinds of locations
@@ -662,7 +811,12 @@ def _existing_file(path: Path) -> Path:
 
 
 def _has_dataset_files(folder: Path) -> bool:
-    return folder.is_dir() and any(path.suffix in _DATASET_SUFFIXES for path in folder.rglob("*"))
+    if not folder.is_dir():
+        return False
+    card = folder / "README.md"
+    if card.is_file() and re.search(rb"^configs:", card.read_bytes(), re.MULTILINE):
+        return True
+    return any(path.suffix in _DATASET_SUFFIXES for path in folder.rglob("*"))
 
 
 def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
@@ -678,39 +832,53 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():  # Dataset.save_to_disk
         files = sorted(path.glob("*.arrow"))
     elif (path / "dataset_dict.json").is_file() and not streaming:  # DatasetDict.save_to_disk
-        return _load_saved_split(datasets, request), request.split
+        with naming_file(path, Exception):
+            splits = datasets.load_from_disk(str(path))
+        return _select_split(datasets, splits, request), request.split_or_default
     else:
-        return _load_by_name(datasets, request, streaming), request.split
+        return _load_by_name(datasets, request, streaming), request.split_or_default
+    if streaming:
+        _require_no_split(request.split, path)
     with naming_file(path, Exception):  # the readers raise the errors of many libraries
         if path.is_dir() and not streaming:
-            return datasets.load_from_disk(str(path)), "all"
-        builder, data_files = _FILE_BUILDERS[files[0].suffix], [str(file) for file in files]
-        return datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming), "all"
+            rows = datasets.load_from_disk(str(path))
+        else:
+            builder, data_files = _FILE_BUILDERS[files[0].suffix], [str(file) for file in files]
+            rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming)
+    if request.split in _WHOLE:
+        return rows, "all"
+    return _select_split(datasets, {"train": rows}, request), request.split_or_default
 
 
-def _load_saved_split(datasets: ModuleType, request: _Request) -> "Dataset":
-    with naming_file(request.location, Exception):
-        splits = datasets.load_from_disk(request.location)
-    lengths = {name: len(rows) for name, rows in splits.items()}
+def _select_split(datasets: ModuleType, splits: "Mapping[str, Dataset]", request: _Request) -> "Dataset":
+    """Return the requested split or slice of a split."""
+    lengths, split = {name: len(rows) for name, rows in splits.items()}, request.split_or_default
     try:
-        parts = datasets.ReadInstruction.from_spec(request.split).to_absolute(lengths)
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except ValueError as error:
         names = ", ".join(lengths)
-        raise MissingSplitError(f"{request.location} has no split {request.split}: its splits are {names}.") from error
+        raise MissingSplitError(f"{request.location} has no split {split}: its splits are {names}.") from error
     return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "Dataset | IterableDataset":
-    location, path = request.location, request.path
+    location, path, split = request.location, request.path, request.split_or_default
+    system_folders = [kind for kind in _image_files(path)[1] if kind.startswith("in ")] if path.is_dir() else []
+    if system_folders:
+        raise InputError(
+            f"{location} has images {' and '.join(system_folders)}, folders of a network drive or desktop that the "
+            "datasets library would read, too. Remove them, or read the folder with --train_data_dir, which ignores "
+            "them."
+        )
     try:
-        return datasets.load_dataset(location, request.config, split=request.split, streaming=streaming)
+        return datasets.load_dataset(location, request.config, split=split, streaming=streaming)
     except Exception as error:  # from `datasets`, the libraries behind its builders, or the Hub client
         kind = MissingSplitError if isinstance(error, ValueError) and _lacks_split(datasets, request) else InputError
         folder = path.resolve()
         place = folder if path.exists() else f"the Hugging Face Hub, since there is no local folder {folder}"
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise kind(
-            f"The dataset {location} (split {request.split}) could not be loaded from {place}. The datasets library "
+            f"The dataset {location} (split {split}) could not be loaded from {place}. The datasets library "
             f"reports: {type(cause or error).__name__}: {cause or error}"
         ) from error
 
@@ -718,7 +886,7 @@ def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "
 def _lacks_split(datasets: ModuleType, request: _Request) -> bool:
     with suppress(Exception):  # the split is not the problem then
         names = datasets.get_dataset_split_names(request.location, request.config)
-        return request.split.partition("[")[0] not in names
+        return request.split_or_default.partition("[")[0] not in names
     return False
 
 

@@ -86,6 +86,7 @@ class ReferenceFacts:
         size: `WIDTHxHEIGHT` of the image files.
         channels: 1 (gray) or 3 (color), as measured.
         format: file format of the images.
+        value_range: stated values of black and white in gray images.
         measured_at: `WIDTHxHEIGHT` at which the images were compared.
         preparation: how they were brought to that size.
         extractor: name of the network, of features that were read from a file.
@@ -103,6 +104,7 @@ class ReferenceFacts:
     size: str | None = None
     channels: int | None = None
     format: str | None = None
+    value_range: str | None = None
     measured_at: str | None = None
     preparation: str | None = None
     extractor: str | None = None

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def extract_features(
     Args:
         extract: maps the indices of a batch to tensors with one row per image; called in several threads if `threads`
             is above 1.
-        folder: where intermediate results are saved, to resume from after an interruption; the caller removes it.
+        folder: where intermediate results are saved, to resume from after an interruption; the caller removes it. If
+            it cannot be written, they are not saved.
         description: label of the progress bar.
         before_batch: called by all processes together before each of their batches; an exception in it ends the loop.
         offset: position of image 0 in its batch, less than `batch_size`.
@@ -96,8 +97,8 @@ def extract_features(
             if is_main:
                 part = _concatenate(results)
                 parts.append(part)
-                if folder:
-                    write_features(folder / f"{prefix}-{missing[start].start:09d}.safetensors", part)
+                if folder and not _cache(folder / f"{prefix}-{missing[start].start:09d}.safetensors", part):
+                    folder = None
     if not is_main:
         return None
     features = _concatenate(parts)
@@ -117,8 +118,8 @@ def cached_features(
 ) -> Features | None:
     """Return the features in the file `path`, or extract them and write the file with its protocol.
 
-    A damaged file is written again. If another command is extracting the same features, this one extracts them too
-    but does not save them.
+    A damaged file is written again. If another command is extracting the same features, or the file cannot be written,
+    this one extracts them but does not save them.
     """
     features = _read_features(path) if accelerator.is_main_process and path.exists() else None
     is_cached = [features is not None]
@@ -128,7 +129,7 @@ def cached_features(
     with _locked(path.with_suffix(".parts"), accelerator) as parts:
         features = extract_features(count, batch_size, extract, accelerator, parts, description, threads=threads)
         if features is not None and parts:
-            write_features(path, features, protocol)
+            _cache(path, features, protocol)
             shutil.rmtree(parts, ignore_errors=True)
     return features
 
@@ -144,6 +145,9 @@ def _locked(folder: Path, accelerator: Accelerator) -> Iterator[Path | None]:
             lock.acquire()
         except (Timeout, FileNotFoundError):  # another command holds it, or has just removed the folder
             lock = None
+        except OSError as error:
+            _warn_not_cached(folder, error)
+            lock = None
     try:
         yield folder if lock else None
     finally:
@@ -158,6 +162,20 @@ def write_features(path: Path, features: Features, protocol: dict[str, Any] | No
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
+def _cache(path: Path, features: Features, protocol: dict[str, Any] | None = None) -> bool:
+    """Write features unless the file system rejects them; return whether they were written."""
+    try:
+        write_features(path, features, protocol)
+    except (OSError, SafetensorError) as error:
+        _warn_not_cached(path.parent, error)
+        return False
+    return True
+
+
+def _warn_not_cached(folder: Path, error: Exception) -> None:
+    logger.warning(f"Features are not cached: {folder} cannot be written ({error}). --cache_dir names another folder.")
+
+
 def _read_features(path: Path) -> Features | None:
     """Read the features in a file; if it is damaged, remove it and return None."""
     try:
@@ -169,7 +187,8 @@ def _read_features(path: Path) -> Features | None:
     if features and digest in (None, _digest(features)):  # earlier versions wrote no digest
         return features
     logger.warning("%s is damaged; its features are extracted again.", path)
-    path.unlink(missing_ok=True)
+    with suppress(OSError):  # in a cache that cannot be written
+        path.unlink()
     return None
 
 

@@ -1,5 +1,6 @@
 """References that samples are compared with: features of images, cached, or saved mean and covariance."""
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,12 +17,14 @@ from PIL import Image
 from ..core.errors import RunError
 from ..core.files import fingerprint
 from ..data.images import RESIZE, color_channels, open_image, to_bytes
-from ..data.preprocessing import Preprocessing, read_image
+from ..data.preprocessing import Preprocessing, low_contrast, read_image
 from ..data.sources import ImageSource
 from .extractors import FeatureExtractor
 from .facts import ImageProperties, ReferenceFacts
 from .features import Features, cached_features
 from .metrics import Gaussian, MetricValue, reference_baseline
+
+logger = logging.getLogger(__name__)
 
 CACHE_DIR = Path(HF_HOME) / "ddgan-evaluation"
 INSPECTED_IMAGES = 100  # images whose size, channels and file format stand for all
@@ -32,13 +35,14 @@ class ReferenceImages:
 
     Args:
         skip_broken: read the next image in place of one that cannot be read, as training does.
+        value_range: see `Preprocessing`.
 
     Raises:
         RunError: from `image` and `pixels`, if the image cannot be read.
     """
 
-    def __init__(self, source: ImageSource, skip_broken: bool = False):
-        self.source, self.skip_broken = source, skip_broken
+    def __init__(self, source: ImageSource, skip_broken: bool = False, value_range: tuple[float, float] | None = None):
+        self.source, self.skip_broken, self.value_range = source, skip_broken, value_range
         self.lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -53,7 +57,7 @@ class ReferenceImages:
 
     def pixels(self, i: int, channels: int, height: int, width: int) -> torch.Tensor:
         """Return image i at this size, center-cropped: uint8, (channels, height, width)."""
-        preprocessing = Preprocessing(channels, height, width, center_crop=True)
+        preprocessing = Preprocessing(channels, height, width, center_crop=True, value_range=self.value_range)
         loaded = self._read(i, lambda cell: read_image(cell, preprocessing))
         return to_bytes(preprocessing.finish(loaded, sample_key=0))
 
@@ -146,6 +150,7 @@ def measure_reference(
         size=properties.size,
         channels=properties.channels,
         format=properties.format,
+        value_range=images.value_range and f"{images.value_range[0]:g} to {images.value_range[1]:g}",
         measured_at=measured_at,
         # part of the cache key and the results: do not reword it, or existing ones no longer match
         preparation="as they are"
@@ -154,7 +159,10 @@ def measure_reference(
     )
 
     def extract(batch: range) -> Features:
-        return extractor(torch.stack([images.pixels(indices[i], properties.channels, height, width) for i in batch]))
+        pixels = torch.stack([images.pixels(indices[i], properties.channels, height, width) for i in batch])
+        if batch.start == 0 and (warning := low_contrast(pixels / 127.5 - 1)):
+            logger.warning(f"{name}: {warning}")
+        return extractor(pixels)
 
     # the device is included because rounding differs between a GPU and a CPU
     protocol = {**facts.as_dict(), **extractor.facts.as_dict(), "device": accelerator.device.type}

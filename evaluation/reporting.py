@@ -1,22 +1,42 @@
 """Presentation of results: tables, warnings, and the model-index of a model card."""
 
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from ..core.files import replace_file
+from ..core.files import fingerprint, replace_file
 from .coverage import STACKED_MNIST_SAMPLES
+from .extractors import INCEPTION
 from .facts import EvaluationProtocol
 from .metrics import METRICS, MetricValue
+
+if TYPE_CHECKING:
+    from .results import Results
 
 TASK = "unconditional-image-generation"
 ENOUGH_FOR_FID = 10_000
 
 
-def metric_title(key: str) -> str:
-    """Return the title of a metric with the key `name@images`."""
+def metric_title(key: str, network: str | None = None) -> str:
+    """Return the title of a metric with the key `name@images`, with the network of `measured_by` if there is one."""
     name, _, images = key.partition("@")
-    return f"{METRICS[name].title}@{images}"
+    return f"{METRICS[name].title}@{images}" + (f" ({network})" if network else "")
+
+
+def measured_by(key: str, extractor: str, classifier: str | None) -> str | None:
+    """Return the network whose features or predictions a metric depends on, None for the Inception network of papers.
+
+    Numbers of different networks are not comparable, so names of metrics outside of their protocol contain it.
+
+    Args:
+        extractor: name of the feature extractor.
+        classifier: name of the network that predicted classes or digits.
+    """
+    by_predictions = METRICS[key.partition("@")[0]].needs & {"confusion", "digits"}
+    network = classifier if by_predictions else extractor
+    return None if network == INCEPTION else network
 
 
 def format_value(metric: MetricValue) -> str:
@@ -108,38 +128,89 @@ def comparability_warnings(
 
 
 def model_index_entries(
-    metrics: dict[str, MetricValue], dataset: str, split: str | None, protocol: dict[str, str]
+    metrics: dict[str, MetricValue],
+    dataset: str,
+    split: str | None,
+    protocol: dict[str, str],
+    extractor: str,
+    classifier: str | None,
 ) -> list[EvalResult]:
     """Return metrics, keyed `name@images`, as entries of a card's model-index, each with its protocol.
 
     Args:
         protocol: see `EvaluationProtocol.descriptions`.
+        extractor, classifier: see `measured_by`.
     """
-    return [
-        EvalResult(
+    entries = []
+    for key, metric in metrics.items():
+        network = measured_by(key, extractor, classifier)
+        entry = EvalResult(
             task_type=TASK,
             dataset_type=dataset,
             dataset_name=dataset,
             dataset_split=split,
-            metric_type=key.partition("@")[0],
-            metric_name=metric_title(key),
+            metric_type=key.partition("@")[0] + (f"-{network}" if network else ""),
+            metric_name=metric_title(key, network),
             metric_value=float(f"{metric.value:.6g}"),
             metric_args={**protocol, **metric.protocol}
             | ({} if metric.std is None else {"spread": float(f"{metric.std:.6g}")}),
         )
-        for key, metric in metrics.items()
-    ]
+        entries.append(entry)
+    return entries
 
 
-def update_model_index(card_path: Path, entries: list[EvalResult]) -> None:
-    """Write entries to the model-index of a card, replacing those of the same data, metric and number of images."""
+def update_card(card_path: Path, results: "Results") -> None:
+    """Write results into a model card: visible, with their warnings, and as metadata (model-index).
+
+    They replace those of an earlier evaluation of the same data by the same protocol, whatever its seeds and weights.
+    """
+    protocol = results.protocol
+    extractor, classifier = protocol.extractor.name, protocol.classifier and protocol.classifier.name
+    dataset = (protocol.reference or protocol.classifier or protocol.extractor).name
+    split = protocol.reference and protocol.reference.split
+    entries = model_index_entries(results.metrics, dataset, split, protocol.descriptions(), extractor, classifier)
     card = ModelCard.load(card_path)
-
-    def identity(entry: EvalResult) -> tuple:
-        return entry.dataset_name, entry.dataset_split, entry.metric_type, (entry.metric_name or "").partition("@")[2]
-
-    replaced = {identity(entry) for entry in entries}
-    others = [entry for entry in card.data.eval_results or [] if identity(entry) not in replaced]
+    replaced = {_identity(entry) for entry in entries}
+    others = [entry for entry in card.data.eval_results or [] if _identity(entry) not in replaced]
     card.data.eval_results = [*others, *entries]
     card.data.model_name = card.data.model_name or card_path.resolve().parent.name
+
+    mark = fingerprint([*_protocol_identity(protocol.descriptions()), dataset, split])[:8]
+    start, end = f"<!-- evaluation {mark} -->", f"<!-- end of evaluation {mark} -->"
+    section = f"{start}\n{_section(results, dataset, split, extractor, classifier)}\n{end}"
+    text = card.text
+    if start in text and end in text:
+        card.text = text[: text.index(start)] + section + text[text.index(end) + len(end) :]
+    else:
+        card.text = f"{text.rstrip()}\n\n{section}\n"
     replace_file(card_path, card.save)
+
+
+def _section(results: "Results", dataset: str, split: str | None, extractor: str, classifier: str | None) -> str:
+    """Return the section of a model card that shows results."""
+    rows = ["| | value | real images against real ones |", "|---|---|---|"]
+    for key, metric in results.metrics.items():
+        title = metric_title(key, measured_by(key, extractor, classifier))
+        floor = results.floors.get(key.partition("@")[0])
+        rows.append(f"| {title} | {format_value(metric)} | {format_value(floor) if floor else ''} |")
+    parts = results.protocol.descriptions().items()
+    paragraphs = [
+        f"## Evaluation on {dataset}{f', {split}' if split else ''}",
+        "\n".join(rows),
+        *(f"**Warning:** {warning}" for warning in results.warnings),
+        " ".join(f"{part.replace('_', ' ').capitalize()}: {text}." for part, text in parts),
+    ]
+    return "\n\n".join(paragraphs)
+
+
+def _identity(entry: EvalResult) -> tuple:
+    """Return what makes an entry of a model-index another number than the others."""
+    metric, images = (entry.metric_type or "").partition("-")[0], re.search(r"@(\d+)", entry.metric_name or "")
+    protocol = _protocol_identity(entry.metric_args or {})
+    return entry.dataset_name, entry.dataset_split, metric, images and images[1], *protocol
+
+
+def _protocol_identity(protocol: dict[str, Any]) -> list[str]:
+    """Return the parts of a protocol in which evaluations must agree to be the same one, repeated."""
+    samples = re.sub(r"(contents|seeds|step) [^,]*(, |$)", "", str(protocol.get("samples", "")))
+    return [samples, *(str(protocol.get(part, "")) for part in ("reference", "held_out", "extractor", "classifier"))]

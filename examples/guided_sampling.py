@@ -16,11 +16,12 @@ from typing import Literal
 import torch
 
 from ddgan import GuidanceLoss, GuidedPipeline
-from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core import cli
+from ddgan.core.cli import option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
 from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
-from ddgan.sampling.generation import parse_class_labels
+from ddgan.sampling.generation import class_names, parse_class_labels
 from ddgan.sampling.grids import image_grid
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 from ddgan.sampling.steps import trained_steps
@@ -30,7 +31,7 @@ DEFAULT_LOSS = "color:#BB2266"
 
 
 @dataclass
-class Arguments:
+class Arguments(cli.Arguments):
     """The pipeline, the guidance, and the output folder."""
 
     pipeline: str = option(str(EMBEDDED_MODEL), "pipeline folder or Hub repository")
@@ -41,33 +42,33 @@ class Arguments:
     scale_schedule: str = option(
         "constant", "factor of the guidance scale as a function of the noise level", choices=SCALE_SCHEDULES
     )
-    guidance_start: float = option(0.0, "fraction of the steps at which guidance starts")
-    guidance_end: float = option(1.0, "fraction of the steps at which guidance ends")
-    max_grad_norm: float | None = option(None, "maximum norm of each image's gradient")
+    guidance_start: float = option(0.0, "fraction of the steps at which guidance starts", minimum=0, maximum=1)
+    guidance_end: float = option(1.0, "fraction of the steps at which guidance ends", minimum=0, maximum=1)
+    max_grad_norm: float | None = option(None, "maximum norm of each image's gradient", above=0)
     scheduler: str = option("ddim", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
     num_inference_steps: int | None = option(
-        None, f"denoising steps (default: as trained for a few-step pipeline, otherwise {DEFAULT_STEPS})"
+        None, f"denoising steps (default: as trained for a few-step pipeline, otherwise {DEFAULT_STEPS})", minimum=1
     )
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
-    num_images: int = option(8, "number of images, with seeds from 0")
+    num_images: int = option(8, "number of images, with seeds from 0", minimum=1)
     output_dir: str = option("guided", "folder for grid.png, losses.png and schedules.png")
 
     def __post_init__(self):
-        require_at_least(1, self, "num_inference_steps", "num_images")
+        super().__post_init__()
         self.towards = self.towards or [DEFAULT_LOSS]
         self.clip_model = clip_model_names(self.clip_model)
-        if self.class_labels:
-            labels = parse_class_labels(self.class_labels)
-            self.class_labels = [labels[i % len(labels)] for i in range(self.num_images)]
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(Arguments, argv=argv)
     loss = sum_losses([parse_loss(text, args.clip_model) for text in args.towards])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = with_scheduler(load_pipeline(args.pipeline, device=device), args.scheduler)
+    pipe = with_scheduler(load_pipeline(args.pipeline, device=device), args.scheduler, args.num_inference_steps)
+    if args.class_labels:
+        labels = parse_class_labels(args.class_labels, class_names(getattr(pipe, "unet", None)))
+        args.class_labels = [labels[i % len(labels)] for i in range(args.num_images)]
     try:
         compare(GuidedPipeline.from_pipe(pipe), loss, args)
     except ValueError as error:

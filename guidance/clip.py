@@ -54,8 +54,8 @@ class CLIPLoss(GuidanceLoss):
             use it.
 
     Raises:
-        `InputError`: If there is no prompt, all weights are zero, `n_cuts` is below 1, or the model cannot be loaded
-            or has no image and text features.
+        `InputError`: If there is no prompt, a text is empty or longer than the model reads, all weights are zero or
+            one is not finite, `n_cuts` is below 1, or the model cannot be loaded or has no image and text features.
     """
 
     def __init__(
@@ -70,10 +70,12 @@ class CLIPLoss(GuidanceLoss):
         prompts = [prompt] if isinstance(prompt, Prompt) else list(prompt)
         weighted = [prompt if isinstance(prompt, tuple) else (prompt, 1.0) for prompt in prompts]
         total = sum(abs(weight) for _, weight in weighted)
-        if total == 0:
+        if not 0 < total < math.inf:
             raise InputError(
                 "CLIPLoss needs a prompt: a text or an image, or several of them with weights other than 0."
             )
+        if any(isinstance(prompt, str) and not prompt.strip() for prompt, _ in weighted):
+            raise InputError("A prompt is empty: describe the images you want.")
         if n_cuts < 1:
             raise InputError(f"`n_cuts` is {n_cuts}, but must be at least 1.")
         if device is None:
@@ -144,9 +146,9 @@ def load_encoder(model: str, pretrained: str | None, device: str) -> "Encoder":
         if is_open_clip:
             return OpenClipEncoder(model, pretrained, torch.device(device))
         return TransformersEncoder(model, torch.device(device))
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # from the libraries, or from the unpickler of a weights file
         name = f"{model} ({pretrained})" if pretrained else model
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -226,6 +228,8 @@ class TransformersEncoder(Encoder):
     def embed_text(self, text: str) -> torch.Tensor:
         # padded to full length, as in the training of SigLIP
         length = self.model.config.text_config.max_position_embeddings
+        if len(self.tokenizer(text).input_ids) > length:
+            raise _too_long(text, length)
         tokens = self.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         features = self.model.get_text_features(**tokens.to(self.device))
         return getattr(features, "pooler_output", features).float()
@@ -252,7 +256,19 @@ class OpenClipEncoder(Encoder):
         return self.model.encode_image(images)
 
     def embed_text(self, text: str) -> torch.Tensor:
+        length = self.tokenizer.context_length
+        assert length is not None  # that of the model
+        beyond = self.tokenizer([text], context_length=2 * length)[0, length:]
+        if (beyond != beyond[-1]).any():  # more than padding, which repeats one token
+            raise _too_long(text, length)
         return self.model.encode_text(self.tokenizer([text]).to(self.device)).float()
+
+
+def _too_long(text: str, length: int) -> InputError:
+    return InputError(
+        f"The prompt {shorten(text, 60)!r} is longer than the {length} tokens that the CLIP model reads. Shorten it, "
+        "or pass several prompts."
+    )
 
 
 def half_on_gpu(device: torch.device) -> torch.dtype:

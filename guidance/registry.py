@@ -1,6 +1,8 @@
 """Guidance losses by name, and their short form in text: `color:teal`, `2*clip:a red rose`."""
 
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -20,15 +22,15 @@ from .losses import (
 # called with the argument as text, if there is one
 LOSSES: dict[str, Callable[..., GuidanceLoss]] = {
     "color": ColorLoss,
-    "saturation": lambda chroma: SaturationLoss(float(chroma)),
+    "saturation": lambda chroma: SaturationLoss(_number(chroma)),
     "total_variation": TotalVariationLoss,
     "symmetry": SymmetryLoss,
-    "reference": lambda path: ReferenceLoss(Image.open(path)),
+    "reference": lambda path: ReferenceLoss(Image.open(Path(path).expanduser())),
 }
 # called with the argument, the names of the CLIP model, and the device
 CLIP_LOSSES: dict[str, Callable[..., GuidanceLoss]] = {
     "clip": CLIPLoss,
-    "clip_image": lambda path, *model, device: CLIPLoss(Image.open(path), *model, device=device),
+    "clip_image": lambda path, *model, device: CLIPLoss(Image.open(Path(path).expanduser()), *model, device=device),
 }
 
 TOWARDS_HELP = (
@@ -67,12 +69,19 @@ def parse_loss(
             loss = CLIP_LOSSES[name](argument, *clip_model_names(clip_model), device=device)
         else:
             raise InputError(f"there is no loss {name!r}. Choose from {', '.join([*LOSSES, *CLIP_LOSSES])}.")
-        return float(weight) * loss if star else loss
+        return _number(weight) * loss if star else loss
     except TypeError as error:  # of a constructor without parameters, or with required ones
         reason = f"{name} {'takes no' if colon else 'needs an'} argument."
         raise InputError(f"The guidance loss {text!r} is invalid: {reason}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"The guidance loss {text!r} is invalid: {error}") from error
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number.")
+    return number
 
 
 def clip_model_names(clip_model: str | Sequence[str] | None) -> list[str]:

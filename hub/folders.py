@@ -117,7 +117,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{file} is damaged: it is not valid JSON ({error}). Save the pipeline again.") from None
     if not isinstance(config, dict):
         raise InputError(f"{file} is damaged: it is not a JSON object. Save the pipeline again.")

@@ -45,8 +45,8 @@ def pipeline_files(folder: Path) -> list[str]:
     else is published: no checkpoints, optimizer states, logs, settings, tokens or backup files.
 
     Raises:
-        InputError: if it is not a pipeline folder, its model_index.json or its card cannot be read, or one of these
-            files is a symbolic link.
+        InputError: if it is not a pipeline folder, its model_index.json or its card cannot be read, a component has
+            its weights only as pickles, or one of these files is a symbolic link.
     """
     files = [
         file
@@ -54,6 +54,12 @@ def pipeline_files(folder: Path) -> list[str]:
         for file in (folder / name).glob("*")
         if _COMPONENT_FILES.fullmatch(file.name)
     ]
+    for name in read_index(folder).components:
+        if (pickles := sorted((folder / name).glob("*.bin"))) and not any((folder / name).glob("*.safetensors")):
+            raise InputError(
+                f"{pickles[0]} holds weights as a pickle, which is not published because loading it may run code. "
+                "Load the pipeline and save it again with `save_pretrained`, which writes .safetensors files."
+            )
     files += [folder / name for name in (PIPELINE_FILE, *code_files(folder), *_TEXTS)]
     links = [Path(unquote(link[1] or link[2] or link[4])) for link in _IMAGE_LINK.finditer(read_card(folder))]
     links = [link for link in links if link.suffix.lower() in _IMAGES]

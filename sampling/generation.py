@@ -1,20 +1,28 @@
 """Generate images from a pipeline, each from its own seed."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import (
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ModelMixin,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ..core.errors import InputError
+from ..core.errors import InputError, RunError
 from .grids import to_pil
 from .loading import with_scheduler
-from .steps import steps_warning, trained_steps, warn_once
+from .spacing import changed_spacing, check_steps
+from .steps import default_steps, steps_warning, warn_once
 
 
 @torch.no_grad()
@@ -42,28 +50,30 @@ def sample(
         options: Further arguments for the call of the pipeline, such as the loss of a guided one.
 
     Raises:
-        InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, or if
-            the pipeline does not accept an argument.
+        InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, if a
+            seed is not from 0 to 2^32 - 1, or if the pipeline does not accept an argument.
+        RunError: If the values of an image are not finite.
     """
-    num_train_timesteps: int = pipe.scheduler.config.num_train_timesteps
-    if num_inference_steps is not None and num_inference_steps > num_train_timesteps:
-        raise InputError(
-            f"{num_inference_steps} inference steps are more than the {num_train_timesteps} timesteps that this "
-            "pipeline was trained with."
-        )
-    if num_inference_steps is None and (trained := trained_steps(pipe)):
-        num_inference_steps = trained[0]
+    for seed in seeds:
+        if seed not in range(1 << 32):  # a CPU generator takes 32 bits: others would repeat the image of another seed
+            raise InputError(f"The seed {seed} is not from 0 to {(1 << 32) - 1}.")
+    if num_inference_steps is not None:
+        check_steps(pipe.scheduler, num_inference_steps)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    num_inference_steps = num_inference_steps or default_steps(pipe)
     if type(pipe) in (DDPMPipeline, DDIMPipeline) and not options:
-        if num_inference_steps is None:
-            uses_all = isinstance(pipe.scheduler, DDPMScheduler)
-            num_inference_steps = num_train_timesteps if uses_all else min(50, num_train_timesteps)
+        assert num_inference_steps is not None  # these pipelines have a default
         if warning := steps_warning(pipe, num_inference_steps):
             warn_once(warning)
-        return to_pil_images(_denoise(pipe, generators, num_inference_steps, class_labels))
+        samples = _denoise(pipe, generators, num_inference_steps, class_labels)
+        _check_finite(samples, seeds)
+        return to_pil_images(samples)
 
     parameters = inspect.signature(pipe.__call__).parameters
-    if class_labels is None and getattr(parameters.get("class_labels"), "default", None) is inspect.Parameter.empty:
+    needs_labels = getattr(parameters.get("class_labels"), "default", None) is inspect.Parameter.empty
+    if isinstance(pipe, ConsistencyModelPipeline):  # without labels, it draws them from the global generator
+        needs_labels = num_classes(pipe.unet) is not None
+    if class_labels is None and needs_labels:
         names = ", ".join(getattr(pipe, "labels", []))
         raise InputError(
             f"A {type(pipe).__name__} is class-conditional, so each image needs a class label"
@@ -84,6 +94,7 @@ def sample(
         images = pipe(**arguments).images  # pyright: ignore[reportCallIssue]
     except ValueError as error:
         raise InputError(str(error)) from error
+    _check_finite(torch.from_numpy(images), seeds)
     return [to_pil(image) for image in (images * 255).round().astype(np.uint8)]
 
 
@@ -123,13 +134,23 @@ class PipelineSampler:
 
     def __call__(self, pipeline: DiffusionPipeline, seeds: list[int], labels: list[int] | None) -> list[Image.Image]:
         """Generate one image per seed and, for a class-conditional pipeline, class label."""
-        pipeline = with_scheduler(pipeline, self.scheduler)
+        pipeline = with_scheduler(pipeline, self.scheduler, self.num_inference_steps)
         return sample(pipeline, seeds, self.num_inference_steps, labels, **self.options)
 
     def protocol(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
-        """Return the settings that an image depends on besides the weights, its seed and its class."""
-        scheduler = type(with_scheduler(pipeline, self.scheduler).scheduler).__name__
-        return {"scheduler": scheduler, "num_inference_steps": self.num_inference_steps, **self.options}
+        """Return the settings that an image depends on besides the weights, its seed and its class.
+
+        Raises:
+            InputError: If the pipeline cannot be sampled with these settings.
+        """
+        scheduler = with_scheduler(pipeline, self.scheduler, self.num_inference_steps).scheduler
+        check_steps(scheduler, self.num_inference_steps)
+        return {
+            "scheduler": type(scheduler).__name__,
+            **changed_spacing(pipeline, scheduler),
+            "num_inference_steps": self.num_inference_steps,
+            **self.options,
+        }
 
 
 def num_classes(network: ModelMixin) -> int | None:
@@ -138,15 +159,38 @@ def num_classes(network: ModelMixin) -> int | None:
     return next(filter(None, sizes), None)
 
 
-def parse_class_labels(texts: Sequence[str]) -> list[int | str]:
-    """Parse class labels from the command line: digits are labels, anything else is a class name."""
-    return [int(text) if text.isdecimal() else text for text in texts]
+def class_names(network: ModelMixin | None) -> dict[int, str]:
+    """Return the name of each class by its label; empty if the network has none."""
+    id2label = getattr(network, "config", {}).get("id2label") or {}
+    return {int(k): v for k, v in (id2label.items() if isinstance(id2label, dict) else enumerate(id2label))}
+
+
+def parse_class_labels(texts: Sequence[str], names: Mapping[int, str]) -> list[int | str]:
+    """Parse class labels from the command line: digits are labels, anything else is a class name.
+
+    Where classes have numbers as names that are not their labels, digits are names, too.
+
+    Args:
+        texts: The labels or names.
+        names: The name of each class by its label, as returned by `class_names`.
+    """
+    are_names = any(name.isdecimal() and name != str(label) for label, name in names.items())
+    return [int(text) if text.isdecimal() and not are_names else text for text in texts]
 
 
 def to_pil_images(images: torch.Tensor) -> list[Image.Image]:
     """Convert a tensor `(N, C, H, W)`, clipped to [-1, 1], to PIL images."""
     images = (images.float() / 2 + 0.5).clamp(0, 1)
     return [to_pil(image) for image in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _check_finite(images: torch.Tensor, seeds: Sequence[int]) -> None:
+    finite = images.isfinite().flatten(1).all(1).tolist()
+    if broken := [str(seed) for seed, is_finite in zip(seeds, finite, strict=True) if not is_finite]:
+        raise RunError(
+            f"The image of seed {', '.join(broken)} is not finite and would be black. The weights are damaged, the "
+            "guidance scale is too large, or fp16 is too small for this network: use fp32 or bf16."
+        )
 
 
 def _denoise(
@@ -176,6 +220,11 @@ def _denoise(
 
 def _class_condition(unet: ModelMixin, class_labels: Sequence[int | str] | None) -> dict[str, torch.Tensor]:
     count = num_classes(unet)
+    if count is None and unet.config.get("class_embed_type"):
+        raise InputError(
+            f"This network is conditioned on vectors or numbers instead of classes (class_embed_type: "
+            f"{unet.config.class_embed_type}), which is not supported."
+        )
     if count is None:
         if class_labels is not None:
             raise InputError("This network is not conditioned on a class: do not pass class labels.")

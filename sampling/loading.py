@@ -3,9 +3,11 @@
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -14,13 +16,18 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..core.errors import InputError
 from ..hub.folders import parse_index
 from ..hub.installed import installed_class
+from .spacing import changed_spacing, with_usable_spacing
+from .steps import default_steps
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULERS = {
@@ -53,7 +60,17 @@ def load_pipeline(
     """
     with _pipeline_errors(path_or_repo):
         pipeline_class = installed_class(path_or_repo)
-        pipe = pipeline_class.from_pretrained(path_or_repo, dtype=dtype, trust_remote_code=trust_remote_code)
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        try:
+            pipe = pipeline_class.from_pretrained(path_or_repo, **options)
+        except OSError as error:
+            if "no file named" not in str(error):
+                raise
+            try:
+                pipe = pipeline_class.from_pretrained(path_or_repo, variant="fp16", **options)
+            except (OSError, ValueError):
+                raise error from None
+            logger.info(f"{path_or_repo} has only weights in half precision (fp16), which are loaded.")
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     for component in pipe.components.values():
@@ -70,8 +87,8 @@ def read_components(path_or_repo: str) -> tuple[str, dict[str, str]]:
     """
     with _pipeline_errors(path_or_repo):
         index: dict = DiffusionPipeline.load_config(path_or_repo)  # pyright: ignore[reportAssignmentType]
-    parsed = parse_index(index, path_or_repo)
-    return parsed.class_name, {name: class_name for name, (_, class_name) in parsed.components.items()}
+        parsed = parse_index(index, path_or_repo)
+        return parsed.class_name, {name: class_name for name, (_, class_name) in parsed.components.items()}
 
 
 @contextmanager
@@ -85,7 +102,9 @@ def _pipeline_errors(path_or_repo: str) -> Iterator[None]:
         )
     try:
         yield
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # damaged configs and weights make Diffusers raise almost anything
         if "trust_remote_code" in str(error):
             raise InputError(
                 f"The pipeline {path_or_repo} contains custom Python code, which is not run unless you allow it. Read "
@@ -97,14 +116,29 @@ def _pipeline_errors(path_or_repo: str) -> Iterator[None]:
                 f"The Hub repository {path_or_repo} is gated. Accept its terms on its page, then log in to the same "
                 "account with `hf auth login` (or set HF_TOKEN)."
             ) from error
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), "")
+        if not isinstance(error, (OSError, ValueError)) or not reason:
+            reason = f"{type(error).__name__}: {reason}"
         if folder.is_dir():
             raise InputError(f"The pipeline in the folder {path_or_repo} cannot be loaded: {reason}") from error
         place = "" if folder.is_absolute() else f" in {Path.cwd()}"
         raise InputError(
-            f"No pipeline {path_or_repo} was found: there is no such folder{place}, and the Hugging Face Hub "
-            f"returned: {reason}"
+            f"No pipeline {path_or_repo} was found: there is no such folder{place}, and "
+            f"{_hub_problem(error) or f'the Hugging Face Hub returned: {reason}'}"
         ) from error
+
+
+def _hub_problem(error: BaseException) -> str | None:
+    """Return why a repository could not be read, if the Hub did not answer; Diffusers then reports a missing file."""
+    causes: list[BaseException] = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    uncached = "and its files are not in the local cache. Pass the path of a folder, or"
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return f"the Hugging Face Hub is not asked because HF_HUB_OFFLINE is set, {uncached} unset it."
+    if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
+        return f"the Hugging Face Hub cannot be reached ({causes[-1]}), {uncached} try again later."
+    return None
 
 
 def realign_parameters(network: torch.nn.Module) -> None:
@@ -129,20 +163,39 @@ def pipeline_hash(pipe: DiffusionPipeline) -> str:
     return digest.hexdigest()
 
 
-def with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
+def with_scheduler(pipe: DiffusionPipeline, name: str, num_inference_steps: int | None = None) -> DiffusionPipeline:
     """Return a pipeline with another scheduler that shares the networks and the scheduler config of `pipe`.
 
     If the saved scheduler clips the predicted image, so do the solvers that support this only as thresholding.
 
     Args:
-        name: A key of `SCHEDULERS`, or `as-saved` to return `pipe` itself.
+        name: A key of `SCHEDULERS`, or `as-saved` for the scheduler of `pipe`.
+        num_inference_steps: The number of steps that the pipeline will sample in, for which the spacing of the
+            timesteps is changed if necessary, see `with_usable_spacing`. None means the default of `sample`.
 
     Raises:
-        InputError: If the scheduler does not support the pipeline's noise process, such as that of a DDGAN.
+        InputError: If the scheduler does not support the pipeline's noise process, such as that of a DDGAN, or the
+            number of steps.
     """
-    if name == "as-saved":
-        return pipe
-    config = pipe.scheduler.config
+    scheduler = pipe.scheduler if name == "as-saved" else _scheduler_by_name(pipe, name)
+    replaced = copy.copy(pipe)
+    replaced.scheduler = scheduler
+    steps = num_inference_steps or default_steps(replaced)
+    if steps and "timestep_spacing" in scheduler.config:
+        replaced.scheduler = with_usable_spacing(scheduler, steps)
+    return pipe if replaced.scheduler is pipe.scheduler else replaced
+
+
+def ddim_usage(pipe: DiffusionPipeline, num_inference_steps: int) -> str:
+    """Return the line of a model card's Python that samples like `with_scheduler(pipe, "ddim", ...)`."""
+    scheduler = with_scheduler(pipe, "ddim", num_inference_steps).scheduler
+    spacing = "".join(f', {name}="{value}"' for name, value in changed_spacing(pipe, scheduler).items())
+    return f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{spacing})"
+
+
+def _scheduler_by_name(pipe: DiffusionPipeline, name: str) -> SchedulerMixin:
+    # without the list of values that were not passed: it would make a loaded pipeline sample in another way
+    config = {key: value for key, value in pipe.scheduler.config.items() if key != "_use_default_values"}
     if SCHEDULERS[name] not in pipe.scheduler.compatibles:
         raise InputError(
             f"The {type(pipe.scheduler).__name__} of this {type(pipe).__name__} defines its own noise process, which "
@@ -150,9 +203,11 @@ def with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
         )
     # thresholding with the default sample_max_value of 1 is plain clipping to [-1, 1]
     options = {"thresholding": True} if config.get("clip_sample") and name in ("dpmsolver", "unipc") else {}
-    pipe = copy.copy(pipe)
-    pipe.scheduler = SCHEDULERS[name].from_config(config, **options)
-    return pipe
+    try:
+        return SCHEDULERS[name].from_config(config, **options)
+    except NotImplementedError:  # a schedule of betas that this class cannot compute
+        betas = {"trained_betas": pipe.scheduler.betas.tolist(), "rescale_betas_zero_snr": False}
+        return SCHEDULERS[name].from_config(config, **options, **betas)
 
 
 def with_own_scheduler(pipe: DiffusionPipeline) -> DiffusionPipeline:

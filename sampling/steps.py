@@ -1,9 +1,11 @@
-"""The numbers of sampling steps that a few-step pipeline was trained for."""
+"""The default number of sampling steps, and the numbers that a few-step pipeline was trained for."""
 
 import functools
 import logging
 
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+
+from .. import ClassConditionalPipeline, GuidedPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -14,6 +16,22 @@ def trained_steps(pipe: DiffusionPipeline) -> list[int]:
     Few-step fine-tuning writes them into the scheduler's config. Empty for any other pipeline.
     """
     return pipe.scheduler.config.get("_num_inference_steps") or []
+
+
+def default_steps(pipe: DiffusionPipeline) -> int | None:
+    """Return the default number of sampling steps; None for pipelines whose default is not known here.
+
+    It is the first of `trained_steps` for a few-step pipeline; otherwise, in a plain `DDPMPipeline` or `DDIMPipeline`,
+    all timesteps of training for DDPM and at most 50 for other schedulers.
+    """
+    if trained := trained_steps(pipe):
+        return trained[0]
+    if type(pipe) in (DDPMPipeline, DDIMPipeline):
+        timesteps: int = pipe.scheduler.config.num_train_timesteps
+        return timesteps if isinstance(pipe.scheduler, DDPMScheduler) else min(50, timesteps)
+    if isinstance(pipe, (ClassConditionalPipeline, GuidedPipeline)):
+        return pipe._choose_steps(None)
+    return None
 
 
 def steps_warning(pipe: DiffusionPipeline, num_inference_steps: int) -> str | None:

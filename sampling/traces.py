@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ..core.errors import InputError
 from .generation import sample, to_pil_images
 
 
@@ -30,6 +31,19 @@ class Step(NamedTuple):
     timestep: int
     noisy: torch.Tensor
     clean: torch.Tensor
+
+
+def check_traceable(pipe: DiffusionPipeline) -> None:
+    """Check that the steps of a pipeline can be traced.
+
+    Raises:
+        InputError: If its scheduler does not predict a clean image in each step.
+    """
+    if not hasattr(pipe.scheduler, "step") or not hasattr(pipe.scheduler, "alphas_cumprod"):
+        raise InputError(
+            f"The denoising steps of a {type(pipe).__name__} with a {type(pipe.scheduler).__name__} cannot be shown: "
+            "omit --intermediates."
+        )
 
 
 @contextmanager
@@ -95,7 +109,11 @@ def intermediates(
     Args:
         count: Number of steps to record.
         num_inference_steps, class_label, options: As for `sample`.
+
+    Raises:
+        InputError: See `check_traceable` and `sample`.
     """
+    check_traceable(pipe)
     trace = DenoisingTrace(count)
     with trace_steps(pipe, trace.record):
         sample(pipe, [seed], num_inference_steps, None if class_label is None else [class_label], **options)

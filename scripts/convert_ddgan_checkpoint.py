@@ -3,7 +3,8 @@
     python scripts/convert_ddgan_checkpoint.py --checkpoint_path netG_1200.pth --recipe cifar10 --output_dir cifar10
 
 The checkpoint is a generator (netG_*.pth) or a full training state (content.pth). The latter also contains the
-training arguments and the discriminator, which is saved to the subfolder discriminator/.
+training arguments and the discriminator, which is saved to the subfolder discriminator/. Its EMA weights, which the
+optimizer keeps, are converted, as netG_*.pth files contain them.
 """
 
 import json
@@ -20,7 +21,7 @@ from ddgan.conversion.ddgan_checkpoints import (
     generator_arguments,
     read_checkpoint,
 )
-from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.cli import Arguments, option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file, replace_tree
 from ddgan.hub.cards import CARD_NAME, CardFacts, card_text
@@ -30,7 +31,7 @@ from ddgan.sampling.grids import image_grid
 
 
 @dataclass
-class ConvertArguments:
+class ConvertArguments(Arguments):
     """The checkpoint, its training arguments, and the output folder."""
 
     checkpoint_path: str | None = option(None, "checkpoint to convert: netG_*.pth or content.pth")
@@ -41,14 +42,16 @@ class ConvertArguments:
         choices=PUBLISHED_MODELS,
     )
     output_dir: str | None = option(None, "folder for the pipeline")
-    num_samples: int = option(16, "images to generate on the CPU for the model card, slow at 256x256; 0 for none")
+    num_samples: int = option(
+        16, "images to generate on the CPU for the model card, slow at 256x256; 0 for none", minimum=0, maximum=10_000
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.checkpoint_path or not self.output_dir:
             raise InputError("Pass the checkpoint with --checkpoint_path and the output folder with --output_dir.")
         if self.config_path and self.recipe:
             raise InputError("Pass only one of --config_path and --recipe: both define the training arguments.")
-        require_at_least(0, self, "num_samples")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.checkpoint_path} does not contain its training arguments. Pass them with --config_path, or name "
             f"the published model: --recipe {'|'.join(PUBLISHED_MODELS)}."
         )
-    arguments = generator_arguments(checkpoint.generator, known_arguments)
     try:
+        arguments = generator_arguments(checkpoint.generator, known_arguments)
         generator = convert_generator(checkpoint.generator, arguments)
         scheduler = DDGANScheduler(
             arguments["num_timesteps"],
@@ -85,8 +88,8 @@ def main(argv: list[str] | None = None) -> None:
             f"The training arguments lack {error}, which cannot be inferred from the checkpoint. Pass it with "
             "--config_path."
         ) from error
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # of arguments that do not fit
+        raise InputError(f"The checkpoint cannot be converted: {error}") from error
 
     pipeline = DDGANPipeline(generator.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -109,7 +112,11 @@ def main(argv: list[str] | None = None) -> None:
         usage=USAGE.format(model=output.resolve().name),
         training_heading="Conversion",
         images={"samples.png": f"Seeds 0 to {len(images) - 1}, nothing left out."} if images else {},
-        training={"checkpoint": Path(args.checkpoint_path).name, "discriminator": "yes" if discriminator else "no"},
+        training={
+            "checkpoint": Path(args.checkpoint_path).name,
+            "weights": "EMA, from the state of the optimizer" if checkpoint.is_ema else "those of the checkpoint",
+            "discriminator": "yes" if discriminator else "no",
+        },
         settings={
             name: arguments[name] for name in sorted({*COMMON_ARGUMENTS, "image_size", "ch_mult", "num_timesteps"})
         },
@@ -123,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     replace_file(output / CARD_NAME, lambda path: path.write_text(card_text(card), encoding="utf-8"))
     print(f"pipeline       {output}")
+    print(f"weights        {card.training['weights']}")
     if discriminator is not None:
         print(f"discriminator  {output / 'discriminator'}")
     print(f"load with      pipe = ddgan.DDGANPipeline.from_pretrained({str(output)!r})")
@@ -136,7 +144,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--config_path {path} cannot be read: {error}") from error
     if not isinstance(arguments, dict):
         raise InputError(f"--config_path {path} must contain the training arguments as a JSON object.")

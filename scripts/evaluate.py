@@ -12,6 +12,7 @@ features of a reference are cached.
 """
 
 import json
+import logging
 import shutil
 import time
 from contextlib import contextmanager
@@ -19,18 +20,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from zipfile import ZipFile
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.accelerator import start_accelerate
+from ddgan.core.cli import option, parse_arguments
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
 from ddgan.core.files import fingerprint, location_name, replace_file
 from ddgan.core.threads import one_thread_per_operation
 from ddgan.data.images import color_channels
-from ddgan.data.preprocessing import Preprocessing
+from ddgan.data.preprocessing import Preprocessing, check_value_range, low_contrast
 from ddgan.data.sources import open_source, read_arrays
 from ddgan.evaluation.coverage import STACKED_MNIST_SAMPLES, confusion_matrix_plot
 from ddgan.evaluation.extractors import EXTRACTORS, INCEPTION, ClassifierFeatures, FeatureExtractor, load_extractor
@@ -46,13 +49,16 @@ from ddgan.evaluation.references import (
     measure_reference,
     random_subset,
 )
-from ddgan.evaluation.reporting import format_table, model_index_entries, update_model_index
+from ddgan.evaluation.reporting import format_table, update_card
 from ddgan.evaluation.results import Results, compute_results
 from ddgan.hub.cards import CARD_NAME
 from ddgan.sampling.arguments import SamplingArguments
-from ddgan.sampling.generation import sample
+from ddgan.sampling.generation import class_names, parse_class_labels, sample
 from ddgan.sampling.groups import GroupSampler, group_size
 from ddgan.sampling.loading import pipeline_hash, with_scheduler
+from ddgan.sampling.spacing import changed_spacing
+
+logger = logging.getLogger("ddgan")
 
 DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline; with fewer the bias of FID is large
 
@@ -68,20 +74,28 @@ class EvaluateArguments(SamplingArguments):
         None,
         f"images to measure (default: {DEFAULT_NUM_IMAGES:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with "
         "--stacked_mnist; all of --images, of which fewer are a random subset, or with --class_labels the first)",
+        minimum=MIN_IMAGES,
     )
     reference: str | None = option(
         None,
         "images to measure against: folder, MNIST-style folder, dataset folder or Hub dataset, .npz, .parquet, or "
         "statistics: an .npz with mu and sigma, or a .safetensors file of cached features",
     )
-    reference_split: str = option("train", "split of the reference")
+    reference_split: str | None = option(None, "split of the reference (default: train, if it has splits)")
     reference_config: str | None = option(None, "configuration of a reference dataset, if it has several")
-    num_reference: int | None = option(None, "size of a random subset of the reference (default: all images)")
+    num_reference: int | None = option(
+        None, "size of a random subset of the reference (default: all images)", minimum=MIN_IMAGES
+    )
     held_out: str | None = option(
         None, "images not used in training, to detect memorization; --reference must be the training images"
     )
-    held_out_split: str = option("test", "split of the held-out images")
+    held_out_split: str | None = option(None, "split of the held-out images (default: test, if they have splits)")
     image_column: str | None = option(None, "column with the images (default: the first image column)")
+    value_range: list[float] | None = option(
+        None,
+        "values of black and white in gray --images and references: --value_range 0 4095 (default: the full range of "
+        "their bits for integers, 0 1 for floating-point numbers)",
+    )
     feature_extractor: str | None = option(
         None,
         f"{', '.join(EXTRACTORS)} (default: {INCEPTION}), or a classifier folder from scripts/train_classifier.py",
@@ -91,17 +105,22 @@ class EvaluateArguments(SamplingArguments):
         None, "classifier folder that predicts classes and digits (default: the feature extractor, if it is one)"
     )
     stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
-    batch_size: int = option(64, "images per forward pass; for samples on a CPU it depends on the image size only")
-    class_labels: list[int] | None = option(None, "class of each image, used in turn: --class_labels 0 1 2")
+    batch_size: int = option(
+        64, "images per forward pass; for samples on a CPU it depends on the image size only", minimum=1
+    )
+    class_labels: list[str] | None = option(
+        None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
+    )
     guidance_scale: float | None = option(
         None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
     )
     output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
     save_images: str | None = option(None, "save the samples in this folder")
     cache_dir: str = option(str(CACHE_DIR), "folder for cached features of references")
-    update_card: bool = option(True, "write the metrics into the model card of a pipeline folder")
+    update_card: bool = option(False, "write the metrics into the model card of the pipeline folder")
 
     def __post_init__(self):
+        super().__post_init__()
         if bool(self.pipeline) == bool(self.images):
             raise InputError("Pass either --pipeline, to sample from it, or existing --images.")
         if self.images and self.save_images:
@@ -112,20 +131,21 @@ class EvaluateArguments(SamplingArguments):
             self.feature_extractor = INCEPTION if self.reference else self.classifier
         if self.feature_extractor is None:
             raise InputError("Pass images to measure against with --reference, or a --classifier.")
-        super().__post_init__()
-        require_at_least(1, self, "batch_size")
-        require_at_least(MIN_IMAGES, self, "num_images", "num_reference")
+        check_value_range(self.value_range)
+        if self.update_card and not (self.pipeline and card_path(self).is_file()):
+            raise InputError(f"--update_card needs the --pipeline of a local folder with a model card ({CARD_NAME}).")
 
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(EvaluateArguments, argv=argv)
     started = time.perf_counter()
-    accelerator = Accelerator()
+    accelerator = start_accelerate()
     with one_thread_per_operation(accelerator.device) as threads:
         with user_errors(InputError):
             extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
             classifier = select_classifier(args, extractor, accelerator.device)
-        samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args)
+        samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args, classifier)
+        requested = None if args.stacked_mnist else requested_classes(samples, classifier)
         if args.stacked_mnist and samples.facts.properties.channels != 3:
             raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
         with user_errors(RunError):
@@ -133,12 +153,10 @@ def main(argv: list[str] | None = None) -> None:
             features, parts = extract_sample_features(samples, extractor, classifier, args, accelerator, threads)
     if features is not None:
         with user_errors(InputError):
-            results = compute_results(
-                samples.facts, features, extractor, reference, held_out, classifier, args.class_labels
-            )
+            results = compute_results(samples.facts, features, extractor, reference, held_out, classifier, requested)
             write_results(results, args, round(time.perf_counter() - started, 1))
         print_results(results, args)
-        shutil.rmtree(parts)
+        shutil.rmtree(parts, ignore_errors=True)
     accelerator.end_training()
 
 
@@ -170,15 +188,41 @@ def select_classifier(
         flag = "--stacked_mnist" if args.stacked_mnist else "--class_labels"
         raise InputError(f"{flag} needs the predictions of a classifier: pass its folder with --classifier.")
     classes = classifier.network.config.num_classes
-    if args.stacked_mnist:
-        if (classes, classifier.channels) != (10, 1):
-            raise InputError(f"--stacked_mnist needs a classifier of ten gray digits, which {classifier.name} is not.")
-    elif args.class_labels is not None and (min(args.class_labels) < 0 or max(args.class_labels) >= classes):
-        raise InputError(
-            f"--class_labels are {sorted(set(args.class_labels))}, but the classifier {classifier.name} has the "
-            f"classes 0 to {classes - 1}."
-        )
+    if args.stacked_mnist and (classes, classifier.channels) != (10, 1):
+        raise InputError(f"--stacked_mnist needs a classifier of ten gray digits, which {classifier.name} is not.")
     return classifier
+
+
+def requested_classes(
+    samples: "PipelineSamples | StoredSamples", classifier: ClassifierFeatures | None
+) -> list[int] | None:
+    """Return the requested classes as numbered by the classifier; None without classes.
+
+    The classes of a pipeline are those of the classifier with the same names. If no name agrees, or one of the two has
+    no names, they are matched by number.
+
+    Raises:
+        InputError: if the classifier does not have a requested class.
+    """
+    if samples.labels is None or classifier is None:
+        return None
+    known, names = classifier.network.class_names, samples.class_names
+    wanted = [names.get(label, label) if isinstance(label, int) else label for label in samples.labels]
+    if any(name in known for name in wanted) or not names:
+        numbers = [known.index(name) if name in known else name for name in wanted]
+    else:
+        numbers_by_name: dict[int | str, int] = {name: label for label, name in names.items()}
+        numbers = [numbers_by_name.get(name, name) for name in wanted]
+        logger.warning(
+            f"The classes of the pipeline ({', '.join(names.values())}) and of the classifier {classifier.name} "
+            f"({', '.join(known)}) have different names, so they are matched by number."
+        )
+    if unknown := [str(number) for number in numbers if number not in range(len(known))]:
+        raise InputError(
+            f"--class_labels {' '.join(dict.fromkeys(unknown))}: the classifier {classifier.name} has the classes 0 "
+            f"to {len(known) - 1}, named {', '.join(known)}."
+        )
+    return [int(number) for number in numbers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,6 +234,8 @@ class PipelineSamples:
 
     Attributes:
         count: number of samples.
+        labels: their requested classes, used in turn, as labels or names; None without classes.
+        class_names: the names of the classes by label, if there are any.
         facts: how they are generated.
         preprocessing: conversion to tensors, with their channels, height and width.
         batch_size: number of samples in a batch.
@@ -200,17 +246,17 @@ class PipelineSamples:
         self.args = args
         self.count = args.num_images or (STACKED_MNIST_SAMPLES if args.stacked_mnist else DEFAULT_NUM_IMAGES)
         assert args.pipeline is not None
-        pipe = args.load(accelerator.device)
-        contents = pipeline_hash(pipe)
-        pipe = with_scheduler(pipe, args.scheduler)
+        loaded = args.load(accelerator.device)
+        contents = pipeline_hash(loaded)
+        pipe = with_scheduler(loaded, args.scheduler, args.num_inference_steps)
+        self.class_names = class_names(getattr(pipe, "unet", None))
+        self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
         guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
         self.batch_size = group_size(pipe, args.batch_size)
-        self.sampler = GroupSampler(
-            pipe, self.batch_size, args.seed, args.num_inference_steps, args.class_labels, guidance
-        )
+        self.sampler = GroupSampler(pipe, self.batch_size, args.seed, args.num_inference_steps, self.labels, guidance)
         self.offset = self.sampler.offset
-        labels = args.class_labels and args.class_labels[:1]
-        (first,) = sample(pipe, [args.seed], args.num_inference_steps, labels, **guidance)
+        first_label = self.labels and self.labels[:1]
+        (first,) = sample(pipe, [args.seed], args.num_inference_steps, first_label, **guidance)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
         self.facts = SampleFacts(
             count=self.count,
@@ -219,8 +265,9 @@ class PipelineSamples:
             settings={
                 "seeds": f"{args.seed} to {args.seed + self.count - 1}",
                 "scheduler": type(pipe.scheduler).__name__,
+                **changed_spacing(loaded, pipe.scheduler),
                 "num_inference_steps": len(pipe.scheduler.timesteps),
-                "class_labels": args.class_labels,
+                "class_labels": self.labels,
                 "guidance_scale": args.guidance_scale,
                 "dtype": args.dtype,
                 "device": accelerator.device.type,
@@ -240,11 +287,13 @@ class PipelineSamples:
 class StoredSamples:
     """Existing images, all of one size, with the same attributes as `PipelineSamples`."""
 
-    def __init__(self, args: EvaluateArguments):
+    def __init__(self, args: EvaluateArguments, classifier: ClassifierFeatures | None):
         assert args.images is not None
+        self.class_names = dict(enumerate(classifier.network.class_names)) if classifier else {}
+        self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
         self.batch_size, self.offset = args.batch_size, 0
         self.source = open_source(args.images, image_column=args.image_column)
-        self.images = ReferenceImages(self.source)
+        self.images = ReferenceImages(self.source, value_range=check_value_range(args.value_range))
         total = len(self.source)
         self.count = args.num_images or total
         if self.count > total:
@@ -254,7 +303,11 @@ class StoredSamples:
             count=self.count,
             properties=describe_images([self.images.image(self.indices[i]) for i in evenly_spaced(self.count)]),
             origin={"source": location_name(args.images), "contents": self.source.fingerprint(self.indices)},
-            settings={"class_labels": args.class_labels},
+            settings={
+                "class_labels": self.labels,
+                "order": "natural order of the files, or as stored" if self.labels else None,
+                "value_range": args.value_range,
+            },
         )
         first = self.images.image(self.indices[0])
         self.preprocessing = Preprocessing(self.facts.properties.channels, first.height, first.width)
@@ -270,7 +323,10 @@ class StoredSamples:
                     f"The images differ in size: {self.source.name(self.indices[0])} is {width}x{height}, "
                     f"{self.source.name(i)} is {size[0]}x{size[1]}. Measure images of one size at a time."
                 )
-        return torch.stack([self.images.pixels(i, channels, height, width) for i in source_indices])
+        pixels = torch.stack([self.images.pixels(i, channels, height, width) for i in source_indices])
+        if indices.start == 0 and (warning := low_contrast(pixels / 127.5 - 1)):
+            logger.warning(f"{self.args.images}: {warning}")
+        return pixels
 
 
 def extract_sample_features(
@@ -351,7 +407,15 @@ def load_references(
     if not args.reference:
         return None, None
     reference = load_reference(
-        args.reference, args.reference_split, args.num_reference, samples, extractor, args, accelerator, threads
+        args.reference,
+        args.reference_split,
+        "train",
+        args.num_reference,
+        samples,
+        extractor,
+        args,
+        accelerator,
+        threads,
     )
     require_images(MIN_IMAGES, args.reference, reference)
     if not args.held_out:
@@ -361,7 +425,9 @@ def load_references(
             f"Detecting memorization needs the features of the training images, but {args.reference} has only their "
             "mean and covariance. Pass the images themselves with --reference."
         )
-    held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator, threads)
+    held_out = load_reference(
+        args.held_out, args.held_out_split, "test", None, samples, extractor, args, accelerator, threads
+    )
     require_images(MIN_HELD_OUT, args.held_out, held_out)
     if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
         raise InputError(
@@ -373,7 +439,8 @@ def load_references(
 
 def load_reference(
     location: str,
-    split: str,
+    split: str | None,
+    default_split: str,
     count: int | None,
     samples: PipelineSamples | StoredSamples,
     extractor: FeatureExtractor,
@@ -393,10 +460,16 @@ def load_reference(
     if path.suffix == ".npz" and path.is_file() and holds_statistics(path):
         return read_reference_statistics(path, samples.preprocessing, extractor)
     with accelerator.main_process_first():
-        source = open_source(location, split, config=args.reference_config, image_column=args.image_column)
+        source = open_source(
+            location,
+            split,
+            default_split=default_split,
+            config=args.reference_config,
+            image_column=args.image_column,
+        )
     height, width = samples.preprocessing.height, samples.preprocessing.width
     return measure_reference(
-        ReferenceImages(source),
+        ReferenceImages(source, value_range=check_value_range(args.value_range)),
         location_name(location),
         source.split,
         (height, width),
@@ -447,6 +520,14 @@ def read_reference_statistics(path: Path, preprocessing: Preprocessing, extracto
             f"{path} has mu of the shape {mean.shape} and sigma of {covariance.shape}, but the features of "
             f"{extractor.name} have {dimensions} dimensions. Choose the extractor that computed them."
         )
+    symmetric = np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-3 * np.abs(covariance).max())
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and symmetric) or (
+        np.linalg.eigvalsh(covariance).min() < -1e-3 * np.abs(covariance).max()
+    ):
+        raise InputError(
+            f"{path}: sigma is not a covariance matrix (symmetric, without negative variances), or a value is not "
+            "finite. Compute mu and sigma again."
+        )
     facts = ReferenceFacts(location_name(str(path)), statistics="mu and sigma, of unknown protocol")
     return Reference(facts, None, Gaussian(mean, covariance))
 
@@ -470,11 +551,8 @@ def write_results(results: Results, args: EvaluateArguments, seconds: float) -> 
     if results.classes:
         figure = confusion_matrix_plot(results.classes.confusion, results.classes.names)
         replace_file(confusion_path(args), lambda path: figure.savefig(path, dpi=110))
-    if card := card_to_update(args):
-        protocol = results.protocol
-        dataset = (protocol.reference or protocol.classifier or protocol.extractor).name
-        split = protocol.reference and protocol.reference.split
-        update_model_index(card, model_index_entries(results.metrics, dataset, split, protocol.descriptions()))
+    if args.update_card:
+        update_card(card_path(args), results)
 
 
 def print_results(results: Results, args: EvaluateArguments) -> None:
@@ -493,8 +571,8 @@ def print_results(results: Results, args: EvaluateArguments) -> None:
     print(f"\nall metrics with their protocol: {args.output}")
     if results.classes:
         print(f"confusion matrix: {confusion_path(args)}")
-    if card := card_to_update(args):
-        print(f"model card with these metrics: {card}")
+    if args.update_card:
+        print(f"model card with these metrics: {card_path(args)}")
 
 
 def confusion_path(args: EvaluateArguments) -> Path:
@@ -502,10 +580,9 @@ def confusion_path(args: EvaluateArguments) -> Path:
     return output.with_name(f"{output.stem}-confusion.png")
 
 
-def card_to_update(args: EvaluateArguments) -> Path | None:
-    """Return the model card to update: that of a pipeline folder, unless `--no_update_card`."""
-    card = Path(args.pipeline or "") / CARD_NAME
-    return card if args.pipeline and args.update_card and card.is_file() else None
+def card_path(args: EvaluateArguments) -> Path:
+    """Return the model card of a pipeline folder."""
+    return Path(args.pipeline or "") / CARD_NAME
 
 
 if __name__ == "__main__":

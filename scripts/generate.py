@@ -27,7 +27,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddgan import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
-from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.accelerator import start_accelerate
+from ddgan.core.cli import option, parse_arguments
 from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
 from ddgan.core.locks import locked
@@ -41,12 +42,12 @@ from ddgan.guidance.registry import (
     sum_losses,
 )
 from ddgan.sampling.arguments import SamplingArguments
-from ddgan.sampling.generation import parse_class_labels
+from ddgan.sampling.generation import class_names, parse_class_labels
 from ddgan.sampling.grids import image_grid, steps_strip
 from ddgan.sampling.groups import GroupSampler, group_size, split_into_groups
 from ddgan.sampling.loading import pipeline_hash, with_scheduler
 from ddgan.sampling.steps import trained_steps
-from ddgan.sampling.traces import intermediates
+from ddgan.sampling.traces import check_traceable, intermediates
 
 SETTINGS = "generate.json"
 GRID_IMAGES = 64
@@ -58,13 +59,17 @@ class GenerateArguments(SamplingArguments):
     """The pipeline, how to sample it, and the output folder."""
 
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
-    num_images: int = option(16, "total number of images; a higher number adds to existing images")
-    batch_size: int = option(16, "images per batch on an accelerator; on a CPU it depends on the image size only")
+    num_images: int = option(16, "total number of images; a higher number adds to existing images", minimum=1)
+    batch_size: int = option(
+        16, "images per batch on an accelerator; on a CPU it depends on the image size only", minimum=1
+    )
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
     grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
-    intermediates: int | None = option(None, "show this many denoising steps of the first image in intermediates.png")
+    intermediates: int | None = option(
+        None, "show this many denoising steps of the first image in intermediates.png", minimum=1
+    )
     color: str | None = option(None, "guide towards a color: '#BB2266', teal")
     clip_prompt: list[str] | None = option(None, "guide towards one or more texts with a CLIP model")
     towards: list[str] | None = option(None, TOWARDS_HELP)
@@ -79,12 +84,9 @@ class GenerateArguments(SamplingArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.pipeline:
             raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
-        super().__post_init__()
-        require_at_least(1, self, "num_images", "batch_size", "intermediates")
-        if self.class_labels:
-            self.class_labels = parse_class_labels(self.class_labels)
         if self.clip_prompt or self.towards:
             self.clip_model = clip_model_names(self.clip_model)
         elif self.clip_model:
@@ -105,7 +107,7 @@ class GenerateArguments(SamplingArguments):
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments(GenerateArguments, argv=argv)
-    accelerator = Accelerator()
+    accelerator = start_accelerate()
     with locked(Path(args.output_dir), accelerator), one_thread_per_operation(accelerator.device) as threads:
         generate_images(args, accelerator, threads)
 
@@ -117,6 +119,8 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     if loss:
         guidance |= {"loss": loss, "gradient": args.guidance_gradient}
     pipe = args.load(accelerator.device)
+    if args.class_labels:
+        args.class_labels = parse_class_labels(args.class_labels, class_names(getattr(pipe, "unet", None)))
     size = group_size(pipe, args.batch_size)
     if loss and includes_clip(loss) and accelerator.device.type == "cpu":
         size = 1  # the CLIP model takes most of the time, and much memory for each image
@@ -140,7 +144,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         "guidance_gradient": args.guidance_gradient,
     }
     check_settings(output, settings)
-    pipe = with_scheduler(pipe, args.scheduler)
+    pipe = with_scheduler(pipe, args.scheduler, args.num_inference_steps)
     if args.is_guided:
         try:
             pipe = GuidedPipeline.from_pipe(pipe)
@@ -149,6 +153,8 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         pipe.set_progress_bar_config(disable=True)
     elif isinstance(pipe, GuidedPipeline):
         raise InputError("A GuidedPipeline needs a target: --color, --clip_prompt or --towards.")
+    if args.intermediates:
+        check_traceable(pipe)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))

@@ -11,7 +11,7 @@ From Python, call `train_classifier`.
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -19,8 +19,9 @@ import torch
 from huggingface_hub import EvalResult
 from tqdm import tqdm
 
-from ddgan.core.cli import option, parse_arguments, require_at_least
+from ddgan.core.cli import Arguments, option, parse_arguments
 from ddgan.core.errors import InputError, RunError, run_command
+from ddgan.data.preprocessing import check_value_range
 from ddgan.data.sources import ImageSource, ImageSubset, Labels, MissingSplitError
 from ddgan.evaluation.classifier import NORM_GROUPS, ImageClassifier
 from ddgan.evaluation.references import ReferenceImages, describe_images, evenly_spaced
@@ -42,21 +43,23 @@ WEIGHT_DECAY = 0.05
 
 
 @dataclass
-class ClassifierArguments:
+class ClassifierArguments(Arguments):
     """The classifier, its augmentation and its test split."""
 
     _argument_group_name = "classifier"
 
-    widths: list[int] = field(default_factory=lambda: [16, 32, 64, 96], metadata={"help": "channels of each block"})
-    augmentation: float = option(1.0, "strength of random shifts, rotations, scaling and noise; 0 disables them")
+    widths: list[int] = option([16, 32, 64, 96], "channels of each block", minimum=NORM_GROUPS, maximum=16_384)
+    augmentation: float = option(
+        1.0, "strength of random shifts, rotations, scaling and noise; 0 disables them", minimum=0, maximum=10
+    )
     test_split: str | None = option(
         None,
         "split for the test accuracy (default: `test` if it exists, else a tenth of the images is held out)",
     )
 
     def __post_init__(self):
-        require_at_least(0, self, "augmentation")
-        if any(width < 1 or width % NORM_GROUPS for width in self.widths):
+        super().__post_init__()
+        if any(width % NORM_GROUPS for width in self.widths):
             raise InputError(
                 f"--widths {' '.join(map(str, self.widths))}: the widths must be multiples of {NORM_GROUPS}."
             )
@@ -72,7 +75,7 @@ class ClassifierDataArguments(DataArguments):
         "or --train_data_dir is required",
     )
     image_size: int | None = option(
-        None, "height and width of the input (default: the shorter side of the first image)"
+        None, "height and width of the input (default: the shorter side of the first image)", minimum=1
     )
     center_crop: bool = option(True, "crop to a square at the center; --no_center_crop: at random")
     cache_images: bool = option(
@@ -94,8 +97,10 @@ class ClassifierDataArguments(DataArguments):
 class ClassifierLearningRateArguments(LearningRateArguments):
     """The learning rate and its schedule."""
 
-    learning_rate: float = option(4e-3, "peak learning rate of AdamW")
-    lr_warmup_steps: int | None = option(None, "optimizer steps of linear warmup from zero (default: a twentieth)")
+    learning_rate: float = option(4e-3, "peak learning rate of AdamW", minimum=0)
+    lr_warmup_steps: int | None = option(
+        None, "optimizer steps of linear warmup from zero (default: a twentieth)", minimum=0
+    )
 
 
 @dataclass
@@ -104,10 +109,10 @@ class ClassifierRunArguments(RunArguments):
 
     _default_output_dir: ClassVar = "classifier"
 
-    batch_size: int = option(128, "images in a micro-batch of one process")
-    num_epochs: int = option(6, "passes over the images")
-    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off")
-    ema_decay: float = option(0.0, "maximum decay of the EMA weights; 0 turns EMA off")
+    batch_size: int = option(128, "images in a micro-batch of one process", minimum=1)
+    num_epochs: int = option(6, "passes over the images", minimum=1)
+    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
+    ema_decay: float = option(0.0, "maximum decay of the EMA weights; 0 turns EMA off", minimum=0, below=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -157,7 +162,7 @@ def train_classifier(
     torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
     network = ImageClassifier(size, channels, len(labels.classes), tuple(args.widths), dict(enumerate(labels.classes)))
     test_labels = renumber(test_source.labels(label_args.label_column), labels.classes)
-    test_images = TestImages(test_name, run.batch_size)
+    test_images = TestImages(test_name, run.batch_size, check_value_range(data_args.value_range))
     if session.accelerator.is_main_process:  # only this process tests
         test_images.read(test_source, test_labels, network, data_args.skip_broken_images)
     data = session.load_data(data_args, channels, (size, size), label_args, train_source)
@@ -220,9 +225,13 @@ def open_splits(
         InputError: if the images are not found, or there is no split `test_split`.
     """
     source = open_training_source(args)
-    if source.split != "all":
+    if test_split or source.split != "all":
         try:
-            return source, open_training_source(replace(args, split=test_split or "test")), "the test split"
+            test_source = open_training_source(replace(args, split=test_split or "test"))
+            if test_source.split != source.split:
+                return source, test_source, "the test split"
+            if test_split:
+                raise InputError(f"--test_split {test_split} names the images to train on. Name another split.")
         except MissingSplitError:
             if test_split:
                 raise
@@ -259,10 +268,11 @@ class TestImages:
     Args:
         name: description of the images for the card.
         batch_size: number of images classified at a time.
+        value_range: see `Preprocessing`.
     """
 
-    def __init__(self, name: str, batch_size: int):
-        self.name, self.batch_size = name, batch_size
+    def __init__(self, name: str, batch_size: int, value_range: tuple[float, float] | None = None):
+        self.name, self.batch_size, self.value_range = name, batch_size, value_range
 
     def read(self, source: ImageSource, labels: list[int], network: ImageClassifier, skip_broken: bool) -> None:
         """Read all images at the input size of a classifier.
@@ -271,7 +281,7 @@ class TestImages:
             RunError: at an image that cannot be read, unless broken images are skipped.
         """
         size = network.config.sample_size
-        images, pixels, numbers = ReferenceImages(source), [], []
+        images, pixels, numbers = ReferenceImages(source, value_range=self.value_range), [], []
         for i, number in enumerate(tqdm(labels, "reading the test images", leave=False)):
             try:
                 pixels.append(images.pixels(i, network.config.in_channels, size, size))
@@ -314,7 +324,7 @@ def card_facts(
     config, folder = network.config, run.folder_name
     arguments = (run, learning_rate, data_args, label_args, args)
     location = [f"--{'dataset_name' if data_args.dataset_name else 'train_data_dir'}", dataset]
-    command = [*location, "--output_dir", folder, "--split", data_args.split, *changed_flags(*arguments)]
+    command = [*location, "--output_dir", folder, *changed_flags(*arguments)]
     strength = args.augmentation
     return CardFacts(
         title=run.model_save_name,
@@ -346,7 +356,7 @@ def changed_flags(*arguments: Any) -> Iterator[str]:
     for argument in chain.from_iterable(map(fields, arguments)):
         default = argument.default if argument.default_factory is MISSING else argument.default_factory()
         value = settings.get(argument.name, default)
-        if value == default or argument.name in ("model_save_name", "dataset_name", "split", "report_to"):
+        if value == default or argument.name in ("model_save_name", "dataset_name", "report_to"):
             continue
         yield f"--{'no_' if value is False else ''}{argument.name}"
         if not isinstance(value, bool):

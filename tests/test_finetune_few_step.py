@@ -277,7 +277,7 @@ def test_a_killed_run_samples_the_start_model_only_until_it_has_done_so(few_step
         ("--num_inference_steps 4 1001", "--num_inference_steps 1001: .*only 1000 timesteps"),
         ("--num_inference_steps 0", "at least 1"),
         ("--num_inference_steps 2 2", "twice"),
-        ("--instance_noise 2", "a probability is at most 1"),
+        ("--instance_noise 2", "--instance_noise is 2.0; it must be at most 1"),
         ("--gamma -1", "at least 0"),
         ("--distillation_steps -1", "at least 0"),
         ("--distillation_steps 0", "--distillation_steps is 0, but the network of .*tiny predicts the noise"),

@@ -17,7 +17,17 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import ROOT, finetune_flags, largest_difference, make_dataset, run_script, tiny_unet, weights, write_images
+from tiny import (
+    ROOT,
+    finetune_flags,
+    largest_difference,
+    make_dataset,
+    run_script,
+    tiny_pipeline,
+    tiny_unet,
+    weights,
+    write_images,
+)
 from torch._dynamo.testing import CompileCounter
 
 from ddgan.core.errors import InputError, RunError, run_command
@@ -225,7 +235,7 @@ def test_a_tracker_that_is_not_installed_is_reported_before_training(finetune, m
 
 def test_a_stream_is_trained_on_stopped_and_resumed_exactly(finetune, tmp_path):
     folder = make_dataset(tmp_path / "streamed", 30, shards=2)
-    flags = ("--train_data_dir", "", "--dataset_name", folder, "--streaming", "--checkpointing_steps", 3)
+    flags = ("--dataset_name", folder, "--streaming", "--checkpointing_steps", 3)
     straight = finetune("straight", *flags, "--max_train_steps", 8, "--lr_scheduler", "constant")
     short = finetune("resumed", *flags, "--max_train_steps", 3, "--lr_scheduler", "constant")
     resume = ("--resume_from_checkpoint", "latest")
@@ -471,7 +481,9 @@ def test_numbers_that_are_too_small_are_rejected(finetune, flags):
     ("flags", "message"),
     [
         (["--seed", "-1"], "must be at least 0"),
-        (["--learning_rate", "nan"], "must be at least 0"),
+        (["--learning_rate", "nan"], "must be a finite number"),
+        (["--ema_power", "-5"], "must be greater than 0"),
+        (["--train_data_dir", ""], "--train_data_dir is empty"),
         (["--min_snr_gamma", "0"], "must be greater than 0"),
         (["--ema_inv_gamma", "0"], "must be greater than 0"),
         (["--resolution", "8", "0"], "must be at least 1"),
@@ -507,3 +519,23 @@ def test_a_pipeline_of_another_kind_is_rejected_with_its_components(finetune, tm
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="unconditional UNet2DModel"):
         finetune("run", "--start_model", tmp_path / "other")
+
+
+def test_a_run_that_cannot_be_sampled_is_rejected_before_it_writes_anything(finetune, tmp_path):
+    with pytest.raises(InputError, match="1001 inference steps are more than the 1000 timesteps"):
+        finetune("run", "--sample_steps", 1001)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_model_with_another_schedule_of_betas_is_trained_and_sampled(finetune, tmp_path):
+    tiny_pipeline(DDPMScheduler(beta_schedule="sigmoid")).save_pretrained(tmp_path / "sigmoid")
+    run = finetune("run", "--start_model", tmp_path / "sigmoid", "--max_train_steps", 1)
+    assert (run / "samples" / "step-00000001.png").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(finetune):
+    """The loss of the only step is finite, since it is that of the weights before it."""
+    with pytest.raises(RunError, match=r"The weights after step 1 are not finite\. Nothing was overwritten"):
+        finetune(
+            "run", "--learning_rate", 1e39, "--max_train_steps", 1, "--lr_scheduler", "constant", "--ema_decay", 0
+        )

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from tiny import ROOT, largest_difference, run_ranks, write_images
 
 from ddgan import DDGANPipeline, train_ddgan
+from ddgan.core import accelerator
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import InputError, RunError
 from ddgan.data.preprocessing import Preprocessing
-from ddgan.training import session
 from ddgan.training.arguments import DataArguments
 from ddgan.training.loading import TrainingData
 from ddgan.training.monitors import GANBalanceMonitor
@@ -243,11 +243,11 @@ def test_invalid_settings_are_reported_before_training(train, tmp_path, more, me
 
 def test_half_precision_that_overflows_at_every_scale_ends_in_a_clear_error(train, tmp_path, monkeypatch):
     def with_scaler(**kwargs):
-        accelerator = Accelerator(**kwargs)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=math.inf)
-        return accelerator
+        created = Accelerator(**kwargs)
+        created.scaler = torch.amp.GradScaler("cpu", init_scale=math.inf)
+        return created
 
-    monkeypatch.setattr(session, "Accelerator", with_scaler)
+    monkeypatch.setattr(accelerator, "Accelerator", with_scaler)
     with pytest.raises(RunError, match="gradient of step 51, like those of the 50 before it, is not finite"):
         train("run", "--max_train_steps", 70)
     assert len(read_metrics(tmp_path / "run" / "metrics.csv")) == 50

@@ -107,9 +107,10 @@ def write_shard(archive: Path, values: range) -> Path:
 
 
 def finetune_flags(model: Path, images: Path, output: Path, *flags) -> list[str]:
-    """Return the flags of a very short run; later flags override earlier ones."""
+    """Return the flags of a very short run; later flags override earlier ones, and `--dataset_name` the images."""
     short = "--report_to none --sample_steps 2 --num_samples 2 --batch_size 8 --num_epochs 2 --learning_rate 1e-2"
-    start = ["--start_model", model, "--train_data_dir", images, "--output_dir", output, *short.split()]
+    data = [] if "--dataset_name" in flags else ["--train_data_dir", images]
+    start = ["--start_model", model, *data, "--output_dir", output, *short.split()]
     return [str(flag) for flag in [*start, *flags]]
 
 

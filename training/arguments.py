@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..core.cli import option, require_above, require_at_least
+from ..core.cli import Arguments, option
 from ..core.errors import InputError
+from ..data.preprocessing import check_value_range
 from ..evaluation.metrics import METRICS, MIN_IMAGES
+
+MAX_GRID_IMAGES = 10_000
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Arguments):
     """The training images, and how they are resized and cropped."""
 
     _argument_group_name = "data"
@@ -22,7 +25,7 @@ class DataArguments:
         "embedded emoji, unless the script states otherwise)",
     )
     dataset_config: str | None = option(None, "configuration of that dataset, if it has several")
-    split: str = option("train", "split of the dataset")
+    split: str | None = option(None, "split of the images (default: train, if they are divided into splits)")
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     streaming: bool = option(False, "stream the dataset without a copy on disk; needs --max_train_steps")
     train_data_dir: str | None = option(
@@ -31,16 +34,24 @@ class DataArguments:
         "MNIST-style folder in torchvision's layout",
     )
     image_size: int | None = option(
-        None, "train at this height and width (default: that of the start model or of the script)"
+        None, "train at this height and width (default: that of the start model or of the script)", minimum=1
     )
-    resolution: list[int] | None = option(None, "height and width, if they differ: --resolution 64 96")
+    resolution: list[int] | None = option(None, "height and width, if they differ: --resolution 64 96", minimum=1)
     center_crop: bool = option(False, "crop to the aspect ratio at the center instead of at random")
     random_flip: bool = option(False, "flip images horizontally at random")
+    value_range: list[float] | None = option(
+        None,
+        "values of black and white in gray images: --value_range 0 4095 (default: the full range of their bits for "
+        "integers, 0 1 for floating-point numbers)",
+    )
     skip_broken_images: bool = option(False, "skip images that cannot be read, and count them")
     cache_images: bool = option(False, "cache the decoded, resized images in memory (images x channels x H x W bytes)")
-    dataloader_num_workers: int = option(0, "worker processes that load images ahead of the training loop")
+    dataloader_num_workers: int = option(
+        0, "worker processes that load images ahead of the training loop", minimum=0, maximum=1024
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.dataset_name and self.train_data_dir:
             raise InputError(
                 f"--dataset_name {self.dataset_name} and --train_data_dir {self.train_data_dir} both name the "
@@ -48,14 +59,13 @@ class DataArguments:
             )
         if self.resolution and (self.image_size or len(self.resolution) != 2):
             raise InputError("--resolution takes a height and a width (--resolution 64 96) and replaces --image_size.")
-        require_at_least(1, self, "image_size", "resolution")
-        require_at_least(0, self, "dataloader_num_workers")
+        check_value_range(self.value_range)
         if self.streaming and not self.dataset_name:
             raise InputError("--streaming needs a dataset: pass it with --dataset_name.")
 
 
 @dataclass
-class RunArguments:
+class RunArguments(Arguments):
     """The training run: its length, its optimizer, what it logs and what it saves."""
 
     _argument_group_name = "run"
@@ -67,15 +77,17 @@ class RunArguments:
     model_save_name: str = option(
         None, "name of the model on its card and on the Hub (default: the name of --output_dir)"
     )
-    seed: int = option(0, "random seed; runs with the same seed and settings are identical")
-    batch_size: int = option(16, "images in a micro-batch of one process")
-    grad_accumulation_steps: int = option(1, "micro-batches of each process in one optimizer step")
-    num_epochs: int = option(10, "passes over the images")
-    max_train_steps: int | None = option(None, "optimizer steps; overrides --num_epochs")
-    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 turns clipping off")
-    ema_decay: float = option(0.9999, "maximum decay of the EMA weights; 0 turns EMA off")
-    ema_inv_gamma: float = option(1.0, "EMA warmup: the decay after n steps is 1 - (1 + n / inv_gamma) ** -power")
-    ema_power: float = option(0.75, "EMA warmup: see --ema_inv_gamma")
+    seed: int = option(0, "random seed; runs with the same seed and settings are identical", minimum=0)
+    batch_size: int = option(16, "images in a micro-batch of one process", minimum=1)
+    grad_accumulation_steps: int = option(1, "micro-batches of each process in one optimizer step", minimum=1)
+    num_epochs: int = option(10, "passes over the images", minimum=1)
+    max_train_steps: int | None = option(None, "optimizer steps; overrides --num_epochs", minimum=1)
+    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
+    ema_decay: float = option(0.9999, "maximum decay of the EMA weights; 0 turns EMA off", minimum=0, below=1)
+    ema_inv_gamma: float = option(
+        1.0, "EMA warmup: the decay after n steps is 1 - (1 + n / inv_gamma) ** -power", above=0
+    )
+    ema_power: float = option(0.75, "EMA warmup: see --ema_inv_gamma", above=0)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "mixed precision (default: as configured in Accelerate)"
     )
@@ -84,11 +96,13 @@ class RunArguments:
     )
     compile: bool = option(False, "compile the networks with torch.compile")
     channels_last: bool = option(False, "use the channels-last memory format: faster convolutions on most devices")
-    log_samples_every: int = option(200, "optimizer steps between sample grids; 0: only before and after training")
-    num_samples: int = option(16, "images in a sample grid")
-    save_model_every: int = option(500, "optimizer steps between saves of the pipeline; 0: only at the end")
-    checkpointing_steps: int = option(500, "optimizer steps between checkpoints; 0: only at the end")
-    checkpoints_total_limit: int = option(2, "number of newest checkpoints to keep; 0 keeps all")
+    log_samples_every: int = option(
+        200, "optimizer steps between sample grids; 0: only before and after training", minimum=0
+    )
+    num_samples: int = option(16, "images in a sample grid", minimum=1, maximum=MAX_GRID_IMAGES)
+    save_model_every: int = option(500, "optimizer steps between saves of the pipeline; 0: only at the end", minimum=0)
+    checkpointing_steps: int = option(500, "optimizer steps between checkpoints; 0: only at the end", minimum=0)
+    checkpoints_total_limit: int = option(2, "number of newest checkpoints to keep; 0 keeps all", minimum=0)
     resume_from_checkpoint: str | None = option(
         None, "resume from this checkpoint folder of the run, or from the `latest`"
     )
@@ -101,21 +115,13 @@ class RunArguments:
     hub_private: bool = option(False, "create that repository as private")
 
     def __post_init__(self):
-        if not self.output_dir:
+        super().__post_init__()
+        if self.output_dir is None:
             self.output_dir = self.model_save_name or self._default_output_dir
         if self.model_save_name is None:
             self.model_save_name = self.folder_name
         if self.report_to is None:
             self.report_to = "wandb" if self.wandb_project else "tensorboard"
-        require_at_least(
-            1, self, "batch_size", "grad_accumulation_steps", "num_epochs", "num_samples", "max_train_steps"
-        )
-        require_at_least(0, self, "max_grad_norm")
-        every = ("log_samples_every", "save_model_every", "checkpointing_steps", "checkpoints_total_limit")
-        require_at_least(0, self, *every, "seed")
-        require_above(0, self, "ema_inv_gamma")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"--ema_decay is {self.ema_decay}; it must be at least 0 (no EMA) and less than 1.")
 
     @property
     def folder_name(self) -> str:
@@ -124,13 +130,15 @@ class RunArguments:
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(Arguments):
     """Evaluation during training: samples of the run are measured against its training images."""
 
     _argument_group_name = "evaluation"
 
-    eval_every: int = option(0, "optimizer steps between evaluations; the last step is always evaluated; 0: none")
-    eval_images: int = option(1000, "samples in an evaluation")
+    eval_every: int = option(
+        0, "optimizer steps between evaluations; the last step is always evaluated; 0: none", minimum=0
+    )
+    eval_images: int = option(1000, "samples in an evaluation", minimum=MIN_IMAGES)
     feature_extractor: str | None = option(
         None, "inception-v3-compat (default), dinov2, pixels-8x8, or a classifier folder (scripts/train_classifier.py)"
     )
@@ -140,14 +148,13 @@ class EvaluationArguments:
     best_metric: str = option("fid", f"metric that selects the best evaluation, kept in best/: {', '.join(METRICS)}")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.best_metric not in METRICS:
             raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRICS)}.")
-        require_at_least(0, self, "eval_every")
-        require_at_least(MIN_IMAGES, self, "eval_images")
 
 
 @dataclass
-class LabelArguments:
+class LabelArguments(Arguments):
     """The class labels of the images."""
 
     _argument_group_name = "labels"
@@ -158,16 +165,13 @@ class LabelArguments:
 
 
 @dataclass
-class LearningRateArguments:
+class LearningRateArguments(Arguments):
     """The learning rate and its schedule."""
 
     _argument_group_name = "learning rate"
 
-    learning_rate: float = option(1e-4, "peak learning rate")
+    learning_rate: float = option(1e-4, "peak learning rate", minimum=0)
     lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = option(
         "cosine", "learning-rate schedule over the optimizer steps"
     )
-    lr_warmup_steps: int = option(0, "optimizer steps of linear warmup from zero")
-
-    def __post_init__(self):
-        require_at_least(0, self, "learning_rate", "lr_warmup_steps")
+    lr_warmup_steps: int = option(0, "optimizer steps of linear warmup from zero", minimum=0)

@@ -45,6 +45,10 @@ class EMA:
         if self.average:
             self.average.step(local_shards(self.network.parameters()))
 
+    def weights(self) -> list[torch.Tensor]:
+        """Return the EMA weights, or the local shards of sharded ones; empty without EMA."""
+        return list(self.average.shadow_params) if self.average else []
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context, the network holds its EMA weights and is in evaluation mode."""

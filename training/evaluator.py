@@ -58,6 +58,11 @@ class Evaluation:
         values = [evaluation.by_name()[self.best_metric][1].value for evaluation in (self, other)]
         return METRICS[self.best_metric].is_better(*values)
 
+    @property
+    def extractor(self) -> str:
+        """Name of the feature extractor, which also predicts classes if it is a classifier."""
+        return self.protocol.get("extractor", INCEPTION).partition(", extractor digest ")[0]
+
     def values(self) -> dict[str, float]:
         return {key: metric.value for key, metric in self.metrics.items()}
 
@@ -188,7 +193,7 @@ class Evaluator:
             if isinstance(self.extractor, ClassifierFeatures) and self.extractor.network.class_names == data.classes:
                 self.classifier = self.extractor
             self._require_best_metric()
-            images = ReferenceImages(data.source, data.args.skip_broken_images)
+            images = ReferenceImages(data.source, data.args.skip_broken_images, data.preprocessing.value_range)
             with self._extractor_on_device():
                 self.reference = measure_reference(
                     images,

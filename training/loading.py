@@ -1,5 +1,6 @@
 """Micro-batches of training images, from image sources or streams."""
 
+import logging
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +16,23 @@ from tqdm import tqdm
 from ..core.errors import InputError, RunError
 from ..core.files import location_name
 from ..data.images import BrokenImageError
-from ..data.preprocessing import Preprocessing, read_image
-from ..data.sources import EMBEDDED_DATASET, ImageSource, ImageStream, Labels, file_name, open_source, open_stream
+from ..data.preprocessing import Preprocessing, low_contrast, read_image
+from ..data.sources import (
+    EMBEDDED_DATASET,
+    DatasetImages,
+    ImageSource,
+    ImageStream,
+    Labels,
+    file_name,
+    locate,
+    open_source,
+    open_stream,
+)
 from .arguments import DataArguments, LabelArguments, RunArguments
 from .plan import BatchPlan
 from .randomness import fold_in
+
+logger = logging.getLogger(__name__)
 
 _SHUFFLE_BLOCK = 1000  # stream rows that are shuffled together, held in memory undecoded
 _CHECKED_IMAGES = 1000  # images read once before training starts, to find broken ones early
@@ -149,6 +162,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         from datasets.distributed import split_dataset_by_node
 
         self.columns = [stream.image_column] if label_column is None else [stream.image_column, label_column]
+        self.folder = stream.folder
         rows = stream.select(self.columns)
         # shuffles only the shards; `_rows` shuffles the rows. Newer versions would interleave several shards
         interleaves = "max_buffer_input_shards" in signature(rows.shuffle).parameters
@@ -191,9 +205,10 @@ class StreamedImages(torch.utils.data.IterableDataset):
             try:
                 if label and label[0] not in range(len(self.class_of)):
                     raise BrokenImageError(f"its class is {label[0]}, not one of 0 to {len(self.class_of) - 1}")
-                return read_image(cell, self.preprocessing), self.class_of[label[0]] if label else None, position
+                pixels = read_image(locate(cell, self.folder), self.preprocessing)
+                return pixels, self.class_of[label[0]] if label else None, position
             except BrokenImageError as error:
-                broken.append(f"a row of the stream ({file_name(cell)}): {error}")
+                broken.append(f"a row of the stream, column {self.columns[0]!r} ({file_name(cell)}): {error}")
                 if not self.skip_broken:
                     raise RunError(f"An image cannot be read: {broken[-1]}. {_REMEDY}") from None
 
@@ -251,7 +266,7 @@ class TrainingData:
         classes: Sequence[str] | None = None,
         **plan: int,
     ):
-        self.args, self.preprocessing = args, preprocessing
+        self.args, self.preprocessing, self.rank = args, preprocessing, rank
         self.source: ImageSource | None = None
         self.labels: Labels | None = None
         if args.streaming:
@@ -322,12 +337,15 @@ class TrainingData:
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_signals,
         )
-        iterator = iter(loader)
+        iterator, unseen = iter(loader), self.rank == 0
         processes = getattr(iterator, "_workers", [])
         try:
             for batch in iterator:
                 if batch.error:
                     raise RunError(batch.error)
+                if unseen and batch.images is not None and (warning := low_contrast(batch.images)):
+                    logger.warning(warning)
+                unseen = False
                 yield batch
         finally:
             if processes:
@@ -390,13 +408,19 @@ def open_training_source(args: DataArguments) -> ImageSource:
     Raises:
         InputError: if they cannot be opened.
     """
-    return open_source(
+    source = open_source(
         _location(args),
         args.split,
         config=args.dataset_config,
         image_column=args.image_column,
         folder_as="images" if args.train_data_dir else "dataset",
     )
+    for flag in ("image_column", "dataset_config"):
+        if getattr(args, flag) and not isinstance(source, DatasetImages):
+            raise InputError(
+                f"--{flag} {getattr(args, flag)} is a setting of a dataset, and {_location(args)} is none: omit it."
+            )
+    return source
 
 
 def _location(args: DataArguments) -> str:

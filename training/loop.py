@@ -37,7 +37,7 @@ from .progress import RunProgress
 from .randomness import PerSampleRNG, fold_in
 from .run_folder import RunFolder
 from .sample_grids import sample_grid
-from .sharding import full_tensor, gather_pipeline
+from .sharding import full_tensor, gather_pipeline, local_shards
 from .step_log import StepLog
 from .stopping import RunStopped, StopRequest
 from .tracking import MetricsFile, log_image, plot_evaluations, plot_losses, read_metrics, start_trackers
@@ -92,6 +92,9 @@ class Trainer:
         self.evaluator, self.repo_id = evaluator, repo_id
         self.plan = data.plan
         self.folder = RunFolder(args.output_dir)
+        if job.sampler:
+            # raises an error before anything is written if it cannot be sampled
+            job.sampler.protocol(job.pipeline)  # pyright: ignore[reportArgumentType]
         self.total_steps = data.total_steps(args)
 
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -189,7 +192,8 @@ class Trainer:
     def _run_steps(self) -> None:
         """Train to the last step, with everything that is due along the way.
 
-        Methods that write files first call `_log`, which raises if a loss is not finite, so nothing is overwritten.
+        Methods that write files first call `_log` and `_check_weights`, which raise if a loss or a weight is not
+        finite, so nothing is overwritten.
         """
         args = self.args
         due, step = self._samplers_due(), self.progress.step
@@ -346,6 +350,7 @@ class Trainer:
         if not samplers:
             return
         self._log()
+        self._check_weights()
         step = self.progress.step
         for name, sampler in samplers.items():
             with self.progress.clock.paused():
@@ -362,6 +367,7 @@ class Trainer:
             RunStopped: if a stop was requested; the resumed run repeats the evaluation.
         """
         self._log()
+        self._check_weights()
         step, pipeline, sampler = self.progress.step, self.job.pipeline, self.job.sampler
         evaluations, clock, is_main = self.progress.evaluations, self.progress.clock, self.accelerator.is_main_process
         evaluator, start = self.evaluator, clock.seconds
@@ -406,12 +412,14 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         self._log()
+        self._check_weights()
         with self.progress.clock.paused():
             self.checkpoints.save(self.progress.step)
 
     def _save_model(self) -> None:
         """Write the pipeline with its EMA weights, the plots and the card into the run folder."""
         self._log()
+        self._check_weights()
         with self.progress.clock.paused():
             self.accelerator.wait_for_everyone()
             with self.job.ema.applied():
@@ -426,6 +434,22 @@ class Trainer:
                 if self.upload and not self._is_last_step():
                     self.upload.push(f"Step {self.progress.step} of {self.total_steps}")
             self.accelerator.wait_for_everyone()
+
+    def _check_weights(self) -> None:
+        """Raise an error if the last step has left weights that are not finite; every process must call this.
+
+        Raises:
+            RunError: if it has.
+        """
+        weights = [p for network in self.networks for p in local_shards(network.spec.network.parameters())]
+        weights += self.job.ema.weights()
+        broken = sum((~tensor.isfinite().all()).float() for tensor in weights)
+        if self.accelerator.reduce(broken, reduction="sum") > 0:  # pyright: ignore[reportOperatorIssue]
+            raise RunError(
+                f"The weights after step {self.progress.step} are not finite. Nothing was overwritten. The last good "
+                f"checkpoint is {self.checkpoints.last()}. A lower learning rate usually helps; resume with "
+                "--resume_from_checkpoint latest."
+            )
 
     def _write_config(self) -> None:
         replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))

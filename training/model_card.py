@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from dataclasses import asdict, dataclass, replace
 from math import isnan
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..core.errors import InputError, RunError
 from ..core.files import link_or_copy, replace_file, replace_folder
 from ..core.run_files import PIPELINE_FILE
-from ..evaluation.reporting import format_value, metric_title, model_index_entries
+from ..evaluation.reporting import format_value, measured_by, metric_title, model_index_entries
 from ..hub.cards import CardFacts, card_text, is_repo_id
 from ..hub.folders import code_files, read_trained_steps
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
@@ -178,7 +179,7 @@ def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str,
     last, best = evaluations.last, evaluations.best
     assert last is not None and best is not None
     table = {
-        metric_title(key): format_value(metric)
+        metric_title(key, measured_by(key, last.extractor, last.extractor)): format_value(metric)
         + (f" (training images: {format_value(last.floors[name])})" if name in last.floors else "")
         for key, metric in last.metrics.items()
         for name in [key.partition("@")[0]]
@@ -189,8 +190,12 @@ def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str,
     notes = ["In parentheses: one half of the training images measured against the other half."]
     if last.step != step:
         notes.append(f"These numbers are from step {last.step:,}, not from the weights here.")
-    results = model_index_entries(last.metrics, last.dataset, last.split, last.protocol) if last.step == step else []
-    return {"evaluation": table, "protocol": " ".join(notes + protocol), "results": results}
+    text = "\n\n".join([" ".join(notes + protocol), *(f"**Warning:** {warning}" for warning in last.warnings)])
+    results = []
+    if last.step == step:
+        networks = (last.extractor, last.extractor)
+        results = model_index_entries(last.metrics, last.dataset, last.split, last.protocol, *networks)
+    return {"evaluation": table, "protocol": text, "results": results}
 
 
 def write_best(folder: RunFolder, pipeline: DiffusionPipeline | ModelMixin, card: CardFacts, facts: RunFacts) -> None:
@@ -265,9 +270,10 @@ def finish_upload(background: BackgroundUpload, args: RunArguments) -> str:
     try:
         return f"uploaded       {background.finish('Upload finished model').url}"
     except (Exception, KeyboardInterrupt) as error:  # in any case, the run is finished and saved
-        private = " --private" if args.hub_private else ""
+        command = ["--folder", args.output_dir, "--repo_id", repository.repo_id]
+        command += ["--private"] if args.hub_private else []
         reason = str(error) or "The upload was interrupted."
         return (
             f"\n{reason}\nThe model is complete in {args.output_dir}; to finish the upload:\n"
-            f"    python scripts/push_to_hub.py --folder {args.output_dir} --repo_id {repository.repo_id}{private}"
+            f"    python scripts/push_to_hub.py {shlex.join(command)}"
         )

@@ -25,9 +25,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 from PIL import Image
 
+from ..core.accelerator import start_accelerate
 from ..core.errors import InputError
 from ..core.locks import check_unlocked
-from ..data.preprocessing import Preprocessing
+from ..data.preprocessing import Preprocessing, check_value_range
 from ..data.sources import ImageSource
 from ..sampling.grids import image_grid, rows_by_class
 from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
@@ -64,8 +65,8 @@ class Session:
 
         Raises:
             InputError: if the folder holds a run that is not being resumed, another command is writing to it, a
-                tracker is not installed, the run or the machine does not support the mixed precision, or the Hub
-                refuses the repository.
+                tracker is not installed, the configuration of Accelerate or the mixed precision is not supported, or
+                the Hub refuses the repository.
         """
         accelerator = start_accelerator(run, supports_fp16)
         if accelerator.is_fsdp2 and not supports_fsdp:
@@ -97,7 +98,14 @@ class Session:
         height, width = size
         return TrainingData(
             args,
-            Preprocessing(channels, height, width, args.center_crop, args.random_flip),
+            Preprocessing(
+                channels,
+                height,
+                width,
+                args.center_crop,
+                args.random_flip,
+                check_value_range(args.value_range),
+            ),
             self.accelerator.process_index,
             labels,
             source,
@@ -142,9 +150,10 @@ def start_accelerator(run: RunArguments, supports_fp16: bool = True) -> Accelera
     """Check that the run folder can be used, and start Accelerate; no file is written yet."""
     folder = RunFolder(run.output_dir)
     folder.check_usable(resuming=bool(run.resume_from_checkpoint))
-    accelerator = Accelerator(
+    accelerator = start_accelerate(
+        run.grad_accumulation_steps,
         mixed_precision=run.mixed_precision,
-        log_with=tracker_names(run.report_to) or None,  # pyright: ignore[reportArgumentType]
+        log_with=tracker_names(run.report_to) or None,
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.logs)),
         step_scheduler_with_optimizer=False,
     )

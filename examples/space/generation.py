@@ -295,7 +295,9 @@ def generate(
             model, request, progress, lambda images: images.mean((1, 2, 3)), 0.0, "sample", "unguided"
         )
     options = {"guidance_scale": class_guidance} if model.supports_class_guidance else {}
-    return _generate(model, with_scheduler(model.pipe, request.scheduler), request, progress, "unguided", **options)
+    return _generate(
+        model, with_scheduler(model.pipe, request.scheduler, request.steps), request, progress, "unguided", **options
+    )
 
 
 def generate_guided(
@@ -313,7 +315,7 @@ def generate_guided(
         InputError, RunError: see `generate`.
     """
     try:
-        pipe = GuidedPipeline.from_pipe(with_scheduler(model.pipe, request.scheduler))
+        pipe = GuidedPipeline.from_pipe(with_scheduler(model.pipe, request.scheduler, request.steps))
     except ValueError as error:
         raise InputError(str(error)) from error
     pipe.set_progress_bar_config(disable=True)

@@ -1,29 +1,37 @@
 """Arguments from flags, files and recipes."""
 
+import dataclasses
+import importlib
+import json
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from ddgan.core.cli import option, parse_arguments, require_above, require_at_least, write_config
+from ddgan.core.cli import Arguments, option, parse_arguments, write_config
 from ddgan.core.errors import InputError
 
 
 @dataclass
-class Length:
+class Length(Arguments):
     _alternatives = ({"epochs", "steps"},)
 
-    epochs: int = option(1, "passes over the data")
+    epochs: int = option(1, "passes over the data", minimum=1)
     steps: int | None = option(None, "optimizer steps")
-    sizes: list[int] | None = option(None, "height and width")
+    sizes: list[int] | None = option(None, "height and width", minimum=1)
+    widths: list[int] = option([8, 16], "channels")
+    rate: float = option(1.0, "learning rate", above=0, below=2)
+    share: float = option(0.0, "share", minimum=0, maximum=1)
     shuffle: bool = option(True, "shuffle the data")
 
 
 @dataclass
-class Other:
+class Other(Arguments):
     precision: Literal["no", "bf16"] | None = option(None, "number format")
     output_dir: str = option("run", "folder")
+    names: list[str] | None = option(None, "names")
     resume_from_checkpoint: str | None = option(None, "checkpoint")
 
 
@@ -41,7 +49,7 @@ def test_flags_override_a_file_which_overrides_a_recipe(tmp_path):
     config = write(tmp_path / "config.yaml", "epochs: 3\nsizes: [3, 4]\n")
     length, other = parse("--recipe", "short", "--config", config, "--epochs", "4", recipes=recipes)
     assert (length.epochs, length.sizes, other.output_dir) == (4, [3, 4], "a")
-    assert parse("--sizes")[0].sizes == []
+    assert parse("--widths")[0].widths == []
 
 
 @pytest.mark.parametrize("flag", ["--steps=5", "--steps"])
@@ -97,11 +105,120 @@ def test_help_names_each_flag_and_its_default_once(capsys, monkeypatch):
     assert parse("--output-dir", "other")[1].output_dir == "other"
 
 
-def test_numbers_are_bounded_alone_and_in_lists():
-    require_at_least(1, Length(epochs=1, sizes=[1, 2]), "epochs", "steps", "sizes")
-    with pytest.raises(InputError, match="--sizes is 0; it must be at least 1"):
-        require_at_least(1, Length(sizes=[1, 0]), "epochs", "sizes")
-    with pytest.raises(InputError, match="--epochs is nan; it must be at least 1"):
-        require_at_least(1, Length(epochs=float("nan")), "epochs")
-    with pytest.raises(InputError, match="--epochs is 0; it must be greater than 0"):
-        require_above(0, Length(epochs=0), "epochs")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 0}, "--epochs is 0; it must be at least 1"),
+        ({"sizes": [1, 0]}, "--sizes is 0; it must be at least 1"),
+        ({"steps": 2**31}, "--steps is 2147483648; it must be at most 2147483647"),
+        ({"rate": float("nan")}, "--rate is nan; it must be a finite number"),
+        ({"rate": float("-inf")}, "--rate is -inf; it must be a finite number"),
+        ({"rate": 0.0}, "--rate is 0.0; it must be greater than 0"),
+        ({"rate": 2.0}, "--rate is 2.0; it must be less than 2"),
+        ({"share": 1.5}, "--share is 1.5; it must be at most 1"),
+    ],
+)
+def test_numbers_must_be_finite_and_in_their_range(values, message):
+    Length(epochs=1, sizes=[1, 2], rate=1.0, share=1.0)
+    with pytest.raises(InputError, match=message):
+        Length(**values)
+    ((name, value),) = values.items()
+    with pytest.raises(InputError, match=message):
+        parse(f"--{name}", *map(str, value)) if isinstance(value, list) else parse(f"--{name}={value}")
+
+
+def test_an_option_with_a_list_has_its_own_copy():
+    Length().widths.append(3)
+    assert Length().widths == [8, 16]
+
+
+@pytest.mark.parametrize("value", ["", " ", "a\0b"])
+def test_empty_texts_are_refused(value, tmp_path):
+    with pytest.raises(InputError, match=r"--output_dir is empty|--output_dir contains a zero byte"):
+        Other(output_dir=value)
+    with pytest.raises(InputError, match=r"--names is empty|--names contains a zero byte"):
+        Other(names=["a", value])
+    config = write(tmp_path / "config.yaml", f"output_dir: {json.dumps(value)}\n")
+    with pytest.raises(InputError, match=r"--output_dir is empty|--output_dir contains a zero byte"):
+        parse("--config", config)
+
+
+def test_an_empty_list_is_refused_unless_it_replaces_a_default():
+    with pytest.raises(InputError, match=r"--sizes is empty\. Pass a value, or omit it"):
+        parse("--sizes")
+
+
+def test_an_empty_config_is_refused():
+    with pytest.raises(InputError, match="--config  does not exist"):
+        parse("--config", "")
+
+
+def test_the_home_folder_is_expanded_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = write(tmp_path / "config.yaml", "output_dir: ~/run\nnames: [~/a, b~/c, 'a ~ b']\n")
+    expected = [f"{tmp_path}/a", "b~/c", "a ~ b"]
+    for argv in (["--config", config], ["--config=~/config.yaml"]):
+        other = parse(*argv)[1]
+        assert (other.output_dir, other.names) == (f"{tmp_path}/run", expected)
+    assert parse("--output_dir=~/run")[1].output_dir == f"{tmp_path}/run"
+    assert Other(output_dir="~/run").output_dir == f"{tmp_path}/run"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("output_dir: caf\xe9\n".encode("latin-1"), "is not valid YAML in UTF-8"),
+        (bytes(range(256)), "is not valid YAML in UTF-8"),
+        (b"[" * 20_000, "is not valid YAML in UTF-8"),
+        (b"sizes: " + b"[" * 20_000 + b"]" * 20_000, "is not valid YAML in UTF-8"),
+        (b"x" * 2_000_000, "is too large"),
+        (b"sizes: [[1, 2], 3]\n", "sizes must be a single value or a list of values"),
+        (b"output_dir: {a: b}\n", "output_dir must be a single value or a list of values"),
+        (b"started: 2024-99-99\n", "is not valid YAML|Unknown flag"),
+        (b"5: 3\n", "Unknown flag --5"),
+    ],
+)
+def test_damaged_configs_are_reported(tmp_path, content, message):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        parse("--config", str(tmp_path / "config.yaml"))
+
+
+def test_aliases_that_multiply_are_refused_at_once(tmp_path):
+    """30 levels of ten aliases each."""
+    levels = ["&a0 [x]"] + [f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
+    config = write(tmp_path / "config.yaml", f"names: [{', '.join(levels)}]\n")
+    with pytest.raises(InputError, match="names must be a single value or a list of values"):
+        parse("--config", config)
+
+
+EVERY_COMMAND = {
+    "finetune_model": {},
+    "finetune_few_step": {"start_model": "model"},
+    "train_ddgan": {},
+    "train_class_conditional": {},
+    "scripts.train_classifier": {"train_data_dir": "images"},
+    "scripts.generate": {"pipeline": "model"},
+    "scripts.evaluate": {"pipeline": "model", "reference": "images"},
+    "scripts.convert_ddgan_checkpoint": {"checkpoint_path": "a.pth", "output_dir": "out"},
+    "scripts.push_to_hub": {"folder": "model", "repo_id": "a/b"},
+    "examples.guided_sampling": {},
+}
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND)
+def test_every_number_and_text_of_every_command_is_checked(command):
+    module = importlib.import_module(f"ddgan.{command}")
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    kinds = [kind for kind in kinds if kind.__name__.endswith("Arguments")]
+    assert kinds and all(issubclass(kind, Arguments) for kind in kinds)
+    for kind in kinds:
+        types = typing.get_type_hints(kind)
+        names = {argument.name for argument in dataclasses.fields(kind)}
+        for argument in dataclasses.fields(kind):
+            for type_, value in ((float, float("nan")), (float, float("inf")), (int, 2**64), (str, "")):
+                if type_ not in {types[argument.name], *typing.get_args(types[argument.name])}:
+                    continue
+                others = {name: text for name, text in EVERY_COMMAND[command].items() if name in names}
+                with pytest.raises(InputError, match=f"--{argument.name} is"):
+                    kind(**{**others, argument.name: value})

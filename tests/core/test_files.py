@@ -5,6 +5,8 @@ import os
 import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ddgan.core.files import (
     copy_folder,
@@ -23,6 +25,24 @@ def interrupted(path):
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("ha")
     raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_written_files_can_be_read_as_the_umask_allows(tmp_path):
+    def write(path):
+        save_file({"weight": torch.zeros(1)}, path if path.suffix else path / "model.safetensors")
+
+    def write_folder(path):
+        path.mkdir()
+        write(path)
+
+    replace_file(tmp_path / "file.safetensors", write)
+    replace_folder(tmp_path / "folder", write_folder)
+    replace_tree(tmp_path / "tree", lambda path: (path.mkdir(parents=True), write(path)))
+    (tmp_path / "new").write_text("")
+    expected = (tmp_path / "new").stat().st_mode
+    written = [*tmp_path.rglob("*.safetensors")]
+    assert len(written) == 3 and {path.stat().st_mode for path in written} == {expected}
 
 
 def test_an_interrupted_write_leaves_the_previous_file(tmp_path):

@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from ddgan.data.preprocessing import Preprocessing, read_image
+from ddgan.core.errors import InputError
+from ddgan.data.images import BrokenImageError
+from ddgan.data.preprocessing import Preprocessing, check_value_range, low_contrast, read_image
 
 
 def load(image, channels=3, size=(8, 8), **options) -> torch.Tensor:
@@ -17,13 +19,10 @@ def load(image, channels=3, size=(8, 8), **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F", "YCbCr"])
 def test_every_mode_is_converted_to_the_channels_of_the_model(mode, channels, tmp_path):
-    gray = np.linspace(0, 65535 if mode.startswith("I") else 255, 64).reshape(8, 8)
-    if mode.startswith("I"):
-        image = Image.fromarray(gray.astype(np.uint16 if mode == "I;16" else np.int32))
-    else:
-        image = Image.fromarray(gray.astype(np.float32) if mode == "F" else gray.astype(np.uint8)).convert(mode)
+    dtype, white = {"I;16": (np.uint16, 65535), "F": (np.float32, 1)}.get(mode, (np.uint8, 255))
+    image = Image.fromarray(np.linspace(0, white, 64).reshape(8, 8).astype(dtype)).convert(mode)
     pixels = load(image, channels)
     assert pixels.shape == (channels, 8, 8)
     assert pixels.dtype == torch.float32
@@ -40,6 +39,76 @@ def test_16_bit_images_keep_their_range():
 def test_dark_16_bit_images_stay_dark():
     dark = Image.fromarray(np.full((8, 8), 200, dtype=np.uint16))
     assert load(dark, channels=1).max() == pytest.approx(1 / 127.5 - 1)
+
+
+RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+
+
+def read_tiff(tmp_path: Path, values: np.ndarray, value_range: tuple[float, float] | None = None) -> np.ndarray:
+    Image.fromarray(values).save(tmp_path / "image.tif")
+    return read_image(tmp_path / "image.tif", Preprocessing(1, 8, 8, value_range=value_range))[0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("values", "value_range"),
+    [
+        (RAMP, None),
+        (RAMP * 1.0004, None),  # the rounding of a resampled image
+        (RAMP * 2 - 1, (-1, 1)),
+        (RAMP * 3000, (0, 3000)),
+        ((RAMP * 4095).astype(np.uint16), (0, 4095)),
+        ((RAMP * 200).astype(np.int32), (0, 200)),
+        (1 - RAMP, (1, 0)),
+        ((RAMP * 65535).astype(np.uint16), None),
+        ((RAMP * 100).astype(np.uint8), (0, 100)),
+    ],
+)
+def test_the_values_of_black_and_white_can_be_stated(tmp_path, values, value_range):
+    assert np.abs(read_tiff(tmp_path, values, value_range) - RAMP * 255).max() <= 3
+
+
+def test_values_outside_the_stated_range_are_clipped(tmp_path):
+    pixels = read_tiff(tmp_path, RAMP, (0.25, 0.75))
+    assert (pixels[:2] == 0).all() and (pixels[6:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (RAMP * 2 - 1, r"-1 to 1, but .* 0 \(black\) to 1 \(white\)\. State .*--value_range"),
+        (RAMP * 255, "0 to 255, but .*--value_range"),
+        ((RAMP * 200).astype(np.int32), "32-bit integers, whose range is not known.*--value_range 0 4095"),
+        (np.where(RAMP == 0, np.nan, RAMP), "1 of its 64 pixels are not finite"),
+        (np.where(RAMP == 1, np.inf, RAMP), "1 of its 64 pixels are not finite"),
+    ],
+)
+def test_images_of_unknown_range_are_refused_instead_of_guessed(tmp_path, values, message):
+    with pytest.raises(BrokenImageError, match=message):
+        read_tiff(tmp_path, values)
+
+
+def test_the_bits_of_a_file_decide_and_not_the_values_of_one_image(tmp_path):
+    samples = np.array([4095, 2048] * 32, np.uint16)
+    packed = b"".join((int(a) << 12 | int(b)).to_bytes(3, "big") for a, b in samples.reshape(-1, 2))
+    entries = [(256, 8), (257, 8), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 8), (279, len(packed))]
+    table = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, v) for tag, v in entries)
+    header = b"II*\0" + struct.pack("<I", 8 + len(packed))
+    (tmp_path / "12bit.tif").write_bytes(header + packed + table + bytes(4))
+    pixels = read_image(tmp_path / "12bit.tif", Preprocessing(1, 8, 8))[0]
+    assert pixels[0].tolist() == [255, 128] * 4
+    (tmp_path / "16bit.pgm").write_bytes(b"P5 8 8 65535\n" + np.full(64, 200, ">u2").tobytes())
+    assert read_image(tmp_path / "16bit.pgm", Preprocessing(1, 8, 8)).max() == 1
+
+
+def test_images_that_come_out_nearly_constant_have_a_warning():
+    assert low_contrast(torch.rand(4, 1, 8, 8) * 2 - 1) is None
+    assert "from 0% to 6% of the way" in low_contrast(torch.linspace(-1, -0.875, 64).view(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("values", [[0], [0, 0], [0, float("nan")], [1, 2, 3]])
+def test_a_range_of_values_is_two_different_numbers(values):
+    with pytest.raises(InputError, match=r"--value_range .*two different numbers"):
+        check_value_range(values)
 
 
 def test_transparency_becomes_white_if_the_model_has_no_alpha():
@@ -103,6 +172,23 @@ def test_images_of_another_shape_are_cropped_not_distorted():
         crops.add(preprocessing.finish(preprocessing.load(wide), key).mean().item())
     assert len(crops) > 5
     assert load(Image.new("L", (20, 30)), channels=1, size=(8, 16)).shape == (1, 8, 16)
+
+
+def test_thin_images_are_cropped_before_they_are_enlarged():
+    thin = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2, 20000, 3), dtype=np.uint8))
+    preprocessing = Preprocessing(3, 128, 64)
+    pixels = preprocessing.load(thin)
+    assert pixels.numel() <= 2 * 20000 * 3
+    crops = [preprocessing.finish(pixels, key) for key in range(3)]
+    assert all(crop.shape == (3, 128, 64) for crop in crops)
+    assert not torch.equal(crops[0], crops[1])
+    # an image that is just too thin is cropped to nearly the same pixels as one that is not
+    gradient = np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (4, 1))
+    centers = [
+        load(Image.fromarray(np.pad(gradient, ((0, 0), (margin, margin)))), 1, size=(8, 8), center_crop=True)
+        for margin in (0, 60)
+    ]
+    assert (centers[0] - centers[1]).abs().max() < 0.05
 
 
 def test_half_of_the_samples_are_flipped_depending_on_the_key_alone():

@@ -1,31 +1,39 @@
 """Image sources: what each kind of location gives, which split, which labels, and what is refused."""
 
+import io
 import json
 import multiprocessing
+import os
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 from zipfile import ZipFile
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from PIL import features as pillow_features
 from pyarrow import parquet
 from tiny import ROOT, make_dataset, write_images, write_shard
 
 from ddgan.core.errors import InputError
-from ddgan.data.images import BrokenImageError, open_image
+from ddgan.data.images import IMAGE_SUFFIXES, BrokenImageError, open_image
 from ddgan.data.preprocessing import Preprocessing, read_image
 from ddgan.data.sources import (
     EMBEDDED_DATASET,
+    DatasetImages,
     FolderImages,
     ImageSource,
     ImageSubset,
+    Labels,
     MissingSplitError,
     ZipImages,
+    natural_order,
     open_source,
     open_stream,
 )
+from ddgan.training.arguments import DataArguments
+from ddgan.training.loading import TrainingData
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -176,10 +184,18 @@ def test_fingerprints_do_not_change_between_versions(tmp_path):
 
 
 def test_an_npz_file_without_images_or_with_other_labels_is_refused(tmp_path):
-    for arrays in ({"images": np.zeros((2, 8, 8), np.uint8)}, {"arr_0": np.zeros((2, 8, 8), np.float32)}):
+    for arrays in (
+        {"images": np.zeros((2, 8, 8), np.uint8)},
+        {"arr_0": np.zeros((2, 8, 8), np.float32)},
+        {"arr_0": np.zeros((0, 8, 8), np.uint8)},
+        {"arr_0": np.array("text")},
+    ):
         np.savez(tmp_path / "images.npz", **arrays)
         with pytest.raises(InputError, match=r"images\.npz must contain images \(N, H, W, C\) as 8-bit integers"):
             open_source(str(tmp_path / "images.npz"))
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 3, 8, 8), np.uint8))
+    with pytest.raises(InputError, match=r"images of the shape \(3, 8, 8\); it must be \(H, W, C\)"):
+        open_source(str(tmp_path / "images.npz"))
     for labels, message in (
         (None, "no class labels"),
         ([0.0, 1.0], "no class labels"),
@@ -258,6 +274,44 @@ def test_a_folder_for_each_split(tmp_path, archived):
         write_class_folders(vehicles / name, range(2))
     source = open_source(location(vehicles))
     assert (source.split, source.labels(None).classes) == ("all", ["car", "train"])
+    assert open_source(location(vehicles), "train").split == "train"  # unless it is named
+
+
+def test_the_folder_of_a_split_may_have_another_name_for_it(tmp_path):
+    for name, values in (("Training", range(6)), ("Testing", range(10, 13)), ("valid", range(20, 22))):
+        write_class_folders(tmp_path / name, values)
+    splits = {split: open_source(str(tmp_path), split) for split in (None, "train", "test", "Testing", "val")}
+    assert [source.split for source in splits.values()] == ["Training", "Training", "Testing", "Testing", "valid"]
+    assert splits[None].labels(None).classes == ["even", "odd"]
+    write_class_folders(tmp_path / "val", range(2))
+    with pytest.raises(
+        MissingSplitError, match="has no split validation: its splits are Testing, Training, val, vali"
+    ):
+        open_source(str(tmp_path), "validation")
+
+
+@pytest.mark.parametrize("kind", ["folder", ".zip", ".npz", ".parquet", ".arrow", "saved"])
+def test_a_split_of_images_without_splits_is_refused_instead_of_ignored(tmp_path, kind):
+    location = tmp_path / f"images{kind}"
+    if kind in ("folder", ".zip"):
+        location = write_class_folders(tmp_path / "images", range(4))
+        location = zip_folder(location, tmp_path / "images.zip") if kind == ".zip" else location
+    elif kind == ".npz":
+        np.savez(location, arr_0=np.zeros((4, 8, 8), np.uint8))
+    elif kind == ".parquet":
+        table(range(4)).to_parquet(location)
+    else:
+        table(range(4)).save_to_disk(tmp_path / "saved")
+        location = tmp_path / "saved" / ("data-00000-of-00001.arrow" if kind == ".arrow" else "")
+    for split in (None, "train", "all"):
+        source = open_source(str(location), split, default_split="test")
+        assert (len(source), source.split) == (4, "all")
+    with pytest.raises(MissingSplitError, match="has no split test"):
+        open_source(str(location), "test")
+    if kind in (".parquet", ".arrow", "saved"):
+        assert first_pixels(open_source(str(location), "train[1:3]")) == [1, 2]
+        with pytest.raises(MissingSplitError, match="has no split test"):
+            open_stream(str(location), "test")
 
 
 def test_a_split_of_a_saved_dataset_or_a_part_of_it(tmp_path):
@@ -289,8 +343,11 @@ def test_a_folder_of_images_with_a_table_is_read_as_requested(tmp_path):
     (tmp_path / "000.png").rename(folder / "even" / "000.png")
     table(range(20, 24)).to_parquet(folder / "train.parquet")
     assert isinstance(open_folder(folder), FolderImages)
-    assert isinstance(open_source(str(write_images(tmp_path / "plain", 2))), FolderImages)
-    assert not isinstance(open_dataset(tmp_path / "plain"), FolderImages)
+    plain = write_images(tmp_path / "plain", 2)
+    assert isinstance(open_source(str(plain)), FolderImages)
+    assert isinstance(open_dataset(plain), FolderImages)
+    (plain / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: 001.png\n---\n")
+    assert len(open_dataset(plain)) == 1
     data = tmp_path / "table"
     data.mkdir()
     table(range(20, 24)).to_parquet(data / "train.parquet")
@@ -309,6 +366,69 @@ def test_a_local_dataset_folder_finds_its_image_column(tmp_path):
         open_dataset(folder, image_column="photo")
     with pytest.raises(InputError, match=r"split test.*could not be loaded"):
         open_dataset(folder, split="test")
+
+
+def png(value: int) -> bytes:
+    encoded = io.BytesIO()
+    Image.new("L", (8, 8), value).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "cells"),
+    [
+        ("bytes", [png(i) for i in range(4)]),
+        ("gray lists", [np.full((8, 8), i).tolist() for i in range(4)]),
+        ("one channel", [np.full((8, 8, 1), i).tolist() for i in range(4)]),
+        ("color lists", [np.full((8, 8, 3), i).tolist() for i in range(4)]),
+        ("paths", [f"images/{i}.png" for i in range(4)]),
+    ],
+)
+def test_columns_without_a_type_of_images_are_read(tmp_path, monkeypatch, kind, cells, streaming):
+    datasets.Dataset.from_dict({"image": cells}).to_parquet(tmp_path / "train.parquet")
+    if kind == "paths":
+        (tmp_path / "images").mkdir()
+        for i in range(4):
+            (tmp_path / "images" / f"{i}.png").write_bytes(png(i))
+    monkeypatch.chdir("/")
+    for location in (tmp_path, tmp_path / "train.parquet"):
+        args = DataArguments(dataset_name=str(location), streaming=streaming)
+        data = TrainingData(args, Preprocessing(1, 8, 8), 0, batch_size=4, accumulation=1, processes=1, seed=0)
+        batch = next(data.batches(0, 1, None))
+        assert sorted(((batch.images[:, 0, 0, 0] + 1) * 127.5).round().tolist()) == [0, 1, 2, 3]
+        if not streaming:
+            assert data.source.fingerprint([0]) != data.source.fingerprint([1])
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([png(0), None], "row 1 of the column 'image' .*it is empty"),
+        ([png(0), b"no image"], "row 1 of the column 'image' .*cannot identify image file"),
+        (
+            ["https://example.org/0.png"],
+            "row 0 of the column 'image' .*it holds 'https://example.org/0.png', not an i",
+        ),
+        (["missing.png"], r"row 0 of the column 'image' \(missing.png\).*No such file"),
+        ([[[0, 256]]], r"it holds int64 of shape \(1, 2\), values 0 to 256. Pixels must be integers from 0 to 255"),
+        ([[[0.5]]], r"it holds float64 of shape \(1, 1\), values 0.5 to 0.5"),
+        ([[[1, 2], [3]]], r"it holds object of shape \(0,\)"),
+        ([[1, 2, 3]], r"it holds int64 of shape \(3,\)"),
+    ],
+)
+def test_cells_that_are_no_images_are_reported_with_row_column_and_content(tmp_path, cells, message):
+    datasets.Dataset.from_dict({"image": cells}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=message):
+        args = DataArguments(dataset_name=str(tmp_path))
+        TrainingData(args, Preprocessing(1, 8, 8), 0, batch_size=4, accumulation=1, processes=1, seed=0)
+
+
+def test_paths_in_a_dataset_of_the_hub_are_not_opened(tmp_path):
+    write_images(tmp_path, 1)
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "000.png")]})
+    with pytest.raises(BrokenImageError, match="not an image"):
+        DatasetImages(rows, None)[0]
 
 
 def test_a_dataset_without_images_names_its_columns(tmp_path):
@@ -367,6 +487,48 @@ def test_hidden_files_and_run_folders_are_ignored(tmp_path):
     assert len(grids) == 2
 
 
+def test_thumbnails_and_recycle_bins_are_ignored_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO", "ddgan")
+    folder = write_images(tmp_path / "nas", 4)
+    for name in ("@eaDir/000.png", "#recycle", "$RECYCLE.BIN", "lost+found", "__MACOSX"):
+        write_images(folder / name, 1)
+    (folder / "photo.heic").write_bytes(b"")
+    for open_as in (open_folder, open_dataset, open_source):
+        assert len(open_as(str(folder))) == 4
+    assert "nas: 4 images. Ignored: 1 in " in caplog.text
+    assert "1 in @eaDir" in caplog.text and "1 .heic" in caplog.text
+    assert len(open_source(str(zip_folder(folder, tmp_path / "nas.zip")))) == 4
+    with pytest.raises(InputError, match=r"@eaDir.* folders of a network drive .*--train_data_dir"):
+        open_stream(str(folder))
+
+
+@pytest.mark.parametrize("suffix", [".JFIF", ".tga", ".jp2", ".ppm", ".avif"])
+def test_files_that_pillow_reads_are_images(tmp_path, suffix):
+    if not Image.registered_extensions().get(suffix.lower()) or (
+        suffix == ".avif" and not pillow_features.check("avif")
+    ):
+        pytest.skip(f"this build of Pillow does not read {suffix}")
+    write_images(tmp_path, 1)
+    Image.new("RGB", (8, 8), "teal").save(tmp_path / f"b{suffix}", Image.registered_extensions()[suffix.lower()])
+    source = open_folder(tmp_path)
+    assert len(source) == 2
+    assert read_image(source[1], Preprocessing(3, 8, 8)).shape == (3, 8, 8)
+
+
+def test_all_image_suffixes_are_known_to_pillow():
+    assert set(Image.registered_extensions()) >= IMAGE_SUFFIXES
+
+
+def test_images_are_in_the_natural_order_of_their_names(tmp_path):
+    for i in range(12):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+    assert first_pixels(open_folder(tmp_path)) == list(range(12))
+    assert first_pixels(open_source(str(zip_folder(tmp_path, tmp_path.parent / "images.zip")))) == list(range(12))
+    names = ["1.png", "01.png", "a1b10.png", "a1b9.png", "a", "9" * 5000 + ".png"]
+    expected = ["01.png", "1.png", "9" * 5000 + ".png", "a", "a1b9.png", "a1b10.png"]
+    assert sorted(names, key=lambda name: natural_order(PurePath(name))) == expected
+
+
 def test_a_torchvision_folder_is_read_as_torchvision_lays_it_out(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -380,6 +542,23 @@ def test_a_torchvision_folder_is_read_as_torchvision_lays_it_out(tmp_path):
         open_folder(tmp_path, split="validation")
     (tmp_path / "KMNIST").symlink_to("MNIST")
     with pytest.raises(InputError, match=r"several sets of images\. Choose one of them: .*/KMNIST, .*/MNIST\."):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x1f\x8b\x08\0" + bytes(60), b"\0\0\x0d\x03" + bytes(60), b"\0\0\x08\x01" + bytes(60)]
+)
+def test_other_contents_than_idx_images_are_refused(tmp_path, content):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(InputError, match="does not contain bytes in 3 dimensions in MNIST's idx format"):
+        open_folder(tmp_path)
+
+
+def test_compressed_idx_files_are_reported(tmp_path):
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz is compressed: unpack the files in .*/raw"):
         open_folder(tmp_path)
 
 
@@ -403,7 +582,6 @@ def test_the_embedded_dataset_is_read():
 @pytest.mark.parametrize(
     ("kind", "labels", "message"),
     [
-        ("int64", [1998, 2001, 2020], "3 different labels, up to 2020. Labels must count from 0, here to 2: renumber"),
         ("int64", [0, -1, 2], "It contains -1."),
         ("int64", [0, -1, None], "It contains None."),
         ("string", ["a", None, "b"], "It contains None."),
@@ -416,6 +594,62 @@ def test_columns_that_cannot_be_classes_are_refused(tmp_path, kind, labels, mess
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(InputError, match=message):
         open_dataset(tmp_path).labels(None)
+
+
+@pytest.mark.parametrize("kind", ["int64", "string"])
+def test_ids_are_not_classes(tmp_path, kind):
+    features = datasets.Features({"label": datasets.Value(kind), "image": datasets.Image()})
+    labels = [i if kind == "int64" else f"{i}.png" for i in range(102)]
+    rows = {"label": labels, "image": [Image.new("L", (1, 1))] * 102}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="102 different labels for 102 images: these are not classes"):
+        open_dataset(tmp_path).labels(None)
+
+
+def test_integer_labels_are_the_classes_that_occur(tmp_path):
+    expected = Labels(["1", "2", "10"], [2, 0, 1])
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((3, 8, 8), np.uint8), arr_1=np.array([10, 1, 2]))
+    assert open_source(str(tmp_path / "images.npz")).labels(None) == expected
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(
+        b"\0\0\x08\x03" + bytes([0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 2, *[0] * 12])
+    )
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + bytes([0, 0, 0, 3, 10, 1, 2]))
+    assert open_folder(tmp_path / "MNIST").labels(None) == expected
+    for kind, values in (("int64", [10, 1, 2]), ("string", ["10", "1", "2"])):
+        features = datasets.Features({"label": datasets.Value(kind), "image": datasets.Image()})
+        rows = {"label": values, "image": [Image.new("L", (8, 8))] * 3}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{kind}.parquet")
+        assert open_source(str(tmp_path / f"{kind}.parquet")).labels(None) == expected
+
+
+def test_class_folders_are_in_natural_order(tmp_path):
+    for name in ("1", "2", "10", "11", "12"):
+        write_images(tmp_path / "images" / name, 1)
+    archive = zip_folder(tmp_path / "images", tmp_path / "images.zip")
+    for location in (tmp_path / "images", archive):
+        assert open_source(str(location)).labels(None) == Labels(["1", "2", "10", "11", "12"], list(range(5)))
+
+
+def test_labels_in_metadata_are_not_ignored(tmp_path):
+    folder = write_class_folders(tmp_path / "images", range(4))
+    with pytest.raises(InputError, match=r"--label_column style: .*/images has no columns"):
+        open_folder(folder).labels("style")
+    table = "file_name,style\n" + "".join(
+        f"{path.relative_to(folder)},{i}\n" for i, path in enumerate(sorted(folder.rglob("*.png")))
+    )
+    (folder / "metadata.csv").write_text(table)
+    with pytest.raises(InputError, match=r"metadata\.csv may contain the labels.*--dataset_name .*--label_column"):
+        open_folder(folder).labels(None)
+    assert list(open_dataset(folder).labels("style").numbers) == [0, 1, 2, 3]
+
+
+def test_a_class_folder_whose_name_is_not_utf8_is_refused_at_once(tmp_path):
+    write_images(tmp_path / os.fsdecode("caf\xe9".encode("latin-1")), 1)
+    with pytest.raises(InputError, match="is not UTF-8: rename it") as raised:
+        open_folder(tmp_path).labels(None)
+    assert str(raised.value).encode()
 
 
 def test_labels_beyond_the_classes_are_refused(tmp_path):

@@ -102,6 +102,23 @@ def test_cached_features_are_not_extracted_again(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["cached.safetensors"]
 
 
+def test_a_cache_that_cannot_be_written_does_not_end_the_extraction(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "cache" / "cached.safetensors"  # a folder that cannot be created
+    result = cached_features(path, {}, 20, 3, Squares(), Accelerator())
+    assert result["features"].flatten().tolist() == [i * i for i in range(20)]
+    parts = extract_features(20, 3, Squares(), Accelerator(), path.with_suffix(".parts"))
+    assert torch.equal(parts["features"], result["features"])
+    assert len(caplog.records) == 2 and "cannot be written" in caplog.text and "--cache_dir" in caplog.text
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features, "replace_file", full)
+    result = cached_features(tmp_path / "cached.safetensors", {}, 20, 3, Squares(), Accelerator())
+    assert len(result["features"]) == 20 and "No space left" in caplog.text
+
+
 @pytest.mark.parametrize("how", ["empty", "truncated", "changed"])
 def test_damaged_features_are_extracted_again(tmp_path, caplog, how):
     path = tmp_path / "cached.safetensors"

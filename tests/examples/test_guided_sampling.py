@@ -51,7 +51,7 @@ def test_classes_are_used_in_turn_by_label_or_name(tmp_path):
     [
         (["--guidance_end", 0], "--guidance_end 0: of 4 steps none is guided"),
         (["--guidance_start", 0.5, "--guidance_end", 0.6], "--guidance_start 0.5 and --guidance_end 0.6: of 4 steps"),
-        (["--guidance_end", 2], "0 <= start <= end <= 1"),
+        (["--guidance_end", 2], "--guidance_end is 2.0; it must be at most 1"),
         (["--num_inference_steps", 0], "--num_inference_steps is 0"),
         (["--clip_model", "a", "b", "c"], "--clip_model a b c: it takes one name"),
         (["--towards", "colour:teal"], "The guidance loss 'colour:teal' is invalid: there is no loss 'colour'"),

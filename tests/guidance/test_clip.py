@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,6 +273,18 @@ def test_invalid_arguments_are_refused_in_one_paragraph(arguments, message):
     assert "\n" not in str(error.value)
 
 
+@needs_open_clip
+def test_pickled_weights_are_refused_without_running_them(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "attacked",))
+
+    torch.save({"state_dict": Attack()}, tmp_path / "weights.bin")
+    with pytest.raises(InputError, match=r"weights\.bin\) cannot be loaded"):
+        CLIPLoss("a rose", "ViT-B-32", str(tmp_path / "weights.bin"))
+    assert not (tmp_path / "attacked").exists()
+
+
 def test_a_model_without_both_towers_is_refused(folders, tmp_path):
     model = CLIPModel.from_pretrained(folders("clip"))
     model.text_model.save_pretrained(tmp_path)
@@ -317,3 +330,20 @@ def test_guided_sampling_lowers_the_loss_of_other_cutouts(model, gradient):
 
     unguided, guided = generate(0.0), generate(2000.0)  # the gradients of some random networks are tiny
     assert (loss_of_other_cutouts(guided) < 0.9 * loss_of_other_cutouts(unguided)).all()
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", ["a red rose", ""]])
+def test_empty_prompts_are_refused(model, prompt):
+    with pytest.raises(InputError, match="A prompt is empty"):
+        CLIPLoss(prompt, model)
+
+
+def test_prompts_longer_than_the_model_reads_are_refused_instead_of_cut(model):
+    CLIPLoss("a red", model)
+    with pytest.raises(InputError, match=r"'a red rose .* is longer than the (8|16) tokens .*several prompts"):
+        CLIPLoss("a red rose " * 20, model)
+
+
+def test_weights_of_prompts_must_be_finite(model):
+    with pytest.raises(InputError, match="with weights other than 0"):
+        CLIPLoss([("a red rose", float("nan"))], model)

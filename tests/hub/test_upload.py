@@ -13,6 +13,7 @@ from threading import Event
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, SpaceCard
+from tiny import tiny_pipeline
 
 from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.core.errors import InputError, RunError
@@ -113,6 +114,14 @@ def test_shards_and_variants_of_weights_are_published(tmp_path, variant):
     for name in weights:
         (tmp_path / name).write_text("{}")
     assert pipeline_files(tmp_path) == sorted(["model_index.json", *weights])
+
+
+def test_weights_in_pickles_alone_are_refused_with_what_to_do(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "run", safe_serialization=False)
+    with pytest.raises(
+        InputError, match=r"unet/diffusion_pytorch_model\.bin holds weights as a pickle.*save_pretrained"
+    ):
+        pipeline_files(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "NOTICE", "README.md", "x.png", "unet", "unet/config.json", "."])

@@ -3,12 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, PNDMScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDPMPipeline,
+    DDPMScheduler,
+    PNDMScheduler,
+)
 from tiny import level_difference, tiny_pipeline, tiny_unet
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
-from ddgan.core.errors import InputError
-from ddgan.sampling.generation import num_classes, parse_class_labels, sample
+from ddgan.core.errors import InputError, RunError
+from ddgan.sampling.generation import class_names, num_classes, parse_class_labels, sample
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 from ddgan.sampling.traces import intermediates
 
@@ -114,6 +121,38 @@ def test_more_steps_than_trained_are_refused():
         sample(tiny_pipeline(DDPMScheduler(num_train_timesteps=10)), [0], 11)
 
 
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_seeds_that_would_repeat_another_image_are_refused(seed):
+    with pytest.raises(InputError, match=f"The seed {seed} is not from 0 to 4294967295"):
+        sample(tiny_pipeline(), [0, seed], 2)
+
+
+def test_images_that_are_not_finite_are_reported_instead_of_saved_black():
+    pipe = tiny_pipeline()
+    pipe.unet.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(RunError, match="The image of seed 3, 4 is not finite and would be black"):
+        sample(pipe, [3, 4], 2)
+    conditional = ClassConditionalPipeline(tiny_unet(num_class_embeds=3).eval(), DDPMScheduler())
+    conditional.unet.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(RunError, match="The image of seed 5 is not finite"):
+        sample(conditional, [5], 2, [1])
+
+
+@pytest.mark.parametrize("kind", ["timestep", "identity"])
+def test_networks_conditioned_on_other_values_than_classes_are_refused(kind):
+    with pytest.raises(InputError, match=f"class_embed_type: {kind}.*not supported"):
+        sample(tiny_pipeline(class_embed_type=kind), [0], 2)
+
+
+def test_a_consistency_pipeline_with_classes_needs_labels():
+    pipe = ConsistencyModelPipeline(tiny_unet(num_class_embeds=3).eval(), CMStochasticIterativeScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(InputError, match="each image needs a class label"):
+        sample(pipe, [0, 1], 1)
+    batch = sample(pipe, [0, 1], 1, [2, 0])
+    assert level_difference(batch[1], sample(pipe, [1], 1, [0])[0]) <= ONE_LEVEL
+
+
 def test_classes_can_be_given_by_label_or_name():
     unet = ClassConditionedUnet(
         sample_size=8,
@@ -159,4 +198,13 @@ def test_the_number_of_classes_is_read_from_the_config_of_any_network():
 
 
 def test_digits_are_class_labels_and_other_texts_are_names():
-    assert parse_class_labels(["3", "Food & Drink"]) == [3, "Food & Drink"]
+    assert parse_class_labels(["3", "Food & Drink"], {0: "Food & Drink"}) == [3, "Food & Drink"]
+    assert parse_class_labels(["1", "0"], {0: "0", 1: "1"}) == [1, 0]
+    assert parse_class_labels(["2", "0"], {0: "1", 1: "2", 2: "10"}) == ["2", "0"]  # where numbers are other names
+
+
+def test_the_names_of_classes_are_read_from_the_config_of_any_network():
+    names = ["ant", "bee"]
+    assert class_names(ContextUnet(n_feat=8, n_cfeat=2, id2label=names)) == {0: "ant", 1: "bee"}
+    assert class_names(ContextUnet(n_feat=8, n_cfeat=2, id2label={"1": "bee", "0": "ant"}))[0] == "ant"
+    assert class_names(tiny_unet()) == class_names(None) == {}

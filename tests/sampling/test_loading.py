@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+from huggingface_hub import constants
 from tiny import level_difference, tiny_pipeline, tiny_unet
 
 from ddgan import DDGANScheduler
 from ddgan.core.errors import InputError
 from ddgan.sampling.generation import sample
 from ddgan.sampling.loading import load_pipeline, with_scheduler
+from ddgan.training.start_model import load_start_model
 
 CUSTOM_PIPELINE = '''
 import torch
@@ -91,10 +93,59 @@ def test_a_missing_pipeline_is_reported_with_the_places_searched(name):
     assert "\n" not in str(error.value)
 
 
+def test_a_hub_that_cannot_be_reached_is_reported_as_such(local_hub, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    local_hub.stop()
+    with pytest.raises(InputError, match=r"No pipeline ann/model was found: .*the Hugging Face Hub cannot be reached"):
+        load_pipeline("ann/model")
+
+
+def test_offline_mode_is_named_as_the_reason(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"is not asked because HF_HUB_OFFLINE is set, .*unset it\."):
+        load_pipeline("ann/model")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model_index.json", '{"_class_name": 5}'),
+        ("model_index.json", '{"_class_name": []}'),
+        ("model_index.json", '{"_class_name": null}'),
+        ("model_index.json", "[1]"),
+        ("model_index.json", "[" * 20_000),
+        ("model_index.json", "{}"),
+        ("unet/config.json", "[]"),
+        ("unet/config.json", '{"block_out_channels": "a"}'),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": -1}'),
+        ("unet/diffusion_pytorch_model.safetensors", "damaged"),
+    ],
+)
+def test_damaged_pipeline_folders_are_reported_in_one_paragraph(tmp_path, file, content):
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InputError, match=f"{tmp_path} (cannot be loaded: .|is not a pipeline folder)"):
+        load_pipeline(str(tmp_path))
+    with pytest.raises(InputError, match=f"{tmp_path} (cannot be loaded|is not a pipeline folder|is a )"):
+        load_start_model(str(tmp_path))
+
+
 def test_a_broken_pipeline_folder_is_not_looked_for_on_the_hub(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(InputError, match="cannot be loaded"):
+        load_pipeline(str(tmp_path))
+
+
+def test_weights_in_half_precision_alone_are_loaded(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    loaded = load_pipeline(str(tmp_path))
+    assert loaded.unet.dtype == torch.float32
+    assert torch.equal(loaded.unet.conv_in.weight, pipe.unet.conv_in.weight)
+    for path in (tmp_path / "unet").glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"no file named diffusion_pytorch_model\.\w+ found"):
         load_pipeline(str(tmp_path))
 
 

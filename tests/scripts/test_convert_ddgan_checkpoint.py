@@ -30,11 +30,14 @@ def run(*flags):
 def test_a_checkpoint_becomes_a_pipeline_folder(tmp_path, golden, training_state):
     _, config, generator = golden("generator_a")
     _, d_config, discriminator = golden("discriminator_small")
+    raw = {key: value + 1 for key, value in generator.items()}  # the EMA weights are recorded
+    ema = {i: {"ema": value, "exp_avg": value} for i, value in enumerate(generator.values())}
+    optimizers = {"optimizerD": torch.optim.Adam([torch.zeros(1)]).state_dict(), "optimizerG": {"state": ema}}
     path, output = tmp_path / "state.pth", tmp_path / "ddgan-small"
     if training_state:
         arguments = argparse.Namespace(**arguments_of({**d_config, **config}), exp="a run", lr_g=1.6e-4)
-        states = {"epoch": 3, "args": arguments, "netG_dict": generator, "netD_dict": discriminator}
-        torch.save({**states, "optimizerG": torch.optim.Adam([torch.zeros(1)]).state_dict()}, path)
+        states = {"epoch": 3, "args": arguments, "netG_dict": raw, "netD_dict": discriminator}
+        torch.save({**states, **optimizers}, path)
         run("--checkpoint_path", path, "--output_dir", output, "--num_samples", 2)
     else:
         torch.save(generator, path)
@@ -63,6 +66,7 @@ def test_a_checkpoint_becomes_a_pipeline_folder(tmp_path, golden, training_state
     assert f"Made with diffusers-ddgan {version('diffusers-ddgan')}, diffusers " in card
     assert ("](samples.png)\n\n*Seeds 0 to 1, nothing left out.*" in card) == training_state
     assert (output / "samples.png").exists() == training_state
+    assert ("| weights | EMA, from the state of the optimizer |" in card) == training_state
     if training_state:
         # `from_pretrained` leaves the weights in the file, at addresses for which the CPU's kernels round differently
         aligned = load_pipeline(str(output))
@@ -86,10 +90,20 @@ def test_invalid_input_is_refused_before_anything_is_written(tmp_path, golden):
     refused("does not contain its training arguments.*--recipe cifar10", generator)
     refused("does not fit the configuration", generator, "--recipe", "cifar10")
     refused("contains no generator", discriminator, "--recipe", "cifar10")
+    refused("contains no generator", {1: torch.zeros(1)}, "--recipe", "cifar10")
+    key = next(key for key in generator if "all_modules" in key)
+    refused(f"{key} in the checkpoint .* is a str instead of a tensor", {**generator, key: "a"}, "--recipe", "cifar10")
+    far = {**generator, "all_modules.99999999.weight": torch.zeros(1)}
+    refused("entries of `all_modules`, but one with number 99999999", far, "--recipe", "cifar10")
+    refused("cannot be converted", {**generator, key: torch.zeros(())}, "--recipe", "cifar10")
     refused("cannot be read as tensors and plain values", {"all_modules.0": Path("/")}, "--recipe", "cifar10")
     refused("cannot be read: ", generator, "--config_path", tmp_path / "missing.json")
     (tmp_path / "args.json").write_text('{"num_timesteps": 4}')
     refused("lack 'image_size', which cannot be inferred", generator, "--config_path", tmp_path / "args.json")
+    for content in (b"", b"PK\3\4", b"\x80\x02."):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="cannot be read as tensors and plain values"):
+            run("--checkpoint_path", path, "--recipe", "cifar10", "--output_dir", tmp_path / "out")
     with pytest.raises(InputError, match="does not exist"):
         run("--checkpoint_path", tmp_path / "missing.pth", "--output_dir", tmp_path / "out")
     with pytest.raises(InputError, match="not empty"):

@@ -19,6 +19,7 @@ from ddgan.core.errors import InputError, RunError
 from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import ClassifierFeatures, weights_digest
+from ddgan.evaluation.reporting import measured_by, metric_title
 from ddgan.sampling import groups
 from ddgan.scripts import evaluate, generate
 
@@ -289,6 +290,20 @@ def test_every_form_of_samples_gives_the_same_numbers(run, folders, tmp_path):
     assert values(run("--images", tmp_path / "images.npz")) == pytest.approx(whole, rel=1e-6)
 
 
+def test_a_stated_range_of_values_makes_formats_equal(run, folders, tmp_path):
+    gray = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    for name, images in (("bytes", gray), ("floats", gray / np.float32(127.5) - 1)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{i:02d}.tif")
+    flags = ("--images", tmp_path / "floats")
+    with pytest.raises(RunError, match="--value_range"):
+        run(*flags, reference=tmp_path / "bytes")
+    results = run(*flags, "--value_range", -1, 1, reference=tmp_path / "floats")
+    assert values(results) == values(run("--images", tmp_path / "bytes", reference=tmp_path / "bytes"))
+    assert results["reference"]["value_range"] == "-1 to 1"
+
+
 def test_saved_statistics_give_only_the_fid(run, folders, tmp_path):
     whole = values(run("--images", folders["samples"]))
     (cached,) = (tmp_path / "cache").glob("*.safetensors")
@@ -297,6 +312,13 @@ def test_saved_statistics_give_only_the_fid(run, folders, tmp_path):
     results = run("--images", folders["samples"], reference=tmp_path / "statistics.npz")
     assert values(results) == {name: whole[name] for name in ("fid@40", "classifier_score@40")}
     assert any("saved statistics" in warning for warning in results["warnings"])
+
+
+@pytest.mark.parametrize("sigma", [-np.eye(16), np.triu(np.ones((16, 16))), np.full((16, 16), np.nan)])
+def test_saved_statistics_that_are_no_covariance_are_refused(run, folders, tmp_path, sigma):
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(16), sigma=sigma)
+    with pytest.raises(InputError, match="sigma is not a covariance matrix"):
+        run("--images", folders["samples"], reference=tmp_path / "statistics.npz")
 
 
 def test_features_of_another_network_are_rejected(run, folders, tmp_path):
@@ -376,6 +398,60 @@ def test_a_conditional_pipeline_samples_the_classes_in_turn(run, tmp_path):
     assert [sum(row) for row in results["confusion"]] == [0, 6, 6]
 
 
+def named_pipeline(folder: Path, names: list[str]) -> Path:
+    torch.manual_seed(0)
+    levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = ClassConditionedUnet(
+        8,
+        in_channels=3,
+        out_channels=3,
+        num_classes=3,
+        id2label=names,
+        **levels,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def test_classes_of_a_pipeline_and_a_classifier_are_matched_by_name(run, tmp_path, caplog):
+    torch.manual_seed(3)
+    network = ImageClassifier(8, 3, 3, widths=(8, 16), id2label={0: "bee", 1: "cat", 2: "ant"})
+    network.save_pretrained(tmp_path / "classifier")
+    flags = [*SHORT, "--num_images", 12, "--feature_extractor", tmp_path / "classifier"]
+    named = named_pipeline(tmp_path / "named", ["ant", "bee", "cat"])
+    results = run("--pipeline", named, *flags, "--class_labels", "ant", 1, reference=None)
+    assert [sum(row) for row in results["confusion"]] == [6, 0, 6]
+    assert not caplog.records
+    other = named_pipeline(tmp_path / "other", ["a", "b", "c"])
+    results = run("--pipeline", other, *flags, "--class_labels", "b", reference=None)
+    assert [sum(row) for row in results["confusion"]] == [0, 12, 0]
+    assert "they are matched by number" in caplog.text
+    partly = named_pipeline(tmp_path / "partly", ["ant", "bee", "wasp"])
+    with pytest.raises(
+        InputError, match="--class_labels wasp: the classifier classifier has the classes 0 to 2, named"
+    ):
+        run("--pipeline", partly, *flags, "--class_labels", 0, "wasp", reference=None)
+
+
+def test_existing_images_are_paired_with_their_classes_in_natural_order(run, tmp_path):
+    torch.manual_seed(0)
+    classifier = ImageClassifier(8, 1, 2, widths=(8, 8), id2label={0: "dark", 1: "bright"})
+    classifier.head.weight.data *= 100
+    images = torch.cat([torch.full((1, 1, 8, 8), value / 127.5 - 1) for value in range(0, 240, 20)])
+    predicted = classifier(images).argmax(1).tolist()
+    classifier.save_pretrained(tmp_path / "classifier")
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        Image.new("L", (8, 8), 20 * i).save(tmp_path / "images" / f"{i}.png")
+    flags = ("--images", tmp_path / "images", "--feature_extractor", tmp_path / "classifier")
+    names = [("dark", "bright")[label] for label in predicted]
+    results = run(*flags, "--class_labels", *names, reference=None)
+    assert values(results)["class_accuracy@12"] == 1
+    assert "natural order" in results["samples"]["order"]
+
+
 def test_guidance_is_the_same_as_in_generate(run, tmp_path):
     torch.manual_seed(0)
     levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
@@ -444,26 +520,53 @@ def test_the_table_has_each_number_with_its_floor(run, folders, capsys):
     assert "floor: 20 images of one half of the reference against 20 of the other" in printed
 
 
-def test_numbers_in_the_model_card_replace_earlier_ones(run, folders, tmp_path):
+def test_numbers_in_the_model_card_replace_those_of_the_same_protocol(run, folders, tmp_path):
     unet, model = tiny_unet(), tmp_path / "model"
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(model)
     (model / "README.md").write_text("---\nlicense: mit\ntags:\n- ddpm\n---\n\n# Mine\n\nWords.\n")
-    flags = ["--pipeline", model, *SHORT, "--num_images", 12]
+    flags = ["--pipeline", model, *SHORT, "--num_images", 12, "--update_card"]
     run(*flags)
+    unet.conv_out.bias.data += 0.1
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(model)  # trained further
     results = run(*flags, "--seed", 7)
     card = ModelCard.load(model / "README.md")
-    assert card.data.license == "mit" and card.text.strip() == "# Mine\n\nWords."
+    assert card.data.license == "mit" and card.text.strip().startswith("# Mine\n\nWords.")
     written = {result.metric_name: result for result in card.data.eval_results}
     assert len(written) == len(card.data.eval_results) == len(results["metrics"])
-    fid = written["FID@12"]
+    fid = written["FID@12 (color)"]
     assert fid.metric_value == pytest.approx(results["metrics"]["fid@12"]["value"], rel=1e-5)
-    assert (fid.dataset_name, fid.dataset_split, fid.metric_type) == ("reference", "all", "fid")
+    assert (fid.dataset_name, fid.dataset_split, fid.metric_type) == ("reference", "all", "fid-color")
     assert "seeds 7 to 18" in fid.metric_args["samples"]
     assert str(tmp_path) not in card.content
+    assert card.text.count("## Evaluation on reference, all") == 1
+    assert f"| FID@12 (color) | {results['metrics']['fid@12']['value']:.4g} | " in card.text
+    assert "**Warning:** Too few samples: 12." in card.text and "seeds 7 to 18" in card.text
 
-    before = (model / "README.md").read_text()
-    run(*flags, "--seed", 8, "--no_update_card")
-    assert (model / "README.md").read_text() == before
+    ImageClassifier(8, 3, 3, widths=(8, 16)).save_pretrained(tmp_path / "other")
+    for more in (["--feature_extractor", tmp_path / "other"], ["--scheduler", "ddpm"], ["--num_images", 13]):
+        before = len(ModelCard.load(model / "README.md").data.eval_results)
+        results = run(*flags, *more)
+        card = ModelCard.load(model / "README.md")
+        assert len(card.data.eval_results) == before + len(results["metrics"])
+    assert card.text.count("## Evaluation on reference, all") == 4
+    assert {"fid-color", "fid-other"} <= {result.metric_type for result in card.data.eval_results}
+
+
+def test_a_model_card_is_only_updated_on_request(run, folders, tmp_path):
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "model")
+    flags = ["--pipeline", tmp_path / "model", *SHORT, "--num_images", 12]
+    with pytest.raises(InputError, match="--update_card needs the --pipeline of a local folder with a model card"):
+        run(*flags, "--update_card")
+    (tmp_path / "model" / "README.md").write_text("# Mine\n")
+    run(*flags)
+    assert (tmp_path / "model" / "README.md").read_text() == "# Mine\n"
+
+
+def test_only_metrics_of_the_inception_network_have_the_names_of_papers():
+    assert measured_by("fid@10", "inception-v3-compat", None) is None
+    assert measured_by("fid@10", "dinov2", "digits") == "dinov2"
+    assert measured_by("class_accuracy@10", "inception-v3-compat", "digits") == "digits"
+    assert metric_title("fid@10", "dinov2") == "FID@10 (dinov2)" and metric_title("fid@10") == "FID@10"
 
 
 def warnings(results: dict) -> str:

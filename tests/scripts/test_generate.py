@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, HeunDiscreteScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    HeunDiscreteScheduler,
+    ScoreSdeVePipeline,
+    ScoreSdeVeScheduler,
+)
 from PIL import Image
 from tiny import ROOT, few_step_scheduler, run_ranks, run_script, tiny_unet
 from tiny_clip import save_clip
@@ -177,6 +186,18 @@ def test_nothing_is_added_to_images_with_unknown_settings(tiny_model, whole):
         generate.main(flags(tiny_model, whole))
 
 
+TINY_CONDITIONED = {
+    "sample_size": 8,
+    "num_classes": 3,
+    "class_dropout": 0.1,
+    "layers_per_block": 1,
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "norm_num_groups": 4,
+}
+
+
 def test_classes_are_used_in_turn(tmp_path):
     unet = tiny_unet(num_class_embeds=3)
     unet.class_embedding.weight.data *= 20
@@ -189,17 +210,7 @@ def test_classes_are_used_in_turn(tmp_path):
 
 
 def test_classes_are_given_by_label_or_name_and_can_be_guided(tmp_path):
-    unet = ClassConditionedUnet(
-        sample_size=8,
-        num_classes=3,
-        class_dropout=0.1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        id2label=["ant", "bee", "cat"],
-    )
+    unet = ClassConditionedUnet(**TINY_CONDITIONED, id2label=["ant", "bee", "cat"])
     unet.class_embedding.weight.data *= 20
     ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
     for name, labels in (("numbers", [0, 2]), ("names", ["ant", "cat"])):
@@ -211,6 +222,19 @@ def test_classes_are_given_by_label_or_name_and_can_be_guided(tmp_path):
     assert images(tmp_path / "plain") != images(tmp_path / "numbers")
     with pytest.raises(InputError, match="one of ant, bee, cat"):
         generate.main(flags(tmp_path / "model", tmp_path / "without"))
+
+
+def test_numbers_that_name_classes_mean_these_classes(tmp_path):
+    unet = ClassConditionedUnet(**TINY_CONDITIONED, id2label=["1", "2", "10"])
+    unet.class_embedding.weight.data *= 20
+    ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    unet.register_to_config(id2label=None)
+    ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unnamed")
+    generate.main(flags(tmp_path / "model", tmp_path / "named", "--class_labels", 2))
+    generate.main(flags(tmp_path / "unnamed", tmp_path / "numbered", "--class_labels", 1))
+    assert images(tmp_path / "named") == images(tmp_path / "numbered")
+    with pytest.raises(InputError, match="no class '0' among the 3 classes"):
+        generate.main(flags(tmp_path / "model", tmp_path / "other", "--class_labels", 0))
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +338,15 @@ def test_grid_and_intermediates_are_saved_next_to_the_images(tiny_model, whole, 
     assert grid.crop((4, 4, 100, 100)).tobytes() == first.tobytes()
     last = strip.crop((strip.width - 100, strip.height - 100, strip.width - 4, strip.height - 4))
     assert last.tobytes() == first.tobytes()  # the last prediction is the first image
+
+
+def test_intermediates_that_cannot_be_shown_are_refused_before_sampling(tmp_path):
+    ScoreSdeVePipeline(tiny_unet(), ScoreSdeVeScheduler()).save_pretrained(tmp_path / "sde")
+    ConsistencyModelPipeline(tiny_unet(), CMStochasticIterativeScheduler()).save_pretrained(tmp_path / "consistency")
+    for name in ("sde", "consistency"):
+        with pytest.raises(InputError, match="cannot be shown: omit --intermediates"):
+            generate.main(flags(tmp_path / name, tmp_path / "out", "--scheduler", "as-saved", "--intermediates", 2))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_of_a_version_without_towards_continues(tiny_model, whole):

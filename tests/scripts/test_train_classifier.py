@@ -13,7 +13,7 @@ from tiny import ROOT, largest_difference, run_ranks
 
 from ddgan.core.errors import InputError, RunError
 from ddgan.data.preprocessing import Preprocessing
-from ddgan.data.sources import open_source
+from ddgan.data.sources import MissingSplitError, open_source
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import load_extractor
 from ddgan.scripts import train_classifier
@@ -74,6 +74,18 @@ def test_a_folder_with_train_and_test_splits(tmp_path, capsys):
     assert "of 14 images (the test split)" in capsys.readouterr().out
 
 
+def test_the_images_to_train_on_are_not_the_test_split(tmp_path, capsys):
+    for split in ("train", "test"):
+        write_classes(tmp_path / "data" / split, 8)
+    data = ("--train_data_dir", tmp_path / "data", "--split", "test")
+    train(data, tmp_path / "classifier", "--num_epochs", 1)
+    assert "(held out)" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--test_split test names the images to train on"):
+        train(data, tmp_path / "other", "--test_split", "test")
+    with pytest.raises(MissingSplitError, match="has no split test"):
+        train(("--train_data_dir", tmp_path / "data" / "train"), tmp_path / "other", "--test_split", "test")
+
+
 def test_a_dataset_with_labels(tmp_path, capsys):
     features = datasets.Features({"side": datasets.ClassLabel(names=list(CLASSES)), "image": datasets.Image()})
     for split, count in (("train", 30), ("test", 5)):
@@ -128,7 +140,7 @@ def test_the_card_has_the_accuracy_and_the_command(tmp_path):
     card = ModelCard.load(tmp_path / "my-classifier" / "README.md")
     (result,) = card.data.eval_results
     assert (result.metric_type, result.dataset_name) == ("accuracy", "sides") and 0 <= result.metric_value <= 1
-    command = "train_classifier.py --train_data_dir sides --output_dir my-classifier --split train"
+    command = "train_classifier.py --train_data_dir sides --output_dir my-classifier "
     assert command in card.text and "--widths 8 16" in card.text
     assert str(tmp_path) not in card.content
 

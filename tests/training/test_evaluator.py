@@ -229,7 +229,7 @@ def test_the_best_pipeline_is_kept_and_scripts_evaluate_finds_its_numbers(run, i
     best = min(fids, key=fids.get)
     assert list(fids) == [1, 2, 3, 4, 5, 6] and best != 6
     flags = ["--pipeline", run / "best", "--scheduler", "ddim", "--num_inference_steps", 2, "--num_images", 13]
-    flags += ["--reference", images, "--feature_extractor", classifier, "--cache_dir", cache, "--no_update_card"]
+    flags += ["--reference", images, "--feature_extractor", classifier, "--cache_dir", cache]
     evaluate.main([str(flag) for flag in [*flags, "--output", run / "evaluation.json"]])
     values = {
         name: entry["value"] for name, entry in json.loads((run / "evaluation.json").read_text())["metrics"].items()
@@ -239,19 +239,22 @@ def test_the_best_pipeline_is_kept_and_scripts_evaluate_finds_its_numbers(run, i
     assert len(list(cache.glob("thirteen-*.safetensors"))) == 1, "the reference was measured twice"
 
 
-def test_the_cards_have_the_numbers_with_their_protocol(run):
+def test_the_cards_have_the_numbers_with_their_protocol(run, classifier):
     measured = evaluated(run)
     best = min(measured, key=lambda step: measured[step]["fid@13"])
     for folder, step in ((run, 6), (run / "best", best)):
         card = ModelCard.load(folder / "README.md")
         written = {result.metric_name: result for result in card.data.eval_results}
-        assert written["FID@13"].metric_value == pytest.approx(measured[step]["fid@13"], rel=1e-5)
+        fid = f"FID@13 ({classifier.name})"
+        assert written[fid].metric_type == f"fid-{classifier.name}"
+        assert written[fid].metric_value == pytest.approx(measured[step]["fid@13"], rel=1e-5)
         assert len(written) == len(NAMES)
-        samples = written["FID@13"].metric_args["samples"]
+        samples = written[fid].metric_args["samples"]
         for text in (f"step {step},", "weights averaged (EMA)", "seeds 0 to 12", "DDIMScheduler", "drawn at once 8"):
             assert text in samples
-        assert "images 13" in written["FID@13"].metric_args["reference"]
+        assert "images 13" in written[fid].metric_args["reference"]
         assert f"pipeline run, step {step}, weights" in card.content
+        assert "**Warning:** Too few samples: 13." in card.text and f"| FID@13 ({classifier.name}) | " in card.text
         assert str(run.parent) not in card.content
     card = ModelCard.load(run / "README.md").content
     assert f"after {best} steps: `best/`" in card and "![Evaluations during training.](eval.png)" in card
@@ -389,7 +392,7 @@ def test_too_few_training_images_are_reported_before_training(finetune, classifi
 
 
 def test_a_stream_is_rejected_as_reference(finetune, classifier, tmp_path):
-    flags = ("--train_data_dir", "", "--dataset_name", make_dataset(tmp_path / "data", 20), "--streaming")
+    flags = ("--dataset_name", make_dataset(tmp_path / "data", 20), "--streaming")
     with pytest.raises(InputError, match=r"which a stream cannot provide.*scripts/evaluate\.py"):
         finetune("run", *flags, "--max_train_steps", 2, *every(1, classifier))
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import make_dataset, write_images, write_shard
 
 from ddgan.core.errors import InputError, RunError
-from ddgan.data.preprocessing import Preprocessing
+from ddgan.data.preprocessing import Preprocessing, check_value_range
 from ddgan.training.arguments import DataArguments, LabelArguments
 from ddgan.training.loading import Batch, TrainingData
 
@@ -56,6 +56,24 @@ def test_a_stream_of_webdataset_shards_is_trained_on(tmp_path):
     args = DataArguments(dataset_name=str(tmp_path / "shards"), streaming=True)
     batches = TrainingData(args, Preprocessing(1, 8, 8), 0, **PLAN).batches(0, 2, None)
     assert sorted(value for batch in islice(batches, 2) for value in first_pixels(batch)) == list(range(8))
+
+
+def test_the_stated_range_of_values_is_used_and_a_missing_one_is_noticed(tmp_path, caplog):
+    for i in range(4):
+        Image.fromarray(np.linspace(0, 4095, 64).reshape(8, 8).astype(np.uint16)).save(tmp_path / f"{i}.png")
+    for value_range, warnings in ((None, 1), ([0, 4095], 0)):
+        caplog.clear()
+        args = DataArguments(train_data_dir=str(tmp_path), value_range=value_range)
+        data = TrainingData(args, Preprocessing(1, 8, 8, value_range=check_value_range(args.value_range)), 0, **PLAN)
+        list(data.batches(0, 2, None))
+        assert len(caplog.records) == warnings
+
+
+@pytest.mark.parametrize("flag", ["image_column", "dataset_config"])
+def test_settings_of_a_dataset_are_refused_for_image_files(tmp_path, flag):
+    folder = write_images(tmp_path / "images", 4)
+    with pytest.raises(InputError, match=f"--{flag} name is a setting of a dataset"):
+        TrainingData(DataArguments(train_data_dir=str(folder), **{flag: "name"}), Preprocessing(3, 8, 8), 0, **PLAN)
 
 
 # ---- broken images
@@ -317,7 +335,7 @@ def test_columns_of_names_and_of_integers_are_labels(tmp_path):
     rows = {"label": [2, 0, 5], "name": names, "image": [Image.new("L", (8, 8), i) for i in range(3)]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
     args = DataArguments(dataset_name=str(tmp_path))
-    assert labelled(args) == (["0", "1", "2", "3", "4", "5"], {0: "2", 1: "0", 2: "5"})
+    assert labelled(args) == (["0", "2", "5"], {0: "2", 1: "0", 2: "5"})
     assert labelled(args, "name") == (["a", "b", "c"], dict(enumerate(names)))
     with pytest.raises(InputError, match=r"ClassLabel. Without --streaming"):
         labelled(DataArguments(dataset_name=str(tmp_path), streaming=True), "name")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -134,10 +135,12 @@ def test_the_card_passes_the_hubs_validation(local_hub, finetune):
 def test_failed_uploads_do_not_harm_a_run_that_prints_how_to_finish_them(local_hub, finetune, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     local_hub.fail(COMMIT, times=1000, instead=503)
-    run = finetune("run", "--push_to_hub", "--hub_private", "--save_model_every", 2)
+    run = finetune(
+        "my runs/model $1", "--push_to_hub", "--hub_private", "--save_model_every", 2, "--model_save_name", "run"
+    )
     output = capsys.readouterr().out
     assert "The upload to ann/run failed: " in output and list(local_hub.files("ann/run")) == [".gitattributes"]
-    command = re.search(r"python scripts/push_to_hub\.py (.*)", output)[1].split()
+    command = shlex.split(re.search(r"python scripts/push_to_hub\.py (.*)", output)[1])
     assert command == ["--folder", str(run), "--repo_id", "ann/run", "--private"]
     local_hub.faults.clear()
     monkeypatch.setattr(push_to_hub, "sample_standalone", lambda *_, **__: b"generated elsewhere")

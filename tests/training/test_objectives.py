@@ -56,6 +56,17 @@ def test_min_snr_weights_every_prediction_as_the_same_error_of_the_clean_image(p
     assert snr.min() < 0.1 < snr.max()
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_min_snr_weights_are_finite_without_any_signal(prediction_type):
+    scheduler = DDPMScheduler(
+        num_train_timesteps=1, prediction_type=prediction_type, trained_betas=[1.0], timestep_spacing="trailing"
+    )
+    assert scheduler.alphas_cumprod.max() == 0
+    losses = loss(scheduler, torch.zeros(16, 3, 8, 8), gamma=5)
+    assert losses.isfinite().all()
+    assert (losses > 0).all() == (prediction_type == "epsilon")  # an image without any signal says nothing about x_0
+
+
 def test_a_learned_variance_is_ignored():
     scheduler = DDPMScheduler(variance_type="learned_range")
     _, noise, _ = noising(scheduler)

@@ -55,9 +55,13 @@ class DenoisingObjective:
             return {"loss": loss}
         alphas_cumprod = self.scheduler.alphas_cumprod.to(images.device)[timesteps]
         snr = alphas_cumprod / (1 - alphas_cumprod)
+        weight = snr.clamp(max=self.min_snr_gamma)
         # a loss on the clean image equals one on epsilon times 1 / SNR, and one on v times 1 / (SNR + 1)
-        divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
-        return {"loss": loss * snr.clamp(max=self.min_snr_gamma) / divisor}
+        if prediction_type == "epsilon":
+            weight = torch.where(snr > 0, weight / snr, 1.0)  # SNR is 0 at the end of some noise schedules
+        elif prediction_type == "v_prediction":
+            weight = weight / (snr + 1)
+        return {"loss": loss * weight}
 
     def _timesteps(self, rng: PerSampleRNG) -> torch.Tensor:
         num_timesteps = self.scheduler.config.num_train_timesteps
