@@ -53,7 +53,7 @@ class FewStepArguments(Arguments):
 
     _argument_group_name = "few steps"
 
-    start_model: str = option(
+    start_model: str = option(  # __post_init__ refuses None
         None,
         "pipeline folder or Hub repository of an unconditional UNet2DModel or a ClassConditionedUnet to start from",
     )
@@ -87,7 +87,7 @@ class FewStepArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.start_model:
+        if self.start_model is None:
             raise InputError("Name the pipeline to start from with --start_model.")
         if not self.num_inference_steps:
             raise InputError("--num_inference_steps needs at least one number.")

@@ -65,7 +65,7 @@ class Networks:
         self.optimizers[network].step()
         self.optimizers[network].zero_grad()
 
-    def works(self) -> dict[str, Callable[[], None]]:
+    def works(self) -> dict[str, Callable[[], object]]:
         """Return the work of a step of each kind."""
         return {
             "plain fine-tuning": lambda: self.step(self.generator, self.plain),

@@ -136,7 +136,7 @@ def _ema_weights(generator: State, content: Mapping[str, Any]) -> dict[str, torc
         state = value.get("state") if isinstance(value, dict) else None
         if not isinstance(state, dict) or not state or not all(isinstance(index, int) for index in state):
             continue
-        ema = {index: entry.get("ema") for index, entry in state.items() if isinstance(entry, dict)}
+        ema = {index: entry["ema"] for index, entry in state.items() if isinstance(entry, dict) and "ema" in entry}
         if len(ema) == len(state) and all(
             torch.is_tensor(weights) and index in range(len(keys)) and weights.shape == generator[keys[index]].shape
             for index, weights in ema.items()

@@ -80,7 +80,7 @@ def _pixels(cell: Any) -> np.ndarray:
         pixels = np.asarray(cell)
     except ValueError:  # lists of different lengths
         pixels = np.empty(0, object)
-    shaped = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in CHANNEL_MODES)
+    shaped = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in CHANNEL_MODES)
     if pixels.size and shaped and pixels.dtype.kind in "iu" and pixels.min() >= 0 and pixels.max() <= 255:
         return pixels.astype(np.uint8).squeeze(2) if pixels.shape[2:] == (1,) else pixels.astype(np.uint8)
     numbers = pixels.size and pixels.dtype.kind in "biuf"

@@ -21,8 +21,6 @@ from ..core.files import replace_file
 from ..core.threads import run_in_threads
 from ..sampling.groups import split_into_groups
 
-logger = logging.getLogger(__name__)
-
 PART_IMAGES = 1024  # approximate number of images between two saves
 
 Features = dict[str, torch.Tensor]

@@ -257,6 +257,7 @@ class OpenClipEncoder(Encoder):
 
     def embed_text(self, text: str) -> torch.Tensor:
         length = self.tokenizer.context_length
+        assert length is not None  # that of the model
         beyond = self.tokenizer([text], context_length=2 * length)[0, length:]
         if (beyond != beyond[-1]).any():  # more than padding, which repeats one token
             raise _too_long(text, length)

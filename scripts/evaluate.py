@@ -211,7 +211,7 @@ def requested_classes(
     if any(name in known for name in wanted) or not names:
         numbers = [known.index(name) if name in known else name for name in wanted]
     else:
-        numbers_by_name = {name: label for label, name in names.items()}
+        numbers_by_name: dict[int | str, int] = {name: label for label, name in names.items()}
         numbers = [numbers_by_name.get(name, name) for name in wanted]
         logger.warning(
             f"The classes of the pipeline ({', '.join(names.values())}) and of the classifier {classifier.name} "
@@ -222,7 +222,7 @@ def requested_classes(
             f"--class_labels {' '.join(dict.fromkeys(unknown))}: the classifier {classifier.name} has the classes 0 "
             f"to {len(known) - 1}, named {', '.join(known)}."
         )
-    return numbers
+    return [int(number) for number in numbers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,18 +246,17 @@ class PipelineSamples:
         self.args = args
         self.count = args.num_images or (STACKED_MNIST_SAMPLES if args.stacked_mnist else DEFAULT_NUM_IMAGES)
         assert args.pipeline is not None
-        pipe = args.load(accelerator.device)
-        contents = pipeline_hash(pipe)
-        changed = with_scheduler(pipe, args.scheduler, args.num_inference_steps)
-        spacing, pipe = changed_spacing(pipe, changed.scheduler), changed
-        guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
-        self.batch_size = group_size(pipe, args.batch_size)
+        loaded = args.load(accelerator.device)
+        contents = pipeline_hash(loaded)
+        pipe = with_scheduler(loaded, args.scheduler, args.num_inference_steps)
         self.class_names = class_names(getattr(pipe, "unet", None))
         self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
+        guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+        self.batch_size = group_size(pipe, args.batch_size)
         self.sampler = GroupSampler(pipe, self.batch_size, args.seed, args.num_inference_steps, self.labels, guidance)
         self.offset = self.sampler.offset
-        labels = self.labels and self.labels[:1]
-        (first,) = sample(pipe, [args.seed], args.num_inference_steps, labels, **guidance)
+        first_label = self.labels and self.labels[:1]
+        (first,) = sample(pipe, [args.seed], args.num_inference_steps, first_label, **guidance)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
         self.facts = SampleFacts(
             count=self.count,
@@ -266,7 +265,7 @@ class PipelineSamples:
             settings={
                 "seeds": f"{args.seed} to {args.seed + self.count - 1}",
                 "scheduler": type(pipe.scheduler).__name__,
-                **spacing,
+                **changed_spacing(loaded, pipe.scheduler),
                 "num_inference_steps": len(pipe.scheduler.timesteps),
                 "class_labels": self.labels,
                 "guidance_scale": args.guidance_scale,

@@ -93,7 +93,8 @@ class Trainer:
         self.plan = data.plan
         self.folder = RunFolder(args.output_dir)
         if job.sampler:
-            job.sampler.protocol(job.pipeline)  # raises an error before anything is written if it cannot be sampled
+            # raises an error before anything is written if it cannot be sampled
+            job.sampler.protocol(job.pipeline)  # pyright: ignore[reportArgumentType]
         self.total_steps = data.total_steps(args)
 
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -443,7 +444,7 @@ class Trainer:
         weights = [p for network in self.networks for p in local_shards(network.spec.network.parameters())]
         weights += self.job.ema.weights()
         broken = sum((~tensor.isfinite().all()).float() for tensor in weights)
-        if self.accelerator.reduce(broken, reduction="sum") > 0:
+        if self.accelerator.reduce(broken, reduction="sum") > 0:  # pyright: ignore[reportOperatorIssue]
             raise RunError(
                 f"The weights after step {self.progress.step} are not finite. Nothing was overwritten. The last good "
                 f"checkpoint is {self.checkpoints.last()}. A lower learning rate usually helps; resume with "

@@ -194,7 +194,7 @@ def test_aliases_that_multiply_are_refused_at_once(tmp_path):
 
 EVERY_COMMAND = {
     "finetune_model": {},
-    "finetune_few_step": {},
+    "finetune_few_step": {"start_model": "model"},
     "train_ddgan": {},
     "train_class_conditional": {},
     "scripts.train_classifier": {"train_data_dir": "images"},
@@ -214,12 +214,11 @@ def test_every_number_and_text_of_every_command_is_checked(command):
     assert kinds and all(issubclass(kind, Arguments) for kind in kinds)
     for kind in kinds:
         types = typing.get_type_hints(kind)
-        required = {"start_model": "model"} if kind.__name__ == "FewStepArguments" else EVERY_COMMAND[command]
         names = {argument.name for argument in dataclasses.fields(kind)}
         for argument in dataclasses.fields(kind):
             for type_, value in ((float, float("nan")), (float, float("inf")), (int, 2**64), (str, "")):
                 if type_ not in {types[argument.name], *typing.get_args(types[argument.name])}:
                     continue
-                others = {name: text for name, text in required.items() if name in names}
+                others = {name: text for name, text in EVERY_COMMAND[command].items() if name in names}
                 with pytest.raises(InputError, match=f"--{argument.name} is"):
                     kind(**{**others, argument.name: value})
