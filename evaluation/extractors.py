@@ -12,6 +12,7 @@ from torch import nn
 
 from ..core.extras import missing_extra
 from ..data.images import RESIZE, resized, with_channels
+from ..sampling.loading import realign_parameters
 from .classifier import ImageClassifier
 from .facts import ExtractorFacts
 
@@ -41,6 +42,7 @@ class FeatureExtractor(nn.Module):
     def __init__(self, name: str, network: nn.Module, channels: int, resize: str):
         super().__init__()
         self.name, self.channels, self.resize = name, channels, resize
+        realign_parameters(network)
         self.network = network.eval().requires_grad_(False)
         self.digest = weights_digest(network)
 

@@ -291,7 +291,7 @@ class StoredSamples:
         assert args.images is not None
         self.class_names = dict(enumerate(classifier.network.class_names)) if classifier else {}
         self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
-        self.batch_size, self.offset = args.batch_size, 0
+        self.args, self.batch_size, self.offset = args, args.batch_size, 0
         self.source = open_source(args.images, image_column=args.image_column)
         self.images = ReferenceImages(self.source, value_range=check_value_range(args.value_range))
         total = len(self.source)

@@ -539,3 +539,10 @@ def test_weights_that_are_not_finite_are_not_saved(finetune):
         finetune(
             "run", "--learning_rate", 1e39, "--max_train_steps", 1, "--lr_scheduler", "constant", "--ema_decay", 0
         )
+
+
+def test_names_that_are_not_utf8_are_trained_in_and_written_to_the_card(finetune, images, tmp_path):
+    odd = os.fsdecode("caf\xe9".encode("latin-1"))
+    shutil.copytree(images, tmp_path / odd)
+    run = finetune(f"{odd} run", "--train_data_dir", tmp_path / odd, "--max_train_steps", 1)
+    assert "| data | caf?, 13 images |" in (run / "README.md").read_text()

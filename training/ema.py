@@ -86,7 +86,8 @@ class EMA:
         """Read the EMA weights from a checkpoint."""
         if self.average:
             tensors = load_file(folder / self._file_name)
-            self.average.shadow_params = [tensors[str(i)].to(self.accelerator.device) for i in range(len(tensors))]
+            device = self.accelerator.device  # copied, because the file has them at unaligned addresses
+            self.average.shadow_params = [tensors[str(i)].to(device, copy=True) for i in range(len(tensors))]
             self.average.optimization_step = state["step"]
 
     @property

@@ -159,7 +159,8 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
     }
     images = {path.relative_to(folder.path).as_posix(): caption for path, caption in captions.items() if path.exists()}
     text = card_text(replace(card, training=training, images=images, code=code_files(folder.path)))
-    replace_file(folder.card, lambda path: path.write_text(text, encoding="utf-8"))
+    # names of files and folders may have bytes that are not UTF-8
+    replace_file(folder.card, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
 
 
 def _grid_for_card(folder: RunFolder, step: int) -> dict[Path, str]:

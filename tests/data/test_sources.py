@@ -529,6 +529,27 @@ def test_images_are_in_the_natural_order_of_their_names(tmp_path):
     assert sorted(names, key=lambda name: natural_order(PurePath(name))) == expected
 
 
+def test_odd_file_names_are_read(tmp_path):
+    names = [
+        "a b.png",
+        "100%.PNG",
+        "日本.png",
+        "new\nline.png",
+        "#1.png",
+        "[x].png",
+        "-n.png",
+        "~.png",
+        "two..dots.png",
+    ]
+    write_images(tmp_path / "plain", len(names))
+    for i, name in enumerate(names):
+        (tmp_path / "plain" / f"{i:03d}.png").rename(tmp_path / "plain" / name)
+    for location in (tmp_path / "plain", zip_folder(tmp_path / "plain", tmp_path / "images.zip")):
+        source = open_source(str(location))
+        assert len(source) == len(names)
+        assert all(read_image(source[i], Preprocessing(3, 8, 8)).shape == (3, 8, 8) for i in range(len(names)))
+
+
 def test_a_torchvision_folder_is_read_as_torchvision_lays_it_out(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)

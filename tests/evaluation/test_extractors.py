@@ -1,8 +1,10 @@
 """Claims about feature extractors."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.v2 import functional as TF
@@ -26,12 +28,21 @@ def classifier(tmp_path) -> str:
 
 
 def test_a_classifier_gives_its_penultimate_layer_and_logits(classifier):
-    extractor, network = load_extractor(classifier), ImageClassifier.from_pretrained(classifier)
+    torch.manual_seed(0)
+    extractor, network = load_extractor(classifier), ImageClassifier(sample_size=8, in_channels=1, widths=(8, 16))
     samples = images(5, 1, 8)
     outputs = extractor(samples)
     assert torch.equal(outputs["features"], network.features(samples / 127.5 - 1))
     assert torch.equal(outputs["logits"], network(samples / 127.5 - 1))
     assert extractor.name == "classifier"
+
+
+def test_weights_are_aligned_wherever_they_lie_in_their_file(classifier):
+    """Kernels sum unaligned weights in another order on some processors, and a longer header moves them."""
+    file = Path(classifier, "diffusion_pytorch_model.safetensors")
+    for length in (4, 12):
+        save_file(load_file(file), file, {"format": "pt", "comment": "x" * length})
+        assert all(parameter.data_ptr() % 64 == 0 for parameter in load_extractor(classifier).parameters())
 
 
 def test_images_are_converted_to_the_size_and_channels_of_the_classifier(classifier):

@@ -149,6 +149,13 @@ def test_weights_in_half_precision_alone_are_loaded(tmp_path):
         load_pipeline(str(tmp_path))
 
 
+def test_loaded_weights_are_aligned_like_those_in_memory(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    for component in load_pipeline(str(tmp_path)).components.values():
+        if isinstance(component, torch.nn.Module):
+            assert all(parameter.data_ptr() % 64 == 0 for parameter in component.parameters())
+
+
 def test_ddim_pipelines_load_and_sample(tmp_path):
     DDIMPipeline(tiny_unet().eval(), DDIMScheduler()).save_pretrained(tmp_path)
     assert sample(load_pipeline(str(tmp_path)), [0], 4)[0].size == (8, 8)

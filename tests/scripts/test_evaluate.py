@@ -304,6 +304,14 @@ def test_a_stated_range_of_values_makes_formats_equal(run, folders, tmp_path):
     assert results["reference"]["value_range"] == "-1 to 1"
 
 
+def test_images_that_come_out_nearly_black_have_a_warning(run, tmp_path, caplog):
+    for i in range(12):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), 300 * i, np.uint16)).save(tmp_path / "images" / f"{i:02d}.tif")
+    run("--images", tmp_path / "images", reference=tmp_path / "images")
+    assert caplog.text.count("state these with --value_range") == 2  # for the samples and for the reference
+
+
 def test_saved_statistics_give_only_the_fid(run, folders, tmp_path):
     whole = values(run("--images", folders["samples"]))
     (cached,) = (tmp_path / "cache").glob("*.safetensors")

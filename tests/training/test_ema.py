@@ -63,3 +63,27 @@ def test_a_saved_average_continues_as_if_never_interrupted(tmp_path):
     for ema in (straight, resumed):
         ema.step()
     assert all(map(torch.equal, straight.average.shadow_params, resumed.average.shadow_params))
+
+
+def test_a_loaded_average_lies_at_aligned_addresses(tmp_path):
+    """Otherwise kernels may sum in another order than in a run that was never interrupted."""
+    ema = trained_ema(ema_decay=0.9)
+    ema.save(tmp_path)
+    ema.load(tmp_path, {"step": 2})
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in ema.weights())
+
+
+def test_the_weights_follow_the_formula_of_the_exponential_moving_average():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    network = torch.nn.Linear(3, 2)
+    ema = EMA(network, RunArguments(ema_decay=0.9, ema_inv_gamma=2.0, ema_power=0.5))
+    ema.prepare(Accelerator(cpu=True))
+    expected = network.weight.detach().double()
+    for step in range(1, 40):
+        with torch.no_grad():
+            network.weight.add_(torch.randn(2, 3, generator=torch.Generator().manual_seed(step)))
+        ema.step()
+        decay = min(0.9, 1 - (1 + (step - 1) / 2) ** -0.5)
+        expected = decay * expected + (1 - decay) * network.weight.detach().double()
+    with ema.applied():
+        assert (network.weight - expected).abs().max() < 1e-6
