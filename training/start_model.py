@@ -80,7 +80,9 @@ def load_start_model(
     if unet.config.sample_size is None:
         raise InputError(f"The config of the UNet of {start_model} has no sample_size: set it with --image_size.")
     unet.register_to_config(_name_or_path=location_name(start_model))  # not its path on this machine
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    # the network will no longer be what few-step fine-tuning made it
+    config = {name: value for name, value in pipeline.scheduler.config.items() if name != "_num_inference_steps"}
+    scheduler = DDPMScheduler.from_config(config)
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
     pipeline_class = ClassConditionalPipeline if classes else DDPMPipeline

@@ -7,6 +7,7 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     DDIMScheduler,
     DDPMPipeline,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -17,6 +18,7 @@ from tiny import tiny_unet
 
 from ddgan import DDGANScheduler
 from ddgan.core.errors import InputError
+from ddgan.sampling.steps import trained_steps
 from ddgan.training.start_model import load_start_model
 
 
@@ -70,3 +72,13 @@ def test_samplers_of_the_same_noise_process_are_accepted(tmp_path, scheduler):
     loaded = load_start_model(str(tmp_path)).scheduler
     assert loaded.config.prediction_type == "v_prediction"
     assert loaded.alphas_cumprod.tolist() == saved.alphas_cumprod.tolist()
+
+
+def test_a_few_step_model_loses_its_number_of_steps(tmp_path):
+    """Otherwise the result of any further training would be sampled in that number of steps by default."""
+    saved = DDPMScheduler(timestep_spacing="trailing")
+    saved.register_to_config(_num_inference_steps=[4])
+    DDPMPipeline(tiny_unet(), saved).save_pretrained(tmp_path)
+    pipeline = load_start_model(str(tmp_path))
+    assert not trained_steps(pipeline)
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
