@@ -16,7 +16,10 @@ import yaml
 
 from .errors import InputError
 
-_BOOLEANS = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
+_BOOLEANS: dict[str, bool] = {
+    **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0"), False),
+}
 
 
 def option(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:

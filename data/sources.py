@@ -21,13 +21,14 @@ from torchvision.datasets.mnist import FashionMNIST
 from ..core.errors import InputError, naming_file
 from ..core.extras import missing_extra
 from ..core.files import fingerprint, fingerprint_bytes
+from ..core.locations import EXAMPLES
 from ..core.run_files import is_run_folder
 from .images import IMAGE_SUFFIXES, BrokenImageError, file_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
-EMBEDDED_DATASET = Path(__file__).parent.parent / "examples" / "data" / "twemoji-32"
+EMBEDDED_DATASET = EXAMPLES / "data" / "twemoji-32"
 
 _SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
 _IDX_PREFIXES = {"train": "train", "test": "t10k"}  # split -> prefix of torchvision's files

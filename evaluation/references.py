@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 from ..core.errors import RunError
@@ -17,12 +16,12 @@ from ..core.files import fingerprint
 from ..data.images import RESIZE, color_channels, open_image, to_bytes
 from ..data.preprocessing import Preprocessing, read_image
 from ..data.sources import ImageSource
+from .arguments import CACHE_DIR
 from .extractors import FeatureExtractor
 from .facts import ImageProperties, ReferenceFacts
 from .features import Features, cached_features
 from .metrics import Gaussian, MetricValue, reference_baseline
 
-CACHE_DIR = Path(HF_HOME) / "ddgan-evaluation"
 INSPECTED_IMAGES = 100  # images whose size, channels and file format stand for all
 
 

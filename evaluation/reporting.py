@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 
 from ..core.files import replace_file
-from .coverage import STACKED_MNIST_SAMPLES
+from .arguments import STACKED_MNIST_SAMPLES
 from .facts import EvaluationProtocol
 from .metrics import METRICS, MetricValue
 

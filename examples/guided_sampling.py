@@ -18,7 +18,8 @@ import torch
 from ddgan import GuidanceLoss, GuidedPipeline
 from ddgan.core.cli import option, parse_arguments, require_at_least
 from ddgan.core.errors import InputError, run_command
-from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
+from ddgan.guidance.arguments import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names
+from ddgan.guidance.registry import parse_loss, sum_losses
 from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
 from ddgan.sampling.generation import parse_class_labels
 from ddgan.sampling.grids import image_grid

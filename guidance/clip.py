@@ -16,9 +16,9 @@ from torchvision.transforms.v2.functional import affine, horizontal_flip, pil_to
 
 from ..core.errors import InputError
 from ..sampling.loading import realign_parameters
+from .arguments import DEFAULT_MODEL
 from .losses import GuidanceLoss
 
-DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 # the defaults of torchvision's RandomResizedCrop, which CLIP guidance has always used
 CUT_AREA = (0.08, 1.0)
 CUT_RATIO = (3 / 4, 4 / 3)

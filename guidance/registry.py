@@ -1,4 +1,4 @@
-"""Guidance losses by name, and their short form in text: `color:teal`, `2*clip:a red rose`."""
+"""Guidance losses by name, from their short form in text: `color:teal`, `2*clip:a red rose`."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from ..core.errors import InputError
-from .clip import DEFAULT_MODEL, CLIPLoss
+from .arguments import clip_model_names, split_loss
+from .clip import CLIPLoss
 from .losses import ColorLoss, GuidanceLoss, ReferenceLoss, SaturationLoss, SymmetryLoss, TotalVariationLoss
 
 # called with the argument as text, if there is one
@@ -23,15 +24,6 @@ CLIP_LOSSES: dict[str, Callable[..., GuidanceLoss]] = {
     "clip_image": lambda path, *model, device: CLIPLoss(Image.open(path), *model, device=device),
 }
 
-TOWARDS_HELP = (
-    "guidance losses, each name, name:argument or weight*name:argument: color:#BB2266, saturation:<0 to 1>, "
-    "total_variation, symmetry, reference:<image file>, clip:<sentence>, clip_image:<image file>"
-)
-CLIP_MODEL_HELP = (
-    "CLIP model: Hub ID or folder of a Transformers model, or for open_clip hf-hub:<id> or an architecture and its "
-    f"pretrained tag (default: {DEFAULT_MODEL})"
-)
-
 
 def parse_loss(
     text: str, clip_model: str | Sequence[str] | None = None, device: str | torch.device | None = None
@@ -46,39 +38,20 @@ def parse_loss(
     Raises:
         InputError: If there is no such loss, or the weight or the argument is invalid.
     """
-    weight, star, unweighted = text.partition("*")
-    if not star or ":" in weight:  # the star, if any, is part of the argument
-        star, unweighted = "", text
-    name, colon, argument = unweighted.partition(":")
+    weight, name, argument = split_loss(text)
     try:
         if name in LOSSES:
-            loss = LOSSES[name](argument) if colon else LOSSES[name]()
-        elif name in CLIP_LOSSES:
-            if not argument:
-                raise InputError(f"{name} needs an argument.")
-            loss = CLIP_LOSSES[name](argument, *clip_model_names(clip_model), device=device)
+            loss = LOSSES[name]() if argument is None else LOSSES[name](argument)
+        elif not argument:
+            raise InputError(f"{name} needs an argument.")
         else:
-            raise InputError(f"there is no loss {name!r}. Choose from {', '.join([*LOSSES, *CLIP_LOSSES])}.")
-        return float(weight) * loss if star else loss
+            loss = CLIP_LOSSES[name](argument, *clip_model_names(clip_model), device=device)
+        return loss if weight is None else weight * loss
     except TypeError as error:  # of a constructor without parameters, or with required ones
-        reason = f"{name} {'takes no' if colon else 'needs an'} argument."
+        reason = f"{name} {'needs an' if argument is None else 'takes no'} argument."
         raise InputError(f"The guidance loss {text!r} is invalid: {reason}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"The guidance loss {text!r} is invalid: {error}") from error
-
-
-def clip_model_names(clip_model: str | Sequence[str] | None) -> list[str]:
-    """Return the arguments `model` and, for open_clip, `pretrained` of `CLIPLoss`; None means the default model.
-
-    Raises:
-        InputError: If there are more than two names.
-    """
-    names = [clip_model] if isinstance(clip_model, str) else list(clip_model or [DEFAULT_MODEL])
-    if len(names) > 2:
-        raise InputError(
-            f"--clip_model {' '.join(names)}: it takes one name, or an open_clip architecture and its pretrained tag."
-        )
-    return names
 
 
 def sum_losses(losses: Sequence[GuidanceLoss]) -> GuidanceLoss:

@@ -7,29 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DiffusionPipeline
 from huggingface_hub.errors import GatedRepoError
 
 from ..core.errors import InputError
 from ..hub.folders import component_classes
 from ..hub.installed import installed_class
+from . import arguments
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SCHEDULERS = {
-    "ddpm": DDPMScheduler,
-    "ddim": DDIMScheduler,
-    "dpmsolver": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-}
+DTYPES = {flag: getattr(torch, name) for flag, name in arguments.DTYPES.items()}
+SCHEDULERS = {flag: getattr(diffusers, name) for flag, name in arguments.SCHEDULERS.items()}
 
 
 def load_pipeline(

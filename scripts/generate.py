@@ -9,202 +9,27 @@ interrupted command again resumes it. On a CPU each process generates one image 
 batch size and the number of threads change the order in which floating-point numbers are summed; start one process per
 core. On an accelerator images are generated in batches of a fixed size, the last one padded. There, guided images are
 reproducible only up to rounding, because some kernels sum gradients in a nondeterministic order.
+From Python, call `ddgan.commands.generate.generate`.
 """
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
-import torch
-from accelerate import Accelerator
-from PIL import Image
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-from ddgan import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
-from ddgan.core.cli import option, parse_arguments, require_at_least
-from ddgan.core.errors import InputError, run_command
-from ddgan.core.files import replace_file
-from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
-from ddgan.sampling.arguments import SamplingArguments
-from ddgan.sampling.generation import parse_class_labels, sample, sample_in_full_batches
-from ddgan.sampling.grids import image_grid, steps_strip
-from ddgan.sampling.loading import pipeline_hash, with_scheduler
-from ddgan.sampling.steps import trained_steps
-from ddgan.sampling.traces import intermediates
-
-SETTINGS = "generate.json"
-GRID_IMAGES = 64
-DEFAULT_GUIDANCE_SCALE = 40.0
-
-
-@dataclass
-class GenerateArguments(SamplingArguments):
-    """The pipeline, how to sample it, and the output folder."""
-
-    output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
-    num_images: int = option(16, "total number of images; a higher number adds to existing images")
-    batch_size: int = option(16, "images per batch on an accelerator; on a CPU it is always 1")
-    class_labels: list[str] | None = option(
-        None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
-    )
-    grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
-    intermediates: int | None = option(None, "show this many denoising steps of the first image in intermediates.png")
-    color: str | None = option(None, "guide towards a color: '#BB2266', teal")
-    clip_prompt: list[str] | None = option(None, "guide towards one or more texts with a CLIP model")
-    towards: list[str] | None = option(None, TOWARDS_HELP)
-    clip_model: list[str] | None = option(None, CLIP_MODEL_HELP)
-    guidance_scale: float | None = option(
-        None,
-        "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one (default: "
-        f"{DEFAULT_GUIDANCE_SCALE:g}). Without these, classifier-free guidance towards --class_labels",
-    )
-    guidance_gradient: Literal["sample", "model"] | None = option(
-        None, "model: differentiate through the network too, which takes more time and memory (default: sample)"
-    )
-
-    def __post_init__(self):
-        if not self.pipeline:
-            raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
-        super().__post_init__()
-        require_at_least(1, self, "num_images", "batch_size", "intermediates")
-        if self.class_labels:
-            self.class_labels = parse_class_labels(self.class_labels)
-        if self.clip_prompt or self.towards:
-            self.clip_model = clip_model_names(self.clip_model)
-        elif self.clip_model:
-            raise InputError("--clip_model needs a --clip_prompt, or a CLIP loss in --towards.")
-        if self.is_guided:
-            self.guidance_scale = DEFAULT_GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
-            self.guidance_gradient = self.guidance_gradient or "sample"
-        elif self.guidance_gradient or (self.guidance_scale is not None and not self.class_labels):
-            raise InputError(
-                "Guidance needs a target: pass --color, --clip_prompt or --towards, or for classifier-free guidance "
-                "--class_labels."
-            )
-
-    @property
-    def is_guided(self) -> bool:
-        return bool(self.color or self.clip_prompt or self.towards)
+from ddgan.commands.arguments import GenerateArguments
+from ddgan.core.cli import parse_arguments
+from ddgan.core.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = parse_arguments(GenerateArguments, argv=argv)
-    accelerator = Accelerator()
-    batch_size = args.batch_size
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(1)
-        batch_size = 1
-
-    guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
-    if args.is_guided:
-        guidance |= {"loss": guidance_loss(args, accelerator.device), "gradient": args.guidance_gradient}
-    pipe = args.load(accelerator.device)
-    num_inference_steps = args.num_inference_steps or next(iter(trained_steps(pipe)), None)
-    output = Path(args.output_dir)
-    settings = {
-        "pipeline": args.pipeline,
-        "contents": pipeline_hash(pipe),
-        "scheduler": args.scheduler,
-        "num_inference_steps": num_inference_steps,
-        "class_labels": args.class_labels,
-        "seed": args.seed,
-        "dtype": args.dtype,
-        "device": accelerator.device.type,
-        "images_at_once": batch_size,
-        "color": args.color,
-        "clip_prompt": args.clip_prompt,
-        "towards": args.towards,
-        "clip_model": args.clip_model,
-        "guidance_scale": args.guidance_scale,
-        "guidance_gradient": args.guidance_gradient,
-    }
-    check_settings(output, settings)
-    pipe = with_scheduler(pipe, args.scheduler)
-    if args.is_guided:
-        try:
-            pipe = GuidedPipeline.from_pipe(pipe)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        pipe.set_progress_bar_config(disable=True)
-    elif isinstance(pipe, GuidedPipeline):
-        raise InputError("A GuidedPipeline needs a target: --color, --clip_prompt or --towards.")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
-
-    def label_of(i: int) -> int | str | None:
-        return args.class_labels[i % len(args.class_labels)] if args.class_labels else None
-
-    def generate(indices: list[int]) -> list[Image.Image]:
-        labels = [label_of(i) for i in indices] if args.class_labels else None
-        return sample(pipe, [args.seed + i for i in indices], num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
-
-    shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
-    missing = [i for i in shard if not image_path(output, i).exists()]
-    progress = tqdm(
-        total=len(shard), initial=len(shard) - len(missing), unit="image", disable=not accelerator.is_main_process
-    )
-    with progress, logging_redirect_tqdm():  # warnings are printed above the progress bar
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            for i, image in zip(batch, sample_in_full_batches(generate, batch, batch_size), strict=True):
-                replace_file(image_path(output, i), image.save)
-            progress.update(len(batch))
-
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        print(f"{args.num_images} images: {output / 'images'}")
-        if args.grid:
-            first_images = [Image.open(image_path(output, i)) for i in range(min(args.num_images, GRID_IMAGES))]
-            replace_file(output / "grid.png", image_grid(first_images).save)
-            print(f"grid: {output / 'grid.png'}")
-        if args.intermediates:
-            steps = (args.intermediates, num_inference_steps)
-            trace = intermediates(pipe, args.seed, *steps, label_of(0), **guidance)
-            replace_file(output / "intermediates.png", steps_strip(*trace).save)
-            print(f"denoising steps of the first image: {output / 'intermediates.png'}")
-    accelerator.end_training()
+    run(*parse(argv))
 
 
-def guidance_loss(args: GenerateArguments, device: torch.device) -> GuidanceLoss:
-    losses: list[GuidanceLoss] = [ColorLoss(args.color)] if args.color else []
-    if args.clip_prompt:
-        assert args.clip_model is not None
-        losses.append(CLIPLoss(args.clip_prompt, *args.clip_model, device=device))
-    losses += [parse_loss(text, args.clip_model, device) for text in args.towards or []]
-    return sum_losses(losses)
+def parse(argv: list[str] | None = None, *more: type) -> tuple:
+    """Parse the arguments of `run`, and those of `more` dataclasses."""
+    return parse_arguments(GenerateArguments, *more, argv=argv)
 
 
-def image_path(output: Path, i: int) -> Path:
-    return output / "images" / f"{i:06d}.png"
+def run(args: GenerateArguments) -> None:
+    from ddgan.commands.generate import generate  # imports PyTorch and Diffusers, which takes seconds
 
-
-def check_settings(output: Path, settings: dict) -> None:
-    """Check that existing images were generated with the same settings.
-
-    Raises:
-        InputError: if the settings of the images in the folder are different or unknown.
-    """
-    if not (output / SETTINGS).exists():
-        if (output / "images").exists():
-            raise InputError(
-                f"{output / 'images'} already exists, but there is no {SETTINGS} with the settings of its images. "
-                "Choose another --output_dir."
-            )
-        return
-    existing = json.loads((output / SETTINGS).read_text())
-    changes = [
-        f"{name} was {existing.get(name)}, is {value}"
-        for name, value in settings.items()
-        if existing.get(name) != value
-    ]
-    if changes:
-        raise InputError(
-            f"The images in {output} were generated with other settings ({'; '.join(changes)}). Choose another "
-            "--output_dir, or use the same settings to add to them."
-        )
+    generate(args)
 
 
 if __name__ == "__main__":

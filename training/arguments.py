@@ -1,4 +1,4 @@
-"""Arguments shared by the training scripts."""
+"""Arguments shared by the training commands; nothing here imports PyTorch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 from ..core.cli import option, require_above, require_at_least
 from ..core.errors import InputError
-from ..evaluation.metrics import METRICS, MIN_IMAGES
+from ..core.locations import resolve_locations, resolve_paths
+from ..evaluation.arguments import METRIC_NAMES, MIN_IMAGES, resolve_extractor
 
 
 @dataclass
@@ -48,6 +49,8 @@ class DataArguments:
             )
         if self.resolution and (self.image_size or len(self.resolution) != 2):
             raise InputError("--resolution takes a height and a width (--resolution 64 96) and replaces --image_size.")
+        resolve_locations(self, "dataset_name", datasets=True)
+        resolve_paths(self, "train_data_dir")
         require_at_least(1, self, "image_size", "resolution")
         require_at_least(0, self, "dataloader_num_workers")
         if self.streaming and not self.dataset_name:
@@ -107,6 +110,8 @@ class RunArguments:
             self.model_save_name = self.folder_name
         if self.report_to is None:
             self.report_to = "wandb" if self.wandb_project else "tensorboard"
+        if self.resume_from_checkpoint != "latest":
+            resolve_paths(self, "resume_from_checkpoint")
         require_at_least(
             1, self, "batch_size", "grad_accumulation_steps", "num_epochs", "num_samples", "max_train_steps"
         )
@@ -137,11 +142,14 @@ class EvaluationArguments:
     extractor_weights: str | None = option(
         None, "file (inception-v3-compat) or folder (dinov2) with the weights of the extractor"
     )
-    best_metric: str = option("fid", f"metric that selects the best evaluation, kept in best/: {', '.join(METRICS)}")
+    best_metric: str = option(
+        "fid", f"metric that selects the best evaluation, kept in best/: {', '.join(METRIC_NAMES)}"
+    )
 
     def __post_init__(self):
-        if self.best_metric not in METRICS:
-            raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRICS)}.")
+        if self.best_metric not in METRIC_NAMES:
+            raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRIC_NAMES)}.")
+        resolve_extractor(self)
         require_at_least(0, self, "eval_every")
         require_at_least(MIN_IMAGES, self, "eval_images")
 

@@ -13,11 +13,12 @@ from PIL import Image
 from ..core.errors import InputError, RunError
 from ..core.files import fingerprint
 from ..data.preprocessing import Preprocessing
-from ..evaluation.extractors import INCEPTION, ClassifierFeatures, load_extractor
+from ..evaluation.arguments import CACHE_DIR, INCEPTION, MIN_IMAGES
+from ..evaluation.extractors import ClassifierFeatures, load_extractor
 from ..evaluation.facts import ImageProperties, SampleFacts
 from ..evaluation.features import Features, extract_features
-from ..evaluation.metrics import METRICS, MIN_IMAGES, MetricValue, available_metrics
-from ..evaluation.references import CACHE_DIR, ReferenceImages, measure_reference
+from ..evaluation.metrics import METRICS, MetricValue, available_metrics
+from ..evaluation.references import ReferenceImages, measure_reference
 from ..evaluation.reporting import format_value, metric_title
 from ..evaluation.results import compute_results
 from ..sampling.generation import sample_in_full_batches

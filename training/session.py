@@ -1,9 +1,10 @@
 """Setup shared by all training scripts, from Python or the command line.
 
-Each script has a function that takes its argument dataclasses, so a notebook can train without a command line:
+Each command is a function that takes its argument dataclasses, so a notebook can train without a command line:
 
     from diffusers import DiffusionPipeline
-    from ddgan.finetune_model import FinetuneArguments, finetune
+    from ddgan.commands.arguments import FinetuneArguments
+    from ddgan.commands.finetune import finetune
     from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
 
     run = finetune(

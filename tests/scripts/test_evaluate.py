@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import ROOT, few_step_scheduler, run_ranks, tiny_unet, write_images
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
+from ddgan.commands import evaluate as command
 from ddgan.core.errors import InputError, RunError
 from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
@@ -112,7 +113,7 @@ def test_the_order_of_the_images_does_not_change_the_numbers(run, folders, tmp_p
 def test_an_interrupted_evaluation_resumes(run, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "PART_IMAGES", 4)
     flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 20, "--batch_size", 2]
-    whole, seeds_seen, sample = values(run(*flags)), [], evaluate.sample
+    whole, seeds_seen, sample = values(run(*flags)), [], command.sample
 
     def stops(pipe, seeds, *rest):
         if len(seeds_seen) > 12:
@@ -120,7 +121,7 @@ def test_an_interrupted_evaluation_resumes(run, folders, tmp_path, monkeypatch):
         seeds_seen.extend(seeds)
         return sample(pipe, seeds, *rest)
 
-    monkeypatch.setattr(evaluate, "sample", stops)
+    monkeypatch.setattr(command, "sample", stops)
     with pytest.raises(KeyboardInterrupt):
         run(*flags)
     seeds_seen.clear()
@@ -132,9 +133,9 @@ def test_an_interrupted_evaluation_resumes(run, folders, tmp_path, monkeypatch):
 @pytest.fixture
 def sampled(monkeypatch) -> list[int]:
     """The seeds of generated samples."""
-    seeds_seen, sample = [], evaluate.sample
+    seeds_seen, sample = [], command.sample
     monkeypatch.setattr(
-        evaluate, "sample", lambda pipe, seeds, *rest: seeds_seen.extend(seeds) or sample(pipe, seeds, *rest)
+        command, "sample", lambda pipe, seeds, *rest: seeds_seen.extend(seeds) or sample(pipe, seeds, *rest)
     )
     return seeds_seen
 
@@ -394,14 +395,14 @@ def test_stacked_digits_are_classified_channel_by_channel(run, folders):
 
 
 def test_modes_of_stacked_digits_are_counted_in_as_many_samples_as_in_the_paper(run, folders, monkeypatch, capsys):
-    sample = evaluate.sample
+    sample = command.sample
 
     def stops(pipe, seeds, *rest):
         if seeds != [0]:
             stopped()
         return sample(pipe, seeds, *rest)
 
-    monkeypatch.setattr(evaluate, "sample", stops)
+    monkeypatch.setattr(command, "sample", stops)
     for flags, count in ((["--stacked_mnist", "--classifier", folders["gray"]], 25_600), ([], 10_000)):
         with pytest.raises(KeyboardInterrupt):
             run("--pipeline", folders["model"], *SHORT, *flags)
@@ -514,7 +515,7 @@ def test_resized_references_have_a_warning(run, folders, tmp_path):
         (["--images", "SAMPLES", "--reference", "nowhere.npz"], "no such file"),
         (
             ["--images", "SAMPLES", "--feature_extractor", "nowhere"],
-            "neither one of the extractors",
+            "--feature_extractor nowhere does not exist .* one of the extractors inception",
         ),
         (["--images", "SAMPLES", "--class_labels", 3], "color has the classes 0 to 2"),
         (["--images", "SAMPLES", "--stacked_mnist"], "color is not"),

@@ -298,7 +298,7 @@ def test_settings_are_saved(whole):
         (["--num_inference_step", 3], "--num_inference_steps"),
         (["--num_inference_steps", 1001], "1000"),
         (["--class_labels", 1], "not conditioned"),
-        (["--pipeline", "nowhere"], "No pipeline nowhere"),
+        (["--pipeline", "nowhere"], "--pipeline nowhere: there is no such file or folder"),
         (["--pipeline", ""], "--pipeline"),
         (["--color", "teel"], "'teel' is not a known color"),
         (["--guidance_scale", 3], "--color, --clip_prompt or --towards, or .* --class_labels"),

@@ -368,7 +368,7 @@ def test_the_best_is_chosen_among_comparable_evaluations(finetune, classifier, t
         (["--best_metric", "fidelity"], "best_metric is fidelity; it must be one of fid, kid, precision"),
         (
             ["--eval_every", 1, "--feature_extractor", "nowhere"],
-            "--eval_every: nowhere is neither one of the extractors",
+            r"--feature_extractor nowhere does not exist in .* one of the extractors inception",
         ),
         (
             ["--eval_every", 1, "--extractor_weights", "nowhere.pth"],

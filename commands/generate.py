@@ -1,0 +1,153 @@
+"""Generate images with a pipeline, one PNG file per seed.
+
+On a CPU each process generates one image at a time on one thread, because the batch size and the number of threads
+change the order in which floating-point numbers are summed. On an accelerator images are generated in batches of a
+fixed size, the last one padded.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from .. import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
+from ..core.errors import InputError
+from ..core.files import replace_file
+from ..guidance.registry import parse_loss, sum_losses
+from ..sampling.generation import parse_class_labels, sample, sample_in_full_batches
+from ..sampling.grids import image_grid, steps_strip
+from ..sampling.loading import DTYPES, load_pipeline, pipeline_hash, with_scheduler
+from ..sampling.steps import trained_steps
+from ..sampling.traces import intermediates
+from .arguments import GRID_IMAGES, GenerateArguments
+
+SETTINGS = "generate.json"
+
+
+def generate(args: GenerateArguments) -> None:
+    """Generate the images that are missing in the output folder, and print where they are.
+
+    Raises:
+        InputError: if the pipeline cannot be loaded or does not accept the arguments, or the folder contains images
+            with other settings.
+    """
+    accelerator = Accelerator()
+    batch_size = args.batch_size
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(1)
+        batch_size = 1
+
+    guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    if args.is_guided:
+        guidance |= {"loss": guidance_loss(args, accelerator.device), "gradient": args.guidance_gradient}
+    assert args.pipeline is not None
+    pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+    num_inference_steps = args.num_inference_steps or next(iter(trained_steps(pipe)), None)
+    class_labels = parse_class_labels(args.class_labels) if args.class_labels else None
+    output = Path(args.output_dir)
+    settings = {
+        "pipeline": args.pipeline,
+        "contents": pipeline_hash(pipe),
+        "scheduler": args.scheduler,
+        "num_inference_steps": num_inference_steps,
+        "class_labels": class_labels,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "device": accelerator.device.type,
+        "images_at_once": batch_size,
+        "color": args.color,
+        "clip_prompt": args.clip_prompt,
+        "towards": args.towards,
+        "clip_model": args.clip_model,
+        "guidance_scale": args.guidance_scale,
+        "guidance_gradient": args.guidance_gradient,
+    }
+    check_settings(output, settings)
+    pipe = with_scheduler(pipe, args.scheduler)
+    if args.is_guided:
+        try:
+            pipe = GuidedPipeline.from_pipe(pipe)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        pipe.set_progress_bar_config(disable=True)
+    elif isinstance(pipe, GuidedPipeline):
+        raise InputError("A GuidedPipeline needs a target: --color, --clip_prompt or --towards.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+
+    def label_of(i: int) -> int | str | None:
+        return class_labels[i % len(class_labels)] if class_labels else None
+
+    def generate_batch(indices: list[int]) -> list[Image.Image]:
+        labels = [label_of(i) for i in indices] if class_labels else None
+        return sample(pipe, [args.seed + i for i in indices], num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
+
+    shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
+    missing = [i for i in shard if not image_path(output, i).exists()]
+    progress = tqdm(
+        total=len(shard), initial=len(shard) - len(missing), unit="image", disable=not accelerator.is_main_process
+    )
+    with progress, logging_redirect_tqdm():  # warnings are printed above the progress bar
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            for i, image in zip(batch, sample_in_full_batches(generate_batch, batch, batch_size), strict=True):
+                replace_file(image_path(output, i), image.save)
+            progress.update(len(batch))
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"{args.num_images} images: {output / 'images'}")
+        if args.grid:
+            first_images = [Image.open(image_path(output, i)) for i in range(min(args.num_images, GRID_IMAGES))]
+            replace_file(output / "grid.png", image_grid(first_images).save)
+            print(f"grid: {output / 'grid.png'}")
+        if args.intermediates:
+            steps = (args.intermediates, num_inference_steps)
+            trace = intermediates(pipe, args.seed, *steps, label_of(0), **guidance)
+            replace_file(output / "intermediates.png", steps_strip(*trace).save)
+            print(f"denoising steps of the first image: {output / 'intermediates.png'}")
+    accelerator.end_training()
+
+
+def guidance_loss(args: GenerateArguments, device: torch.device) -> GuidanceLoss:
+    losses: list[GuidanceLoss] = [ColorLoss(args.color)] if args.color else []
+    if args.clip_prompt:
+        assert args.clip_model is not None
+        losses.append(CLIPLoss(args.clip_prompt, *args.clip_model, device=device))
+    losses += [parse_loss(text, args.clip_model, device) for text in args.towards or []]
+    return sum_losses(losses)
+
+
+def image_path(output: Path, i: int) -> Path:
+    return output / "images" / f"{i:06d}.png"
+
+
+def check_settings(output: Path, settings: dict) -> None:
+    """Check that existing images were generated with the same settings.
+
+    Raises:
+        InputError: if the settings of the images in the folder are different or unknown.
+    """
+    if not (output / SETTINGS).exists():
+        if (output / "images").exists():
+            raise InputError(
+                f"{output / 'images'} already exists, but there is no {SETTINGS} with the settings of its images. "
+                "Choose another --output_dir."
+            )
+        return
+    existing = json.loads((output / SETTINGS).read_text())
+    changes = [
+        f"{name} was {existing.get(name)}, is {value}"
+        for name, value in settings.items()
+        if existing.get(name) != value
+    ]
+    if changes:
+        raise InputError(
+            f"The images in {output} were generated with other settings ({'; '.join(changes)}). Choose another "
+            "--output_dir, or use the same settings to add to them."
+        )
