@@ -67,6 +67,7 @@ class FinetuneArguments:
         "examples/models/noto-emoji-32",
         "pipeline folder or Hub repository of an unconditional UNet2DModel to start from",
     )
+    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
         None, "what the network predicts (default: same as the start model)"
     )
@@ -96,6 +97,7 @@ class FewStepArguments:
     start_model: str = option(
         "", "pipeline folder or Hub repository of an unconditional UNet2DModel or a ClassConditionedUnet to start from"
     )
+    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
     num_inference_steps: list[int] = field(
         default_factory=lambda: [4],
         metadata={
@@ -534,6 +536,9 @@ class PushArguments:
     private: bool = option(False, "create it as a private repository")
     revision: str | None = option(None, "branch to upload to, created if needed (default: main)")
     create_pr: bool = option(False, "upload as a pull request")
+    trust_remote_code: bool = option(
+        False, "run Python code that comes with the pipeline to check it, even if this package did not write that code"
+    )
     space: bool = option(False, "also upload the app of examples/space: a Space of the same name that runs the model")
 
     def __post_init__(self):

@@ -54,7 +54,7 @@ def finetune_few_step(
     """
     session = Session.open(run, supports_fp16=False)
     size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
-    start = load_start_model(args.start_model, size, allow_classes=True)
+    start = load_start_model(args.start_model, size, allow_classes=True, trust_remote_code=args.trust_remote_code)
     unet = start.unet
     scheduler = few_step_scheduler(start.scheduler, args)
     data = session.load_data(

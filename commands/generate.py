@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from .. import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
 from ..core.errors import InputError
 from ..core.files import replace_file
+from ..core.locks import locked
 from ..guidance.registry import parse_loss, sum_losses
 from ..sampling.generation import parse_class_labels, sample, sample_in_full_batches
 from ..sampling.grids import image_grid, steps_strip
@@ -36,6 +37,12 @@ def generate(args: GenerateArguments) -> None:
             with other settings.
     """
     accelerator = Accelerator()
+    with locked(Path(args.output_dir), accelerator):
+        generate_images(args, accelerator)
+
+
+def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
+    """Generate the images that are missing in the output folder."""
     batch_size = args.batch_size
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)
@@ -88,7 +95,7 @@ def generate(args: GenerateArguments) -> None:
         return sample(pipe, [args.seed + i for i in indices], num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
 
     shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
-    missing = [i for i in shard if not image_path(output, i).exists()]
+    missing = [i for i in shard if not is_complete(image_path(output, i))]
     progress = tqdm(
         total=len(shard), initial=len(shard) - len(missing), unit="image", disable=not accelerator.is_main_process
     )
@@ -127,11 +134,21 @@ def image_path(output: Path, i: int) -> Path:
     return output / "images" / f"{i:06d}.png"
 
 
+def is_complete(path: Path) -> bool:
+    """Return whether an image exists and matches its checksums."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):  # Pillow's errors for a damaged file
+        return False
+    return True
+
+
 def check_settings(output: Path, settings: dict) -> None:
     """Check that existing images were generated with the same settings.
 
     Raises:
-        InputError: if the settings of the images in the folder are different or unknown.
+        InputError: if the settings of the images in the folder are different, unknown or cannot be read.
     """
     if not (output / SETTINGS).exists():
         if (output / "images").exists():
@@ -140,7 +157,13 @@ def check_settings(output: Path, settings: dict) -> None:
                 "Choose another --output_dir."
             )
         return
-    existing = json.loads((output / SETTINGS).read_text())
+    try:
+        existing = dict(json.loads((output / SETTINGS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{output / SETTINGS} is damaged, so the settings of the images beside it are unknown ({error}). Choose "
+            "another --output_dir."
+        ) from error
     changes = [
         f"{name} was {existing.get(name)}, is {value}"
         for name, value in settings.items()

@@ -10,8 +10,8 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 # file-system errors that only the user can resolve: no space, no permission, a path that is already taken
-_USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-_USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 class InputError(ValueError):
@@ -55,7 +55,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, RunError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _USER_ERRNOS:
+        if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
             raise
         if rank == "0":
             print(f"\nerror: {error}", file=sys.stderr)

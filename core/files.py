@@ -1,10 +1,13 @@
 """Atomic writes, links, names and content hashes."""
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     for path in (temporary, replaced):
         shutil.rmtree(path, ignore_errors=True)
     write(temporary)
-    for path in temporary.rglob("*"):
+    for path in [*temporary.rglob("*"), temporary]:
         sync(path)
     if folder.exists():
         os.replace(folder, replaced)
@@ -69,6 +72,12 @@ def link_or_copy(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
+def unused_path(path: Path) -> Path:
+    """Return a path, with a number added to its name if something of that name exists."""
+    candidates = (path.with_stem(f"{path.stem}-{number}") if number else path for number in itertools.count())
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
 def location_name(location: str) -> str:
     """Return the base name of a local file or folder, or a Hub name unchanged."""
     return Path(location).resolve().name if Path(location).exists() else location
@@ -84,12 +93,27 @@ def fingerprint_bytes(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
+def digest_files(paths: Iterable[Path]) -> list[tuple[int, str]]:
+    """Return the size in bytes and the BLAKE2b of the contents of each file; files are read in blocks, in parallel."""
+
+    def digest(path: Path) -> tuple[int, str]:
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            return file.tell(), content.hexdigest()
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(digest, paths))
+
+
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
+    """Flush a file or folder to disk, where the file system supports it."""
     if os.name == "nt":  # Windows can only sync files that are open for writing
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network and FUSE file systems cannot sync folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)

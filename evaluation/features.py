@@ -1,6 +1,8 @@
 """Features of many images: computed by all processes, resumable, and cached."""
 
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -20,6 +22,8 @@ from ..core.files import replace_file
 PART_IMAGES = 1024  # approximate number of images between two saves
 
 Features = dict[str, torch.Tensor]
+
+logger = logging.getLogger(__name__)
 
 
 def extract_features(
@@ -51,7 +55,8 @@ def extract_features(
     is_main = accelerator.is_main_process
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     prefix = f"part-{batch_size}"  # parts with another batch size would leave gaps between these
-    parts = [load_file(path) for path in sorted(folder.glob(f"{prefix}-*.safetensors"))] if is_main and folder else []
+    paths = sorted(folder.glob(f"{prefix}-*.safetensors")) if is_main and folder else []
+    parts = [part for path in paths if (part := _read_features(path)) is not None]
     completed = [{image for part in parts for image in part["image"].tolist()}]
     broadcast_object_list(completed)
     missing = [batch for batch in batches if batch.start not in completed[0]]
@@ -92,12 +97,14 @@ def cached_features(
 ) -> Features | None:
     """Return the features in the file `path`, or extract them and write the file with its protocol.
 
-    If another command is extracting the same features, this one extracts them too but does not save them.
+    A damaged file is written again. If another command is extracting the same features, this one extracts them too
+    but does not save them.
     """
-    is_cached = [path.exists() if accelerator.is_main_process else None]
+    features = _read_features(path) if accelerator.is_main_process and path.exists() else None
+    is_cached = [features is not None]
     broadcast_object_list(is_cached)
     if is_cached[0]:
-        return load_file(path) if accelerator.is_main_process else None
+        return features
     with _locked(path.with_suffix(".parts"), accelerator) as parts:
         features = extract_features(count, batch_size, extract, accelerator, parts, description)
         if features is not None and parts:
@@ -127,8 +134,31 @@ def _locked(folder: Path, accelerator: Accelerator) -> Iterator[Path | None]:
 def write_features(path: Path, features: Features, protocol: dict[str, Any] | None = None) -> None:
     """Write features and their protocol to a safetensors file, atomically."""
     tensors = {name: tensor.contiguous() for name, tensor in features.items()}
-    metadata = {"protocol": json.dumps(protocol or {})}
+    metadata = {"protocol": json.dumps(protocol or {}), "digest": _digest(tensors)}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _read_features(path: Path) -> Features | None:
+    """Read the features in a file; if it is damaged, remove it and return None."""
+    try:
+        with safe_open(path, "pt") as file:
+            digest = (file.metadata() or {}).get("digest")
+        features = load_file(path)
+    except (OSError, ValueError, SafetensorError):
+        digest, features = None, None
+    if features and digest in (None, _digest(features)):  # earlier versions wrote no digest
+        return features
+    logger.warning("%s is damaged; its features are extracted again.", path)
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _digest(features: Features) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    for name, tensor in sorted(features.items()):
+        digest.update(name.encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
 
 
 def read_protocol(path: Path) -> dict[str, Any]:

@@ -148,6 +148,11 @@ def load_encoder(model: str, pretrained: str | None, device: str) -> "Encoder":
         if isinstance(error, InputError):
             raise
         name = f"{model} ({pretrained})" if pretrained else model
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"The CLIP model {name} contains custom Python code, which is not run. Use a model of Transformers or "
+                f"open_clip without code of its own, such as {DEFAULT_MODEL}."
+            ) from error
         raise InputError(
             f"The CLIP model {name} cannot be loaded. Use the Hub ID or folder of a Transformers model "
             f"({DEFAULT_MODEL}), or for open_clip hf-hub:<id> or an architecture with its pretrained tag (ViT-B-32 "
@@ -204,13 +209,15 @@ class TransformersEncoder(Encoder):
     def __init__(self, name: str, device: torch.device):
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        model = AutoModel.from_pretrained(name, dtype=half_on_gpu(device)).to(device)
+        # otherwise Transformers asks on the terminal whether to run code that comes with a model
+        trusted = {"trust_remote_code": False}
+        model = AutoModel.from_pretrained(name, dtype=half_on_gpu(device), **trusted).to(device)
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
             raise InputError(f"{name} is a {type(model).__name__}, which does not embed both images and text.")
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, **trusted)
         size = model.config.vision_config.image_size
         super().__init__(model, size, processor.image_mean, processor.image_std, device)
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, **trusted)
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         features = self.model.get_image_features(pixel_values=images)

@@ -71,7 +71,7 @@ def add_code(folder: Path, index: dict, pipeline_class: type) -> None:
             continue
         (library, class_name), auto_map = value, {}
         if library in sys.modules and library.partition(".")[0] not in ("diffusers", "transformers"):
-            stem = _copy_code(folder / name, sys.modules[library], class_name)
+            stem = _write_code(folder / name, sys.modules[library], class_code(sys.modules[library], class_name))
             index[name] = [stem, class_name]
             # the second entry keeps Diffusers from warning about the first as an unknown setting
             auto_map = {"auto_map": {"AutoModel": f"{stem}.{class_name}"}, "_use_default_values": {"auto_map": True}}
@@ -82,11 +82,38 @@ def add_code(folder: Path, index: dict, pipeline_class: type) -> None:
     if len(auto_maps) == 1:  # AutoModel applies this entry to every subfolder
         index |= auto_maps[0]
 
-    module, class_name, exporter = sys.modules[pipeline_class.__module__], pipeline_class.__name__, ""
-    if module.__name__ != add_code.__module__:  # else the pipeline's file already ends with this one
-        exporter = f"\n\n{Path(__file__).read_text(encoding='utf-8')}\n\nself_contained({class_name})\n"
-    index["_class_name"] = [_copy_code(folder, module, class_name, exporter), class_name]
+    module, class_name = sys.modules[pipeline_class.__module__], pipeline_class.__name__
+    index["_class_name"] = [_write_code(folder, module, pipeline_code(module, class_name)), class_name]
     write_json(folder / "model_index.json", index)
+
+
+def class_code(module: ModuleType, class_name: str) -> str:
+    """Return the code that is saved for a component: the file of its class.
+
+    Raises:
+        ValueError: if it cannot be copied.
+    """
+    source = getattr(module, "__file__", None)
+    if source is None or module.__name__ == "__main__":
+        raise ValueError(
+            f"The class {class_name} cannot be saved with its code, because it was not imported from a file of its "
+            "own. Define it in a file that imports installed packages only, and import it from there."
+        )
+    code = _read_code(Path(source))
+    if re.search(r"^\s*(from|import)\s+\.", code, re.MULTILINE):
+        raise ValueError(
+            f"The class {class_name} cannot be saved with its code, because {Path(source).name} has relative imports, "
+            "which do not work in a copy of the file. Import installed packages only."
+        )
+    return code
+
+
+def pipeline_code(module: ModuleType, class_name: str) -> str:
+    """Return the code that is saved for a pipeline: the file of its class, followed by this one."""
+    code = class_code(module, class_name)
+    if module.__name__ == add_code.__module__:  # the pipeline's file already ends with this one
+        return code
+    return f"{code}\n\n{Path(__file__).read_text(encoding='utf-8')}\n\nself_contained({class_name})\n"
 
 
 def content_hash(text: str) -> str:
@@ -99,21 +126,9 @@ def write_json(file: Path, config: dict) -> None:
     _write(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _copy_code(folder: Path, module: ModuleType, class_name: str, exporter: str = "") -> str:
-    """Copy the file of a module, followed by `exporter`, into a folder; return its new name without the suffix."""
-    source = getattr(module, "__file__", None)
-    if source is None or module.__name__ == "__main__":
-        raise ValueError(
-            f"The class {class_name} cannot be saved with its code, because it was not imported from a file of its "
-            "own. Define it in a file that imports installed packages only, and import it from there."
-        )
-    code = _read_code(Path(source)) + exporter
-    if re.search(r"^\s*(from|import)\s+\.", code, re.MULTILINE):
-        raise ValueError(
-            f"The class {class_name} cannot be saved with its code, because {Path(source).name} has relative imports, "
-            "which do not work in a copy of the file. Import installed packages only."
-        )
-    stem = re.sub("_[0-9a-f]{12}$", "", Path(source).stem) + f"_{content_hash(code)}"
+def _write_code(folder: Path, module: ModuleType, code: str) -> str:
+    """Write the code of a class from a module to a folder; return the file's name without the suffix."""
+    stem = re.sub("_[0-9a-f]{12}$", "", Path(str(module.__file__)).stem) + f"_{content_hash(code)}"
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / f"{stem}.py", code)
     return stem

@@ -2,20 +2,72 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.errors import InputError
+from ..core.run_files import PIPELINE_FILE
+
+_MODULE = re.compile(r"\w[\w.-]*")  # a package, or a Python file without its suffix; never a path
 
 
-def pipeline_components(folder: Path) -> dict[str, str]:
-    """Return the class name of each component of a pipeline folder."""
-    return component_classes(read_json(folder / "model_index.json"))
+class PipelineIndex(NamedTuple):
+    """The contents of a model_index.json that decide which files and classes are loaded.
+
+    Attributes:
+        class_name: class of the pipeline.
+        module: Python file of that class, without the suffix; None for a class of an installed package.
+        components: module and class name of each component; the module is a package, or a Python file in the
+            component's folder, without the suffix.
+    """
+
+    class_name: str
+    module: str | None
+    components: dict[str, tuple[str, str]]
 
 
-def component_classes(index: dict[str, Any]) -> dict[str, str]:
-    """Return the class name of each component in the contents of a model_index.json."""
-    return {name: class_name for name, (_, class_name) in _component_pairs(index).items()}
+def read_index(folder: Path) -> PipelineIndex:
+    """Read the model_index.json of a pipeline folder.
+
+    Raises:
+        InputError: if it is missing or damaged, or names a file outside of the folder.
+    """
+    file = folder / PIPELINE_FILE
+    return parse_index(read_json(file) if file.is_file() else {}, folder)
+
+
+def parse_index(contents: dict[str, Any], location: str | Path) -> PipelineIndex:
+    """Return the facts in the contents of a model_index.json.
+
+    Args:
+        contents: its contents.
+        location: its folder or repository, for messages.
+
+    Raises:
+        InputError: if it names no class, or a file outside of the folder.
+    """
+    pipeline = contents.get("_class_name")
+    module, class_name = pipeline if isinstance(pipeline, list) and len(pipeline) == 2 else (None, pipeline)
+    if not class_name or not isinstance(class_name, str):
+        raise InputError(
+            f"{location} is not a pipeline folder: it has no {PIPELINE_FILE} that names a pipeline's class. Pass the "
+            "folder that a training run or `save_pretrained` wrote."
+        )
+    components = {
+        name: (value[0], value[1])
+        for name, value in contents.items()
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2
+        if all(isinstance(part, str) and part for part in value)
+    }
+    file = f"{PIPELINE_FILE} of {location}"
+    for name in components:
+        if not name.isidentifier():
+            raise InputError(f"{file} names a component {name!r}, which is not the name of a folder beside it.")
+    for name in [module, *(library for library, _ in components.values())]:
+        if name is not None and not (isinstance(name, str) and _MODULE.fullmatch(name)):
+            raise InputError(f"{file} names a module {name!r}, which is neither a package nor a file in the folder.")
+    return PipelineIndex(class_name, module, components)
 
 
 def read_trained_steps(folder: Path) -> list[int]:
@@ -27,19 +79,22 @@ def read_trained_steps(folder: Path) -> list[int]:
     return read_json(file).get("_num_inference_steps") or [] if file.is_file() else []
 
 
-def code_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each Python file that Diffusers runs to load a pipeline folder, by its relative path.
+def code_classes(folder: Path) -> dict[str, str]:
+    """Return the class in each Python file that Diffusers runs to load a pipeline folder, by its relative path.
 
     Empty for the folder of a model, which is loaded without custom code.
     """
-    file = folder / "model_index.json"
-    if not file.is_file():
+    if not (folder / PIPELINE_FILE).is_file():
         return {}
-    index = read_json(file)
-    named = [Path(f"{index['_class_name'][0]}.py")] if isinstance(index["_class_name"], list) else []
-    named += [Path(name, f"{module}.py") for name, (module, _) in _component_pairs(index).items()]
-    existing = [path for path in named if (folder / path).is_file()]
-    return {path.as_posix(): hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in existing}
+    index = read_index(folder)
+    named = {Path(f"{index.module}.py"): index.class_name} if index.module else {}
+    named |= {Path(name, f"{module}.py"): class_name for name, (module, class_name) in index.components.items()}
+    return {path.as_posix(): class_name for path, class_name in named.items() if (folder / path).is_file()}
+
+
+def code_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each of the files that `code_classes` returns, by its relative path."""
+    return {path: hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in code_classes(folder)}
 
 
 def read_text(file: Path) -> str:
@@ -67,9 +122,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{file} is damaged: it is not a JSON object. Save the pipeline again.")
     return config
-
-
-def _component_pairs(index: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the module and class name of each component in a model_index.json."""
-    pairs = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
-    return {name: pair for name, pair in pairs.items() if len(pair) == 2 and pair[1]}

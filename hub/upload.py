@@ -1,18 +1,20 @@
 """Upload to the Hugging Face Hub: transient errors are retried, and a lost response never causes a second commit."""
 
+import glob
 import logging
 import os
 import queue
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, SpaceCard, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, SpaceCard, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -37,6 +39,9 @@ _WAITS = (1, 2, 4, 8, 16)  # seconds between attempts; longer if the Hub asks fo
 _MAX_WAIT = 600  # seconds; twice the window of the Hub's rate limits
 _READ_TIMEOUT = 120  # seconds without a byte after which a connection counts as lost
 _RETRYABLE = (408, 412, 425, 429, 500, 502, 503, 504)  # 412: another commit was made in between
+
+# names of environment variables that may hold a secret
+_SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY|AUTH", re.IGNORECASE)
 
 _Result = TypeVar("_Result")
 
@@ -130,6 +135,25 @@ class Repository:
             RunError: if the Hub does not respond, or the connection is lost repeatedly.
         """
         return self._call(lambda: self._upload(folder, message))
+
+    def download(self, uploaded: Uploaded, files: Iterable[str], cache: Path) -> Path:
+        """Download files of a commit into an empty cache, with the retries of an upload, and return their folder.
+
+        Raises:
+            RunError: if the Hub does not respond, or the connection is lost repeatedly.
+        """
+
+        def download() -> str:
+            patterns = [glob.escape(file) for file in files]
+            return snapshot_download(**self.names, revision=uploaded.commit, cache_dir=cache, allow_patterns=patterns)
+
+        try:
+            return Path(_with_retries(download, self.repo_id))
+        except Exception as error:
+            raise RunError(
+                f"{uploaded.url} contains all files, but they could not be downloaded to check that the pipeline "
+                f"loads from there: {_reason(error)} Repeat the command: nothing is uploaded twice."
+            ) from error
 
     def set_variable(self, name: str, value: str) -> None:
         """Set an environment variable of a Space.
@@ -275,7 +299,7 @@ class BackgroundUpload:
         """Queue the folder, as it is now, for upload."""
         try:
             state = snapshot(self.folder, self.repository.repo_id)
-        except OSError as error:
+        except (OSError, InputError) as error:
             state = error
         self.states.put((state, message, last))
 
@@ -300,7 +324,7 @@ class BackgroundUpload:
                 waiting.append(self.states.get())
             newest, message, last = waiting[-1]
             try:
-                if isinstance(newest, OSError):
+                if isinstance(newest, Exception):
                     raise newest
                 self.outcome = self.repository.upload(Path(newest.name), message)
             except Exception as error:  # of any kind: the run continues
@@ -325,13 +349,21 @@ def upload_space(folder: Path, repo_id: str, private: bool = False) -> Uploaded:
         return space.upload(Path(copy), "Upload the app")
 
 
-def sample_standalone(path_or_repo: str, revision: str | None = None, samples_folder: str | None = None) -> bytes:
-    """Sample one image in a process that has Diffusers, an empty cache and not this package; see standalone_check.py.
+def sample_standalone(
+    folder: str | Path,
+    samples_folder: str | Path | None = None,
+    trust_remote_code: bool = False,
+    description: str = "The pipeline to upload",
+) -> bytes:
+    """Sample one image in a process that has Diffusers and not this package; see standalone_check.py.
+
+    That process is offline, and its environment has no access tokens.
 
     Args:
-        path_or_repo: a pipeline folder, or a repository on the Hub.
-        revision: revision of the repository; None for a folder.
+        folder: a pipeline folder.
         samples_folder: where to save the sample images of a model card, if at all.
+        trust_remote_code: whether to run the code of the pipeline; see `require_trusted_code`.
+        description: the subject of the error message.
 
     Returns:
         Bytes that are equal for equal images.
@@ -342,20 +374,16 @@ def sample_standalone(path_or_repo: str, revision: str | None = None, samples_fo
     with TemporaryDirectory() as home:
         caches = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE", "HF_ASSETS_CACHE")
         environment = {name: value for name, value in os.environ.items() if name not in caches}
-        environment["HF_HOME"] = home
-        if revision is None:
-            environment["HF_HUB_OFFLINE"] = "1"
-        elif token := get_token():
-            environment["HF_TOKEN"] = token
+        environment = {name: value for name, value in environment.items() if not _SECRET.search(name)}
+        environment |= {"HF_HOME": home, "HF_HUB_OFFLINE": "1"}
         image_file = Path(home, "image.npy")
         # -P: the script's folder must not be on the import path
-        command = [sys.executable, "-P", Path(__file__).with_name("standalone_check.py"), path_or_repo, image_file]
-        command += [revision or "", samples_folder or ""]
+        command = [sys.executable, "-P", Path(__file__).with_name("standalone_check.py"), folder, image_file]
+        command += [samples_folder or "", "trust_remote_code" if trust_remote_code else ""]
         result = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if result.returncode and not image_file.is_file():  # with an image, only the samples have failed
             reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
-            pipeline = "The pipeline to upload" if revision is None else f"The pipeline uploaded to {path_or_repo}"
-            raise RunError(f"{pipeline} cannot be loaded and sampled with Diffusers alone: {reason}")
+            raise RunError(f"{description} cannot be loaded and sampled with Diffusers alone: {reason}")
         return image_file.read_bytes()
 
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import GatedRepoError
 
 from ..core.errors import InputError
-from ..hub.folders import component_classes
+from ..hub.folders import parse_index
 from ..hub.installed import installed_class
 from . import arguments
 
@@ -59,8 +59,8 @@ def read_components(path_or_repo: str) -> tuple[str, dict[str, str]]:
     """
     with _pipeline_errors(path_or_repo):
         index: dict = DiffusionPipeline.load_config(path_or_repo)  # pyright: ignore[reportAssignmentType]
-    name = index["_class_name"]
-    return name if isinstance(name, str) else name[-1], component_classes(index)
+    parsed = parse_index(index, path_or_repo)
+    return parsed.class_name, {name: class_name for name, (_, class_name) in parsed.components.items()}
 
 
 @contextmanager
@@ -77,8 +77,9 @@ def _pipeline_errors(path_or_repo: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
-                f"The pipeline {path_or_repo} contains custom Python code. Read that code and, if you trust it, allow "
-                "it to run with --trust_remote_code (in Python: trust_remote_code=True)."
+                f"The pipeline {path_or_repo} contains custom Python code, which is not run unless you allow it. Read "
+                "that code and, if you trust it, pass --trust_remote_code to a command that has this flag, or in "
+                "Python trust_remote_code=True."
             ) from error
         if isinstance(error.__context__, GatedRepoError):  # Diffusers reports a missing repository
             raise InputError(

@@ -4,8 +4,8 @@
     python scripts/push_to_hub.py --folder my-model --repo_id user/my-model --private
 
 It uploads the pipeline, its code, its model card and the images that the card shows in one commit, and nothing else
-from the folder. It then loads the repository as a user would, in a process with an empty cache and without this
-package, and samples an image. The pipeline is reported as published only if that image equals the one from the folder.
+from the folder. It then downloads what it has uploaded, loads it as a user would, in a process without this package,
+and samples an image. The pipeline is reported as published only if that image equals the one from the folder.
 A failed command can be repeated: nothing is uploaded twice.
 """
 

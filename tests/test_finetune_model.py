@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -20,6 +21,7 @@ from tiny import ROOT, finetune_flags, largest_difference, make_dataset, run_scr
 from torch._dynamo.testing import CompileCounter
 
 from ddgan.core.errors import InputError, RunError, run_command
+from ddgan.training.loop import Trainer
 from ddgan.training.tracking import read_metrics
 
 COURSE_FLAGS = """--image_size 16 --batch_size 8 --num_epochs 16 --grad_accumulation_steps 2 --start_model {model}
@@ -277,6 +279,17 @@ def test_a_missing_model_is_reported_with_where_it_was_searched(finetune, tmp_pa
         finetune("run", "--start_model", tmp_path / "empty")
 
 
+def test_code_of_the_start_model_runs_only_if_trusted(finetune, tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": ["mine", "MyPipeline"]}))
+    (model / "mine.py").write_text("from diffusers import DDPMPipeline\n\nclass MyPipeline(DDPMPipeline):\n    pass\n")
+    flags = ("--start_model", model, "--max_train_steps", 1)
+    with pytest.raises(InputError, match=r"model contains custom Python code.* --trust_remote_code"):
+        finetune("run", *flags)
+    assert type(DiffusionPipeline.from_pretrained(finetune("run", *flags, "--trust_remote_code"))) is DDPMPipeline
+
+
 def test_an_existing_run_in_the_folder_is_kept(finetune):
     run = finetune("run")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -318,6 +331,25 @@ def test_a_run_is_not_resumed_as_another(finetune, flags, message):
         finetune("run", "--max_train_steps", 4, *flags, "--resume_from_checkpoint", "latest")
     assert largest_difference(weights, saved_weights(run)) == 0
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == checkpoints
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", ""], ids=["metrics.csv", "folder"])
+def test_a_run_whose_files_are_removed_continues_and_can_be_resumed(finetune, tmp_path, monkeypatch, caplog, name):
+    removed, log = tmp_path / "run" / name, Trainer._log
+
+    def log_and_remove(trainer):
+        log(trainer)
+        if trainer.progress.step == 2:
+            shutil.rmtree(removed) if removed.is_dir() else removed.unlink(missing_ok=True)
+
+    monkeypatch.setattr(Trainer, "_log", log_and_remove)
+    run = finetune("run", "--log_samples_every", 2, "--save_model_every", 2, "--checkpointing_steps", 2)
+    assert "removed" in caplog.text
+    assert [row["step"] for row in read_metrics(run / "metrics.csv")] == [3, 4]
+    DDPMPipeline.from_pretrained(run)
+    monkeypatch.setattr(Trainer, "_log", log)
+    finetune("run", "--num_epochs", 3, "--resume_from_checkpoint", "latest")
+    assert [row["step"] for row in read_metrics(run / "metrics.csv")] == [3, 4, 5, 6]
 
 
 def test_grids_of_different_sizes_are_not_combined(finetune):

@@ -1,4 +1,4 @@
-"""Checkpoints, written atomically: an interrupted save never leaves an incomplete one."""
+"""Checkpoints, written atomically and verified: neither an interrupted save nor a damaged file is resumed from."""
 
 import json
 import os
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ..core.errors import InputError, RunError
-from ..core.files import copy_folder, fingerprint, replace_folder, sync
+from ..core.files import copy_folder, digest_files, fingerprint, replace_folder, sync, unused_path
 from .job import TrainingJob
 from .lr_schedules import set_peak_rates
 from .plan import BatchPlan
@@ -23,6 +25,9 @@ from .sharding import num_shards
 
 _NAME = re.compile(r"step-(\d{8})")
 _STATE = "state.json"
+_FILES, _CHECKSUM = "files", "checksum"  # keys of state.json: size and digest of each other file; digest of state.json
+# files that each process writes; their names contain its index
+_WRITTEN_BY = re.compile(r"(?:^|/)(?:random_states|ema|stream|_)_(\d+)[._]")
 
 # readable names of the keys in state.json that a resumed run must share with its checkpoint
 _INVARIANTS = {
@@ -36,6 +41,8 @@ _INVARIANTS = {
     "prediction type": "prediction type",
     "scaled gradients": "fp16 gradient scaling",
 }
+
+logger = get_logger(__name__)
 
 
 class StatefulPart(Protocol):
@@ -115,7 +122,8 @@ class Checkpoints:
     """The checkpoints of a run: folders step-00001000/ and so on, each with the full training state.
 
     A checkpoint is written under a temporary name, synced and renamed, so every folder `step-*` is complete. Older
-    checkpoints are removed only after that.
+    checkpoints are removed only after that. Its state.json has the size and digest of every file and a checksum of its
+    own, which are verified before anything is loaded.
 
     Args:
         folder: the folder that contains them.
@@ -134,6 +142,7 @@ class Checkpoints:
     ):
         self.folder, self.limit, self.accelerator = folder, limit, accelerator
         self.parts, self.invariants = parts, invariants
+        self.damaged: dict[Path, str] = {}  # checkpoints that `find` has skipped, with the reason
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, oldest first."""
@@ -167,9 +176,12 @@ class Checkpoints:
             for part in self.parts:
                 state |= part.save(temporary)
             self.accelerator.wait_for_everyone()
+            digests = dict(gather_object(self._sync_and_digest(temporary)))
             if self.accelerator.is_main_process:
-                (temporary / _STATE).write_text(json.dumps(state | self.invariants, indent=1), encoding="utf-8")
-                for path in temporary.rglob("*"):
+                state |= self.invariants | {_FILES: digests}
+                state[_CHECKSUM] = fingerprint(json.loads(json.dumps(state)))
+                (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+                for path in [temporary / _STATE, *filter(Path.is_dir, temporary.rglob("*")), temporary]:
                     sync(path)
                 shutil.rmtree(final, ignore_errors=True)  # exists only if it is incomplete
                 os.replace(temporary, final)
@@ -178,7 +190,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(
                 f"The checkpoint of step {step} could not be written to {self.folder}: {error}. The last good "
-                f"checkpoint is {self.last()}. Free some space, then resume with --resume_from_checkpoint latest."
+                f"checkpoint is {self.last()}. Once the cause is fixed (is the disk full?), resume with "
+                "--resume_from_checkpoint latest."
             ) from error
         if self.accelerator.is_main_process and self.limit:
             self._remove(self.steps()[: -self.limit])
@@ -186,25 +199,40 @@ class Checkpoints:
     def find(self, name: str) -> Path | None:
         """Return the checkpoint folder for `--resume_from_checkpoint`: a path, or `latest`, which may not exist yet.
 
+        Every process must call this. `latest` skips damaged checkpoints, which `set_aside_damaged` then keeps.
+
         Raises:
-            InputError: if a path is not a complete checkpoint of this run.
+            InputError: if a path is not a complete checkpoint of this run, or is damaged, or if all are damaged.
         """
-        steps = self.steps()
         if name == "latest":
-            return self.path(steps[-1]) if steps else None
+            return self._newest_intact()
         if not (Path(name) / _STATE).is_file() or Path(name).resolve().parent != self.folder.resolve():
-            complete = ", ".join(self.path(step).name for step in steps) or "none"
+            complete = ", ".join(self.path(step).name for step in self.steps()) or "none"
             raise InputError(
                 f"--resume_from_checkpoint {name} is not a complete checkpoint of this run. Those in {self.folder} "
                 f"are: {complete}. `latest` takes the newest."
             )
+        if damage := self._damage(Path(name)):
+            raise InputError(
+                f"The checkpoint {name} is damaged: {damage}. --resume_from_checkpoint latest takes the newest one "
+                "that is intact."
+            )
         return Path(name)
+
+    def set_aside_damaged(self) -> None:
+        """Rename the damaged checkpoints that `find` has skipped, so that the run can save these steps again."""
+        for checkpoint, damage in self.damaged.items():
+            aside = unused_path(self.folder / f"damaged-{checkpoint.name}")
+            os.replace(checkpoint, aside)
+            logger.warning(f"The checkpoint {checkpoint} is damaged: {damage}. It is kept as {aside.name}.")
+        self.damaged.clear()
 
     def load(self, checkpoint: Path, total_steps: int) -> None:
         """Restore all parts from a checkpoint; every process must call this.
 
         Raises:
-            InputError: if this run cannot resume from it exactly, or ends before it; nothing is changed then.
+            InputError: if this run cannot resume from it exactly, or ends before it; nothing is changed then. Also if
+                a checkpoint of an earlier version, which has no digests, cannot be read.
         """
         state = load_state(checkpoint)
         for key, value in self.invariants.items():
@@ -220,12 +248,83 @@ class Checkpoints:
                 f"{checkpoint} is beyond the {total_steps} steps of this run. Increase --max_train_steps or "
                 "--num_epochs, or resume from an earlier checkpoint."
             )
-        for part in self.parts:
-            part.load(checkpoint, state)
+        try:
+            for part in self.parts:
+                part.load(checkpoint, state)
+        except Exception as error:  # of many kinds: torch, safetensors and pickle have their own
+            if _FILES in state:
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"The checkpoint {checkpoint} cannot be loaded: {reason}. If it is damaged, resume from an earlier "
+                "one."
+            ) from error
 
     def remove_after(self, step: int) -> None:
         """Remove the checkpoints of later steps, which the resumed run will reach again."""
         self._remove([later for later in self.steps() if later > step])
+
+    def _newest_intact(self) -> Path | None:
+        """Return the newest checkpoint that is not damaged, and remember the damaged ones."""
+        folders = sorted((path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)), reverse=True)
+        for checkpoint in broadcast_object_list([folders])[0]:
+            damage = self._damage(checkpoint)
+            if damage is None:
+                return checkpoint
+            self.damaged[checkpoint] = damage
+        if self.damaged:
+            damages = "; ".join(f"{checkpoint.name}: {damage}" for checkpoint, damage in self.damaged.items())
+            raise InputError(
+                f"All checkpoints in {self.folder} are damaged ({damages}), so the run cannot be resumed. Start a new "
+                "run in another folder, for example from the model that this one has saved."
+            )
+        return None
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        """Return what is damaged in a checkpoint, if anything; every process must call this, and verifies a share."""
+        found = gather_object([self._damage_of_share(checkpoint)])
+        return next(filter(None, found), None)
+
+    def _damage_of_share(self, checkpoint: Path) -> str | None:
+        try:
+            state = load_state(checkpoint)
+        except FileNotFoundError:
+            return f"{_STATE} is missing"
+        except (OSError, ValueError) as error:
+            return f"{_STATE} cannot be read ({error})"
+        checksum = state.pop(_CHECKSUM, None)
+        if checksum is None and _FILES not in state:  # saved by an earlier version
+            return None if "step" in state else f"{_STATE} is incomplete"
+        if checksum != fingerprint(state):
+            return f"{_STATE} does not match its checksum"
+        names = self._share(state[_FILES])
+        paths = [checkpoint / name for name in names]
+        try:
+            for name, path in zip(names, paths, strict=True):
+                if (size := path.stat().st_size) != state[_FILES][name][0]:
+                    return f"{name} has {size} bytes instead of {state[_FILES][name][0]}"
+            for name, digest in zip(names, digest_files(paths), strict=True):
+                if list(digest) != state[_FILES][name]:
+                    return f"the contents of {name} have changed"
+        except OSError as error:
+            path = Path(error.filename or checkpoint)
+            return f"{path.relative_to(checkpoint).as_posix()} cannot be read ({error.strerror})"
+        return None
+
+    def _sync_and_digest(self, folder: Path) -> list[tuple[str, tuple[int, str]]]:
+        """Flush this process's share of the files in a folder to disk, and return the digest of each."""
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        names = self._share(path.relative_to(folder).as_posix() for path in files)
+        digests = digest_files(folder / name for name in names)
+        for name in names:
+            sync(folder / name)
+        return list(zip(names, digests, strict=True))
+
+    def _share(self, names: Iterable[str]) -> list[str]:
+        """Return the files that this process digests: those that it writes, in a run with as many processes."""
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        writers = {name: int(match[1]) if (match := _WRITTEN_BY.search(name)) else 0 for name in names}
+        return sorted(name for name, writer in writers.items() if writer % count == index)
 
     def _remove(self, steps: Iterable[int]) -> None:
         for step in steps:
@@ -235,8 +334,15 @@ class Checkpoints:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """Read the state.json of a checkpoint."""
-    return json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    """Read the state.json of a checkpoint.
+
+    Raises:
+        OSError, ValueError: if it does not exist or is damaged.
+    """
+    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError(f"{_STATE} is not a JSON object")
+    return state
 
 
 def resume_invariants(job: TrainingJob, plan: BatchPlan, accelerator: Accelerator) -> dict[str, Any]:

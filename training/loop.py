@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..core.cli import write_config
 from ..core.errors import RunError
 from ..core.files import replace_file, replace_tree
+from ..core.locks import locked
 from ..hub.upload import BackgroundUpload
 from .arguments import RunArguments
 from .checkpoints import BestPipeline, Checkpoints, PreparedState, StreamPosition, resume_invariants
@@ -130,13 +131,18 @@ class Trainer:
     # Lifecycle of a run
 
     def train(self) -> FinishedRun:
-        """Train to the last step, and save the pipeline, its samples and its card.
+        """Train to the last step, and save the pipeline, its samples and its card, with the run folder locked.
 
         Raises:
-            InputError: if the run cannot resume from the checkpoint, or a tracker does not start.
+            InputError: if another command is writing to the run folder, the run cannot resume from the checkpoint, or
+                a tracker does not start.
             RunError: if a loss is not finite, an image is broken, or files cannot be read or written.
             RunStopped: on SIGTERM or Ctrl-C, after saving a checkpoint.
         """
+        with locked(self.folder.path, self.accelerator):
+            return self._train()
+
+    def _train(self) -> FinishedRun:
         self._start()
         try:
             with StopRequest(self.accelerator) as self.stop:
@@ -159,17 +165,19 @@ class Trainer:
     def _start(self) -> None:
         """Resume from a checkpoint if requested, and open the outputs of the run."""
         args, is_main = self.args, self.accelerator.is_main_process
+        self.folder.check_usable(resuming=bool(args.resume_from_checkpoint))  # another run may have ended meanwhile
+        self.accelerator.wait_for_everyone()
         checkpoint = self.checkpoints.find(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
         if checkpoint:
             self.checkpoints.load(checkpoint, self.total_steps)
             logger.info(f"Resuming from {checkpoint}, step {self.progress.step} of {self.total_steps}.")
         if is_main:
-            self.folder.path.mkdir(parents=True, exist_ok=True)
             self.folder.remove_leftovers()
+            self.checkpoints.set_aside_damaged()
             self.checkpoints.remove_after(self.progress.step)
         start_trackers(self.accelerator, args, {k: v for part in self.job.arguments for k, v in vars(part).items()})
         if is_main:
-            replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))
+            self._write_config()
             self.metrics = MetricsFile(self.folder.metrics, self.progress.step)
         self.upload = BackgroundUpload(self.folder.path, self.repo_id) if self.repo_id else None
         self.progress.clock.start(self.plan.images_seen(self.progress.step))
@@ -280,6 +288,9 @@ class Trainer:
         newest = rows[-1]
         speed = self.progress.clock.images_per_second(int(newest["images"]))
         if self.metrics:
+            if not self.folder.config.exists():
+                logger.warning(f"{self.folder.path} was removed or renamed during the run. The run continues there.")
+                self._write_config()
             self.metrics.append(rows)
         # the newest value of each column: some, such as a lazy penalty, have none at most steps
         tracked = {
@@ -409,6 +420,9 @@ class Trainer:
                 if self.upload and not self._is_last_step():
                     self.upload.push(f"Step {self.progress.step} of {self.total_steps}")
             self.accelerator.wait_for_everyone()
+
+    def _write_config(self) -> None:
+        replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))
 
     def _facts(self) -> RunFacts:
         return collect_facts(self.folder, self.progress, self.plan, self.total_steps, self.accelerator)

@@ -90,6 +90,7 @@ def collect_facts(
     """Return the facts of a run so far; only the main process has its metrics."""
     device, step = accelerator.device, progress.step
     rows = read_metrics(folder.metrics)[-_LOSS_STEPS:]
+    columns = rows[0] if rows else {}
     return RunFacts(
         step=step,
         total_steps=total_steps,
@@ -99,7 +100,7 @@ def collect_facts(
         processes=accelerator.num_processes,
         precision=describe_precision(accelerator),
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
-        losses={name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name.endswith("loss")},
+        losses={name: sum(row[name] for row in rows) / len(rows) for name in columns if name.endswith("loss")},
         loss_steps=len(rows),
         seconds=progress.clock.total_seconds,
         waiting_share=progress.clock.waiting_share,

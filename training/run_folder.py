@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from ..core.run_files import CONFIG_FILE, MODEL_FILE, PIPELINE_FILE, SAMPLES_FOLDER
+from ..hub.publication import SNAPSHOT, remove_abandoned_snapshots
 
 
 class RunFolder:
@@ -67,10 +68,12 @@ class RunFolder:
             )
 
     def remove_leftovers(self) -> None:
-        """Remove the temporary files of interrupted writes."""
+        """Remove the temporary files of interrupted writes and uploads, but not those of an upload in progress."""
+        remove_abandoned_snapshots(self.path)
         folders = (self.path, self.path / SAMPLES_FOLDER, self.checkpoints)
         for path in [path for folder in folders for path in folder.glob(".tmp-*")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if not path.name.startswith(SNAPSHOT):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def step_of_grid(grid: Path) -> int:

@@ -27,6 +27,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 from PIL import Image
 
 from ..core.errors import InputError
+from ..core.locks import check_unlocked
 from ..data.preprocessing import Preprocessing
 from ..data.sources import ImageSource
 from ..sampling.grids import image_grid, rows_by_class
@@ -63,8 +64,9 @@ class Session:
             supports_fp16: whether the losses of the run can be computed in fp16.
 
         Raises:
-            InputError: if the folder holds a run that is not being resumed, a tracker is not installed, the run or
-                the machine does not support the mixed precision, or the Hub refuses the repository.
+            InputError: if the folder holds a run that is not being resumed, another command is writing to it, a
+                tracker is not installed, the run or the machine does not support the mixed precision, or the Hub
+                refuses the repository.
         """
         accelerator = start_accelerator(run, supports_fp16)
         if accelerator.is_fsdp2 and not supports_fsdp:
@@ -160,5 +162,6 @@ def start_accelerator(run: RunArguments, supports_fp16: bool = True) -> Accelera
             "FSDP training needs FSDP version 2 (fsdp_version: 2, as in examples/accelerate/fsdp.yaml) and does not "
             "support --channels_last, since FSDP shards contiguous parameters only."
         )
+    check_unlocked(folder.path, accelerator)
     accelerator.wait_for_everyone()  # all processes must check the folder before the main process writes to it
     return accelerator

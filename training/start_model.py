@@ -28,6 +28,7 @@ def load_start_model(
     size: Sequence[int] | None = None,
     prediction_type: str | None = None,
     allow_classes: bool = False,
+    trust_remote_code: bool = False,
 ) -> DDPMPipeline | ClassConditionalPipeline:
     """Load a pixel-space pipeline, its scheduler replaced by an equivalent `DDPMScheduler`.
 
@@ -36,13 +37,15 @@ def load_start_model(
         size: height and width to train at (default: those of the model).
         prediction_type: what the network is trained to predict (default: same as the model).
         allow_classes: whether the network may be class-conditional.
+        trust_remote_code: whether to run Python code that comes with the pipeline.
 
     Returns:
         A `DDPMPipeline` with an unconditional `UNet2DModel`, or a `ClassConditionalPipeline` with a
         `ClassConditionedUnet` or a `UNet2DModel` with `num_class_embeds`.
 
     Raises:
-        InputError: if the pipeline is not found, is of another kind, or its UNet cannot take the size.
+        InputError: if the pipeline is not found, needs `trust_remote_code` or is of another kind, or if its UNet
+            cannot take the size.
     """
     class_name, components = read_components(start_model)
     networks = "an unconditional UNet2DModel" + (" or a ClassConditionedUnet" if allow_classes else "")
@@ -57,7 +60,7 @@ def load_start_model(
 
     if reason := _unsupported_components(components):  # before the weights are downloaded
         raise unsupported(reason)
-    pipeline = load_pipeline(start_model)
+    pipeline = load_pipeline(start_model, trust_remote_code=trust_remote_code)
     unet = pipeline.unet
     if not isinstance(unet, TrainedUNet):
         raise unsupported(f"this command does not train a {type(unet).__name__}")

@@ -1,6 +1,9 @@
 """Metrics of a run: metrics.csv, its plots, and Accelerate's trackers."""
 
 import csv
+import logging
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isnan, nan
@@ -13,7 +16,7 @@ from PIL import Image
 
 from ..core.errors import InputError
 from ..core.extras import missing_extra
-from ..core.files import replace_file
+from ..core.files import replace_file, unused_path
 from ..evaluation.metrics import METRICS
 from ..evaluation.reporting import metric_title
 from .arguments import RunArguments
@@ -21,6 +24,8 @@ from .evaluator import EvaluationHistory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -97,33 +102,55 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
 
 
 class MetricsFile:
-    """The metrics.csv of a run: one row per optimizer step, numbers in full precision, missing values empty."""
+    """The metrics.csv of a run: one row per optimizer step, numbers in full precision, missing values empty.
+
+    Rows that are lost because somebody damaged or removed the file are reported, and the run continues.
+    """
 
     def __init__(self, path: Path, resumed_step: int):
         """Open the file of a run and drop the rows after the step from which the run resumes."""
-        self.path = path
-        rows = read_metrics(path) if path.exists() else []
-        self._replace([row for row in rows if row["step"] <= resumed_step])
+        self.path, self.newest = path, {"step": resumed_step}
+        rows, is_damaged = _read(path)
+        rows = [row for row in rows if row["step"] <= resumed_step]
+        if lost := resumed_step - len(rows):
+            kept = ""
+            if is_damaged:
+                damaged = unused_path(path.with_stem(f"{path.stem}-damaged"))
+                shutil.copyfile(path, damaged)
+                kept = f" The damaged file is kept as {damaged.name}."
+            logger.warning(f"{path} lacks the rows of {lost} of the {resumed_step} steps so far.{kept}")
+        self._replace(rows)
+        if self.newest["step"] != resumed_step:
+            self.newest = {"step": resumed_step}
 
     def append(self, rows: list[dict[str, float]]) -> None:
         """Append rows; columns that a row lacks stay empty in it."""
-        if self.columns and not any(row.keys() - set(self.columns) for row in rows):
+        if self._is_unchanged() and not any(row.keys() - set(self.columns) for row in rows):
             _write(self.path, self.columns, rows, "a")
+            self.newest, self.size = rows[-1], self.path.stat().st_size
         else:
             self._replace([*self._rows(), *rows])
 
     def amend(self, values: dict[str, float]) -> None:
         """Add values to the newest row."""
-        *rows, newest = self._rows()
-        self._replace([*rows, newest | values])
+        rows = [row for row in self._rows() if row["step"] != self.newest["step"]]
+        self._replace([*rows, self.newest | values])
+
+    def _is_unchanged(self) -> bool:
+        """Return whether the file is as this object has written it."""
+        return self.path.exists() and self.path.stat().st_size == self.size
 
     def _rows(self) -> list[dict[str, float]]:
-        return read_metrics(self.path) if self.columns else []
+        if not self._is_unchanged() and self.size:
+            logger.warning(f"{self.path} was changed or removed during the run; rows may be missing.")
+        return read_metrics(self.path)
 
     def _replace(self, rows: list[dict[str, float]]) -> None:
         self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        self.size = 0
         if rows:
             replace_file(self.path, lambda temporary: _write(temporary, self.columns, rows, "w"))
+            self.newest, self.size = rows[-1], self.path.stat().st_size
         else:
             self.path.unlink(missing_ok=True)
 
@@ -137,15 +164,32 @@ def _write(path: Path, columns: list[str], rows: list[dict[str, float]], mode: s
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the complete rows of a metrics.csv; the last one may be cut off."""
-    text = path.read_text(encoding="utf-8")
-    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    return [{k: int(v) if k in ("step", "images") else float(v or "nan") for k, v in row.items()} for row in rows]
+    """Read the complete rows of a metrics.csv, none if it does not exist; damaged rows are left out."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, float]], bool]:
+    """Return the rows of a metrics.csv, and whether it contains anything else; its last line may be cut off."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
+    rows = []
+    for line in lines:
+        with suppress(ValueError, KeyError, csv.Error):
+            columns, values = csv.reader([header, line])
+            row: dict[str, float] = {
+                name: int(value) if name in ("step", "images") else float(value or "nan")
+                for name, value in zip(columns, values, strict=True)
+            }
+            if row["step"] > (rows[-1]["step"] if rows else 0):
+                rows.append(row)
+    return rows, len(rows) < len(lines) or bool(text and not header)
 
 
 def plot_losses(metrics_path: Path, plot_path: Path) -> None:
     """Plot every column whose name ends in `loss`, as logged and smoothed, and the learning rates below."""
     rows = read_metrics(metrics_path)
+    if not rows:  # somebody has removed the file
+        return
     steps = [row["step"] for row in rows]
     figure = _new_figure(height=5.5)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

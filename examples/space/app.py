@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,6 +43,8 @@ from generation import (
     save_zip,
     user_message,
 )
+from limits import RequestLimits, ShortLines
+from starlette.middleware import Middleware
 
 from ddgan.core.errors import run_command
 
@@ -375,6 +378,7 @@ def comparison_result(elem_id: str) -> SimpleNamespace:
 
 
 def main() -> None:
+    sys.stderr = ShortLines(sys.stderr)
     page = build(load_models(), *find_clip())
     page.launch(
         theme=THEME,
@@ -382,7 +386,7 @@ def main() -> None:
         show_error=False,
         ssr_mode=False,
         enable_monitoring=False,
-        max_file_size="1mb",  # the page has no uploads
+        app_kwargs={"middleware": [Middleware(RequestLimits)]},
         footer_links=[],
     )
 

@@ -1,5 +1,9 @@
 """Atomic writes, links and hashes."""
 
+import errno
+import os
+import stat
+
 import pytest
 
 from ddgan.core.files import (
@@ -49,6 +53,22 @@ def test_an_interrupted_write_leaves_the_previous_folder(tmp_path, replace):
     replace(folder, write)
     assert (folder / "notes.txt").exists() == (replace is replace_tree)
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".tmp")]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_folders_can_be_written_to(tmp_path, monkeypatch, number):
+    def fsync(descriptor):
+        raise OSError(number if stat.S_ISDIR(os.fstat(descriptor).st_mode) else error, "")
+
+    error = number
+    monkeypatch.setattr(os, "fsync", fsync)
+    replace_file(tmp_path / "file.txt", lambda path: path.write_text("whole"))
+    replace_folder(tmp_path / "folder", lambda path: (path.mkdir(), (path / "file.txt").write_text("whole")))
+    assert (tmp_path / "file.txt").read_text() == (tmp_path / "folder" / "file.txt").read_text() == "whole"
+    error = errno.EIO
+    with pytest.raises(OSError):
+        replace_file(tmp_path / "file.txt", lambda path: path.write_text("other"))
+    assert (tmp_path / "file.txt").read_text() == "whole"
 
 
 def test_a_copied_folder_keeps_its_contents_when_the_original_is_replaced(tmp_path):

@@ -82,6 +82,28 @@ def test_cached_features_are_not_extracted_again(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["cached.safetensors"]
 
 
+@pytest.mark.parametrize("how", ["empty", "truncated", "changed"])
+def test_damaged_features_are_extracted_again(tmp_path, caplog, how):
+    path = tmp_path / "cached.safetensors"
+    first = cached_features(path, {}, 7, 3, Squares(), Accelerator())
+    intact = path.read_bytes()
+    changed = intact[:-5] + bytes([intact[-5] ^ 1]) + intact[-4:]
+    path.write_bytes({"empty": b"", "truncated": intact[:-8], "changed": changed}[how])
+    again = cached_features(path, {}, 7, 3, Squares(), Accelerator())
+    assert "cached.safetensors is damaged" in caplog.text
+    saved = cached_features(path, {}, 7, 3, Squares(batches=0), Accelerator())
+    assert torch.equal(first["features"], again["features"]) and torch.equal(first["features"], saved["features"])
+
+
+def test_a_damaged_part_is_extracted_again(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(20, 3, Squares(batches=5), Accelerator(), tmp_path)
+    for part in tmp_path.iterdir():
+        part.write_bytes(part.read_bytes()[:-8])
+    resumed = extract_features(20, 3, Squares(), Accelerator(), tmp_path)
+    assert resumed["features"].flatten().tolist() == [i * i for i in range(20)]
+
+
 def test_an_image_whose_features_are_not_finite_is_named():
     def extract(images):
         return {"features": torch.tensor([[1.0, float("nan") if i == 7 else 0.0] for i in images])}

@@ -1,6 +1,7 @@
 """Claims about the Space in examples/space: its page in a real browser, its images and its errors."""
 
 import io
+import json
 import os
 import re
 import runpy
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -55,11 +57,11 @@ def save_models(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def serve(command: list, **environment):
+def serve(command: list, log_file: Path | None = None, **environment):
     """Run the app in another process and yield its address."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("DDGAN_", "GRADIO_"))}
     environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
-    with TemporaryFile("w+") as log:
+    with open(log_file, "w+") if log_file else TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             address = next(
@@ -86,7 +88,8 @@ def models(tmp_path_factory) -> Path:
 def address(models):
     pipelines = ",".join(map(str, (models / "rgb-model", models / "class-conditional", DDGAN)))
     command = [sys.executable, SPACE / "app.py"]
-    with serve(command, DDGAN_PIPELINE=pipelines, DDGAN_CLIP=str(models / "clip")) as address:
+    environment = {"DDGAN_PIPELINE": pipelines, "DDGAN_CLIP": str(models / "clip")}
+    with serve(command, models / "log.txt", **environment) as address:
         yield address
 
 
@@ -268,6 +271,30 @@ def test_the_page_fits_a_phone(browser, address):
         page.get_by_role("tab", name="Compare").click()
         page.get_by_role("button", name="Generate with both").wait_for()
         assert fits_window_width(page)
+
+
+@pytest.mark.parametrize("route", ["upload", "upload/", "process_recording"])
+def test_files_cannot_be_uploaded(address, route):
+    response = httpx.post(f"{address}/gradio_api/{route}", files={"files": ("a.txt", b"text")})
+    assert (response.status_code, response.text) == (404, "This app takes no files.")
+
+
+@pytest.mark.parametrize("route", ["queue/join", "call/generate_plain", "run/generate_plain", "cancel"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_large_requests_are_refused(address, route, chunked):
+    body = json.dumps({"data": ["x" * 20_000]}).encode()
+    content = iter([body[:10_000], body[10_000:]]) if chunked else body
+    response = httpx.post(
+        f"{address}/gradio_api/{route}", content=content, headers={"content-type": "application/json"}
+    )
+    assert (response.status_code, response.text) == (413, "The request is too large.")
+
+
+def test_the_values_of_a_request_are_not_logged_whole(address, models):
+    response = httpx.post(f"{address}/gradio_api/run/generate_plain", json={"data": ["x" * 5_000] * 3})
+    assert response.status_code == 500
+    log = (models / "log.txt").read_text()
+    assert "Received inputs:" in log and max(map(len, log.splitlines())) < 600
 
 
 # runs the app in a process whose only `ddgan` is the copy in the uploaded Space

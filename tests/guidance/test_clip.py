@@ -279,6 +279,16 @@ def test_a_model_without_both_towers_is_refused(folders, tmp_path):
         CLIPLoss("a rose", str(tmp_path))
 
 
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')")
+    with pytest.raises(InputError, match="contains custom Python code, which is not run"):
+        CLIPLoss("a rose", str(tmp_path))
+    assert not (tmp_path / "it ran").exists()
+
+
 def test_without_open_clip_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
     with pytest.raises(InputError, match=r"'\.\[clip\]'"):

@@ -18,7 +18,8 @@ from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.core.errors import InputError, RunError
 from ddgan.hub import upload
 from ddgan.hub.publication import pipeline_files, snapshot
-from ddgan.hub.upload import BackgroundUpload, Repository, upload_space, who_am_i
+from ddgan.hub.upload import BackgroundUpload, Repository, sample_standalone, upload_space, who_am_i
+from ddgan.training.run_folder import RunFolder
 
 COMMIT = "POST /api/models/ann/model/commit/"
 STORE = "PUT /storage/"
@@ -49,7 +50,9 @@ def pipeline(tmp_path_factory) -> Path:
         "config.yaml token .env README.md~ .README.md.swp notes.txt metrics.csv nohup.out unet/optimizer.bin "
         "unet/token.txt unet/#config.json# unet/optimizer.safetensors checkpoints/step-1/model.safetensors "
         "checkpoints/step-1/optimizer.bin logs/events.out wandb/run.json samples/step-1.png .git/config "
-        "__pycache__/pipeline.pyc old_pipeline.py unet/.tmp-1-config.json .tmp-files/model_index.json"
+        "__pycache__/pipeline.pyc old_pipeline.py unet/.tmp-1-config.json .tmp-files/model_index.json "
+        "unet/api_key_config.json scheduler/api_key_config.json unet/key.safetensors.index.json "
+        "unet/diffusion_pytorch_model_key.safetensors"
     )
     for name in (*private.split(), "samples/step-2.png", "x.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +104,57 @@ def test_only_the_pipeline_its_code_its_card_and_its_images_are_published(pipeli
     assert sorted(names) == sorted(code + rest)
 
 
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_shards_and_variants_of_weights_are_published(tmp_path, variant):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}')
+    shards = [f"unet/diffusion_pytorch_model{variant}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weights = ["unet/config.json", f"unet/diffusion_pytorch_model.safetensors.index{variant}.json", *shards]
+    (tmp_path / "unet").mkdir()
+    for name in weights:
+        (tmp_path / name).write_text("{}")
+    assert pipeline_files(tmp_path) == sorted(["model_index.json", *weights])
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE", "README.md", "x.png", "unet", "unet/config.json", "."])
+def test_files_behind_symbolic_links_are_not_published(run, tmp_path, name):
+    if name == ".":  # a folder of the Hub's cache, where every file is a link
+        elsewhere, name = tmp_path / "blobs", "README.md"
+        shutil.copytree(run, elsewhere)
+        for file in filter(Path.is_file, elsewhere.rglob("*")):
+            (run / file.relative_to(elsewhere)).unlink()
+            (run / file.relative_to(elsewhere)).symlink_to(file)
+    else:
+        elsewhere = tmp_path / "elsewhere"
+        os.rename(run / name, elsewhere) if (run / name).exists() else elsewhere.write_text("a private key")
+        (run / name).symlink_to(elsewhere)
+    with pytest.raises(InputError, match=rf"run/{name} is a symbolic link to .*, but only files of the folder itself"):
+        snapshot(run, "ann/model")
+    assert not list(run.glob(".tmp-upload-*"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"../.docker": ["diffusers", "UNet2DModel"]}, r"names a component '\.\./\.docker', which is not the"),
+        ({"..": ["diffusers", "UNet2DModel"]}, r"names a component '\.\.'"),
+        ({"/etc": ["diffusers", "UNet2DModel"]}, "names a component '/etc'"),
+        ({"unet": ["../../evil", "UNet2DModel"]}, r"names a module '\.\./\.\./evil', which is neither"),
+        ({"unet": [".hidden", "UNet2DModel"]}, r"names a module '\.hidden'"),
+        ({"_class_name": ["../evil", "P"]}, r"names a module '\.\./evil'"),
+        ({"_class_name": [5, "P"]}, "names a module 5"),
+        ({"_class_name": []}, "is not a pipeline folder"),
+        ({"_class_name": ["a"]}, "is not a pipeline folder"),
+    ],
+)
+def test_an_index_that_leaves_the_folder_is_refused(run, entry, message):
+    (run.parent / ".docker").mkdir()
+    (run.parent / ".docker" / "config.json").write_text('{"auths": "secret"}')
+    index = json.loads((run / "model_index.json").read_text())
+    (run / "model_index.json").write_text(json.dumps(index | entry))
+    with pytest.raises(InputError, match=message):
+        snapshot(run, "ann/model")
+
+
 def test_a_snapshot_is_not_touched_by_the_next_save_and_leaves_the_folder_as_it_was(pipeline):
     before = contents(pipeline)
     with snapshot(pipeline, "ann/model") as copy:
@@ -126,6 +180,23 @@ def test_the_published_card_loads_the_repository_and_no_file_contains_a_local_pa
         assert 'from_pretrained("ann/model"' in card.text and "| | |" not in card.text
     with snapshot(pipeline, "ann/model") as copy:
         assert 'from_pretrained("ann/model", trust' in Path(copy, "README.md").read_text()
+
+
+def test_snapshots_of_killed_commands_are_removed_and_those_in_use_are_kept(pipeline, run):
+    code = (
+        "import os, sys; from pathlib import Path; from ddgan.core.locks import LockedTemporaryDirectory\n"
+        "directory = LockedTemporaryDirectory(Path(sys.argv[1]), '.tmp-upload-')\n"
+        "Path(directory.name, 'weights').touch(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, run])
+    (run / ".tmp-upload-k3x_9abc" / "unet").mkdir(parents=True)  # of an earlier version
+    assert len(list(run.glob(".tmp-upload-*/*"))) == 2
+    with snapshot(run, "ann/model") as first:
+        assert {path.parent for path in run.glob(".tmp-upload-*/*")} == {Path(first)}
+        RunFolder(run).remove_leftovers()
+        with snapshot(run, "ann/model"):
+            assert sorted(contents(Path(first))) == pipeline_files(pipeline)
+    assert not list(run.glob(".tmp-upload-*"))
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
@@ -198,6 +269,22 @@ def test_the_images_of_a_card_are_published_whatever_the_form_of_the_link(run, m
     (run / "README.md").write_text(f"# Mine\n{link.replace('{run}', str(run))}\n")
     images = [name for name in pipeline_files(Path("run")) if name.endswith(".png")]
     assert images == ([file] if file else [])
+
+
+def test_the_check_before_an_upload_has_no_access_to_secrets(run, monkeypatch):
+    environments = []
+
+    def check(command, env, **_):
+        environments.append(env)
+        Path(command[4]).write_bytes(b"image")
+        return subprocess.CompletedProcess(command, 0)
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setattr(subprocess, "run", check)
+    assert sample_standalone(str(run)) == b"image"
+    assert environments[0]["HF_HUB_OFFLINE"] == "1" and environments[0]["PATH"] == os.environ["PATH"]
+    assert "secret" not in environments[0].values()
 
 
 # ---- permissions
@@ -341,6 +428,29 @@ def test_the_wait_that_the_hub_asks_for_is_respected(local_hub, folder, waits, p
     opened().upload(folder, "first")
     assert there(local_hub) == contents(folder)
     assert len(waits) == 1 and 40 <= waits[0] <= 41
+
+
+@pytest.mark.parametrize("pattern", ["HEAD .*/resolve/", "GET .*/resolve/", "GET /api/models/ann/model/"])
+@pytest.mark.parametrize("how", [{"instead": 503}, {"halved": True}, {"lost": True}], ids=str)
+def test_downloads_are_retried(local_hub, folder, waits, tmp_path, pattern, how):
+    repository = opened()
+    done = repository.upload(folder, "first")
+    local_hub.fail(pattern, times=2, **how)
+    downloaded = repository.download(done, ["README.md", "large.bin", "missing"], tmp_path / "cache")
+    assert contents(downloaded).items() < contents(folder).items() and downloaded.name == done.commit
+    assert (downloaded / "large.bin").read_bytes() == (folder / "large.bin").read_bytes()
+    assert local_hub.faults[0].times == 0
+
+
+def test_a_hub_that_goes_down_after_the_upload_is_not_reported_as_a_bad_upload(local_hub, folder, waits, tmp_path):
+    repository = opened()
+    done = repository.upload(folder, "first")
+    local_hub.stop()
+    with pytest.raises(
+        RunError, match=r"commit/\w+ contains all files, but they could not be downloaded to check .*Rep"
+    ):
+        repository.download(done, ["README.md"], tmp_path / "cache")
+    assert 16 in waits, "not retried like an upload"
 
 
 def test_waits_grow_and_end(local_hub, folder, waits):
@@ -491,6 +601,19 @@ def test_a_failed_upload_does_not_affect_the_next(local_hub, run, waits, caplog,
     step(run, 3)
     background.finish("three")
     assert uploaded(local_hub) == [3]
+
+
+def test_a_folder_that_cannot_be_published_does_not_stop_the_caller(local_hub, run, waits):
+    opened()
+    (run / "LICENSE").symlink_to(run / "README.md")
+    background = BackgroundUpload(run, "ann/model")
+    background.push("one")
+    while background.outcome is None:
+        Event().wait(0.01)
+    assert "LICENSE is a symbolic link" in str(background.outcome)
+    (run / "LICENSE").unlink()
+    background.finish("two")
+    assert uploaded(local_hub)
 
 
 def disk_full(*_):

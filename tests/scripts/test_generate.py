@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, HeunDiscreteScheduler
 from PIL import Image
 from tiny import ROOT, few_step_scheduler, run_ranks, run_script, tiny_unet
@@ -13,6 +14,7 @@ from tiny_clip import save_clip
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
 from ddgan.core.errors import InputError
+from ddgan.core.locks import locked
 from ddgan.scripts import generate
 
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -97,6 +99,31 @@ def test_an_interrupted_run_continues(tiny_model, whole):
     generate.main(flags(tiny_model, whole))
     assert images(whole) == expected
     assert (folder / "000000.png").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("how", ["empty", "truncated", "changed"])
+def test_damaged_images_are_generated_again(tiny_model, whole, how):
+    expected, file = images(whole), whole / "images" / "000003.png"
+    content = expected[file.name]
+    changed = content[:60] + bytes([content[60] ^ 1]) + content[61:]
+    file.write_bytes({"empty": b"", "truncated": content[:-20], "changed": changed}[how])
+    generate.main(flags(tiny_model, whole))
+    assert images(whole) == expected
+
+
+@pytest.mark.parametrize("content", [b"", b'{"pipeline": ', b"[1]", b"\xff\xfe"])
+def test_damaged_settings_are_reported(tiny_model, whole, content):
+    (whole / "generate.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"generate\.json is damaged, so the settings .*Choose another --output_dir"):
+        generate.main(flags(tiny_model, whole))
+
+
+def test_two_commands_do_not_write_to_one_folder(tiny_model, whole):
+    before = images(whole)
+    with locked(whole, Accelerator()), pytest.raises(InputError, match=r"whole is in use: .* has been writing to it"):
+        generate.main(flags(tiny_model, whole, "--num_images", 9))
+    assert images(whole) == before
+    assert sorted(path.name for path in whole.iterdir()) == ["generate.json", "images"]
 
 
 def test_more_images_are_added_to_existing_ones(tiny_model, whole):

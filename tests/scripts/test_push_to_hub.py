@@ -1,6 +1,7 @@
 """Claims about scripts/push_to_hub.py, with a local stand-in for the Hub."""
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def folder(tmp_path) -> Path:
 def checked(monkeypatch) -> list:
     """The places that were to be sampled in processes of their own, which are not started."""
     places = []
-    monkeypatch.setattr(push, "sample_standalone", lambda *place, **_: places.append(place) or b"the same")
+    monkeypatch.setattr(push, "sample_standalone", lambda place, **_: places.append(place) or b"the same")
     return places
 
 
@@ -74,7 +75,7 @@ def test_a_pipeline_with_code_is_published(local_hub, folder):
 
 
 def test_a_repository_with_a_different_image_is_not_reported_as_published(local_hub, folder, capsys, monkeypatch):
-    monkeypatch.setattr(push, "sample_standalone", lambda place, *revision, **_: f"{place} {revision}".encode())
+    monkeypatch.setattr(push, "sample_standalone", lambda place, **_: str(place).encode())
     with pytest.raises(RunError, match=r"/ann/model/commit/\w+ contains all files, but .* a different image for seed"):
         push_to_hub.main(flags(folder))
     output = capsys.readouterr().out
@@ -89,6 +90,25 @@ def test_a_pipeline_that_would_not_load_for_others_is_not_uploaded(local_hub, tm
     assert not local_hub.repos
 
 
+@pytest.mark.parametrize("where", ["pipeline", "component", "changed"])
+def test_code_that_the_package_did_not_write_is_run_only_if_trusted(local_hub, folder, checked, where):
+    index = json.loads((folder / "model_index.json").read_text())
+    if where == "changed":
+        file = folder / "unet" / f"{index['unet'][0]}.py"
+        file.write_text(f"{file.read_text()}\nprint('changed')\n")
+    else:
+        file = folder / ("evil.py" if where == "pipeline" else "unet/evil.py")
+        file.write_text("raise SystemExit")
+        index |= {"_class_name": ["evil", "P"]} if where == "pipeline" else {"unet": ["evil", "NCSNpp"]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+    name = file.relative_to(folder).as_posix()
+    with pytest.raises(InputError, match=rf"did not write: {name}\. .* --trust_remote_code"):
+        push_to_hub.main(flags(folder))
+    assert not checked and not local_hub.requests
+    push_to_hub.main(flags(folder, "--trust_remote_code"))
+    assert len(checked) == 2 and name in local_hub.files("ann/model")
+
+
 def test_a_command_that_failed_can_be_repeated(local_hub, folder, checked, capsys, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     local_hub.fail("POST .*/commit/", times=100, instead=503)
@@ -101,7 +121,7 @@ def test_a_command_that_failed_can_be_repeated(local_hub, folder, checked, capsy
     push_to_hub.main(flags(folder))
     assert local_hub.large == large and local_hub.asked("PUT /storage") == len(large)
     commits = local_hub.repos["model", "ann/model"].refs["main"]
-    assert len(commits) == 2 and checked[-1] == ("ann/model", commits[-1])
+    assert len(commits) == 2 and checked[-1].name == commits[-1]
     assert capsys.readouterr().out.count("published") == 2
 
 
@@ -134,7 +154,7 @@ def test_a_license_chosen_before_there_was_a_card_is_on_every_later_one(local_hu
 
 
 def test_sample_images_are_uploaded_where_the_card_shows_them(local_hub, folder, monkeypatch):
-    def sample(place, *revision, samples_folder=None):
+    def sample(place, samples_folder=None, **_):
         if samples_folder:
             save_samples(DDGANPipeline.from_pretrained(place), Path(samples_folder))
         return b"the same"
@@ -167,7 +187,7 @@ def test_branches_pull_requests_and_spaces(local_hub, folder, checked, capsys, t
     assert f"uploaded       {local_hub.url}/ann/model/discussions/1" in output
     for place in ("tree/v2", "discussions/1"):
         assert f"published      {local_hub.url}/ann/model/{place}: the pipeline loaded from there" in output
-    assert checked[-1] == ("ann/model", repo.refs["refs/pr/1"][-1])
+    assert checked[-1].name == repo.refs["refs/pr/1"][-1]
 
     monkeypatch.setattr(push, "SPACE_FOLDER", tmp_path / "nothing")
     with pytest.raises(InputError, match="There is no Space to upload"):

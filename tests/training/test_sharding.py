@@ -1,5 +1,7 @@
 """FSDP on two CPU processes. Accelerate shards on GPUs only, so the script pretends that there are some."""
 
+import os
+import pickle
 import shutil
 
 import pytest
@@ -30,6 +32,11 @@ FSDP = {
 }
 
 
+class ExitWhenLoaded:
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
 @pytest.mark.slow
 def test_a_sharded_run_saves_whole_pipelines_and_resumes_bit_identical(tiny_model, images, tmp_path, monkeypatch):
     for name, value in FSDP.items():
@@ -46,7 +53,10 @@ def test_a_sharded_run_saves_whole_pipelines_and_resumes_bit_identical(tiny_mode
         run_ranks(script, *finetune_flags(tiny_model, images, run, *flags, *more), output=tmp_path / "output.txt")
         if run == straight:
             shutil.copytree(straight, resumed)
-            shutil.rmtree(resumed / "checkpoints" / "step-00000005")
+            damaged = resumed / "checkpoints" / "step-00000005" / "pytorch_model_fsdp_0"
+            assert {".metadata", "__1_0.distcp"} <= {path.name for path in damaged.iterdir()}
+            (damaged / ".metadata").write_bytes(pickle.dumps(ExitWhenLoaded()))
+    assert "pytorch_model_fsdp_0/.metadata has" in (tmp_path / "output.txt").read_text()
     assert (straight / "checkpoints" / "step-00000005" / "ema_1.safetensors").exists()
     assert (straight / "metrics.csv").read_text() == (resumed / "metrics.csv").read_text()
     assert [row["step"] for row in read_metrics(straight / "metrics.csv") if row["fid@12"] > 0] == [2, 4, 5]

@@ -1,5 +1,6 @@
 """Claims about metrics.csv and the plots of a run."""
 
+import shutil
 from math import isnan
 from pathlib import Path
 
@@ -62,6 +63,54 @@ def test_rows_after_the_resumed_step_and_cut_off_rows_are_dropped(tmp_path):
     assert path.read_text().splitlines() == ["step,loss", "1,0.5"]
     MetricsFile(path, resumed_step=0)
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        (b"", [3, 4]),
+        (None, [3, 4]),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), [3, 4]),
+        (b"garbage", [3, 4]),
+        (b"step,loss\n1,0.5\n2,0.2,7\n", [1, 3, 4]),
+        (b"step,loss\n1,0.5\nx,0.2\n", [1, 3, 4]),
+        (b"step,loss\n7,0.5\n2,0.2\n", [3, 4]),
+        (b"step,loss\n1,0.5\n2,%s\n" % (b"1" * 200_000), [1, 3, 4]),
+    ],
+    ids=["empty", "removed", "binary", "text", "more fields", "not a number", "changed step", "long field"],
+)
+def test_lost_rows_are_reported_and_a_damaged_file_is_kept(tmp_path, caplog, content, kept):
+    path, damaged = tmp_path / "metrics.csv", tmp_path / "metrics-damaged.csv"
+    if content is not None:
+        path.write_bytes(content)
+    file = MetricsFile(path, resumed_step=2)
+    assert f"metrics.csv lacks the rows of {4 - len(kept)} of the 2 steps so far." in caplog.text
+    assert (damaged.read_bytes() if damaged.exists() else b"") == (content or b"")
+    file.append([{"step": 3, "loss": 0.1}])
+    file.append([{"step": 4, "loss": 0.1}])
+    assert [row["step"] for row in read_metrics(path)] == kept
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied", "folder removed"])
+def test_rows_continue_after_somebody_has_changed_the_file(tmp_path, caplog, how):
+    path = tmp_path / "run" / "metrics.csv"
+    file = MetricsFile(path, resumed_step=0)
+    file.append([{"step": 1, "loss": 0.1}])
+
+    def damage():
+        if how == "emptied":
+            path.write_text("")
+        else:
+            path.unlink() if how == "removed" else shutil.rmtree(path.parent)
+
+    damage()
+    file.append([{"step": 2, "loss": 0.1}])
+    file.append([{"step": 3, "loss": 0.1}])
+    assert [row["step"] for row in read_metrics(path)] == [2, 3]
+    damage()
+    file.amend({"fid@13": 3.5})
+    assert read_metrics(path) == [{"step": 3, "loss": 0.1, "fid@13": 3.5}]
+    assert caplog.text.count("was changed or removed during the run") == 2
 
 
 def plot(folder: Path, *evaluations: Evaluation) -> None:
