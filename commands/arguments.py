@@ -379,6 +379,7 @@ class GenerateArguments(SamplingArguments):
 
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
     num_images: int = option(16, "total number of images; a higher number adds to existing images")
+    overwrite: bool = option(False, "replace the images that --output_dir contains")
     batch_size: int = option(16, "images per batch on an accelerator; on a CPU it is always 1")
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"

@@ -19,14 +19,14 @@ from ..core.errors import InputError
 from ..core.files import replace_file
 from ..core.locks import locked
 from ..guidance.registry import parse_loss, sum_losses
-from ..sampling.generation import parse_class_labels, sample, sample_in_full_batches
+from ..sampling.generation import class_label_ids, parse_class_labels, sample, sample_in_full_batches
 from ..sampling.grids import image_grid, steps_strip
 from ..sampling.loading import DTYPES, load_pipeline, pipeline_hash, with_scheduler
 from ..sampling.steps import trained_steps
 from ..sampling.traces import intermediates
 from .arguments import GRID_IMAGES, GenerateArguments
 
-SETTINGS = "generate.json"
+SETTINGS, GRID, INTERMEDIATES = "generate.json", "grid.png", "intermediates.png"
 
 
 def generate(args: GenerateArguments) -> None:
@@ -73,7 +73,9 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
         "guidance_scale": args.guidance_scale,
         "guidance_gradient": args.guidance_gradient,
     }
-    check_settings(output, settings)
+    if not args.overwrite:
+        check_settings(output, settings)
+    labels = class_label_ids(pipe, class_labels) if class_labels else None
     pipe = with_scheduler(pipe, args.scheduler)
     if args.is_guided:
         try:
@@ -83,26 +85,29 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
         pipe.set_progress_bar_config(disable=True)
     elif isinstance(pipe, GuidedPipeline):
         raise InputError("A GuidedPipeline needs a target: --color, --clip_prompt or --towards.")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
 
-    def label_of(i: int) -> int | str | None:
-        return class_labels[i % len(class_labels)] if class_labels else None
+    def label_of(i: int) -> int | None:
+        return labels[i % len(labels)] if labels else None
 
     def generate_batch(indices: list[int]) -> list[Image.Image]:
-        labels = [label_of(i) for i in indices] if class_labels else None
-        return sample(pipe, [args.seed + i for i in indices], num_inference_steps, labels, **guidance)  # pyright: ignore[reportArgumentType]
+        seeds = [args.seed + i for i in indices]
+        return sample(pipe, seeds, num_inference_steps, [label_of(i) for i in indices] if labels else None, **guidance)  # pyright: ignore[reportArgumentType]
 
     shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
-    missing = [i for i in shard if not is_complete(image_path(output, i))]
+    missing = [i for i in shard if args.overwrite or not is_complete(image_path(output, i))]
     progress = tqdm(
         total=len(shard), initial=len(shard) - len(missing), unit="image", disable=not accelerator.is_main_process
     )
     with progress, logging_redirect_tqdm():  # warnings are printed above the progress bar
-        for start in range(0, len(missing), batch_size):
+        for number, start in enumerate(range(0, max(len(missing), 1), batch_size)):
             batch = missing[start : start + batch_size]
-            for i, image in zip(batch, sample_in_full_batches(generate_batch, batch, batch_size), strict=True):
+            images = sample_in_full_batches(generate_batch, batch, batch_size)
+            if number == 0:  # before that, the pipeline may still reject the arguments
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:
+                    prepare(output, settings, args.overwrite)
+                accelerator.wait_for_everyone()
+            for i, image in zip(batch, images, strict=True):
                 replace_file(image_path(output, i), image.save)
             progress.update(len(batch))
 
@@ -111,13 +116,13 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
         print(f"{args.num_images} images: {output / 'images'}")
         if args.grid:
             first_images = [Image.open(image_path(output, i)) for i in range(min(args.num_images, GRID_IMAGES))]
-            replace_file(output / "grid.png", image_grid(first_images).save)
-            print(f"grid: {output / 'grid.png'}")
+            replace_file(output / GRID, image_grid(first_images).save)
+            print(f"grid: {output / GRID}")
         if args.intermediates:
             steps = (args.intermediates, num_inference_steps)
             trace = intermediates(pipe, args.seed, *steps, label_of(0), **guidance)
-            replace_file(output / "intermediates.png", steps_strip(*trace).save)
-            print(f"denoising steps of the first image: {output / 'intermediates.png'}")
+            replace_file(output / INTERMEDIATES, steps_strip(*trace).save)
+            print(f"denoising steps of the first image: {output / INTERMEDIATES}")
     accelerator.end_training()
 
 
@@ -144,25 +149,36 @@ def is_complete(path: Path) -> bool:
     return True
 
 
+def existing_images(output: Path) -> list[Path]:
+    return [path for path in (output / "images").glob("*.png") if path.stem.isdecimal()]
+
+
+def prepare(output: Path, settings: dict, overwrite: bool) -> None:
+    """Write the settings of the images to come, and remove those that they replace."""
+    if overwrite:
+        for path in (*existing_images(output), output / GRID, output / INTERMEDIATES):
+            path.unlink(missing_ok=True)
+    replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+
+
 def check_settings(output: Path, settings: dict) -> None:
     """Check that existing images were generated with the same settings.
 
     Raises:
         InputError: if the settings of the images in the folder are different, unknown or cannot be read.
     """
-    if not (output / SETTINGS).exists():
-        if (output / "images").exists():
-            raise InputError(
-                f"{output / 'images'} already exists, but there is no {SETTINGS} with the settings of its images. "
-                "Choose another --output_dir."
-            )
+    if not existing_images(output):
         return
+    remedy = "Choose another --output_dir, or replace them with --overwrite"
+    if not (output / SETTINGS).exists():
+        raise InputError(
+            f"{output / 'images'} contains images, but there is no {SETTINGS} with their settings. {remedy}."
+        )
     try:
         existing = dict(json.loads((output / SETTINGS).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"{output / SETTINGS} is damaged, so the settings of the images beside it are unknown ({error}). Choose "
-            "another --output_dir."
+            f"{output / SETTINGS} is damaged, so the settings of the images beside it are unknown ({error}). {remedy}."
         ) from error
     changes = [
         f"{name} was {existing.get(name)}, is {value}"
@@ -171,6 +187,6 @@ def check_settings(output: Path, settings: dict) -> None:
     ]
     if changes:
         raise InputError(
-            f"The images in {output} were generated with other settings ({'; '.join(changes)}). Choose another "
-            "--output_dir, or use the same settings to add to them."
+            f"The images in {output} were generated with other settings ({'; '.join(changes)}). {remedy}. With the "
+            "same settings, new images are added to them."
         )

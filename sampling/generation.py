@@ -11,6 +11,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeli
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from .. import ClassConditionalPipeline
 from ..core.errors import InputError
 from .grids import to_pil
 from .loading import with_scheduler
@@ -141,6 +142,24 @@ def num_classes(network: ModelMixin) -> int | None:
 def parse_class_labels(texts: Sequence[str]) -> list[int | str]:
     """Parse class labels from the command line: digits are labels, anything else is a class name."""
     return [int(text) if text.isdecimal() else text for text in texts]
+
+
+def class_label_ids(pipe: DiffusionPipeline, labels: Sequence[int | str]) -> list[int]:
+    """Return the numbers of class labels.
+
+    Args:
+        pipe: A pipeline.
+        labels: Labels or, if the config of its network has names, names.
+
+    Raises:
+        InputError: If the network of the pipeline is not class-conditional or lacks one of these classes.
+    """
+    if (unet := getattr(pipe, "unet", None)) is None or num_classes(unet) is None:
+        raise InputError("This network is not conditioned on a class: do not pass class labels.")
+    try:
+        return ClassConditionalPipeline(unet, pipe.scheduler).encode_class_labels(list(labels)).tolist()
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def to_pil_images(images: torch.Tensor) -> list[Image.Image]:

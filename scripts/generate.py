@@ -2,7 +2,7 @@
 
     python scripts/generate.py --pipeline google/ddpm-cifar10-32 --num_images 64 --scheduler ddim --grid
     accelerate launch scripts/generate.py --pipeline google/ddpm-cifar10-32 --num_images 50000 --output_dir cifar
-    python scripts/generate.py --pipeline examples/models/noto-emoji-32 --color "#BB2266" --guidance_scale 100 --grid
+    python scripts/generate.py --pipeline examples/models/noto-emoji-32 --color "#BB2266" --output_dir emoji --grid
 
 Image i depends only on the seed `--seed` + i, so any number of processes writes the same files, and running an
 interrupted command again resumes it. On a CPU each process generates one image at a time on one thread, because the
