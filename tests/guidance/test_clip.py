@@ -28,7 +28,7 @@ from ddgan.guidance import clip
 from ddgan.guidance.clip import load_encoder, random_cut, squared_great_circle
 
 needs_open_clip = pytest.mark.skipif(
-    find_spec("open_clip") is None, reason="open_clip is not installed: pip install -e '.[clip]'"
+    find_spec("open_clip") is None, reason="open_clip is not installed: pip install open-clip-torch"
 )
 
 
