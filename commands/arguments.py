@@ -21,7 +21,14 @@ from ..evaluation.arguments import (
     STACKED_MNIST_SAMPLES,
     resolve_extractor,
 )
-from ..guidance.arguments import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_color, split_loss
+from ..guidance.arguments import (
+    CLIP_MODEL_HELP,
+    DEFAULT_MODEL,
+    TOWARDS_HELP,
+    clip_model_names,
+    parse_color,
+    split_loss,
+)
 from ..hub.arguments import check_repo_id
 from ..sampling.arguments import SCHEDULERS, SamplingArguments
 from ..training.arguments import DataArguments, LearningRateArguments, RunArguments
@@ -457,8 +464,7 @@ class EvaluateArguments(SamplingArguments):
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     feature_extractor: str | None = option(
         None,
-        f"{', '.join(EXTRACTOR_NAMES)} (default: {INCEPTION}), or a classifier folder from "
-        "scripts/train_classifier.py",
+        f"{', '.join(EXTRACTOR_NAMES)} (default: {INCEPTION}), or a classifier folder from ddgan train-classifier",
     )
     extractor_weights: str | None = option(None, "file (inception-v3-compat) or folder (dinov2) with its weights")
     classifier: str | None = option(
@@ -554,3 +560,22 @@ class PushArguments:
             )
         check_repo_id(self.repo_id)
         resolve_paths(self, "folder")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts/space.py
+
+
+@dataclass
+class SpaceArguments:
+    """The models of the web demo."""
+
+    pipeline: list[str] | None = option(
+        None, "pipeline folders or Hub repositories to offer (default: the embedded models)"
+    )
+    clip_model: str | None = option(
+        None, f"CLIP model for text guidance (default: {DEFAULT_MODEL}, if it is in the cache of the Hub)"
+    )
+
+    def __post_init__(self):
+        resolve_locations(self, "pipeline")

@@ -237,7 +237,7 @@ def card_facts(
             "Augmentation": f"Rotation by up to {strength * ROTATION:g} degrees, scaling by {strength * SCALING:.0%}, "
             f"translation by {strength * SHIFT:.0%}{', horizontal flips' if data_args.random_flip else ''}, noise of "
             f"standard deviation up to {strength * NOISE:g} where white is 1 and black -1.",
-            "Reproduction": f"```bash\npython scripts/train_classifier.py {shlex.join(command)}\n```",
+            "Reproduction": f"```bash\nddgan train-classifier {shlex.join(command)}\n```",
         },
         dataset=dataset,
         task="image-classification",

@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 
 from .errors import InputError
+from .locations import find
 
 _BOOLEANS: dict[str, bool] = {
     **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
@@ -184,10 +185,11 @@ def _read_config(
     path: str, parser: argparse.ArgumentParser, alternatives: list[set[str]], overriding: list[str]
 ) -> list[str]:
     """Convert a YAML file to command-line tokens, leaving out flags whose alternatives are among `overriding`."""
-    if not Path(path).is_file():
+    file = Path(find(path) or path)
+    if not file.is_file():
         raise InputError(f"--config {path} does not exist.")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise InputError(f"--config {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):

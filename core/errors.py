@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from .extras import missing_import
 # file-system errors that only the user can resolve: no space, no permission, a path that is already taken
 USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_REPORT_SECONDS = 10  # time for the first process to report an error that all have
 
 
 class InputError(ValueError):
@@ -72,6 +74,8 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         if rank == "0":
             print(f"\nerror: {error}", file=sys.stderr)
-        elif not isinstance(error, InputError):  # processes may fail differently
+        else:
+            if isinstance(error, InputError):  # all processes have the same input, and one report is enough:
+                time.sleep(_REPORT_SECONDS)  # the launcher ends this process when the first one has reported it
             print(f"\nerror in process {rank}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -146,7 +146,7 @@ def load_classifier(folder: str) -> ImageClassifier:
     if class_name != ImageClassifier.__name__:
         raise ValueError(
             f"{folder} is neither one of the extractors {', '.join(EXTRACTORS)} nor the folder of a classifier that "
-            f"scripts/train_classifier.py wrote "
+            "ddgan train-classifier wrote "
             f"({f'it holds a {class_name}' if class_name else f'there is no {config}'})."
         )
     return ImageClassifier.from_pretrained(folder)

@@ -137,7 +137,7 @@ class EvaluationArguments:
     eval_every: int = option(0, "optimizer steps between evaluations; the last step is always evaluated; 0: none")
     eval_images: int = option(1000, "samples in an evaluation")
     feature_extractor: str | None = option(
-        None, "inception-v3-compat (default), dinov2, pixels-8x8, or a classifier folder (scripts/train_classifier.py)"
+        None, "inception-v3-compat (default), dinov2, pixels-8x8, or a classifier folder (ddgan train-classifier)"
     )
     extractor_weights: str | None = option(
         None, "file (inception-v3-compat) or folder (dinov2) with the weights of the extractor"

@@ -152,7 +152,7 @@ class Evaluator:
     """Measures samples of a run against its training images.
 
     The constructor computes the features of the training images, or reads them from the cache that it shares with
-    scripts/evaluate.py, so that problems are reported before training starts. Every process constructs and calls an
+    ddgan evaluate, so that problems are reported before training starts. Every process constructs and calls an
     evaluator.
 
     Args:
@@ -170,7 +170,7 @@ class Evaluator:
         if data.source is None:
             raise InputError(
                 "--eval_every measures against the training images, which a stream cannot provide. Omit it and "
-                "measure the finished model with scripts/evaluate.py, or train without --streaming."
+                "measure the finished model with ddgan evaluate, or train without --streaming."
             )
         if len(data.source) < MIN_IMAGES:
             raise InputError(

@@ -71,8 +71,8 @@ class Session:
         accelerator = start_accelerator(run, supports_fp16)
         if accelerator.is_fsdp2 and not supports_fsdp:
             raise InputError(
-                "Only finetune_model.py trains with FSDP; this network is small enough for --multi_gpu, which trains "
-                "it on several processes without sharding."
+                "Only ddgan finetune trains with FSDP; this network is small enough to be trained without sharding, "
+                "in one or several processes."
             )
         repo_id = create_repository(run) if run.push_to_hub and accelerator.is_main_process else None
         return cls(run, accelerator, repo_id)

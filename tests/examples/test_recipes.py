@@ -36,5 +36,5 @@ def test_the_few_step_demo_starts_from_the_result_of_the_demo():
     assert few_step["num_samples"] == demo["num_samples"] and few_step["seed"] == demo["seed"]
     makefile = (ROOT / "Makefile").read_text()
     target = makefile.partition("\ndemo-few-step: demo")[2].partition("\n\n")[0]
-    assert "finetune_few_step.py --config examples/recipes/few_step_demo.yaml" in target
+    assert "ddgan few-step --config examples/recipes/few_step_demo.yaml" in target
     assert few_step["output_dir"] in makefile.partition("\nclean:")[2]

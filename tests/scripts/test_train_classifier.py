@@ -130,7 +130,7 @@ def test_the_card_has_the_accuracy_and_the_command(tmp_path):
     card = ModelCard.load(tmp_path / "my-classifier" / "README.md")
     (result,) = card.data.eval_results
     assert (result.metric_type, result.dataset_name) == ("accuracy", "sides") and 0 <= result.metric_value <= 1
-    command = "train_classifier.py --train_data_dir sides --output_dir my-classifier --split train"
+    command = "ddgan train-classifier --train_data_dir sides --output_dir my-classifier --split train"
     assert command in card.text and "--widths 8 16" in card.text
     assert str(tmp_path) not in card.content
 

@@ -390,7 +390,7 @@ def test_too_few_training_images_are_reported_before_training(finetune, classifi
 
 def test_a_stream_is_rejected_as_reference(finetune, classifier, tmp_path):
     flags = ("--train_data_dir", "", "--dataset_name", make_dataset(tmp_path / "data", 20), "--streaming")
-    with pytest.raises(InputError, match=r"which a stream cannot provide.*scripts/evaluate\.py"):
+    with pytest.raises(InputError, match=r"which a stream cannot provide.*ddgan evaluate"):
         finetune("run", *flags, "--max_train_steps", 2, *every(1, classifier))
     assert not (tmp_path / "run").exists()
 

@@ -138,7 +138,7 @@ def test_failed_uploads_do_not_harm_a_run_that_prints_how_to_finish_them(local_h
     run = finetune("run", "--push_to_hub", "--hub_private", "--save_model_every", 2)
     output = capsys.readouterr().out
     assert "The upload to ann/run failed: " in output and list(local_hub.files("ann/run")) == [".gitattributes"]
-    command = re.search(r"python scripts/push_to_hub\.py (.*)", output)[1].split()
+    command = re.search(r"ddgan push (.*)", output)[1].split()
     assert command == ["--folder", str(run), "--repo_id", "ann/run", "--private"]
     local_hub.faults.clear()
     monkeypatch.setattr(push, "sample_standalone", lambda *_, **__: b"generated elsewhere")
