@@ -1,6 +1,7 @@
 """Evaluate a pipeline, or existing images, against reference images, and report the protocol of every metric."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -416,6 +417,6 @@ def confusion_path(args: EvaluateArguments) -> Path:
 
 
 def card_to_update(args: EvaluateArguments) -> Path | None:
-    """Return the model card to update: that of a pipeline folder, unless `--no_update_card`."""
+    """Return the model card to update: that of a writable pipeline folder, unless `--no_update_card`."""
     card = Path(args.pipeline or "") / CARD_NAME
-    return card if args.pipeline and args.update_card and card.is_file() else None
+    return card if args.pipeline and args.update_card and card.is_file() and os.access(card.parent, os.W_OK) else None
