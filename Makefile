@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 help:
 	@echo "make demo           fine-tune the embedded model on the embedded images; results in demo/"
-	@echo "make demo-few-step  turn the demo's model, made first if needed, into a four-step one in demo-few-step/"
+	@echo "make demo-few-step  turn the demo's model, made first if needed, into a few-step one in demo-few-step/"
 	@echo "make models         save the configs of the embedded models again with the current classes"
 	@echo "make test           the whole test suite"
 	@echo "make lint           ruff, the type checker and the import rules"

@@ -3,7 +3,9 @@
     accelerate launch finetune_few_step.py --start_model google/ddpm-celebahq-256 --train_data_dir path/to/images \
         --num_inference_steps 4 --output_dir my-4-step-model
 
-The result samples with the exact posterior steps of `DDPMScheduler`. It is a plain `DDPMPipeline`, or a
+The network first learns from samples of the start model to reach in one evaluation what DDIM reaches in many
+(distillation), then also from a discriminator that compares its samples with the images (adversarial training). The
+result samples with the exact posterior steps of `DDPMScheduler`. It is a plain `DDPMPipeline`, or a
 `ClassConditionalPipeline` if the start model is class-conditional.
 From Python, call `ddgan.commands.few_step.finetune_few_step`.
 """

@@ -41,8 +41,6 @@ TRAINED_PARTS = {
     "all_but_up_blocks": ("up_blocks.", "conv_norm_out", "conv_out"),
 }
 
-CONVERSION_STEPS = 500  # of few-step fine-tuning, for networks that predict the noise
-
 # of train_ddgan.py, per block: multiples of --discriminator_channels, and whether it halves the resolution (from the
 # appendix of the paper)
 DISCRIMINATORS = {
@@ -97,7 +95,7 @@ class FinetuneArguments:
 
 @dataclass
 class FewStepArguments:
-    """The model to fine-tune, its number of sampling steps, and the losses."""
+    """The model to fine-tune, its number of sampling steps, and the two stages of training."""
 
     _argument_group_name = "few steps"
 
@@ -111,17 +109,22 @@ class FewStepArguments:
             "help": "sampling steps; several numbers train one model for each of them, the first is its default"
         },
     )
-    lr_g: float = option(1e-4, "learning rate of the network (Adam with betas 0.5 and 0.9)")
-    lr_d: float = option(2e-4, "learning rate of the discriminator")
-    gamma: float = option(0.1, "weight of the gradient penalties R1 and R2; 0 turns them off")
-    reconstruction_weight: float = option(0.5, "weight of the distance to the training image behind a noisy one")
-    instance_noise: float = option(0.5, "probability of noise on the clean images that the discriminator sees")
-    conversion_steps: int | None = option(
-        None,
-        "first optimizer steps, in which a network that predicts the noise learns to predict v (default: "
-        f"{CONVERSION_STEPS} if it does)",
+    distillation_steps: int = option(
+        500,
+        "optimizer steps of the first stage, in which the network learns to reach in one evaluation what the start "
+        "model reaches in many; the steps after them are adversarial",
     )
-    conversion_lr: float = option(1e-3, "peak learning rate of these steps")
+    distillation_lr: float = option(1e-3, "peak learning rate of the first stage")
+    distillation_weight: float = option(20.0, "weight of the loss of the first stage in the adversarial steps")
+    teacher_samples: int = option(2048, "number of samples of the start model to learn from")
+    teacher_steps: int = option(20, "DDIM steps for each of these samples")
+    teacher_guidance_scale: float = option(
+        1.0, "classifier-free guidance of these samples, for a class-conditional model with a null class; 1: none"
+    )
+    lr_g: float = option(5e-5, "peak learning rate of the network in the adversarial steps")
+    lr_d: float = option(2e-4, "peak learning rate of the discriminator")
+    gamma: float = option(0.1, "weight of the gradient penalties R1 and R2; 0 turns them off")
+    instance_noise: float = option(0.5, "probability of noise on the clean images that the discriminator sees")
 
     def __post_init__(self):
         if not self.start_model:
@@ -132,8 +135,9 @@ class FewStepArguments:
         require_at_least(1, self, "num_inference_steps")
         if len(set(self.num_inference_steps)) < len(self.num_inference_steps):
             raise InputError("--num_inference_steps names a number of steps twice.")
-        require_at_least(0, self, "gamma", "reconstruction_weight", "instance_noise", "conversion_steps")
-        require_above(0, self, "lr_g", "lr_d", "conversion_lr")
+        require_at_least(1, self, "teacher_samples", "teacher_steps")
+        require_at_least(0, self, "gamma", "instance_noise", "distillation_steps", "distillation_weight")
+        require_above(0, self, "lr_g", "lr_d", "distillation_lr", "teacher_guidance_scale")
         if self.instance_noise > 1:
             raise InputError(f"--instance_noise is {self.instance_noise}; a probability is at most 1.")
 
@@ -387,7 +391,7 @@ class GenerateArguments(SamplingArguments):
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
     num_images: int = option(16, "total number of images; a higher number adds to existing images")
     overwrite: bool = option(False, "replace the images that --output_dir contains")
-    batch_size: int = option(16, "images per batch on an accelerator; on a CPU it is always 1")
+    batch_size: int = option(16, "images per batch on an accelerator; on a CPU it depends on the image size only")
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
@@ -471,7 +475,7 @@ class EvaluateArguments(SamplingArguments):
         None, "classifier folder that predicts classes and digits (default: the feature extractor, if it is one)"
     )
     stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
-    batch_size: int = option(64, "images per forward pass; on a CPU samples are generated one by one")
+    batch_size: int = option(64, "images per forward pass; for samples on a CPU it depends on the image size only")
     class_labels: list[int] | None = option(None, "class of each image, used in turn: --class_labels 0 1 2")
     guidance_scale: float | None = option(
         None, "classifier-free guidance of a class-conditional pipeline (default: 1)"

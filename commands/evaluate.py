@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +11,13 @@ from zipfile import ZipFile
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..core.errors import InputError, RunError, naming_file
 from ..core.files import fingerprint, location_name, replace_file
+from ..core.threads import one_thread_per_operation
 from ..data.images import color_channels
 from ..data.preprocessing import Preprocessing
 from ..data.sources import open_source, read_arrays
@@ -38,7 +38,8 @@ from ..evaluation.references import (
 from ..evaluation.reporting import format_table, model_index_entries, update_model_index
 from ..evaluation.results import Results, compute_results
 from ..hub.cards import CARD_NAME
-from ..sampling.generation import sample, sample_in_full_batches
+from ..sampling.generation import sample
+from ..sampling.groups import GroupSampler, group_size
 from ..sampling.loading import DTYPES, load_pipeline, pipeline_hash, with_scheduler
 from .arguments import DEFAULT_NUM_IMAGES, EvaluateArguments
 
@@ -50,24 +51,20 @@ def evaluate(args: EvaluateArguments) -> None:
         InputError: if the samples, the reference or the extractor cannot be used.
         RunError: if an image cannot be read.
     """
+    assert args.feature_extractor is not None
     started = time.perf_counter()
     accelerator = Accelerator()
-    threads = torch.get_num_threads()
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(1)  # as in generate.py: another order of summation changes the images
-
-    assert args.feature_extractor is not None
-    with user_errors(InputError):
-        extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
-        classifier = select_classifier(args, extractor, accelerator.device)
-    samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args)
-    if args.stacked_mnist and samples.facts.properties.channels != 3:
-        raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
-    with user_errors(RunError):
-        reference, held_out = load_references(samples, extractor, args, accelerator)
-        features, parts = extract_sample_features(samples, extractor, classifier, args, accelerator)
+    with one_thread_per_operation(accelerator.device) as threads:
+        with user_errors(InputError):
+            extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
+            classifier = select_classifier(args, extractor, accelerator.device)
+        samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args)
+        if args.stacked_mnist and samples.facts.properties.channels != 3:
+            raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
+        with user_errors(RunError):
+            reference, held_out = load_references(samples, extractor, args, accelerator, threads)
+            features, parts = extract_sample_features(samples, extractor, classifier, args, accelerator, threads)
     if features is not None:
-        torch.set_num_threads(threads)
         with user_errors(InputError):
             results = compute_results(
                 samples.facts, features, extractor, reference, held_out, classifier, args.class_labels
@@ -128,18 +125,25 @@ class PipelineSamples:
         count: number of samples.
         facts: how they are generated.
         preprocessing: conversion to tensors, with their channels, height and width.
+        batch_size: number of samples in a batch.
+        offset: position of sample 0 in its batch.
     """
 
     def __init__(self, args: EvaluateArguments, accelerator: Accelerator):
         self.args = args
         self.count = args.num_images or (STACKED_MNIST_SAMPLES if args.stacked_mnist else DEFAULT_NUM_IMAGES)
-        # on an accelerator results depend only on the batch size, on a CPU on more, so there it is 1
-        self.batch_size = 1 if accelerator.device.type == "cpu" else args.batch_size
         assert args.pipeline is not None
         pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
         contents = pipeline_hash(pipe)
-        self.pipe = with_scheduler(pipe, args.scheduler)
-        (first,) = sample_in_full_batches(self._sample, [0], self.batch_size)
+        pipe = with_scheduler(pipe, args.scheduler)
+        guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+        self.batch_size = group_size(pipe, args.batch_size)
+        self.sampler = GroupSampler(
+            pipe, self.batch_size, args.seed, args.num_inference_steps, args.class_labels, guidance
+        )
+        self.offset = self.sampler.offset
+        labels = args.class_labels and args.class_labels[:1]
+        (first,) = sample(pipe, [args.seed], args.num_inference_steps, labels, **guidance)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
         self.facts = SampleFacts(
             count=self.count,
@@ -147,8 +151,8 @@ class PipelineSamples:
             origin={"pipeline": location_name(args.pipeline), "contents": contents},
             settings={
                 "seeds": f"{args.seed} to {args.seed + self.count - 1}",
-                "scheduler": type(self.pipe.scheduler).__name__,
-                "num_inference_steps": len(self.pipe.scheduler.timesteps),
+                "scheduler": type(pipe.scheduler).__name__,
+                "num_inference_steps": len(pipe.scheduler.timesteps),
                 "class_labels": args.class_labels,
                 "guidance_scale": args.guidance_scale,
                 "dtype": args.dtype,
@@ -158,20 +162,12 @@ class PipelineSamples:
         )
 
     def batch(self, indices: range) -> torch.Tensor:
-        """Generate samples (N, C, H, W), uint8."""
-        images = sample_in_full_batches(self._sample, indices, self.batch_size)
+        """Generate samples of a batch (N, C, H, W), uint8."""
+        images = self.sampler(indices)
         if self.args.save_images:
             for i, image in zip(indices, images, strict=True):
                 replace_file(Path(self.args.save_images) / f"{i:06d}.png", image.save)
         return torch.stack([self.preprocessing.load(image) for image in images])
-
-    def _sample(self, indices: Sequence[int]) -> list[Image.Image]:
-        classes = self.args.class_labels
-        labels = [classes[i % len(classes)] for i in indices] if classes else None
-        scale = self.args.guidance_scale
-        guidance = {} if scale is None else {"guidance_scale": scale}
-        seeds = [self.args.seed + i for i in indices]
-        return sample(self.pipe, seeds, self.args.num_inference_steps, labels, **guidance)
 
 
 class StoredSamples:
@@ -179,6 +175,7 @@ class StoredSamples:
 
     def __init__(self, args: EvaluateArguments):
         assert args.images is not None
+        self.batch_size, self.offset = args.batch_size, 0
         self.source = open_source(args.images, image_column=args.image_column)
         self.images = ReferenceImages(self.source)
         total = len(self.source)
@@ -215,15 +212,20 @@ def extract_sample_features(
     classifier: ClassifierFeatures | None,
     args: EvaluateArguments,
     accelerator: Accelerator,
+    threads: int,
 ) -> tuple[Features | None, Path]:
     """Extract the features of all samples, and the classes or digits that the classifier predicts.
+
+    Prints how many samples were measured per second.
 
     Returns:
         The features, in the main process, and the folder of intermediate results from which an interrupted command
         resumes.
     """
+    counts: list[int] = []
 
     def extract(indices: range) -> Features:
+        counts.append(len(indices))
         images = samples.batch(indices)
         features = extractor(images)
         if classifier and args.stacked_mnist:
@@ -237,14 +239,28 @@ def extract_sample_features(
     settings = {
         **samples.facts.as_dict(),
         **extractor.facts.as_dict(),
-        "batch_size": args.batch_size,
+        "batch_size": samples.batch_size,
         "digits": args.stacked_mnist,
         "judge": classifier and classifier.digest,
         "kept": args.save_images and str(Path(args.save_images).resolve()),
     }
     parts = Path(args.cache_dir) / f"samples-{fingerprint(settings)}.parts"
     description = "sampling and measuring" if args.pipeline else "measuring"
-    return extract_features(samples.count, args.batch_size, extract, accelerator, parts, description), parts
+    started = time.perf_counter()
+    features = extract_features(
+        samples.count,
+        samples.batch_size,
+        extract,
+        accelerator,
+        parts,
+        description,
+        offset=samples.offset,
+        threads=threads,
+    )
+    rate = sum(gather_object(counts)) / (time.perf_counter() - started)
+    if rate and accelerator.is_main_process:
+        print(f"{description}: {rate:.3g} images per second")
+    return features, parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,6 +272,7 @@ def load_references(
     extractor: FeatureExtractor,
     args: EvaluateArguments,
     accelerator: Accelerator,
+    threads: int,
 ) -> tuple[Reference | None, Reference | None]:
     """Return the reference and the held-out images.
 
@@ -267,7 +284,7 @@ def load_references(
     if not args.reference:
         return None, None
     reference = load_reference(
-        args.reference, args.reference_split, args.num_reference, samples, extractor, args, accelerator
+        args.reference, args.reference_split, args.num_reference, samples, extractor, args, accelerator, threads
     )
     require_images(MIN_IMAGES, args.reference, reference)
     if not args.held_out:
@@ -277,7 +294,7 @@ def load_references(
             f"Detecting memorization needs the features of the training images, but {args.reference} has only their "
             "mean and covariance. Pass the images themselves with --reference."
         )
-    held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator)
+    held_out = load_reference(args.held_out, args.held_out_split, None, samples, extractor, args, accelerator, threads)
     require_images(MIN_HELD_OUT, args.held_out, held_out)
     if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
         raise InputError(
@@ -295,6 +312,7 @@ def load_reference(
     extractor: FeatureExtractor,
     args: EvaluateArguments,
     accelerator: Accelerator,
+    threads: int,
 ) -> Reference:
     """Load saved features or statistics, or extract and cache the features of images at the size of the samples.
 
@@ -320,6 +338,7 @@ def load_reference(
         accelerator,
         Path(args.cache_dir),
         count,
+        threads=threads,
     )
 
 

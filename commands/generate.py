@@ -1,15 +1,16 @@
 """Generate images with a pipeline, one PNG file per seed.
 
-On a CPU each process generates one image at a time on one thread, because the batch size and the number of threads
-change the order in which floating-point numbers are summed. On an accelerator images are generated in batches of a
-fixed size, the last one padded.
+The batch size and the number of threads change the order in which floating-point numbers are summed, so images are
+generated in fixed groups of consecutive seeds.
 """
 
 import json
+import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -18,9 +19,11 @@ from .. import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
 from ..core.errors import InputError
 from ..core.files import replace_file
 from ..core.locks import locked
-from ..guidance.registry import parse_loss, sum_losses
-from ..sampling.generation import class_label_ids, parse_class_labels, sample, sample_in_full_batches
+from ..core.threads import one_thread_per_operation, run_in_threads
+from ..guidance.registry import includes_clip, parse_loss, sum_losses
+from ..sampling.generation import check_call, class_label_ids, parse_class_labels
 from ..sampling.grids import image_grid, steps_strip
+from ..sampling.groups import GroupSampler, group_size, split_into_groups
 from ..sampling.loading import DTYPES, load_pipeline, pipeline_hash, with_scheduler
 from ..sampling.steps import trained_steps
 from ..sampling.traces import intermediates
@@ -37,22 +40,21 @@ def generate(args: GenerateArguments) -> None:
             with other settings.
     """
     accelerator = Accelerator()
-    with locked(Path(args.output_dir), accelerator):
-        generate_images(args, accelerator)
+    with locked(Path(args.output_dir), accelerator), one_thread_per_operation(accelerator.device) as threads:
+        generate_images(args, accelerator, threads)
 
 
-def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
-    """Generate the images that are missing in the output folder."""
-    batch_size = args.batch_size
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(1)
-        batch_size = 1
-
+def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: int) -> None:
+    """Generate the images that are missing in the output folder, in this number of threads."""
     guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
-    if args.is_guided:
-        guidance |= {"loss": guidance_loss(args, accelerator.device), "gradient": args.guidance_gradient}
+    loss = guidance_loss(args, accelerator.device) if args.is_guided else None
+    if loss:
+        guidance |= {"loss": loss, "gradient": args.guidance_gradient}
     assert args.pipeline is not None
     pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+    size = group_size(pipe, args.batch_size)
+    if loss and includes_clip(loss) and accelerator.device.type == "cpu":
+        size = 1  # the CLIP model takes most of the time, and much memory for each image
     num_inference_steps = args.num_inference_steps or next(iter(trained_steps(pipe)), None)
     class_labels = parse_class_labels(args.class_labels) if args.class_labels else None
     output = Path(args.output_dir)
@@ -65,7 +67,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
         "seed": args.seed,
         "dtype": args.dtype,
         "device": accelerator.device.type,
-        "images_at_once": batch_size,
+        "images_at_once": size,
         "color": args.color,
         "clip_prompt": args.clip_prompt,
         "towards": args.towards,
@@ -85,42 +87,39 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator) -> None:
         pipe.set_progress_bar_config(disable=True)
     elif isinstance(pipe, GuidedPipeline):
         raise InputError("A GuidedPipeline needs a target: --color, --clip_prompt or --towards.")
-
-    def label_of(i: int) -> int | None:
-        return labels[i % len(labels)] if labels else None
-
-    def generate_batch(indices: list[int]) -> list[Image.Image]:
-        seeds = [args.seed + i for i in indices]
-        return sample(pipe, seeds, num_inference_steps, [label_of(i) for i in indices] if labels else None, **guidance)  # pyright: ignore[reportArgumentType]
-
-    shard = range(accelerator.process_index, args.num_images, accelerator.num_processes)
-    missing = [i for i in shard if args.overwrite or not is_complete(image_path(output, i))]
-    progress = tqdm(
-        total=len(shard), initial=len(shard) - len(missing), unit="image", disable=not accelerator.is_main_process
-    )
-    with progress, logging_redirect_tqdm():  # warnings are printed above the progress bar
-        for number, start in enumerate(range(0, max(len(missing), 1), batch_size)):
-            batch = missing[start : start + batch_size]
-            images = sample_in_full_batches(generate_batch, batch, batch_size)
-            if number == 0:  # before that, the pipeline may still reject the arguments
-                accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
-                    prepare(output, settings, args.overwrite)
-                accelerator.wait_for_everyone()
-            for i, image in zip(batch, images, strict=True):
-                replace_file(image_path(output, i), image.save)
-            progress.update(len(batch))
-
+    check_call(pipe, num_inference_steps, labels and labels[:1], **guidance)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        print(f"{args.num_images} images: {output / 'images'}")
+        prepare(output, settings, args.overwrite)
+    accelerator.wait_for_everyone()
+
+    sampler = GroupSampler(pipe, size, args.seed, num_inference_steps, labels, guidance)
+
+    def generate_group(indices: list[int]) -> int:
+        for i, image in zip(indices, sampler(indices), strict=True):
+            replace_file(image_path(output, i), image.save)
+        return len(indices)
+
+    groups = split_into_groups(args.num_images, size, sampler.offset)
+    shard = groups[accelerator.process_index :: accelerator.num_processes]
+    missing = [[i for i in group if not is_complete(image_path(output, i))] for group in shard]
+    total, count = sum(map(len, shard)), sum(map(len, missing))
+    progress = tqdm(total=total, initial=total - count, unit="image", disable=not accelerator.is_main_process)
+    started = time.perf_counter()
+    with progress, logging_redirect_tqdm():  # warnings are printed above the progress bar
+        run_in_threads(generate_group, filter(None, missing), threads, progress.update)
+
+    accelerator.wait_for_everyone()
+    rate = sum(gather_object([count])) / (time.perf_counter() - started)
+    if accelerator.is_main_process:
+        print(f"{args.num_images} images: {output / 'images'}" + (f" ({rate:.3g} images per second)" if rate else ""))
         if args.grid:
             first_images = [Image.open(image_path(output, i)) for i in range(min(args.num_images, GRID_IMAGES))]
             replace_file(output / GRID, image_grid(first_images).save)
             print(f"grid: {output / GRID}")
         if args.intermediates:
             steps = (args.intermediates, num_inference_steps)
-            trace = intermediates(pipe, args.seed, *steps, label_of(0), **guidance)
+            trace = intermediates(pipe, args.seed, *steps, sampler.class_label(0), **guidance)
             replace_file(output / INTERMEDIATES, steps_strip(*trace).save)
             print(f"denoising steps of the first image: {output / INTERMEDIATES}")
     accelerator.end_training()

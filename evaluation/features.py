@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..core.files import replace_file
+from ..core.threads import run_in_threads
+from ..sampling.groups import split_into_groups
 
 PART_IMAGES = 1024  # approximate number of images between two saves
 
@@ -34,17 +36,22 @@ def extract_features(
     folder: Path | None = None,
     description: str = "",
     before_batch: Callable[[], None] = lambda: None,
+    offset: int = 0,
+    threads: int = 1,
 ) -> Features | None:
     """Extract features of images 0 .. count-1 in batches, distributed over all processes; called by every process.
 
-    A batch always has the same images, whichever process computes it, so that the result does not depend on the number
-    of processes.
+    A batch always has the same images, whichever process and thread computes it, so that the result does not depend on
+    their number.
 
     Args:
-        extract: maps the indices of a batch to tensors with one row per image.
+        extract: maps the indices of a batch to tensors with one row per image; called in several threads if `threads`
+            is above 1.
         folder: where intermediate results are saved, to resume from after an interruption; the caller removes it.
         description: label of the progress bar.
         before_batch: called by all processes together before each of their batches; an exception in it ends the loop.
+        offset: position of image 0 in its batch, less than `batch_size`.
+        threads: number of batches that each process computes at a time.
 
     Returns:
         The tensors with a row for each image, in the main process; None in the others.
@@ -53,27 +60,39 @@ def extract_features(
         ValueError: if the features of an image are not finite.
     """
     is_main = accelerator.is_main_process
-    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    prefix = f"part-{batch_size}"  # parts with another batch size would leave gaps between these
+    batches = split_into_groups(count, batch_size, offset)
+    # parts with other batches would leave gaps between these
+    prefix = f"part-{batch_size}" + (f"+{offset}" if offset else "")
     paths = sorted(folder.glob(f"{prefix}-*.safetensors")) if is_main and folder else []
     parts = [part for path in paths if (part := _read_features(path)) is not None]
     completed = [{image for part in parts for image in part["image"].tolist()}]
     broadcast_object_list(completed)
     missing = [batch for batch in batches if batch.start not in completed[0]]
     processes, rank = accelerator.num_processes, accelerator.process_index
-    batches_per_part = processes * max(1, PART_IMAGES // (batch_size * processes))
-    with tqdm(
+    workers = processes * threads
+    batches_per_part = workers * max(1, PART_IMAGES // (batch_size * workers))
+    progress = tqdm(
         total=count, initial=len(completed[0]), unit="image", desc=description, leave=None, disable=not is_main
-    ) as progress:
+    )
+
+    def extract_shard(part_batches: list[range]) -> list[Features]:
+        results = []
+
+        def extract_batch(i: int) -> Features | None:
+            before_batch()  # also by processes without a batch in the last round
+            return _extract_checked(part_batches[i], extract) if i < len(part_batches) else None
+
+        def add(features: Features | None) -> None:
+            if features is not None:
+                results.append(features)
+                progress.update(min(len(features["image"]) * processes, progress.total - progress.n))
+
+        run_in_threads(extract_batch, range(rank, rank + len(part_batches), processes), threads, add)
+        return results
+
+    with progress:
         for start in range(0, len(missing), batches_per_part):
-            local_results, part_batches = [], missing[start : start + batches_per_part]
-            for first in range(0, len(part_batches), processes):
-                before_batch()
-                if first + rank < len(part_batches):
-                    batch = part_batches[first + rank]
-                    local_results.append(_extract_checked(batch, extract))
-                    progress.update(min(len(batch) * processes, progress.total - progress.n))
-            results = gather_object(local_results)
+            results = gather_object(extract_shard(missing[start : start + batches_per_part]))
             if is_main:
                 part = _concatenate(results)
                 parts.append(part)
@@ -94,6 +113,7 @@ def cached_features(
     extract: Callable[[range], Features],
     accelerator: Accelerator,
     description: str = "",
+    threads: int = 1,
 ) -> Features | None:
     """Return the features in the file `path`, or extract them and write the file with its protocol.
 
@@ -106,7 +126,7 @@ def cached_features(
     if is_cached[0]:
         return features
     with _locked(path.with_suffix(".parts"), accelerator) as parts:
-        features = extract_features(count, batch_size, extract, accelerator, parts, description)
+        features = extract_features(count, batch_size, extract, accelerator, parts, description, threads=threads)
         if features is not None and parts:
             write_features(path, features, protocol)
             shutil.rmtree(parts, ignore_errors=True)

@@ -1,5 +1,6 @@
 """References that samples are compared with: features of images, cached, or saved mean and covariance."""
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ INSPECTED_IMAGES = 100  # images whose size, channels and file format stand for 
 
 
 class ReferenceImages:
-    """The images of a source that samples are compared with.
+    """The images of a source that samples are compared with; several threads can read them.
 
     Args:
         skip_broken: read the next image in place of one that cannot be read, as training does.
@@ -37,6 +38,7 @@ class ReferenceImages:
 
     def __init__(self, source: ImageSource, skip_broken: bool = False):
         self.source, self.skip_broken = source, skip_broken
+        self.lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -58,7 +60,8 @@ class ReferenceImages:
         message = ""
         for index in range(i, i + (len(self) if self.skip_broken else 1)):
             try:
-                return read(self.source[index % len(self)])
+                with self.lock:
+                    return read(self.source[index % len(self)])
             except Exception as error:  # BrokenImageError, or almost anything from Pillow's decoders
                 message = f"An image cannot be read: {self.source.name(index % len(self))}: {error}."
         raise RunError(f"{message} Repair or remove it.")
@@ -111,6 +114,7 @@ def measure_reference(
     cache_dir: Path = CACHE_DIR,
     count: int | None = None,
     channels: int | None = None,
+    threads: int = 1,
 ) -> Reference:
     """Extract the features of images at the size of the samples, cached under a hash of everything they depend on.
 
@@ -122,6 +126,7 @@ def measure_reference(
         size: height and width.
         count: number of images in a random subset; None means all.
         channels: 1 or 3; None keeps gray images gray and others in color.
+        threads: see `extract_features`.
     """
     count = min(count or len(images), len(images))
     indices = random_subset(len(images), count)
@@ -154,7 +159,7 @@ def measure_reference(
     protocol = {**facts.as_dict(), **extractor.facts.as_dict(), "device": accelerator.device.type}
     path = cache_dir / f"{name.replace('/', '-')}-{split}-{fingerprint(protocol)}.safetensors"
     features = cached_features(
-        path, protocol, count, batch_size, extract, accelerator, description=f"measuring {name}, {split}"
+        path, protocol, count, batch_size, extract, accelerator, f"measuring {name}, {split}", threads
     )
     return Reference(facts, features)
 

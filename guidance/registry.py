@@ -8,7 +8,15 @@ from PIL import Image
 from ..core.errors import InputError
 from .arguments import clip_model_names, split_loss
 from .clip import CLIPLoss
-from .losses import ColorLoss, GuidanceLoss, ReferenceLoss, SaturationLoss, SymmetryLoss, TotalVariationLoss
+from .losses import (
+    ColorLoss,
+    GuidanceLoss,
+    ReferenceLoss,
+    SaturationLoss,
+    SymmetryLoss,
+    TotalVariationLoss,
+    WeightedSum,
+)
 
 # called with the argument as text, if there is one
 LOSSES: dict[str, Callable[..., GuidanceLoss]] = {
@@ -52,6 +60,12 @@ def parse_loss(
         raise InputError(f"The guidance loss {text!r} is invalid: {reason}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"The guidance loss {text!r} is invalid: {error}") from error
+
+
+def includes_clip(loss: GuidanceLoss) -> bool:
+    """Return whether a loss is a `CLIPLoss` or a sum that includes one."""
+    terms = [term for _, term in loss.terms] if isinstance(loss, WeightedSum) else [loss]
+    return any(isinstance(term, CLIPLoss) for term in terms)
 
 
 def sum_losses(losses: Sequence[GuidanceLoss]) -> GuidanceLoss:

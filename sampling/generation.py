@@ -29,9 +29,9 @@ def sample(
     """Generate one image per seed: gray, RGB or RGBA, depending on the channels of the network.
 
     All noise of an image comes from its own CPU generator, so that the image depends only on its seed: exactly, for a
-    given device and number of seeds, otherwise up to the rounding of the network's arithmetic. In a plain
-    `DDPMPipeline` or `DDIMPipeline` the sample stays float32 whatever the dtype of the network. For any other pipeline
-    its own `__call__` is used.
+    given device, number of threads and number of seeds, otherwise up to the rounding of the network's arithmetic;
+    `GroupSampler` keeps these the same. In a plain `DDPMPipeline` or `DDIMPipeline` the sample stays float32 whatever
+    the dtype of the network. For any other pipeline its own `__call__` is used.
 
     Args:
         pipe: The pipeline.
@@ -86,6 +86,35 @@ def sample(
     except ValueError as error:
         raise InputError(str(error)) from error
     return [to_pil(image) for image in (images * 255).round().astype(np.uint8)]
+
+
+def check_call(
+    pipe: DiffusionPipeline,
+    num_inference_steps: int | None = None,
+    class_labels: Sequence[int | str] | None = None,
+    **options: Any,
+) -> None:
+    """Check the arguments of `sample` as far as possible without evaluating a network.
+
+    Raises:
+        InputError: As for `sample`.
+    """
+
+    class NetworkReached(Exception):
+        pass
+
+    def stop(*_) -> None:
+        raise NetworkReached
+
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    hooks = [network.register_forward_pre_hook(stop) for network in networks]
+    try:
+        sample(pipe, [0], num_inference_steps, class_labels, **options)
+    except NetworkReached:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def sample_in_full_batches(

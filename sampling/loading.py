@@ -142,3 +142,11 @@ def with_scheduler(pipe: DiffusionPipeline, name: str) -> DiffusionPipeline:
     pipe = copy.copy(pipe)
     pipe.scheduler = SCHEDULERS[name].from_config(config, **options)
     return pipe
+
+
+def with_own_scheduler(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Return a copy of a pipeline that shares its networks but not its scheduler, whose state changes in sampling."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    pipe = copy.copy(pipe)
+    pipe.scheduler = scheduler
+    return pipe

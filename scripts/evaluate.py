@@ -5,9 +5,10 @@
         --reference uoft-cs/cifar10 --num_images 50000 --output cifar10.json
     python scripts/evaluate.py --images generated/images --reference path/to/MNIST --held_out path/to/MNIST
 
-Samples of a pipeline are measured as they are generated, sample i only from the seed `--seed` + i, and are not kept
-without `--save_images`. The results do not depend on the number of processes, an interrupted command resumes when it
-is run again, and the features of a reference are cached.
+Samples of a pipeline are measured as they are generated, sample i only from the seed `--seed` + i as in
+scripts/generate.py, and are not kept without `--save_images`. A CPU is used with all its cores. The results depend
+neither on their number nor on that of the processes, an interrupted command resumes when it is run again, and the
+features of a reference are cached.
 From Python, call `ddgan.commands.evaluate.evaluate`.
 """
 

@@ -5,10 +5,12 @@
     python scripts/generate.py --pipeline examples/models/noto-emoji-32 --color "#BB2266" --output_dir emoji --grid
 
 Image i depends only on the seed `--seed` + i, so any number of processes writes the same files, and running an
-interrupted command again resumes it. On a CPU each process generates one image at a time on one thread, because the
-batch size and the number of threads change the order in which floating-point numbers are summed; start one process per
-core. On an accelerator images are generated in batches of a fixed size, the last one padded. There, guided images are
-reproducible only up to rounding, because some kernels sum gradients in a nondeterministic order.
+interrupted command again resumes it. The batch size and the number of threads change the order in which floating-point
+numbers are summed, so images are generated in fixed groups of consecutive seeds: on a CPU 16 at 32x32 and fewer if
+they are larger, on an accelerator `--batch_size`. A group is computed as a whole even if only some of its images are
+missing. On a CPU each group takes one thread, and all cores work on different groups; `OMP_NUM_THREADS` limits their
+number. On an accelerator guided images are reproducible only up to rounding, because some kernels sum gradients in a
+nondeterministic order.
 From Python, call `ddgan.commands.generate.generate`.
 """
 

@@ -73,6 +73,15 @@ def tiny_model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def two_threads():
+    """Set the number of threads of PyTorch to 2."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """13 images, so that with batches of 8 the last one of each epoch has 5."""

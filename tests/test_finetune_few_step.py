@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,17 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
-from tiny import ROOT, largest_difference, level_difference, run_ranks, tiny_unet, write_class_folders
+from tiny import (
+    ROOT,
+    largest_difference,
+    level_difference,
+    run_ranks,
+    tiny_classes,
+    tiny_unet,
+    write_class_folders,
+)
 
-from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, finetune_few_step
+from ddgan import ClassConditionalPipeline, ContextUnet, finetune_few_step
 from ddgan.core.errors import InputError
 from ddgan.core.files import replace_file
 from ddgan.evaluation.classifier import ImageClassifier
@@ -23,15 +32,17 @@ from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import before_after, image_grid
 from ddgan.sampling.loading import load_pipeline, with_scheduler
 from ddgan.training import evaluator
+from ddgan.training.checkpoints import Checkpoints
 from ddgan.training.evaluator import Evaluation
 from ddgan.training.monitors import DiscriminatorAccuracyMonitor, DiversityMonitor
 from ddgan.training.objectives.few_step import FewStepProcess, Transition
+from ddgan.training.teacher import Teacher
 from ddgan.training.tracking import read_metrics
 
 
 def few_step_flags(model, images, output, *flags) -> list[str]:
     short = "--report_to none --num_samples 2 --batch_size 8 --max_train_steps 4 --num_inference_steps 2"
-    short += " --conversion_steps 1 --lr_g 1e-2"
+    short += " --distillation_steps 1 --teacher_samples 8 --teacher_steps 4 --lr_g 1e-2"
     start = ["--start_model", model, "--train_data_dir", images, "--output_dir", output, *short.split()]
     return [str(flag) for flag in [*start, *flags]]
 
@@ -102,12 +113,11 @@ def same(a, b) -> bool:
 def test_before_after_compares_the_start_model_at_40_and_few_steps_with_the_result(few_step, tiny_model, counts):
     run = few_step("run", "--num_inference_steps", *counts)
     original = DDPMPipeline.from_pretrained(tiny_model)
-    config = {"timestep_spacing": "trailing", "clip_sample": False}
-    few = DDPMPipeline(original.unet, DDPMScheduler.from_pretrained(tiny_model / "scheduler", **config))
+    original.scheduler.register_to_config(timestep_spacing="trailing")
+    ddim = with_scheduler(original, "ddim")
     trained = DDPMPipeline.from_pretrained(run)
     captions = {2: "2 steps", 1: "1 step"}
-    before = {"40 DDIM steps": grid_of(with_scheduler(original, "ddim"), 40)}
-    before |= {captions[count]: grid_of(few, count) for count in counts}
+    before = {"40 DDIM steps": grid_of(ddim, 40)} | {captions[count]: grid_of(ddim, count) for count in counts}
     after = {captions[count]: grid_of(trained, count) for count in counts}
     assert same(Image.open(run / "before_after.png"), before_after(before, after))
     assert same(Image.open(run / "samples" / "step-00000000.png"), before["2 steps"])
@@ -135,17 +145,40 @@ def test_a_run_killed_between_its_first_grids_completes_them(few_step, monkeypat
     assert same(Image.open(straight / "before_after.png"), Image.open(run / "before_after.png"))
 
 
-def test_metrics_tell_conversion_from_adversarial_steps(few_step):
-    rows = read_metrics(few_step("run") / "metrics.csv")
-    assert np.isnan([row["g_adversarial"] for row in rows]).tolist() == [True, False, False, False]
-    assert all(0 <= row["d_accuracy"] <= 1 for row in rows)
+def test_each_column_of_the_metrics_begins_with_its_stage(few_step, monkeypatch):
+    monkeypatch.setattr(finetune_few_step, "DISCRIMINATOR_HEAD_START", 1)
+    run = few_step("run", "--distillation_steps", 2, "--save_model_every", 1)
+    rows = read_metrics(run / "metrics.csv")
+    missing = {name: [step for step, row in enumerate(rows) if np.isnan(row[name])] for name in rows[0]}
+    assert {name: steps for name, steps in missing.items() if steps} == {
+        **{f"d_{name}": [0] for name in ("learning_rate", "loss", "real", "fake", "penalty", "accuracy", "grad_norm")},
+        "g_adversarial": [0, 1],
+    }
+    assert all(0 <= row["d_accuracy"] <= 1 for row in rows[1:])
+    assert Image.open(run / "loss.png").width > 500
+    card = (run / "README.md").read_text()
+    assert "| d_loss | " in card and "nan" not in card
+
+
+def test_a_run_that_ends_with_the_first_stage_has_no_discriminator(few_step):
+    run = few_step("run", "--distillation_steps", 500, "--batch_size", 16)  # no discriminator could memorize 13 images
+    rows = read_metrics(run / "metrics.csv")
+    assert len(rows) == 4
+    names = ("learning_rate", "loss", "distillation", "grad_norm")
+    assert rows[0].keys() == {"step", "epoch", "images", *(f"g_{name}" for name in names)}
+    assert not list(run.glob("checkpoints/*/model_1.safetensors"))
+    card = (run / "README.md").read_text()
+    assert "in 2 network evaluations: tiny, distilled. It was trained for 2 sampling steps." in card
+    assert "discriminator" not in card
+    assert DDPMPipeline.from_pretrained(run).scheduler.config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
-def test_other_networks_keep_what_they_predict_and_need_no_conversion(few_step, tmp_path, prediction_type):
+def test_other_networks_keep_what_they_predict_and_need_no_distillation(few_step, tmp_path, prediction_type):
     scheduler = DDPMScheduler(prediction_type=prediction_type, beta_schedule="squaredcos_cap_v2")
     model = save_model(tmp_path / "model", scheduler)
-    run = few_step("run", "--start_model", model, "--conversion_steps", 0)
+    run = few_step("run", "--start_model", model, "--distillation_steps", 0, "--distillation_weight", 0)
+    assert "g_distillation" not in read_metrics(run / "metrics.csv")[0]
     config = json.loads((run / "scheduler" / "scheduler_config.json").read_text())
     assert config["prediction_type"] == prediction_type
     assert config["beta_schedule"] == "squaredcos_cap_v2"
@@ -164,25 +197,75 @@ def test_accumulation_gives_the_losses_of_one_batch(few_step, tmp_path):
     whole = few_step("whole", "--start_model", model)
     parts = few_step("parts", "--start_model", model, "--batch_size", 4, "--grad_accumulation_steps", 2)
     for first, second in zip(*(read_metrics(run / "metrics.csv") for run in (whole, parts)), strict=True):
-        for name in ("d_loss", "g_loss", "g_reconstruction"):
+        for name in ("d_loss", "g_loss", "g_distillation"):
             assert first[name] == pytest.approx(second[name], rel=1e-3)  # Adam amplifies rounding
 
 
-def test_a_run_resumes_bit_identical_during_and_after_the_conversion(few_step):
-    flags = ("--conversion_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 0)
+def last_state(run) -> list:
+    """What a run of five steps has logged, and the last of its networks and EMA weights."""
+    checkpoint = run / "checkpoints" / "step-00000005"
+    files = ("model.safetensors", "model_1.safetensors", "ema.safetensors")
+    return [(run / "metrics.csv").read_text(), *(load_file(checkpoint / name) for name in files)]
 
-    def ends() -> tuple[str, list[dict[str, torch.Tensor]]]:
-        checkpoint = run / "checkpoints" / "step-00000004"
-        files = ("model.safetensors", "model_1.safetensors", "ema.safetensors")
-        return (run / "metrics.csv").read_text(), [load_file(checkpoint / name) for name in files]
 
-    run = few_step("run", *flags)
-    metrics, states = ends()
-    for step in (3, 2, 1):
-        few_step("run", *flags, "--resume_from_checkpoint", run / "checkpoints" / f"step-{step:08d}")
-        resumed_metrics, resumed_states = ends()
-        assert resumed_metrics == metrics
-        assert [largest_difference(*pair) for pair in zip(states, resumed_states, strict=True)] == [0, 0, 0]
+def assert_same(a: list, b: list) -> None:
+    assert a[0] == b[0]
+    assert [largest_difference(*pair) for pair in zip(a[1:], b[1:], strict=True)] == [0, 0, 0]
+
+
+# the first adversarial step is the fourth, that of the discriminator the third
+STAGES = (
+    "--distillation_steps",
+    3,
+    "--max_train_steps",
+    5,
+    "--checkpointing_steps",
+    1,
+    "--checkpoints_total_limit",
+    0,
+)
+
+
+def test_a_run_resumes_bit_identical_in_and_between_its_stages(few_step, monkeypatch):
+    monkeypatch.setattr(finetune_few_step, "DISCRIMINATOR_HEAD_START", 1)
+    run = few_step("run", *STAGES)
+    straight = last_state(run)
+    for step in (4, 3, 2, 1):
+        few_step("run", *STAGES, "--resume_from_checkpoint", run / "checkpoints" / f"step-{step:08d}")
+        assert_same(last_state(run), straight)
+
+
+def test_a_killed_run_samples_the_start_model_only_until_it_has_done_so(few_step, monkeypatch):
+    monkeypatch.setattr(finetune_few_step, "DISCRIMINATOR_HEAD_START", 1)
+    flags = (*STAGES, "--teacher_samples", 20)  # in two batches
+    sample, save, batches = Teacher.sample, Checkpoints.save, []
+
+    def killed_in_the_second_batch(*args):
+        batches.append(args)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return sample(*args)
+
+    def killed_at_the_third_checkpoint(self, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        save(self, step)
+
+    def not_again(*args):
+        raise AssertionError("the start model is sampled again")
+
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr(Teacher, "sample", killed_in_the_second_batch)
+        few_step("run", *flags)
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr(Checkpoints, "save", killed_at_the_third_checkpoint)
+        few_step("run", *flags)  # the folder contains no run yet
+    straight = last_state(few_step("straight", *flags))
+    monkeypatch.setattr(Teacher, "sample", not_again)
+    for _ in range(2):  # the second time there is nothing left to do
+        run = few_step("run", *flags, "--resume_from_checkpoint", "latest")
+        assert_same(last_state(run), straight)
+        assert not (run / "teacher.safetensors").exists()
 
 
 # ---- rejected input
@@ -196,13 +279,18 @@ def test_a_run_resumes_bit_identical_during_and_after_the_conversion(few_step):
         ("--num_inference_steps 2 2", "twice"),
         ("--instance_noise 2", "a probability is at most 1"),
         ("--gamma -1", "at least 0"),
-        ("--conversion_steps 4", "has 4 optimizer steps, but the first 4 .--conversion_steps.*--max_train_"),
-        ("--conversion_steps 500", "has 4 optimizer steps, but the first 500 "),
+        ("--distillation_steps -1", "at least 0"),
+        ("--distillation_steps 0", "--distillation_steps is 0, but the network of .*tiny predicts the noise"),
+        ("--teacher_samples 0", "at least 1"),
+        ("--teacher_guidance_scale 2", "--teacher_guidance_scale 2 needs .* null class .*tiny has none"),
         (
             "--batch_size 4 --grad_accumulation_steps 4",
             "thirteen has 13 images, fewer than the 16 of one .*--batch_size",
         ),
-        ("--ema_power 9", "half-life of 6931 optimizer steps .*--ema_decay 0.9999.* only 3 .*--ema_decay 0.0992"),
+        (
+            "--ema_power 9",
+            "half-life of 6931 optimizer steps .*--ema_decay 0.9999.* last stage .* 3 .*decay 0.0992",
+        ),
         ("--mixed_precision fp16", "would use fp16 .*gradients.* bf16"),
     ],
 )
@@ -221,14 +309,6 @@ def test_fp16_from_the_configuration_of_accelerate_is_rejected_too(few_step, tmp
 
 
 # ---- class-conditional models
-
-
-def tiny_classes(**changes) -> ClassConditionedUnet:
-    torch.manual_seed(0)
-    config = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    config |= {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    names = {"num_classes": 3, "id2label": ["c", "a", "b"]}
-    return ClassConditionedUnet(**{**config, **names, **changes})
 
 
 @pytest.fixture
@@ -250,7 +330,8 @@ def test_a_class_conditional_model_keeps_its_classes_and_samples_with_posterior_
     torch.manual_seed(0)
     ImageClassifier(8, 1, 3, (8,), id2label={0: "c", 1: "a", 2: "b"}).save_pretrained(tmp_path / "classifier")
     evaluation = ("--eval_every", 4, "--eval_images", 12, "--feature_extractor", tmp_path / "classifier")
-    run = few_step_classes("run", "--ema_decay", 0, *evaluation, prediction_type="epsilon")
+    guidance = ("--teacher_guidance_scale", 2)
+    run = few_step_classes("run", "--ema_decay", 0, *guidance, *evaluation, prediction_type="epsilon")
     pipe = ClassConditionalPipeline.from_pretrained(run)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.labels == {"c": 0, "a": 1, "b": 2}
@@ -334,7 +415,7 @@ def test_images_without_the_classes_of_the_model_are_rejected(few_step_classes, 
 @pytest.mark.parametrize(("accuracy", "warnings"), [(0.99, 1), (0.9, 0), (0.5, 0)])
 def test_the_monitor_warns_once_when_the_discriminator_has_won(accuracy, warnings):
     monitor = DiscriminatorAccuracyMonitor()
-    messages = [monitor([{"d_accuracy": accuracy}] * 10) for _ in range(150)]
+    messages = [monitor([{"g_loss": 0.1}, *[{"d_accuracy": accuracy}] * 10]) for _ in range(150)]
     assert messages[:49] == [None] * 49
     assert len(list(filter(None, messages))) == warnings
 
@@ -348,8 +429,8 @@ def evaluation(step=300, recall=0.5, coverage=0.8, near_copies=0.0, floor=0.02) 
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
-        ({"recall": 0.2}, "Since step 200 recall has fallen from 0.60 to 0.20, .*--reconstruction_weight or --gamma"),
-        ({"coverage": 0.3}, "Since step 100 coverage has fallen from 0.90 to 0.30, .*--reconstruction_weight"),
+        ({"recall": 0.2}, "Since step 200 recall has fallen from 0.60 to 0.20, .*--distillation_weight or --gamma"),
+        ({"coverage": 0.3}, "Since step 100 coverage has fallen from 0.90 to 0.30, .*--distillation_weight"),
         ({"recall": 0.45, "coverage": 0.7}, None),
         (
             {"near_copies": 0.3},
@@ -397,13 +478,22 @@ def test_a_resumed_run_compares_its_evaluations_with_those_before(few_step, tmp_
 # ---- several processes
 
 # Adam turns gradients that are rounding noise into full steps, which these rates keep below the bounds
-LOW_RATES = ("--lr_g", 1e-5, "--lr_d", 1e-5, "--conversion_lr", 1e-5)
+LOW_RATES = ("--lr_g", 1e-5, "--lr_d", 1e-5, "--distillation_lr", 1e-5)
+
+
+def weights_with_gradients(file) -> dict[str, torch.Tensor]:
+    """Weights without the biases whose gradients are nothing but rounding noise.
+
+    Attention does not depend on the bias of its keys. As long as the discriminator is at chance, those of its heads
+    have opposite gradients from real and generated images.
+    """
+    return {k: v for k, v in load_file(file).items() if not re.search(r"to_k\.bias|heads\.\d\.conv_out\.bias", k)}
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_also_if_one_has_no_image_left(few_step_classes, tmp_path):
     images = write_class_folders(tmp_path / "nine", 9)  # global batches of 8 and 1
-    flags = ("--train_data_dir", images, "--num_inference_steps", 2, 1, *LOW_RATES)
+    flags = ("--train_data_dir", images, "--num_inference_steps", 2, 1, "--teacher_samples", 40, *LOW_RATES)
     one = few_step_classes("one", *flags, prediction_type="epsilon")
     two = tmp_path / "two"
     arguments = few_step_flags(tmp_path / "class-model", images, two, *flags, "--batch_size", 4)
@@ -411,11 +501,11 @@ def test_two_processes_equal_one_also_if_one_has_no_image_left(few_step_classes,
     rows = [read_metrics(run / "metrics.csv") for run in (one, two)]
     for a, b in zip(*rows, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6, nan_ok=True), a["step"]
-    checkpoints = [run / "checkpoints" / "step-00000004" for run in (one, two)]
-    for name in ("model.safetensors", "model_1.safetensors", "ema.safetensors"):
-        assert largest_difference(*(load_file(folder / name) for folder in checkpoints)) < 1e-6
-    start = load_file(tmp_path / "class-model" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert largest_difference(start, load_file(checkpoints[1] / "model_1.safetensors")) > 2e-6
+    checkpoint, saved = Path("checkpoints", "step-00000004"), Path("unet", "diffusion_pytorch_model.safetensors")
+    for file in (checkpoint / "model.safetensors", checkpoint / "model_1.safetensors", saved):
+        assert largest_difference(weights_with_gradients(one / file), weights_with_gradients(two / file)) < 1e-7
+    start = load_file(tmp_path / "class-model" / saved)
+    assert largest_difference(start, load_file(two / checkpoint / "model_1.safetensors")) > 2e-6
     names = [sorted(path.name for path in (run / "samples").iterdir()) for run in (one, two)]
     assert names[0] == names[1]
     for name in names[0]:

@@ -19,10 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
+from ddgan import ClassConditionedUnet
+
 ROOT = Path(__file__).parent.parent
 
 # imported once by the process from which the ranks are forked
-multiprocessing.set_forkserver_preload(["ddgan.finetune_model", "ddgan.train_ddgan"])
+multiprocessing.set_forkserver_preload(["ddgan.commands.finetune", "ddgan.commands.train_ddgan"])
 
 
 def tiny_unet(**changes) -> UNet2DModel:
@@ -37,6 +39,15 @@ def tiny_unet(**changes) -> UNet2DModel:
         "norm_num_groups": 4,
     }
     return UNet2DModel(**{**config, **changes})
+
+
+def tiny_classes(**changes) -> ClassConditionedUnet:
+    """Return a network for gray images of the classes c, a and b."""
+    torch.manual_seed(0)
+    config = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    config |= {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    names = {"num_classes": 3, "id2label": ["c", "a", "b"]}
+    return ClassConditionedUnet(**{**config, **names, **changes})
 
 
 def tiny_pipeline(scheduler: SchedulerMixin | None = None, **unet) -> DDPMPipeline:

@@ -227,12 +227,11 @@ class Checkpoints:
             logger.warning(f"The checkpoint {checkpoint} is damaged: {damage}. It is kept as {aside.name}.")
         self.damaged.clear()
 
-    def load(self, checkpoint: Path, total_steps: int) -> None:
-        """Restore all parts from a checkpoint; every process must call this.
+    def check(self, checkpoint: Path, total_steps: int) -> int:
+        """Check that this run can resume from a checkpoint, and return its step.
 
         Raises:
-            InputError: if this run cannot resume from it exactly, or ends before it; nothing is changed then. Also if
-                a checkpoint of an earlier version, which has no digests, cannot be read.
+            InputError: if it cannot resume exactly, or ends before the checkpoint.
         """
         state = load_state(checkpoint)
         for key, value in self.invariants.items():
@@ -248,6 +247,15 @@ class Checkpoints:
                 f"{checkpoint} is beyond the {total_steps} steps of this run. Increase --max_train_steps or "
                 "--num_epochs, or resume from an earlier checkpoint."
             )
+        return state["step"]
+
+    def load(self, checkpoint: Path) -> None:
+        """Restore all parts from a checkpoint that `check` has accepted; every process must call this.
+
+        Raises:
+            InputError: if a checkpoint of an earlier version, which has no digests, cannot be read.
+        """
+        state = load_state(checkpoint)
         try:
             for part in self.parts:
                 part.load(checkpoint, state)

@@ -28,10 +28,11 @@ class TrainedNetwork:
         network: the module.
         objective: called with the network as prepared by Accelerate (wrapped for several processes) and a
             `MicroBatch`; returns one `loss` for each sample, (B,), and further values to log, one for each sample, NaN
-            where there is none.
+            where there is none. They may differ between steps.
         optimizer: over the network's parameters.
-        lr_schedule: creates the learning-rate schedule from the optimizer and the number of optimizer steps.
+        lr_schedule: creates the learning-rate schedule from the optimizer and the number of its steps.
         name: prefix of its columns in metrics.csv; empty if the run trains one network.
+        first_step: the optimizer step, from 0, at which its training and its learning-rate schedule begin.
     """
 
     network: torch.nn.Module
@@ -39,6 +40,7 @@ class TrainedNetwork:
     optimizer: torch.optim.Optimizer
     lr_schedule: Callable[[torch.optim.Optimizer, int], LambdaLR]
     name: str = ""
+    first_step: int = 0
 
 
 @dataclass(kw_only=True)
@@ -58,6 +60,8 @@ class TrainingJob:
         final_samplers: likewise of the trained network, for the last step.
         labels: the class of each image in a sample grid, if there are classes.
         grid: arranges these images, in their order.
+        prepare: called in every process with the run folder before the first step, also when the run is resumed, while
+            the networks still have the weights with which training started.
         finish: called in the main process with the run folder and the number of steps once everything is saved; the
             final card includes what it adds to the folder and to `card`.
         monitor: reads the rows of metrics.csv as they are logged; returns a warning, or None.
@@ -74,6 +78,7 @@ class TrainingJob:
     final_samplers: dict[str, Sampler] = field(default_factory=dict)
     labels: list[int] | None = None
     grid: Callable[[list[Image.Image]], Image.Image] = image_grid
+    prepare: Callable[[RunFolder], None] = lambda folder: None
     finish: Callable[[RunFolder, int], None] = lambda folder, step: None
     monitor: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
     evaluation_monitor: Callable[[Evaluation, list[dict[str, float]]], str | None] = lambda evaluation, earlier: None

@@ -101,7 +101,7 @@ class Trainer:
             spec.network.train().to(memory_format=self.memory_format)
             if args.compile:
                 spec.network.compile()
-            lr_schedule = spec.lr_schedule(spec.optimizer, self.total_steps)
+            lr_schedule = spec.lr_schedule(spec.optimizer, self.total_steps - spec.first_step)
             self.networks.append(_Prepared(spec, *accelerator.prepare(spec.network, spec.optimizer, lr_schedule)))
         job.ema.prepare(accelerator)
 
@@ -168,19 +168,23 @@ class Trainer:
         self.folder.check_usable(resuming=bool(args.resume_from_checkpoint))  # another run may have ended meanwhile
         self.accelerator.wait_for_everyone()
         checkpoint = self.checkpoints.find(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
-        if checkpoint:
-            self.checkpoints.load(checkpoint, self.total_steps)
-            logger.info(f"Resuming from {checkpoint}, step {self.progress.step} of {self.total_steps}.")
+        step = self.checkpoints.check(checkpoint, self.total_steps) if checkpoint else 0
         if is_main:
             self.folder.remove_leftovers()
-            self.checkpoints.set_aside_damaged()
-            self.checkpoints.remove_after(self.progress.step)
         start_trackers(self.accelerator, args, {k: v for part in self.job.arguments for k, v in vars(part).items()})
+        self.progress.clock.start(self.plan.images_seen(step))
+        with self.progress.clock.paused():
+            if step < self.total_steps:
+                self.job.prepare(self.folder)
+            if checkpoint:
+                self.checkpoints.load(checkpoint)
+                logger.info(f"Resuming from {checkpoint}, step {step} of {self.total_steps}.")
         if is_main:
+            self.checkpoints.set_aside_damaged()
+            self.checkpoints.remove_after(step)
             self._write_config()
-            self.metrics = MetricsFile(self.folder.metrics, self.progress.step)
+            self.metrics = MetricsFile(self.folder.metrics, step)
         self.upload = BackgroundUpload(self.folder.path, self.repo_id) if self.repo_id else None
-        self.progress.clock.start(self.plan.images_seen(self.progress.step))
 
     def _run_steps(self) -> None:
         """Train to the last step, with everything that is due along the way.
@@ -245,6 +249,8 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         norms: dict[str, torch.Tensor] = {}
         for stream, network in enumerate(self.networks):
+            if step < network.spec.first_step:
+                continue
             model = network.model
             with _frozen(other.spec.network for other in self.networks if other is not network):
                 for i, batch in enumerate(global_batch):

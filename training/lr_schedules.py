@@ -10,6 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..core.errors import InputError
 from .arguments import LearningRateArguments
 
+_WARMUP_STEPS = 20  # of `two_stage_schedule`
+
 
 def lr_schedule(optimizer: Optimizer, total_steps: int, args: LearningRateArguments) -> LambdaLR:
     """Return the schedule of `--lr_scheduler` and `--lr_warmup_steps`.
@@ -38,6 +40,24 @@ def cosine_by_epoch(optimizer: Optimizer, total_steps: int, lowest: float, steps
         return (lowest + (peak - lowest) * (1 + math.cos(math.pi * progress)) / 2) / peak
 
     return LambdaLR(optimizer, [partial(factor, peak=group["lr"]) for group in optimizer.param_groups])
+
+
+def two_stage_schedule(
+    optimizer: Optimizer, total_steps: int, first_stage: int = 0, first_peak: float = 1.0
+) -> LambdaLR:
+    """Return a schedule of one or two stages, each a short warmup and, in its second half, a linear decay to zero.
+
+    Args:
+        first_stage: optimizer steps of the first stage, at most `total_steps`; 0 for the second stage alone.
+        first_peak: its peak learning rate, as a multiple of the optimizer's.
+    """
+
+    def factor(step: int) -> float:
+        start, stop, peak = (0, first_stage, first_peak) if step < first_stage else (first_stage, total_steps, 1.0)
+        decay = 2 * (stop - step) / max(1, stop - start)  # after the last step both can be 0
+        return peak * min(1.0, (step - start + 1) / _WARMUP_STEPS, decay)
+
+    return LambdaLR(optimizer, factor)
 
 
 def set_peak_rates(schedule: LambdaLR, rates: list[float]) -> None:

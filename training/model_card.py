@@ -3,7 +3,9 @@
 import os
 import re
 from dataclasses import asdict, dataclass, replace
+from math import isnan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -100,7 +102,11 @@ def collect_facts(
         processes=accelerator.num_processes,
         precision=describe_precision(accelerator),
         hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
-        losses={name: sum(row[name] for row in rows) / len(rows) for name in columns if name.endswith("loss")},
+        losses={
+            name: fmean(values)
+            for name in columns
+            if name.endswith("loss") and (values := [row[name] for row in rows if not isnan(row[name])])
+        },
         loss_steps=len(rows),
         seconds=progress.clock.total_seconds,
         waiting_share=progress.clock.waiting_share,

@@ -64,7 +64,7 @@ class DiscriminatorAccuracyMonitor:
     """Warns once when a discriminator ranks real images above generated ones almost always.
 
     Unlike its logits, which gradient penalties keep close to zero, its accuracy does not depend on their scale. The
-    monitor reads the column `d_accuracy`.
+    monitor reads the column `d_accuracy`, which steps without the discriminator do not have.
     """
 
     def __init__(self):
@@ -73,7 +73,7 @@ class DiscriminatorAccuracyMonitor:
 
     def __call__(self, rows: list[dict[str, float]]) -> str | None:
         """Read the newest rows of metrics.csv and return a warning, or None."""
-        self.accuracies.extend(row["d_accuracy"] for row in rows)
+        self.accuracies.extend(row["d_accuracy"] for row in rows if "d_accuracy" in row)
         if self.warned or len(self.accuracies) < _PATIENCE or fmean(self.accuracies) < _WON_ACCURACY:
             return None
         self.warned = True
@@ -111,7 +111,7 @@ class DiversityMonitor:
             if metric.value < min(_COLLAPSED_SHARE * best[key], best[key] - _COLLAPSED_DIFFERENCE):
                 return (
                     f"Since step {best['step']:.0f} {name} has fallen from {best[key]:.2f} to {metric.value:.2f}, so "
-                    "the samples have lost variety; a larger --reconstruction_weight or --gamma usually helps, and "
+                    "the samples have lost variety; a larger --distillation_weight or --gamma usually helps, and "
                     "best/ keeps the best pipeline so far."
                 )
         return None

@@ -20,6 +20,7 @@ class RunFolder:
         before_after: grids of samples before and after training, side by side.
         best: folder of the pipeline with the best evaluation.
         checkpoints: folder of the checkpoints.
+        teacher: samples of the start model that few-step fine-tuning learns from, while it runs.
         logs: folder of the trackers that write local files.
     """
 
@@ -33,6 +34,7 @@ class RunFolder:
         self.before_after = self.path / "before_after.png"
         self.best = self.path / "best"
         self.checkpoints = self.path / "checkpoints"
+        self.teacher = self.path / "teacher.safetensors"
         self.logs = self.path / "logs"
 
     def grid(self, step: int, name: str = "") -> Path:

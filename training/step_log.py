@@ -56,14 +56,14 @@ class StepLog:
         """
         if not self.pending:
             return []
-        table = torch.stack([torch.stack(list(step.sums.values())) for step in self.pending])
-        sums = self.accelerator.reduce(table, reduction="sum").tolist()
-        norms = torch.stack([torch.stack(list(step.norms.values())) for step in self.pending]).tolist()
+        sums = torch.stack([value for step in self.pending for value in step.sums.values()])
+        sums = iter(self.accelerator.reduce(sums, reduction="sum").tolist())
+        norms = iter(torch.stack([norm for step in self.pending for norm in step.norms.values()]).tolist())
         rows = []
-        for step, step_sums, step_norms in zip(self.pending, sums, norms, strict=True):
-            losses = dict(zip(step.sums, step_sums, strict=True))
-            row = step.row | losses | dict(zip(step.norms, step_norms, strict=True))
-            self._check_finite(row, step_norms)
+        for step in self.pending:  # each with its own columns
+            step_norms = {name: next(norms) for name in step.norms}
+            row = step.row | {name: next(sums) for name in step.sums} | step_norms
+            self._check_finite(row, list(step_norms.values()))
             rows.append(row)
         self.pending.clear()
         return rows

@@ -36,6 +36,26 @@ def test_every_image_has_its_row(batch_size):
     assert result.keys() == {"features", "classes"}
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_batches_are_aligned_and_can_run_in_threads(threads):
+    batches = []
+
+    def extract(images: range) -> dict[str, torch.Tensor]:
+        batches.append(images)
+        return Squares()(images)
+
+    result = extract_features(11, 4, extract, Accelerator(), offset=2, threads=threads)
+    assert sorted(batches, key=lambda images: images.start) == [range(0, 2), range(2, 6), range(6, 10), range(10, 11)]
+    assert result["features"].flatten().tolist() == [i * i for i in range(11)]
+
+
+def test_parts_with_another_offset_start_over(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(20, 6, Squares(batches=3), Accelerator(), tmp_path)
+    result = extract_features(20, 6, Squares(), Accelerator(), tmp_path, offset=4)
+    assert result["features"].flatten().tolist() == [i * i for i in range(20)]
+
+
 def test_an_interrupted_extraction_resumes_where_it_stopped(tmp_path):
     parts = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):

@@ -20,6 +20,7 @@ from ddgan.core.errors import InputError, RunError
 from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import ClassifierFeatures, weights_digest
+from ddgan.sampling import groups
 from ddgan.scripts import evaluate, generate
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
@@ -86,13 +87,22 @@ def test_a_few_step_pipeline_is_sampled_in_the_steps_it_was_trained_for(run, tmp
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_numbers_as_one(run, folders, tmp_path):
-    flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 22, "--batch_size", 4]
+    flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 22, "--seed", 20]  # groups of 12 and 10 samples
     one = run(*flags)
     defaults = ["--reference", folders["reference"], "--feature_extractor", folders["color"]]
     more = ["--cache_dir", tmp_path / "cache2", "--output", tmp_path / "two.json"]
     output = run_ranks(SCRIPT, *defaults, *more, *flags, output=tmp_path / "output.txt")
     assert values(json.loads((tmp_path / "two.json").read_text())) == values(one)
     assert output.count("all metrics") == 1
+
+
+def test_the_number_of_threads_does_not_change_the_numbers(run, folders, tmp_path, two_threads, capsys):
+    flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 22, "--seed", 20, "--batch_size", 8]
+    two = run(*flags)
+    assert "images per second" in capsys.readouterr().out
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert values(run(*flags, "--cache_dir", tmp_path / "cache2")) == values(two)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
@@ -110,34 +120,38 @@ def test_the_order_of_the_images_does_not_change_the_numbers(run, folders, tmp_p
     assert reversed_values == pytest.approx(values(run("--images", folders["samples"])), rel=1e-6)
 
 
-def test_an_interrupted_evaluation_resumes(run, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "PART_IMAGES", 4)
-    flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 20, "--batch_size", 2]
-    whole, seeds_seen, sample = values(run(*flags)), [], command.sample
-
-    def stops(pipe, seeds, *rest):
-        if len(seeds_seen) > 12:
-            raise KeyboardInterrupt
-        seeds_seen.extend(seeds)
-        return sample(pipe, seeds, *rest)
-
-    monkeypatch.setattr(command, "sample", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run(*flags)
-    seeds_seen.clear()
-    assert values(run(*flags)) == whole
-    assert seeds_seen == [0, *range(12, 20)]  # the first sample determines the size
-    assert not list((tmp_path / "cache").glob("*.parts"))
-
-
 @pytest.fixture
 def sampled(monkeypatch) -> list[int]:
-    """The seeds of generated samples."""
+    """The seeds of generated samples; a group of 8x8 images has 32."""
     seeds_seen, sample = [], command.sample
-    monkeypatch.setattr(
-        command, "sample", lambda pipe, seeds, *rest: seeds_seen.extend(seeds) or sample(pipe, seeds, *rest)
-    )
+
+    def recorded(pipe, seeds, *rest, **options):
+        seeds_seen.extend(seeds)
+        return sample(pipe, seeds, *rest, **options)
+
+    for module in (command, groups):
+        monkeypatch.setattr(module, "sample", recorded)
     return seeds_seen
+
+
+def test_an_interrupted_evaluation_resumes(run, folders, tmp_path, monkeypatch, sampled):
+    monkeypatch.setattr(features, "PART_IMAGES", 4)
+    flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 70, "--seed", 20]
+    whole = values(run(*flags))
+
+    def stops(pipe, seeds, *rest):
+        if seeds[0] == 64:
+            raise KeyboardInterrupt
+        return sample(pipe, seeds, *rest)
+
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        sample = groups.sample
+        patches.setattr(groups, "sample", stops)
+        run(*flags)
+    sampled.clear()
+    assert values(run(*flags)) == whole
+    assert sampled == [20, *range(64, 96)]  # the first sample determines the size
+    assert not list((tmp_path / "cache").glob("*.parts"))
 
 
 def stopped(*_args, **_more):
@@ -395,14 +409,7 @@ def test_stacked_digits_are_classified_channel_by_channel(run, folders):
 
 
 def test_modes_of_stacked_digits_are_counted_in_as_many_samples_as_in_the_paper(run, folders, monkeypatch, capsys):
-    sample = command.sample
-
-    def stops(pipe, seeds, *rest):
-        if seeds != [0]:
-            stopped()
-        return sample(pipe, seeds, *rest)
-
-    monkeypatch.setattr(command, "sample", stops)
+    monkeypatch.setattr(groups, "sample", stopped)
     for flags, count in ((["--stacked_mnist", "--classifier", folders["gray"]], 25_600), ([], 10_000)):
         with pytest.raises(KeyboardInterrupt):
             run("--pipeline", folders["model"], *SHORT, *flags)

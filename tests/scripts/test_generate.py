@@ -36,16 +36,20 @@ def whole(tiny_model, tmp_path) -> Path:
     return tmp_path / "whole"
 
 
-def test_every_image_has_its_own_seed(tiny_model, whole, tmp_path):
+def test_every_image_has_its_own_seed(tiny_model, whole, tmp_path, capsys):
     assert sorted(images(whole)) == [f"{i:06d}.png" for i in range(7)]
     assert len(set(images(whole).values())) == 7
     generate.main(flags(tiny_model, tmp_path / "later", "--seed", 4, "--num_images", 2))
     assert list(images(tmp_path / "later").values()) == [images(whole)[f"{i:06d}.png"] for i in (4, 5)]
+    assert "2 images: " in (printed := capsys.readouterr().out) and " images per second)" in printed
 
 
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory) -> Path:
-    """A network whose rounding depends on batch size, threads and memory alignment, because its sums are long."""
+    """A network whose rounding depends on batch size, threads and memory alignment, because its sums are long.
+
+    It generates images in groups of 16.
+    """
     folder = tmp_path_factory.mktemp("models") / "wide"
     DDPMPipeline(tiny_unet(sample_size=32, block_out_channels=(64, 128)), DDPMScheduler()).save_pretrained(folder)
     return folder
@@ -53,21 +57,28 @@ def wide_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wide_images(wide_model, tmp_path_factory) -> dict[str, bytes]:
+    """Images of two groups: four of the first and three of the second."""
     output = tmp_path_factory.mktemp("wide") / "whole"
-    generate.main(flags(wide_model, output))
+    generate.main(flags(wide_model, output, "--seed", 12))
     return images(output)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
-def test_files_do_not_depend_on_the_batch_size(wide_model, wide_images, tmp_path, batch_size):
-    generate.main(flags(wide_model, tmp_path, "--batch_size", batch_size))
-    assert images(tmp_path) == wide_images
+def test_files_depend_only_on_their_seeds(wide_model, wide_images, two_threads, tmp_path):
+    more = ("--seed", 14, "--num_images", 3, "--batch_size", 3)
+    generate.main(flags(wide_model, tmp_path, *more))
+    assert list(images(tmp_path).values()) == [wide_images[f"{i:06d}.png"] for i in (2, 3, 4)]
+    assert torch.get_num_threads() == 2
+
+
+def test_an_error_in_a_thread_is_reported(tiny_model, two_threads, tmp_path):
+    with pytest.raises(InputError, match="1000"):
+        generate.main(flags(tiny_model, tmp_path, "--num_images", 99, "--num_inference_steps", 1001))
 
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_files_as_one(wide_model, wide_images, tmp_path):
     output = tmp_path / "two"
-    more = ("--grid", "--intermediates", 2)
+    more = ("--seed", 12, "--grid", "--intermediates", 2)
     printed = run_ranks(SCRIPT, *flags(wide_model, output, *more), output=tmp_path / "output.txt")
     assert images(output) == wide_images
     assert printed.count(str(output / "images")) == 1
@@ -322,6 +333,7 @@ def test_grid_and_intermediates_are_saved_next_to_the_images(tiny_model, whole, 
     ]
     printed = capsys.readouterr().out
     assert all(str(whole / name) in printed for name in ("images", "grid.png", "intermediates.png"))
+    assert "images per second" not in printed  # all existed
     grid, strip = Image.open(whole / "grid.png"), Image.open(whole / "intermediates.png")
     first = Image.open(whole / "images" / "000000.png").resize((96, 96), Image.Resampling.NEAREST)
     assert grid.crop((4, 4, 100, 100)).tobytes() == first.tobytes()

@@ -234,7 +234,7 @@ def test_the_best_pipeline_is_kept_and_scripts_evaluate_finds_its_numbers(run, i
     values = {
         name: entry["value"] for name, entry in json.loads((run / "evaluation.json").read_text())["metrics"].items()
     }
-    assert values == pytest.approx(evaluated(run)[best], rel=1e-2, abs=1e-3)  # these are generated one by one
+    assert values == pytest.approx(evaluated(run)[best], rel=1e-2, abs=1e-3)  # in batches of another size
     assert values["fid@13"] != pytest.approx(fids[6], rel=0.05)
     assert len(list(cache.glob("thirteen-*.safetensors"))) == 1, "the reference was measured twice"
 

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 
 from ddgan import ClassConditionedUnet, UNetDiscriminator
+from ddgan.training.lr_schedules import two_stage_schedule
 from ddgan.training.objectives.few_step import (
     CLEAN,
     DiscriminatorObjective,
     FewStepProcess,
     FewStepSetup,
     GeneratorObjective,
+    TeacherSamples,
     Transition,
 )
 from ddgan.training.objectives.micro_batch import MicroBatch
@@ -43,11 +44,20 @@ def tiny_setup(step_counts=(4, 1), **changes):
     return FewStepSetup(generator, discriminator, process, **changes)
 
 
-def samples(keys=range(8), channels=3, labels=None):
+def samples(keys=range(8), channels=3, labels=None, step=0):
     images = torch.rand(8, channels, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     keys = list(keys)
     labels = labels if labels is None else labels[keys]
-    return MicroBatch(images[keys], labels, PerSampleRNG(keys, torch.device("cpu")), 0)
+    return MicroBatch(images[keys], labels, PerSampleRNG(keys, torch.device("cpu")), step)
+
+
+def generator_objective(setup, distillation_steps=0, distillation_weight=0.5):
+    """The objective with a random teacher of five samples."""
+    objective = GeneratorObjective(setup, distillation_steps, distillation_weight)
+    timesteps = setup.process.timesteps
+    images = torch.randn(5, len(timesteps) + 1, 3, 8, 8, generator=torch.Generator().manual_seed(2)).half()
+    objective.teacher = TeacherSamples(timesteps, images[:, :-1], images[:, -1])
+    return objective
 
 
 @pytest.mark.parametrize(
@@ -94,11 +104,11 @@ def test_true_image_gives_the_forward_process_at_the_next_level():
 
 @pytest.mark.parametrize("objective", ["discriminator", "generator"])
 def test_loss_of_a_sample_does_not_depend_on_its_micro_batch(objective):
-    setup = tiny_setup(augment=("translation", "color"))
+    setup = tiny_setup()
     if objective == "discriminator":
         network, compute = setup.discriminator, DiscriminatorObjective(setup, gamma=0.1)
     else:
-        network, compute = setup.generator, GeneratorObjective(setup, 0.5)
+        network, compute = setup.generator, generator_objective(setup)
     whole = compute(network, samples())
     parts = [compute(network, samples(keys)) for keys in (range(3), range(3, 8))]
     for name, values in whole.items():
@@ -113,7 +123,7 @@ def test_gradients_reach_only_the_network_that_is_trained():
     assert all(p.grad is not None for p in setup.discriminator.parameters())
     setup.discriminator.zero_grad()
     setup.discriminator.requires_grad_(False)
-    GeneratorObjective(setup, 0.5)(setup.generator, samples())["loss"].mean().backward()
+    generator_objective(setup)(setup.generator, samples())["loss"].mean().backward()
     assert all(p.grad is not None for p in setup.generator.parameters())
     assert all(p.grad is None for p in setup.discriminator.parameters())
 
@@ -154,39 +164,60 @@ def test_accuracy_is_the_share_of_real_images_with_the_higher_logit():
     assert value["accuracy"].tolist() == (value["real"] > value["fake"]).float().tolist()
 
 
-def test_generator_is_drawn_to_its_image_but_not_from_noise_alone():
-    setup = tiny_setup(step_counts=[1])
-    values = GeneratorObjective(setup, 0.5)(setup.generator, samples())
-    assert not values["reconstruction"].any()
-    torch.testing.assert_close(values["loss"], values["adversarial"])
+@pytest.mark.parametrize(
+    ("step", "weight", "parts"),
+    [
+        (1, 0.5, {"distillation": 1.0}),
+        (1, 0.0, {"distillation": 1.0}),
+        (2, 0.5, {"distillation": 0.5, "adversarial": 1.0}),
+        (2, 0.0, {"adversarial": 1.0}),
+    ],
+)
+def test_the_generator_is_distilled_alone_and_then_trained_with_both_losses(step, weight, parts):
+    setup = tiny_setup()
+    calls = []
+    setup.generator.register_forward_hook(lambda *args: calls.append(args))
+    values = generator_objective(setup, 2, weight)(setup.generator, samples(step=step))
+    assert values.keys() == {"loss", *parts}
+    torch.testing.assert_close(values["loss"], sum(weight * values[name] for name, weight in parts.items()))
+    assert len(calls) == 1  # DistributedDataParallel needs a single call
 
+
+def test_distillation_is_the_distance_to_the_image_that_the_noisy_image_leads_to():
     setup = tiny_setup(step_counts=[4])
-    values = GeneratorObjective(setup, 0.5)(setup.generator, samples())
-    batch = samples()
-    transition = setup.transition(batch)
-    image, _ = setup.generate(setup.generator, batch, transition, {})
-    share = torch.where(transition.t == 999, 0, scheduler().alphas_cumprod[transition.t])
-    distance = F.mse_loss(image, batch.images, reduction="none").mean((1, 2, 3))
-    assert 0 < (share == 0).sum() < 8
-    torch.testing.assert_close(values["reconstruction"], share * distance)
-    torch.testing.assert_close(values["loss"], values["adversarial"] + 0.5 * share * distance)
+    objective = generator_objective(setup, 1)
+    noisy, target = objective.teacher.draw(samples())
+    image = setup.process.predicted_image(setup.generator(noisy.images, noisy.t).sample, noisy.images, noisy.t)
+    expected = (image - target).square().mean((1, 2, 3))
+    torch.testing.assert_close(objective(setup.generator, samples())["distillation"], expected)
 
 
-def test_conversion_is_regression_to_v():
-    setup = tiny_setup(step_counts=[4])
-    objective = GeneratorObjective(setup, 0.5, conversion_steps=3)
-    seen = []
-    setup.generator.register_forward_hook(lambda module, args, output: seen.append((*args, output[0])))
-    first = objective(setup.generator, samples())
-    assert first["adversarial"].isnan().all()
-    noisier, t, v = seen[0]
-    signal = scheduler().alphas_cumprod[t][:, None, None, None]
-    target = (signal.sqrt() * noisier - samples().images) / (1 - signal).sqrt()
-    squares = (v - target).square().mean((1, 2, 3))
-    torch.testing.assert_close(first["loss"], squares, rtol=1e-3, atol=0)  # alphas_cumprod[999] = 4e-5 is left out
-    last = samples()
-    last.step = 3
-    assert objective(setup.generator, last)["adversarial"].isfinite().all()
+def test_each_sample_of_a_teacher_is_drawn_with_its_timestep_and_class():
+    timesteps = torch.tensor([999, 499])
+    images = 10.0 * torch.arange(6)[:, None, None, None]
+    noisy = images[:, None] + torch.arange(2)[:, None, None, None]
+    teacher = TeacherSamples(timesteps, noisy.half(), images.half(), torch.arange(6))
+    (drawn, t, conditions), target = teacher.draw(samples())
+    assert torch.equal(10 * conditions["class_labels"], target.flatten())
+    assert torch.equal(timesteps[(drawn - target).flatten().long()], t)
+    assert len(t.unique()) == 2 and len(target.unique()) > 2
+    assert drawn.dtype == target.dtype == torch.float32
+
+
+def test_each_stage_has_a_warmup_and_a_decay_to_zero():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5)
+    schedule = two_stage_schedule(optimizer, 300, first_stage=100, first_peak=4.0)
+    rates = []
+    for _ in range(300):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    for start, stop, peak in ((0, 100, 2.0), (100, 300, 0.5)):
+        stage = torch.tensor(rates[start:stop]) / peak
+        length, middle = stop - start, (stop - start) // 2
+        torch.testing.assert_close(stage[:20], torch.arange(1, 21) / 20)
+        assert (stage[20:middle] == 1).all()
+        torch.testing.assert_close(stage[middle:], torch.arange(middle, 0, -1) * 2 / length)
 
 
 def test_noisiest_image_is_noise_alone():
@@ -201,33 +232,16 @@ def test_instance_noise_is_for_clean_images_only_and_independent():
     setup = tiny_setup(instance_noise=1.0)
     s = torch.tensor([CLEAN, 249, CLEAN, 499, 749, CLEAN, CLEAN, CLEAN])
     batch = samples()
-    timesteps, first, second = setup.prepare(batch, s, batch.images, batch.images)
+    timesteps, first, second = setup.add_instance_noise(batch, s, batch.images, batch.images)
     clean = s == CLEAN
     assert torch.equal(timesteps[~clean], s[~clean])
     assert torch.equal(first[~clean], batch.images[~clean])
     assert (timesteps[clean] < 250).all()
     assert not (first[clean] == second[clean]).any()
 
-    timesteps, image = tiny_setup(instance_noise=0.0).prepare(samples(), s, batch.images)
+    timesteps, image = tiny_setup(instance_noise=0.0).add_instance_noise(samples(), s, batch.images)
     assert torch.equal(timesteps, s.clamp(min=0))
     assert torch.equal(image, batch.images)
-
-
-def test_real_and_generated_images_are_augmented_alike():
-    setup = tiny_setup(instance_noise=0.0, augment=("color", "cutout"))
-    batch = samples()
-    _, first, second = setup.prepare(batch, torch.full((8,), CLEAN), batch.images, batch.images)
-    assert torch.equal(first, second)
-    assert not torch.equal(first, batch.images)
-
-
-def test_learned_variance_is_left_out():
-    setup = tiny_setup(step_counts=[1])
-    setup.generator = UNet2DModel(**TINY, out_channels=6)
-    GeneratorObjective(setup, 0.5)(setup.generator, samples())["loss"].mean().backward()
-    gradient = setup.generator.conv_out.weight.grad
-    assert gradient[:3].any()
-    assert not gradient[3:].any()
 
 
 def test_both_networks_get_the_same_classes_and_the_null_class_at_its_rate():

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from ...models.discriminator_unet import UNetDiscriminator
-from ..augmentation import DifferentiableAugmentation
 from .micro_batch import MicroBatch
 
 CLEAN = -1  # the timestep of images without noise
@@ -24,6 +23,14 @@ class Transition(NamedTuple):
     noisier: torch.Tensor
 
 
+class NoisyImages(NamedTuple):
+    """Inputs of the generator: images x_t, (B, C, H, W), their timesteps, (B,), and labels as keyword arguments."""
+
+    images: torch.Tensor
+    t: torch.Tensor
+    conditions: dict[str, torch.Tensor]
+
+
 class FewStepProcess:
     """The transitions of samplers that take a few steps of q(x_s | x_t, x_0) along a DDPM noise process.
 
@@ -33,6 +40,11 @@ class FewStepProcess:
     Args:
         scheduler: the noise process, the spacing of timesteps, and what the network predicts.
         step_counts: numbers of steps of the samplers, each at most `num_train_timesteps`.
+
+    Attributes:
+        top: the noisiest timestep of the noise process.
+        transitions: the timesteps before and after each step, (number of steps, 2).
+        timesteps: the timesteps at which steps begin, noisiest first.
     """
 
     def __init__(self, scheduler: DDPMScheduler, step_counts: Sequence[int]):
@@ -45,6 +57,7 @@ class FewStepProcess:
             timesteps = [*scheduler.timesteps.tolist(), CLEAN]
             transitions += pairwise(timesteps)
         self.transitions = torch.tensor(transitions)
+        self.timesteps = self.transitions[:, 0].unique().flip(0)
 
     def add_noise(self, images: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """sqrt(alphas_cumprod) images + sqrt(1 - alphas_cumprod) noise; the images themselves at `CLEAN`."""
@@ -68,16 +81,41 @@ class FewStepProcess:
         mean = mean + _scale(alpha.sqrt() * (1 - signal_s) / (1 - signal_t), transition.noisier)
         return mean + _scale(((1 - signal_s) / (1 - signal_t) * (1 - alpha)).sqrt(), noise)
 
-    def signal(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the image's share of the variance of x_t, (B,) in float32.
-
-        That is alphas_cumprod, and 0 at the noisiest timestep, where samplers begin with noise alone.
-        """
-        return self._alphas_cumprod(timesteps).float().masked_fill(timesteps == self.top, 0)
+    def deterministic_step(
+        self, image: torch.Tensor, noisier: torch.Tensor, t: torch.Tensor, s: torch.Tensor
+    ) -> torch.Tensor:
+        """x_s with the same noise as in x_t, equation (12) of arXiv 2010.02502 for sigma = 0."""
+        signal_t, signal_s = self._alphas_cumprod(t), self._alphas_cumprod(s)
+        noise = _scale((1 - signal_t).rsqrt(), noisier) - _scale((signal_t / (1 - signal_t)).sqrt(), image)
+        return _scale(signal_s.sqrt(), image) + _scale((1 - signal_s).sqrt(), noise)
 
     def _alphas_cumprod(self, timesteps: torch.Tensor) -> torch.Tensor:
         table = torch.cat([self.alphas_cumprod, torch.ones_like(self.alphas_cumprod[:1])])  # the last is CLEAN's
         return table.to(timesteps.device)[timesteps]
+
+
+class TeacherSamples:
+    """Images that a pretrained network generated, and the noisy images that its deterministic sampler went through.
+
+    Args:
+        timesteps: the timesteps at which the steps of the few-step sampler begin, (L,).
+        noisy: the noisy images at these timesteps, (N, L, C, H, W).
+        images: the images that they lead to, (N, C, H, W) in [-1, 1].
+        labels: their classes, (N,), if there are any.
+    """
+
+    def __init__(
+        self, timesteps: torch.Tensor, noisy: torch.Tensor, images: torch.Tensor, labels: torch.Tensor | None = None
+    ):
+        self.timesteps, self.noisy, self.images, self.labels = timesteps, noisy, images, labels
+
+    def draw(self, samples: MicroBatch) -> tuple[NoisyImages, torch.Tensor]:
+        """Return, for each sample of a micro-batch, a random noisy image and the image that it leads to."""
+        rng, device = samples.rng, samples.images.device
+        i, level = rng.integers(len(self.images)).cpu(), rng.integers(len(self.timesteps)).cpu()
+        noisy, images = self.noisy[i, level].to(device).float(), self.images[i].to(device).float()
+        conditions = {} if self.labels is None else {"class_labels": self.labels[i].to(device)}
+        return NoisyImages(noisy, self.timesteps[level].to(device), conditions), images
 
 
 @dataclass
@@ -86,9 +124,8 @@ class FewStepSetup:
 
     Args:
         generator: the pretrained network.
-        discriminator: classifies images at a noise level as real or generated.
+        discriminator: classifies images at a noise level as real or generated; None in a run of distillation alone.
         process: the transitions to learn.
-        augment: names of the differentiable augmentations of the discriminator's inputs.
         instance_noise: probability that the discriminator gets clean images with noise of a timestep in the lowest
             quarter, so that it cannot rely on fine details too early (arXiv 2405.14867).
         null_class: label of the null class, if the network has one.
@@ -96,9 +133,8 @@ class FewStepSetup:
     """
 
     generator: torch.nn.Module
-    discriminator: UNetDiscriminator
+    discriminator: UNetDiscriminator | None
     process: FewStepProcess
-    augment: Sequence[str] = ()
     instance_noise: float = 0.5
     null_class: int | None = None
     class_dropout: float = 0.0
@@ -120,26 +156,27 @@ class FewStepSetup:
         noisier = self.process.add_noise(samples.images, t, noise)
         return Transition(t, s, torch.where(_per_image(t == self.process.top), noise, noisier))
 
-    def generate(
-        self, generator: torch.nn.Module, samples: MicroBatch, transition: Transition, conditions: dict
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image that the generator predicts, and x_s given that image."""
-        output = generator(transition.noisier, transition.t, **conditions, return_dict=False)[0].float()
-        output = output[:, : samples.images.shape[1]]  # without a learned variance
-        image = self.process.predicted_image(output, transition.noisier, transition.t)
-        noise = samples.rng.normal(*image.shape[1:])
-        return image, self.process.posterior_sample(image, transition, noise)
+    def predict(self, generator: torch.nn.Module, *inputs: NoisyImages) -> list[torch.Tensor]:
+        """Return the images that the generator predicts for each of the inputs, in a single call of it."""
+        noisy, t = torch.cat([part.images for part in inputs]), torch.cat([part.t for part in inputs])
+        conditions = {name: torch.cat([part.conditions[name] for part in inputs]) for name in inputs[0].conditions}
+        output = generator(noisy, t, **conditions, return_dict=False)[0].float()
+        images = self.process.predicted_image(output, noisy, t)
+        return list(images.split([len(part.images) for part in inputs]))
+
+    def less_noisy(self, samples: MicroBatch, image: torch.Tensor, transition: Transition) -> torch.Tensor:
+        """Return x_s given the predicted image."""
+        return self.process.posterior_sample(image, transition, samples.rng.normal(*image.shape[1:]))
 
     def real(self, samples: MicroBatch, transition: Transition) -> torch.Tensor:
         """Return x_s of the forward process."""
         return self.process.add_noise(samples.images, transition.s, samples.rng.normal(*samples.images.shape[1:]))
 
-    def prepare(self, samples: MicroBatch, s: torch.Tensor, *images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return timesteps and images for the discriminator: augmented alike, with independent instance noise."""
+    def add_instance_noise(
+        self, samples: MicroBatch, s: torch.Tensor, *images: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return timesteps and images for the discriminator; clean images may get noise, independent of each other."""
         rng, shape = samples.rng, images[0].shape[1:]
-        if self.augment:
-            augment = DifferentiableAugmentation(self.augment, rng, *shape[1:])
-            images = tuple(augment(part) for part in images)
         noised = (rng.uniform() < self.instance_noise) & (s == CLEAN)
         timesteps = torch.where(noised, rng.integers((self.process.top + 1) // 4), s)
         images = tuple(
@@ -173,8 +210,10 @@ class DiscriminatorObjective:
         conditions = setup.conditions(samples)
         transition = setup.transition(samples)
         with torch.no_grad():
-            _, generated = setup.generate(setup.generator, samples, transition, conditions)
-        timesteps, real, fake = setup.prepare(samples, transition.s, setup.real(samples, transition), generated)
+            (image,) = setup.predict(setup.generator, NoisyImages(transition.noisier, transition.t, conditions))
+            generated = setup.less_noisy(samples, image, transition)
+        real = setup.real(samples, transition)
+        timesteps, real, fake = setup.add_instance_noise(samples, transition.s, real, generated)
         noise = [self.step * samples.rng.normal(*real.shape[1:]) for _ in range(2)]
         images = torch.cat([real, fake, real + noise[0], fake + noise[1]])
         conditions = {name: labels.repeat(4) for name, labels in conditions.items()}
@@ -187,39 +226,53 @@ class DiscriminatorObjective:
 
 
 class GeneratorObjective:
-    """softplus(-D(generated)), and the distance of the predicted image to the one that x_t was made from.
+    """First distillation alone, then the sum of softplus(-D(generated)) and the weighted distillation loss.
 
-    The distance is weighted by the share of that image in x_t, and left out where x_t is noise alone.
-
-    A network that has predicted the noise so far first learns to predict v (arXiv 2202.00512), by regression at the
-    timesteps of the transitions: at high noise levels x_0 computed from the predicted noise multiplies its error, by
-    157 at the last timestep of DDPM's schedule.
+    The distillation loss is the mean squared distance between the predicted image and the one that the deterministic
+    sampler of the pretrained network reaches from the same noisy image (arXiv 2101.02388). It does not depend on what
+    that network predicts, so a network that predicted the noise learns to predict v (arXiv 2202.00512) on the way: at
+    high noise levels x_0 computed from the noise multiplies its error, by 157 at the last timestep of DDPM's schedule.
 
     Args:
-        reconstruction_weight: weight of the mean squared distance.
-        conversion_steps: optimizer steps of that regression, before the adversarial ones.
+        distillation_steps: optimizer steps of distillation alone.
+        distillation_weight: weight of its loss in the steps after them.
+
+    Attributes:
+        teacher: samples of the pretrained network, to be set before the first step that needs them.
     """
 
-    def __init__(self, setup: FewStepSetup, reconstruction_weight: float, conversion_steps: int = 0):
-        self.setup, self.reconstruction_weight = setup, reconstruction_weight
-        self.conversion_steps = conversion_steps
+    teacher: TeacherSamples | None = None
+
+    def __init__(self, setup: FewStepSetup, distillation_steps: int, distillation_weight: float):
+        self.setup = setup
+        self.distillation_steps, self.distillation_weight = distillation_steps, distillation_weight
 
     def __call__(self, generator: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
-        """`loss` and its parts, `adversarial` (NaN in the regression) and `reconstruction`, each (B,)."""
-        setup = self.setup
-        conditions = setup.conditions(samples)
-        transition = setup.transition(samples)
-        image, generated = setup.generate(generator, samples, transition, conditions)
-        distance = (image - samples.images).square().mean(dim=(1, 2, 3))
-        signal = setup.process.signal(transition.t)
-        if samples.step < self.conversion_steps:
-            loss = distance / (1 - signal)  # the mean squared error of v
-            return {"loss": loss, "adversarial": torch.full_like(loss, torch.nan), "reconstruction": loss.detach()}
-        timesteps, generated = setup.prepare(samples, transition.s, generated)
-        adversarial = F.softplus(-setup.discriminator(generated, timesteps, **conditions).float()).mean(1)
-        reconstruction = signal * distance
-        loss = adversarial + self.reconstruction_weight * reconstruction
-        return {"loss": loss, "adversarial": adversarial, "reconstruction": reconstruction}
+        """`loss` and those of its parts that this step has, `distillation` and `adversarial`, each (B,)."""
+        setup, is_adversarial = self.setup, samples.step >= self.distillation_steps
+        weight = self.distillation_weight if is_adversarial else 1.0
+        inputs, targets, transition, conditions = [], None, None, {}
+        if weight:
+            assert self.teacher is not None
+            noisy, targets = self.teacher.draw(samples)
+            inputs.append(noisy)
+        if is_adversarial:
+            transition, conditions = setup.transition(samples), setup.conditions(samples)
+            inputs.append(NoisyImages(transition.noisier, transition.t, conditions))
+        images = setup.predict(generator, *inputs)  # in a single call, as DistributedDataParallel requires
+
+        values = {"loss": samples.images.new_zeros(len(samples.images))}
+        if targets is not None:
+            values["distillation"] = (images[0] - targets).square().mean(dim=(1, 2, 3))
+            values["loss"] = values["loss"] + weight * values["distillation"]
+        if transition is not None:
+            assert setup.discriminator is not None
+            generated = setup.less_noisy(samples, images[-1], transition)
+            timesteps, generated = setup.add_instance_noise(samples, transition.s, generated)
+            logits = setup.discriminator(generated, timesteps, **conditions).float()
+            values["adversarial"] = F.softplus(-logits).mean(1)
+            values["loss"] = values["loss"] + values["adversarial"]
+        return values
 
 
 def _per_image(values: torch.Tensor) -> torch.Tensor:

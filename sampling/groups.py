@@ -1,0 +1,96 @@
+"""Generate images in groups of seeds, so that an image depends only on its seed.
+
+The rounding of a network's arithmetic depends on the size of the batch, but not on what else is in the batch. Images
+are therefore generated in batches of a fixed size, in which each seed has a fixed place: with groups of 16, seed 37 is
+always number 5 of the seeds 32 to 47. On a CPU each group is computed on one thread, and several groups at a time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from .generation import sample
+from .loading import with_own_scheduler
+
+# On a CPU the time per image is nearly constant from batches of this many pixels on, see benchmarks/README.md.
+GROUP_PIXELS = 2**14
+MAX_GROUP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class GroupSampler:
+    """Generates images in groups of seeds; several threads can call it at the same time.
+
+    The parameters of the pipeline's networks are frozen.
+
+    Attributes:
+        pipe: The pipeline.
+        size: Number of images in a group.
+        seed: Seed of image 0; image i has the seed `seed` + i.
+        num_inference_steps: As for `sample`.
+        class_labels: Classes of the images, used in turn: image i has the class `class_labels[i % len(class_labels)]`.
+        options: Further arguments, as for `sample`.
+    """
+
+    pipe: DiffusionPipeline
+    size: int
+    seed: int = 0
+    num_inference_steps: int | None = None
+    class_labels: Sequence[int | str] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        # guided sampling freezes the network for the time of a call, which would affect the other threads
+        for component in self.pipe.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.requires_grad_(False)
+
+    @property
+    def offset(self) -> int:
+        """The position of image 0 in its group."""
+        return self.seed % self.size
+
+    def class_label(self, i: int) -> int | str | None:
+        """Return the class of image i."""
+        return self.class_labels[i % len(self.class_labels)] if self.class_labels else None
+
+    def __call__(self, indices: Sequence[int]) -> list[Image.Image]:
+        """Generate images of one group; its other images are generated, too, and discarded."""
+        start = indices[0] - (self.seed + indices[0]) % self.size
+        group = range(start, start + self.size)
+        labels: Any = [self.class_label(i) for i in group] if self.class_labels else None
+        pipe = with_own_scheduler(self.pipe)
+        images = sample(pipe, [self.seed + i for i in group], self.num_inference_steps, labels, **self.options)
+        return [images[i - start] for i in indices]
+
+
+def split_into_groups(count: int, size: int, offset: int = 0) -> list[range]:
+    """Split the indices 0 .. count-1 into groups of which all but the first and the last have `size` indices.
+
+    Args:
+        count: Number of indices.
+        size: Size of a group.
+        offset: Position of index 0 in the first group, less than `size`.
+    """
+    return [range(max(start, 0), min(start + size, count)) for start in range(-offset, count, size)]
+
+
+def group_size(pipe: DiffusionPipeline, batch_size: int) -> int:
+    """Return the size of a group: `batch_size` on an accelerator, on a CPU a power of two fixed by the image size.
+
+    On a CPU, large images take as long in a batch as one by one, so their groups have one image. So do those of
+    pipelines with further networks, such as a VAE.
+    """
+    if pipe.device.type != "cpu":
+        return batch_size
+    networks = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+    sizes = [getattr(network, "config", {}).get("sample_size") for network in networks]
+    if len(sizes) != 1 or not sizes[0]:
+        return 1
+    height, width = (sizes[0], sizes[0]) if isinstance(sizes[0], int) else sizes[0]
+    fitting = min(MAX_GROUP_SIZE, GROUP_PIXELS // (height * width))
+    return 1 << max(0, fitting.bit_length() - 1)
