@@ -204,7 +204,9 @@ def test_config_overrides_a_recipe_and_flags_both(tmp_path):
         arguments("--recipe", "slow")
 
 
-def test_a_flag_overrides_its_alternatives_in_a_file(tmp_path):
+def test_a_flag_overrides_its_alternatives_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
     (tmp_path / "mine.yaml").write_text(
         "image_size: 16\nmax_train_steps: 9\ntrain_data_dir: mine\nmixed_precision: no\n"
     )

@@ -257,6 +257,7 @@ def test_half_precision_that_overflows_at_every_scale_ends_in_a_clear_error(trai
 
 def test_a_run_folder_cannot_shadow_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
     with pytest.raises(InputError, match="import a folder of that name here instead of this package"):
         train_ddgan.main(["--train_data_dir", "images", "--output_dir", "ddgan"])
     assert DDGANRunArguments().output_dir != "ddgan"
