@@ -23,10 +23,10 @@ help:
 	@touch $@
 
 demo: .venv/installed
-	$(BIN)/python finetune_model.py --resume_from_checkpoint latest
+	$(BIN)/ddgan demo
 
 demo-few-step: demo
-	$(BIN)/python finetune_few_step.py --config examples/recipes/few_step_demo.yaml --resume_from_checkpoint latest
+	$(BIN)/ddgan few-step --config examples/recipes/few_step_demo.yaml --resume_from_checkpoint latest
 
 models: .venv/installed
 	$(BIN)/python examples/models/save_models.py

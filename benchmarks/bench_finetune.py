@@ -23,12 +23,13 @@ from common import DEVICE, hardware, peak_memory, run_in_subprocess, synchronize
 from datasets import load_dataset
 
 from ddgan import finetune_model
+from ddgan.core.locations import EXAMPLES
 from ddgan.data.sources import EMBEDDED_DATASET
 from ddgan.sampling.loading import load_pipeline
 from ddgan.training import session
 from ddgan.training.loop import Trainer
 
-UNTRAINED = finetune_model.EMBEDDED_MODEL / "recipe" / "untrained.py"
+UNTRAINED = EXAMPLES / "models" / "noto-emoji-32" / "recipe" / "untrained.py"
 BATCH_SIZE = 16
 WARM_UP = 50  # untimed steps: more than an epoch, since its short last batch is compiled again
 PLAIN, LOOP, NO_EMA = "plain loop", "this loop", "--ema_decay 0"

@@ -10,7 +10,7 @@ from .errors import InputError
 
 # settings of `accelerate config` that no command supports, as environment variables of the launcher
 _UNSUPPORTED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
-_ADVICE = "Change it with `accelerate config`, or pass accelerate launch a file of examples/accelerate."
+_ADVICE = "Change it with `accelerate config`, or pass a file of examples/accelerate with --config_file."
 
 
 def start_accelerate(grad_accumulation_steps: int | None = None, **options: Any) -> Accelerator:

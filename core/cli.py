@@ -11,12 +11,18 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from .errors import InputError
+from .locations import find
+
+_BOOLEANS: dict[str, bool] = {
+    **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0"), False),
+}
 
 _RANGE = "range"  # key in the metadata of a field
 _LARGEST_INT = 2**31 - 1
@@ -138,11 +144,13 @@ def parse_arguments(
         defaults = _read_config(files.config, parser, alternatives, argv)
     if recipes and files.recipe:
         defaults = _read_config(str(recipes[files.recipe]), parser, alternatives, defaults + argv) + defaults
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        defaults + argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    values, unknown = parser.parse_known_args(defaults + argv)
     if unknown:
         raise InputError(f"{_unknown_flag(unknown[0].split('=')[0], known_flags)} --help lists the flags.")
+    parsed = [
+        kind(**{argument.name: getattr(values, argument.name) for argument in dataclasses.fields(kind)})
+        for kind in dataclass_types
+    ]
     for arguments in parsed:
         if getattr(arguments, "output_dir", None):
             _check_output_dir(Path(arguments.output_dir))
@@ -160,13 +168,14 @@ def write_config(path: Path, *arguments: Any) -> None:
     )
 
 
-def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -> HfArgumentParser:
-    parser = _ArgumentParser(
-        dataclass_types, allow_abbrev=False, usage="%(prog)s [flags]", formatter_class=_HelpFormatter
-    )
-    for action in parser._actions:
-        if action.nargs == "+":
-            action.nargs = "*"  # lists may be empty, on the command line and in YAML files
+def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="%(prog)s [flags]", formatter_class=_HelpFormatter)
+    for kind in dataclass_types:
+        title = getattr(kind, "_argument_group_name", None)
+        group = parser.add_argument_group(title) if title else parser
+        annotations = get_type_hints(kind)
+        for argument in dataclasses.fields(kind):
+            _add_flag(group, argument, annotations[argument.name])
     parser.add_argument("--config", help="YAML file with values for any of these flags; flags override it")
     if recipes:
         parser.add_argument("--recipe", choices=recipes, help="predefined values; --config and flags override them")
@@ -178,14 +187,46 @@ def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -
     return parser
 
 
-class _ArgumentParser(HfArgumentParser):
-    """`HfArgumentParser` for fields of `option`."""
+def _add_flag(group: Any, argument: dataclasses.Field, annotation: Any) -> None:
+    """Add the flag of a dataclass field, spelled with underscores or hyphens.
 
-    @staticmethod
-    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-        plain = copy.copy(field)
-        plain.metadata = {key: value for key, value in field.metadata.items() if key != _RANGE}  # pyright: ignore
-        HfArgumentParser._parse_dataclass_field(parser, plain)
+    Its type is str, int, float, bool, a Literal of strings or integers, or a list of one of these; or this or None.
+    Lists may be empty. A bool that is True by default can be turned off with --no_NAME.
+    """
+    if get_origin(annotation) in (UnionType, Union):
+        (annotation,) = [kind for kind in get_args(annotation) if kind is not type(None)]
+    default = argument.default
+    if argument.default_factory is not dataclasses.MISSING:
+        default = argument.default_factory()
+    options = {name: argument.metadata[name] for name in ("help", "choices") if name in argument.metadata}
+    options |= {"default": default, "dest": argument.name}
+    if get_origin(annotation) is list:
+        options["nargs"] = "*"
+        (annotation,) = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        options["choices"] = get_args(annotation)
+        annotation = type(options["choices"][0])
+    if annotation is bool:
+        options |= {"type": _parse_bool, "nargs": "?", "const": True}
+    else:
+        options["type"] = annotation
+    group.add_argument(*_spellings(argument.name), **options)
+    if default is True:
+        help = f"turn off --{argument.name}"
+        group.add_argument(
+            *_spellings(f"no_{argument.name}"), dest=argument.name, action="store_false", default=True, help=help
+        )
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+
+
+def _parse_bool(text: str) -> bool:
+    try:
+        return _BOOLEANS[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false") from None
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -193,14 +234,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         shown = copy.copy(action)
-        # without the spellings with hyphens that HfArgumentParser adds
+        # without the spelling with hyphens
         shown.option_strings = [flag for flag in action.option_strings if "-" not in flag.removeprefix("--")[1:]]
         return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if isinstance(action, argparse._StoreFalseAction):  # HfArgumentParser repeats the help of the flag
-            return f"turn off --{action.dest}"
-        if action.default in (None, []) or "(default" in (action.help or ""):
+        is_off_switch = isinstance(action, argparse._StoreFalseAction)
+        if is_off_switch or action.default in (None, []) or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -209,7 +249,7 @@ def _read_config(
     path: str, parser: argparse.ArgumentParser, alternatives: list[set[str]], overriding: list[str]
 ) -> list[str]:
     """Convert a YAML file to command-line tokens, leaving out flags whose alternatives are among `overriding`."""
-    file = Path(expand_user(path))
+    file = Path(find(expand_user(path)) or path)
     if not file.is_file():
         raise InputError(f"--config {path} does not exist.")
     if file.stat().st_size > _MAX_CONFIG_SIZE:

@@ -4,14 +4,18 @@ import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile
 
+from .extras import missing_import
+
 # file-system errors that only the user can resolve: no space, no permission, a path that is already taken
 USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_REPORT_SECONDS = 10  # time for the first process to report an error that all have
 
 
 class InputError(ValueError):
@@ -42,23 +46,36 @@ def naming_file(path: str | Path, *more_errors: type[Exception]) -> Iterator[Non
         raise InputError(f"{path} cannot be read{as_kind}; is it complete? ({reason[0]})") from error
 
 
+@contextmanager
+def _naming_missing_packages() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if message := missing_import(error):
+            raise InputError(f"This command needs a package: {message}") from error
+        raise
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run the `main` of a script and print its user-facing errors as one paragraph.
 
-    The exit code is 2 after an `InputError`, and 1 after a `RunError` or when the file system rejects a file or
-    folder.
+    The exit code is 2 after an `InputError` and when a package of an extra is not installed, and 1 after a `RunError`
+    and when the file system rejects a file or folder.
     """
     logging.basicConfig(format="%(message)s")
     rank = os.environ.get("RANK", "0")
     # all processes have the same input, so the warnings of one are enough
     logging.getLogger("ddgan").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     try:
-        main()
+        with _naming_missing_packages():
+            main()
     except (InputError, RunError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
             raise
         if rank == "0":
             print(f"\nerror: {error}", file=sys.stderr)
-        elif not isinstance(error, InputError):  # processes may fail differently
+        else:
+            if isinstance(error, InputError):  # all processes have the same input, and one report is enough:
+                time.sleep(_REPORT_SECONDS)  # the launcher ends this process when the first one has reported it
             print(f"\nerror in process {rank}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -1,6 +1,5 @@
 """Conversion of images to tensors."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -9,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..core.errors import InputError
 from .images import CHANNEL_MODES, BrokenImageError, open_image, resized, stored_range, upright
 
 _MAX_EXCESS = 16  # how much larger than the network's input an image may become when it is enlarged
@@ -92,22 +90,6 @@ class Preprocessing:
                 f"{black:g} (black) to {white:g} (white). State other values of black and white with --value_range"
             )
         return Image.fromarray(((values - black) * (255 / (white - black))).clip(0, 255).round().astype(np.uint8))
-
-
-def check_value_range(values: Sequence[float] | None) -> tuple[float, float] | None:
-    """Return the values of black and white in the form that `Preprocessing` takes.
-
-    Raises:
-        InputError: if they are not two different finite numbers.
-    """
-    if values is None:
-        return None
-    if len(values) != 2 or not np.isfinite(values).all() or values[0] == values[1]:
-        raise InputError(
-            f"--value_range {' '.join(f'{value:g}' for value in values)}: it takes two different numbers, the values "
-            "of black and white, for example --value_range 0 4095."
-        )
-    return values[0], values[1]
 
 
 def low_contrast(images: torch.Tensor) -> str | None:

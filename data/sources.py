@@ -25,6 +25,7 @@ from torchvision.datasets.mnist import FashionMNIST
 from ..core.errors import InputError, naming_file
 from ..core.extras import missing_extra
 from ..core.files import fingerprint, fingerprint_bytes
+from ..core.locations import EXAMPLES
 from ..core.run_files import is_run_folder
 from .images import CHANNEL_MODES, IMAGE_SUFFIXES, BrokenImageError, encoded_or_path, file_bytes
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_DATASET = Path(__file__).parent.parent / "examples" / "data" / "twemoji-32"
+EMBEDDED_DATASET = EXAMPLES / "data" / "twemoji-32"
 
 # folders in which network drives and desktops keep thumbnails, snapshots and deleted files, in lower case
 _SYSTEM_FOLDERS = {

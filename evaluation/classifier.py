@@ -6,7 +6,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-NORM_GROUPS = 8
+from .arguments import NORM_GROUPS
 
 
 class ImageClassifierBlock(nn.Module):

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STACKED_MNIST_MODES = 1000
-STACKED_MNIST_SAMPLES = 25_600  # the usual number of samples for counting modes, in arXiv 2112.07804 and others
 
 
 @dataclass(frozen=True)

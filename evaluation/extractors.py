@@ -13,13 +13,13 @@ from torch import nn
 from ..core.extras import missing_extra
 from ..data.images import RESIZE, resized, with_channels
 from ..sampling.loading import realign_parameters
+from .arguments import DINOV2, INCEPTION, PIXELS
 from .classifier import ImageClassifier
 from .facts import ExtractorFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INCEPTION, DINOV2, PIXELS = "inception-v3-compat", "dinov2", "pixels-8x8"
 DINOV2_WEIGHTS = "facebook/dinov2-large"  # the model of arXiv 2306.04675
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -148,7 +148,7 @@ def load_classifier(folder: str) -> ImageClassifier:
     if class_name != ImageClassifier.__name__:
         raise ValueError(
             f"{folder} is neither one of the extractors {', '.join(EXTRACTORS)} nor the folder of a classifier that "
-            f"scripts/train_classifier.py wrote "
+            "ddgan train-classifier wrote "
             f"({f'it holds a {class_name}' if class_name else f'there is no {config}'})."
         )
     return ImageClassifier.from_pretrained(folder)

@@ -4,7 +4,8 @@ Features are tensors (N, D) on the CPU. No result depends on the order of their 
 taken, the rows are sorted by their contents. Every function raises `ValueError` for features that are not
 finite, have different dimensions, or are too few.
 
-To add a metric, write a function from `MetricInputs` to a `MetricValue` and add an entry to `METRICS`.
+To add a metric, write a function from `MetricInputs` to a `MetricValue`, add an entry to `METRICS` and its
+key to `arguments.METRIC_NAMES`.
 """
 
 import math
@@ -21,7 +22,6 @@ import torch
 from ..core.extras import missing_extra
 from .coverage import ModeCoverage, class_accuracies, stacked_mnist_coverage
 
-MIN_IMAGES = 12  # of samples and of references: six in each half
 MANIFOLD_IMAGES = 10_000  # maximum of each set; the usual number, because the cost is quadratic
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 IS_SPLITS = 10

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 from ..core.errors import RunError
@@ -19,6 +18,7 @@ from ..core.files import fingerprint
 from ..data.images import RESIZE, color_channels, open_image, to_bytes
 from ..data.preprocessing import Preprocessing, low_contrast, read_image
 from ..data.sources import ImageSource
+from .arguments import CACHE_DIR
 from .extractors import FeatureExtractor
 from .facts import ImageProperties, ReferenceFacts
 from .features import Features, cached_features
@@ -26,7 +26,6 @@ from .metrics import Gaussian, MetricValue, reference_baseline
 
 logger = logging.getLogger(__name__)
 
-CACHE_DIR = Path(HF_HOME) / "ddgan-evaluation"
 INSPECTED_IMAGES = 100  # images whose size, channels and file format stand for all
 
 

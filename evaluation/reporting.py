@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard
 
 from ..core.files import fingerprint, replace_file
-from .coverage import STACKED_MNIST_SAMPLES
-from .extractors import INCEPTION
+from .arguments import INCEPTION, STACKED_MNIST_SAMPLES
 from .facts import EvaluationProtocol
 from .metrics import METRICS, MetricValue
 

@@ -19,7 +19,8 @@ from ddgan import GuidanceLoss, GuidedPipeline
 from ddgan.core import cli
 from ddgan.core.cli import option, parse_arguments
 from ddgan.core.errors import InputError, run_command
-from ddgan.guidance.registry import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, parse_loss, sum_losses
+from ddgan.guidance.arguments import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names
+from ddgan.guidance.registry import parse_loss, sum_losses
 from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
 from ddgan.sampling.generation import class_names, parse_class_labels
 from ddgan.sampling.grids import image_grid

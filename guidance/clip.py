@@ -15,10 +15,11 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import affine, horizontal_flip, pil_to_tensor, resized_crop
 
 from ..core.errors import InputError
+from ..core.extras import missing_extra
 from ..sampling.loading import realign_parameters
+from .arguments import DEFAULT_MODEL
 from .losses import GuidanceLoss
 
-DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 # the defaults of torchvision's RandomResizedCrop, which CLIP guidance has always used
 CUT_AREA = (0.08, 1.0)
 CUT_RATIO = (3 / 4, 4 / 3)
@@ -243,8 +244,8 @@ class OpenClipEncoder(Encoder):
             import open_clip
         except ImportError:
             raise InputError(
-                f"The CLIP model {name} needs open_clip. Install it with `pip install -e '.[clip]'` in a clone of "
-                f"this project, or use a Transformers model ({DEFAULT_MODEL})."
+                f"The CLIP model {name} needs a package: {missing_extra('open-clip-torch', 'clip')}. Or use a "
+                f"Transformers model ({DEFAULT_MODEL})."
             ) from None
         precision = "fp16" if half_on_gpu(device) == torch.float16 else "fp32"
         model = open_clip.create_model(name, pretrained, precision=precision, device=device, require_pretrained=True)

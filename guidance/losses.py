@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..core.errors import InputError
+from .arguments import parse_color
 
 
 class GuidanceLoss(ABC):
@@ -76,13 +77,7 @@ class ColorLoss(GuidanceLoss):
 
     def __init__(self, target: str | Sequence[float] = (0.1, 0.9, 0.5)):
         if isinstance(target, str):
-            try:
-                target = [value / 255 for value in ImageColor.getrgb(target)[:3]]
-            except ValueError:
-                raise InputError(
-                    f"{target!r} is not a known color. Use '#BB2266', a CSS name such as 'teal', or red, green and "
-                    "blue from 0 to 1."
-                ) from None
+            target = parse_color(target)
         if len(target) != 3 or not all(0 <= value <= 1 for value in target):
             raise InputError(
                 f"The color {tuple(target)} is not red, green and blue from 0 to 1. Write values up to 255 as "

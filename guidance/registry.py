@@ -1,6 +1,5 @@
-"""Guidance losses by name, and their short form in text: `color:teal`, `2*clip:a red rose`."""
+"""Guidance losses by name, from their short form in text: `color:teal`, `2*clip:a red rose`."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,7 +7,8 @@ import torch
 from PIL import Image
 
 from ..core.errors import InputError
-from .clip import DEFAULT_MODEL, CLIPLoss
+from .arguments import clip_model_names, parse_number, split_loss
+from .clip import CLIPLoss
 from .losses import (
     ColorLoss,
     GuidanceLoss,
@@ -22,7 +22,7 @@ from .losses import (
 # called with the argument as text, if there is one
 LOSSES: dict[str, Callable[..., GuidanceLoss]] = {
     "color": ColorLoss,
-    "saturation": lambda chroma: SaturationLoss(_number(chroma)),
+    "saturation": lambda chroma: SaturationLoss(parse_number(chroma)),
     "total_variation": TotalVariationLoss,
     "symmetry": SymmetryLoss,
     "reference": lambda path: ReferenceLoss(Image.open(Path(path).expanduser())),
@@ -32,15 +32,6 @@ CLIP_LOSSES: dict[str, Callable[..., GuidanceLoss]] = {
     "clip": CLIPLoss,
     "clip_image": lambda path, *model, device: CLIPLoss(Image.open(Path(path).expanduser()), *model, device=device),
 }
-
-TOWARDS_HELP = (
-    "guidance losses, each name, name:argument or weight*name:argument: color:#BB2266, saturation:<0 to 1>, "
-    "total_variation, symmetry, reference:<image file>, clip:<sentence>, clip_image:<image file>"
-)
-CLIP_MODEL_HELP = (
-    "CLIP model: Hub ID or folder of a Transformers model, or for open_clip hf-hub:<id> or an architecture and its "
-    f"pretrained tag (default: {DEFAULT_MODEL})"
-)
 
 
 def parse_loss(
@@ -56,46 +47,20 @@ def parse_loss(
     Raises:
         InputError: If there is no such loss, or the weight or the argument is invalid.
     """
-    weight, star, unweighted = text.partition("*")
-    if not star or ":" in weight:  # the star, if any, is part of the argument
-        star, unweighted = "", text
-    name, colon, argument = unweighted.partition(":")
+    weight, name, argument = split_loss(text)
     try:
         if name in LOSSES:
-            loss = LOSSES[name](argument) if colon else LOSSES[name]()
-        elif name in CLIP_LOSSES:
-            if not argument:
-                raise InputError(f"{name} needs an argument.")
-            loss = CLIP_LOSSES[name](argument, *clip_model_names(clip_model), device=device)
+            loss = LOSSES[name]() if argument is None else LOSSES[name](argument)
+        elif not argument:
+            raise InputError(f"{name} needs an argument.")
         else:
-            raise InputError(f"there is no loss {name!r}. Choose from {', '.join([*LOSSES, *CLIP_LOSSES])}.")
-        return _number(weight) * loss if star else loss
+            loss = CLIP_LOSSES[name](argument, *clip_model_names(clip_model), device=device)
+        return loss if weight is None else weight * loss
     except TypeError as error:  # of a constructor without parameters, or with required ones
-        reason = f"{name} {'takes no' if colon else 'needs an'} argument."
+        reason = f"{name} {'needs an' if argument is None else 'takes no'} argument."
         raise InputError(f"The guidance loss {text!r} is invalid: {reason}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"The guidance loss {text!r} is invalid: {error}") from error
-
-
-def _number(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not a finite number.")
-    return number
-
-
-def clip_model_names(clip_model: str | Sequence[str] | None) -> list[str]:
-    """Return the arguments `model` and, for open_clip, `pretrained` of `CLIPLoss`; None means the default model.
-
-    Raises:
-        InputError: If there are more than two names.
-    """
-    names = [clip_model] if isinstance(clip_model, str) else list(clip_model or [DEFAULT_MODEL])
-    if len(names) > 2:
-        raise InputError(
-            f"--clip_model {' '.join(names)}: it takes one name, or an open_clip architecture and its pretrained tag."
-        )
-    return names
 
 
 def includes_clip(loss: GuidanceLoss) -> bool:

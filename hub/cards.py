@@ -16,11 +16,10 @@ from yaml import YAMLError
 
 from .. import __version__
 from ..core.errors import InputError
+from .arguments import CARD_NAME
 from .export import content_hash
 from .folders import code_files, read_index, read_text, read_trained_steps
 from .samples import SAMPLES, samples_caption, save_samples, shows_samples
-
-CARD_NAME = "README.md"
 
 _TEMPLATE = Template(
     """\

@@ -1,12 +1,19 @@
-"""Arguments shared by the scripts that sample from a pipeline."""
+"""Arguments shared by the commands that sample from a pipeline; nothing here imports PyTorch."""
 
 from dataclasses import dataclass
 
-import torch
-from diffusers import DiffusionPipeline
-
 from ..core.cli import Arguments, option
-from .loading import DTYPES, SCHEDULERS, load_pipeline
+from ..core.locations import resolve_locations
+
+# flag -> name in Diffusers and in PyTorch
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmsolver": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass
@@ -25,11 +32,6 @@ class SamplingArguments(Arguments):
     dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     trust_remote_code: bool = option(False, "run Python code that comes with the pipeline")
 
-    def load(self, device: torch.device) -> DiffusionPipeline:
-        """Load the pipeline, with its scheduler as saved.
-
-        Raises:
-            InputError: see `load_pipeline`.
-        """
-        assert self.pipeline is not None
-        return load_pipeline(self.pipeline, DTYPES[self.dtype], self.trust_remote_code, device)
+    def __post_init__(self):
+        super().__post_init__()
+        resolve_locations(self, "pipeline")

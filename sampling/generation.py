@@ -18,6 +18,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from .. import ClassConditionalPipeline
 from ..core.errors import InputError, RunError
 from .grids import to_pil
 from .loading import with_scheduler
@@ -98,6 +99,35 @@ def sample(
     return [to_pil(image) for image in (images * 255).round().astype(np.uint8)]
 
 
+def check_call(
+    pipe: DiffusionPipeline,
+    num_inference_steps: int | None = None,
+    class_labels: Sequence[int | str] | None = None,
+    **options: Any,
+) -> None:
+    """Check the arguments of `sample` as far as possible without evaluating a network.
+
+    Raises:
+        InputError: As for `sample`.
+    """
+
+    class NetworkReached(Exception):
+        pass
+
+    def stop(*_) -> None:
+        raise NetworkReached
+
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    hooks = [network.register_forward_pre_hook(stop) for network in networks]
+    try:
+        sample(pipe, [0], num_inference_steps, class_labels, **options)
+    except NetworkReached:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def sample_in_full_batches(
     generate: Callable[[list[int]], list[Image.Image]], indices: Sequence[int], batch_size: int
 ) -> list[Image.Image]:
@@ -176,6 +206,24 @@ def parse_class_labels(texts: Sequence[str], names: Mapping[int, str]) -> list[i
     """
     are_names = any(name.isdecimal() and name != str(label) for label, name in names.items())
     return [int(text) if text.isdecimal() and not are_names else text for text in texts]
+
+
+def class_label_ids(pipe: DiffusionPipeline, labels: Sequence[int | str]) -> list[int]:
+    """Return the numbers of class labels.
+
+    Args:
+        pipe: A pipeline.
+        labels: Labels or, if the config of its network has names, names.
+
+    Raises:
+        InputError: If the network of the pipeline is not class-conditional or lacks one of these classes.
+    """
+    if (unet := getattr(pipe, "unet", None)) is None or num_classes(unet) is None:
+        raise InputError("This network is not conditioned on a class: do not pass class labels.")
+    try:
+        return ClassConditionalPipeline(unet, pipe.scheduler).encode_class_labels(list(labels)).tolist()
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def to_pil_images(images: torch.Tensor) -> list[Image.Image]:

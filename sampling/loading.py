@@ -9,34 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..core.errors import InputError
 from ..hub.folders import parse_index
 from ..hub.installed import installed_class
+from . import arguments
 from .spacing import changed_spacing, with_usable_spacing
 from .steps import default_steps
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SCHEDULERS = {
-    "ddpm": DDPMScheduler,
-    "ddim": DDIMScheduler,
-    "dpmsolver": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-}
+DTYPES = {flag: getattr(torch, name) for flag, name in arguments.DTYPES.items()}
+SCHEDULERS = {flag: getattr(diffusers, name) for flag, name in arguments.SCHEDULERS.items()}
 
 
 def load_pipeline(

@@ -6,370 +6,45 @@
 Labels come from the data: torchvision's MNIST-style folders, folders of images with one subfolder per class
 (optionally in train/ and test/), or datasets with a label column. Without a test split, a tenth of the images is held
 out for testing. The run folder is also an `ImageClassifier` folder.
-From Python, call `train_classifier`.
+From Python, call `ddgan.commands.train_classifier.train_classifier`.
 """
 
-import shlex
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, replace
-from itertools import chain
-from typing import Any, ClassVar
-
-import torch
-from huggingface_hub import EvalResult
-from tqdm import tqdm
-
-from ddgan.core.cli import Arguments, option, parse_arguments
-from ddgan.core.errors import InputError, RunError, run_command
-from ddgan.data.preprocessing import check_value_range
-from ddgan.data.sources import ImageSource, ImageSubset, Labels, MissingSplitError
-from ddgan.evaluation.classifier import NORM_GROUPS, ImageClassifier
-from ddgan.evaluation.references import ReferenceImages, describe_images, evenly_spaced
-from ddgan.hub.cards import CardFacts
-from ddgan.training.arguments import DataArguments, LabelArguments, LearningRateArguments, RunArguments
-from ddgan.training.ema import EMA
-from ddgan.training.job import TrainedNetwork, TrainingJob
-from ddgan.training.loading import open_training_source
-from ddgan.training.lr_schedules import lr_schedule
-from ddgan.training.model_card import FinishedRun, print_summary, settings_for_card
-from ddgan.training.objectives.classification import NOISE, ROTATION, SCALING, SHIFT, ClassificationObjective
-from ddgan.training.run_folder import RunFolder
-from ddgan.training.session import Session
-from ddgan.training.tracking import MetricsFile
-
-HELD_OUT = 0.1  # share of the images held out, if there is no test split
-WARMUP = 1 / 20  # share of the optimizer steps
-WEIGHT_DECAY = 0.05
-
-
-@dataclass
-class ClassifierArguments(Arguments):
-    """The classifier, its augmentation and its test split."""
-
-    _argument_group_name = "classifier"
-
-    widths: list[int] = option([16, 32, 64, 96], "channels of each block", minimum=NORM_GROUPS, maximum=16_384)
-    augmentation: float = option(
-        1.0, "strength of random shifts, rotations, scaling and noise; 0 disables them", minimum=0, maximum=10
-    )
-    test_split: str | None = option(
-        None,
-        "split for the test accuracy (default: `test` if it exists, else a tenth of the images is held out)",
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if any(width % NORM_GROUPS for width in self.widths):
-            raise InputError(
-                f"--widths {' '.join(map(str, self.widths))}: the widths must be multiples of {NORM_GROUPS}."
-            )
-
-
-@dataclass
-class ClassifierDataArguments(DataArguments):
-    """The labeled images, and how they are resized and cropped."""
-
-    dataset_name: str | None = option(
-        None,
-        "labeled dataset on the Hub, or a local one: a folder, or a .parquet, .arrow, .tar, .zip or .npz file; this "
-        "or --train_data_dir is required",
-    )
-    image_size: int | None = option(
-        None, "height and width of the input (default: the shorter side of the first image)", minimum=1
-    )
-    center_crop: bool = option(True, "crop to a square at the center; --no_center_crop: at random")
-    cache_images: bool = option(
-        True, "cache the decoded, resized images in memory; --no_cache_images reads them again in each epoch"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.dataset_name and not self.train_data_dir:
-            raise InputError("Pass the labeled images with either --dataset_name or --train_data_dir.")
-        if self.streaming or self.resolution:
-            raise InputError(
-                "A classifier takes square images (--image_size instead of --resolution), and images are held out for "
-                "testing, so they cannot be streamed: omit --streaming."
-            )
-
-
-@dataclass
-class ClassifierLearningRateArguments(LearningRateArguments):
-    """The learning rate and its schedule."""
-
-    learning_rate: float = option(4e-3, "peak learning rate of AdamW", minimum=0)
-    lr_warmup_steps: int | None = option(
-        None, "optimizer steps of linear warmup from zero (default: a twentieth)", minimum=0
-    )
-
-
-@dataclass
-class ClassifierRunArguments(RunArguments):
-    """The training run: its length, its optimizer, what it logs and what it saves."""
-
-    _default_output_dir: ClassVar = "classifier"
-
-    batch_size: int = option(128, "images in a micro-batch of one process", minimum=1)
-    num_epochs: int = option(6, "passes over the images", minimum=1)
-    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
-    ema_decay: float = option(0.0, "maximum decay of the EMA weights; 0 turns EMA off", minimum=0, below=1)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.gradient_checkpointing:
-            raise InputError("The classifier is too small for --gradient_checkpointing: omit it.")
-        if self.push_to_hub:
-            raise InputError("--push_to_hub uploads pipelines, not classifiers: omit it.")
+from ddgan.commands.arguments import (
+    ClassifierArguments,
+    ClassifierDataArguments,
+    ClassifierLearningRateArguments,
+    ClassifierRunArguments,
+)
+from ddgan.core.cli import parse_arguments
+from ddgan.core.errors import run_command
+from ddgan.training.arguments import LabelArguments
 
 
 def main(argv: list[str] | None = None) -> None:
-    run = train_classifier(
-        *parse_arguments(
-            ClassifierRunArguments,
-            ClassifierLearningRateArguments,
-            ClassifierDataArguments,
-            LabelArguments,
-            ClassifierArguments,
-            argv=argv,
-        )
-    )
-    print_summary(run)
-    if run.card:
-        print(f"test accuracy  {run.card.evaluation['accuracy']}")
+    run(*parse(argv))
 
 
-def train_classifier(
-    run: ClassifierRunArguments,
-    learning_rate: ClassifierLearningRateArguments,
-    data_args: ClassifierDataArguments,
-    label_args: LabelArguments,
-    args: ClassifierArguments,
-) -> FinishedRun:
-    """Train an `ImageClassifier` from scratch with cross-entropy and AdamW, and measure its test accuracy.
-
-    Raises:
-        InputError: if the arguments are invalid.
-        RunError: if an image cannot be read, or the run fails after it has started.
-    """
-    session = Session.open(run)
-    train_source, test_source, test_name = open_splits(data_args, args.test_split, run.seed)
-    labels = train_source.labels(label_args.label_column)
-    if len(labels.classes) < 2:
-        raise InputError(
-            f"A classifier needs at least two classes; the data has {', '.join(labels.classes) or 'none'}."
-        )
-    channels, size = input_shape(train_source, data_args)
-    torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
-    network = ImageClassifier(size, channels, len(labels.classes), tuple(args.widths), dict(enumerate(labels.classes)))
-    test_labels = renumber(test_source.labels(label_args.label_column), labels.classes)
-    test_images = TestImages(test_name, run.batch_size, check_value_range(data_args.value_range))
-    if session.accelerator.is_main_process:  # only this process tests
-        test_images.read(test_source, test_labels, network, data_args.skip_broken_images)
-    data = session.load_data(data_args, channels, (size, size), label_args, train_source)
-
-    arguments = (run, learning_rate, data_args, label_args, args)
-    card = card_facts(network, data.name, *arguments)
-
-    def measure_accuracy(folder: RunFolder, step: int) -> None:
-        saved = ImageClassifier.from_pretrained(folder.path).to(session.accelerator.device)
-        accuracy, table = test_images.accuracy(saved)
-        MetricsFile(folder.metrics, step).amend({"test_accuracy": accuracy})
-        card.evaluation = table
-        card.results = [
-            EvalResult(
-                task_type=card.task,
-                dataset_type=data.name,
-                dataset_name=data.name,
-                metric_type="accuracy",
-                metric_value=round(accuracy, 4),
-            )
-        ]
-
-    job = TrainingJob(
-        networks=[
-            TrainedNetwork(
-                network=network,
-                objective=ClassificationObjective(args.augmentation),
-                optimizer=torch.optim.AdamW(
-                    network.parameters(), learning_rate.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
-                ),
-                lr_schedule=lambda optimizer, steps: lr_schedule(
-                    optimizer, steps, replace(learning_rate, lr_warmup_steps=warmup_steps(learning_rate, steps))
-                ),
-            )
-        ],
-        pipeline=network,
-        ema=EMA(network, run),
-        finish=measure_accuracy,
-        card=card,
-        arguments=arguments,
-    )
-    return session.train(job, data)
-
-
-def warmup_steps(args: ClassifierLearningRateArguments, total_steps: int) -> int:
-    """Return `--lr_warmup_steps`, by default a share of all steps."""
-    return int(WARMUP * total_steps) if args.lr_warmup_steps is None else args.lr_warmup_steps
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Labeled images
-
-
-def open_splits(
-    args: ClassifierDataArguments, test_split: str | None, seed: int
-) -> tuple[ImageSource, ImageSource, str]:
-    """Open the images to train on and those to test on; the third value describes the latter.
-
-    Raises:
-        InputError: if the images are not found, or there is no split `test_split`.
-    """
-    source = open_training_source(args)
-    if test_split or source.split != "all":
-        try:
-            test_source = open_training_source(replace(args, split=test_split or "test"))
-            if test_source.split != source.split:
-                return source, test_source, "the test split"
-            if test_split:
-                raise InputError(f"--test_split {test_split} names the images to train on. Name another split.")
-        except MissingSplitError:
-            if test_split:
-                raise
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = max(1, round(HELD_OUT * len(source)))
-    return ImageSubset(source, sorted(order[held_out:])), ImageSubset(source, sorted(order[:held_out])), "held out"
-
-
-def input_shape(source: ImageSource, args: ClassifierDataArguments) -> tuple[int, int]:
-    """Return the input channels and the side length of a classifier for these images."""
-    images = ReferenceImages(source, args.skip_broken_images)
-    size = args.image_size or min(images.image(0).size)
-    return describe_images([images.image(i) for i in evenly_spaced(len(source))]).channels, size
-
-
-def renumber(labels: Labels, classes: list[str]) -> list[int]:
-    """Return the class of each test image as its number among the classes of the training images.
-
-    Raises:
-        InputError: if a test image has another class.
-    """
-    unknown = set(labels.classes) - set(classes)
-    if unknown:
-        raise InputError(
-            f"The test images have classes missing from the training images: {', '.join(sorted(unknown))}."
-        )
-    assert labels.numbers is not None
-    return [classes.index(labels.classes[number]) for number in labels.numbers]
-
-
-class TestImages:
-    """Test images of a classifier, held in memory.
-
-    Args:
-        name: description of the images for the card.
-        batch_size: number of images classified at a time.
-        value_range: see `Preprocessing`.
-    """
-
-    def __init__(self, name: str, batch_size: int, value_range: tuple[float, float] | None = None):
-        self.name, self.batch_size, self.value_range = name, batch_size, value_range
-
-    def read(self, source: ImageSource, labels: list[int], network: ImageClassifier, skip_broken: bool) -> None:
-        """Read all images at the input size of a classifier.
-
-        Raises:
-            RunError: at an image that cannot be read, unless broken images are skipped.
-        """
-        size = network.config.sample_size
-        images, pixels, numbers = ReferenceImages(source, value_range=self.value_range), [], []
-        for i, number in enumerate(tqdm(labels, "reading the test images", leave=False)):
-            try:
-                pixels.append(images.pixels(i, network.config.in_channels, size, size))
-                numbers.append(number)
-            except RunError:
-                if not skip_broken:
-                    raise
-        self.pixels, self.labels = torch.stack(pixels), torch.tensor(numbers)
-
-    @torch.no_grad()
-    def accuracy(self, classifier: ImageClassifier) -> tuple[float, dict[str, str]]:
-        """Return the accuracy of a classifier, and a table for the card that also has the accuracy of each class."""
-        predictions = [
-            classifier(batch.to(classifier.device).float() / 127.5 - 1).argmax(1).cpu()
-            for batch in self.pixels.split(self.batch_size)
-        ]
-        correct = (torch.cat(predictions) == self.labels).double()
-        accuracy = correct.mean().item()
-        table = {"accuracy": f"{accuracy:.2%} of {len(correct):,} images ({self.name})"}
-        for number, name in enumerate(classifier.class_names):
-            of_class = correct[self.labels == number]
-            table[f"accuracy of {name}"] = f"{of_class.mean().item():.2%}" if len(of_class) else "no images"
-        return accuracy, table
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model card
-
-
-def card_facts(
-    network: ImageClassifier,
-    dataset: str,
-    run: ClassifierRunArguments,
-    learning_rate: ClassifierLearningRateArguments,
-    data_args: ClassifierDataArguments,
-    label_args: LabelArguments,
-    args: ClassifierArguments,
-) -> CardFacts:
-    """Return the contents of the card, without the accuracy."""
-    config, folder = network.config, run.folder_name
-    arguments = (run, learning_rate, data_args, label_args, args)
-    location = [f"--{'dataset_name' if data_args.dataset_name else 'train_data_dir'}", dataset]
-    command = [*location, "--output_dir", folder, *changed_flags(*arguments)]
-    strength = args.augmentation
-    return CardFacts(
-        title=run.model_save_name,
-        summary="A small classifier for evaluating generated images. Its predictions give the class accuracy of "
-        "conditional samples; its penultimate layer gives the features for distances between distributions. It takes "
-        f"{'grayscale' if config.in_channels == 1 else 'RGB'} images of {config.sample_size}x{config.sample_size} "
-        f"pixels in {config.num_classes} classes, and has {network.num_parameters():,} parameters and "
-        f"{config.widths[-1]} features.",
-        usage=USAGE.format(
-            folder=folder, shape=f"(N, {config.in_channels}, {config.sample_size}, {config.sample_size})"
-        ),
-        settings=settings_for_card(*arguments),
-        limits="It recognizes only the classes and the kind of images that it was trained on.",
-        protocol="The test images were not trained on. They are center-cropped and not augmented.",
-        sections={
-            "Augmentation": f"Rotation by up to {strength * ROTATION:g} degrees, scaling by {strength * SCALING:.0%}, "
-            f"translation by {strength * SHIFT:.0%}{', horizontal flips' if data_args.random_flip else ''}, noise of "
-            f"standard deviation up to {strength * NOISE:g} where white is 1 and black -1.",
-            "Reproduction": f"```bash\npython scripts/train_classifier.py {shlex.join(command)}\n```",
-        },
-        dataset=dataset,
-        task="image-classification",
+def parse(argv: list[str] | None = None, *more: type) -> tuple:
+    """Parse the arguments of `run`, and those of `more` dataclasses."""
+    return parse_arguments(
+        ClassifierRunArguments,
+        ClassifierLearningRateArguments,
+        ClassifierDataArguments,
+        LabelArguments,
+        ClassifierArguments,
+        *more,
+        argv=argv,
     )
 
 
-def changed_flags(*arguments: Any) -> Iterator[str]:
-    """Return the flags of all settings that differ from their defaults, except names and locations."""
-    settings = settings_for_card(*arguments)
-    for argument in chain.from_iterable(map(fields, arguments)):
-        default = argument.default if argument.default_factory is MISSING else argument.default_factory()
-        value = settings.get(argument.name, default)
-        if value == default or argument.name in ("model_save_name", "dataset_name", "report_to"):
-            continue
-        yield f"--{'no_' if value is False else ''}{argument.name}"
-        if not isinstance(value, bool):
-            yield from map(str, value if isinstance(value, list) else [value])
+def run(*arguments) -> None:
+    from ddgan.commands.train_classifier import train_classifier  # imports PyTorch and Diffusers, which takes seconds
+    from ddgan.training.model_card import print_summary
 
-
-USAGE = """
-from ddgan.evaluation.classifier import ImageClassifier
-
-classifier = ImageClassifier.from_pretrained("{folder}")
-logits = classifier(images)  # images: {shape} in [-1, 1]
-features = classifier.features(images)
-"""
+    finished = train_classifier(*arguments)
+    print_summary(finished)
+    if finished.card:
+        print(f"test accuracy  {finished.card.evaluation['accuracy']}")
 
 
 if __name__ == "__main__":

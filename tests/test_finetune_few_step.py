@@ -146,7 +146,7 @@ def test_a_run_killed_between_its_first_grids_completes_them(few_step, monkeypat
 
 
 def test_each_column_of_the_metrics_begins_with_its_stage(few_step, monkeypatch):
-    monkeypatch.setattr(finetune_few_step, "DISCRIMINATOR_HEAD_START", 1)
+    monkeypatch.setattr("ddgan.commands.few_step.DISCRIMINATOR_HEAD_START", 1)
     run = few_step("run", "--distillation_steps", 2, "--save_model_every", 1)
     rows = read_metrics(run / "metrics.csv")
     missing = {name: [step for step, row in enumerate(rows) if np.isnan(row[name])] for name in rows[0]}
@@ -227,7 +227,7 @@ STAGES = (
 
 
 def test_a_run_resumes_bit_identical_in_and_between_its_stages(few_step, monkeypatch):
-    monkeypatch.setattr(finetune_few_step, "DISCRIMINATOR_HEAD_START", 1)
+    monkeypatch.setattr("ddgan.commands.few_step.DISCRIMINATOR_HEAD_START", 1)
     run = few_step("run", *STAGES)
     straight = last_state(run)
     for step in (4, 3, 2, 1):
@@ -236,7 +236,7 @@ def test_a_run_resumes_bit_identical_in_and_between_its_stages(few_step, monkeyp
 
 
 def test_a_killed_run_samples_the_start_model_only_until_it_has_done_so(few_step, monkeypatch):
-    monkeypatch.setattr(finetune_few_step, "DISCRIMINATOR_HEAD_START", 1)
+    monkeypatch.setattr("ddgan.commands.few_step.DISCRIMINATOR_HEAD_START", 1)
     flags = (*STAGES, "--teacher_samples", 20)  # in two batches
     sample, save, batches = Teacher.sample, Checkpoints.save, []
 

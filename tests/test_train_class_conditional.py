@@ -18,12 +18,18 @@ from tiny import largest_difference, make_dataset, weights, write_class_folders
 from torchvision.datasets import MNIST
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, train_class_conditional
+from ddgan.commands.arguments import (
+    ClassConditionalArguments,
+    ClassConditionalLearningRateArguments,
+    ClassConditionalRunArguments,
+)
+from ddgan.commands.train_class_conditional import build, choose_data
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import InputError
 from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import image_grid
 from ddgan.sampling.loading import with_scheduler
-from ddgan.train_class_conditional import RECIPES, ClassConditionalArguments, build
+from ddgan.train_class_conditional import RECIPES
 from ddgan.training.arguments import DataArguments
 from ddgan.training.tracking import read_metrics
 
@@ -84,8 +90,8 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 
 def arguments(*argv) -> tuple:
     types = (
-        train_class_conditional.ClassConditionalRunArguments,
-        train_class_conditional.ClassConditionalLearningRateArguments,
+        ClassConditionalRunArguments,
+        ClassConditionalLearningRateArguments,
         DataArguments,
         ClassConditionalArguments,
     )
@@ -198,7 +204,9 @@ def test_config_overrides_a_recipe_and_flags_both(tmp_path):
         arguments("--recipe", "slow")
 
 
-def test_a_flag_overrides_its_alternatives_in_a_file(tmp_path):
+def test_a_flag_overrides_its_alternatives_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
     (tmp_path / "mine.yaml").write_text(
         "image_size: 16\nmax_train_steps: 9\ntrain_data_dir: mine\nmixed_precision: no\n"
     )
@@ -299,5 +307,5 @@ def test_images_without_classes_are_rejected(train, images, tmp_path):
 def test_the_split_determines_which_files_are_needed(tmp_path):
     write_idx(tmp_path / "MNIST" / "raw", "t10k")
     *_, data_args, args = arguments("--data_dir", str(tmp_path), "--split", "test")
-    chosen = train_class_conditional.choose_data(args, data_args)
+    chosen = choose_data(args, data_args)
     assert chosen.train_data_dir == str(tmp_path / "MNIST")

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from tiny import ROOT, largest_difference, run_ranks, write_images
 
 from ddgan import DDGANPipeline, train_ddgan
+from ddgan.commands.arguments import DDGANArguments, DDGANRunArguments
+from ddgan.commands.train_ddgan import build
 from ddgan.core import accelerator
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import InputError, RunError
 from ddgan.data.preprocessing import Preprocessing
-from ddgan.training.arguments import DataArguments
+from ddgan.training.arguments import DataArguments, LabelArguments
 from ddgan.training.loading import TrainingData
 from ddgan.training.monitors import GANBalanceMonitor
 from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
@@ -123,13 +125,13 @@ def test_the_run_equals_the_plain_computation_also_with_gradient_accumulation(tr
     more = ["--diffaug", "color,translation", *LOW_RATES]
     argv = flags(images, started, *more)
     _, data_args, _, args = parse_arguments(
-        train_ddgan.DDGANRunArguments,
+        DDGANRunArguments,
         DataArguments,
-        train_ddgan.LabelArguments,
-        train_ddgan.DDGANArguments,
+        LabelArguments,
+        DDGANArguments,
         argv=argv,
     )
-    generator, discriminator, scheduler = train_ddgan.build(args, [8, 8], None)
+    generator, discriminator, scheduler = build(args, [8, 8], None)
     gan = GANSetup(generator.train(), discriminator.train(), scheduler, args.diffaug)
     objectives = DiscriminatorObjective(gan, args.r1_gamma, args.lazy_reg), GeneratorObjective(gan)
     optimizers = [torch.optim.Adam(n.parameters(), 1e-6, (0.5, 0.9)) for n in (discriminator, generator)]
@@ -255,9 +257,10 @@ def test_half_precision_that_overflows_at_every_scale_ends_in_a_clear_error(trai
 
 def test_a_run_folder_cannot_shadow_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
     with pytest.raises(InputError, match="import a folder of that name here instead of this package"):
         train_ddgan.main(["--train_data_dir", "images", "--output_dir", "ddgan"])
-    assert train_ddgan.DDGANRunArguments().output_dir != "ddgan"
+    assert DDGANRunArguments().output_dir != "ddgan"
 
 
 def logged(d_real: float, d_fake: float, d_r1: float = math.nan) -> dict[str, float]:

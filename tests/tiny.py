@@ -24,7 +24,7 @@ from ddgan import ClassConditionedUnet
 ROOT = Path(__file__).parent.parent
 
 # imported once by the process from which the ranks are forked
-multiprocessing.set_forkserver_preload(["ddgan.finetune_model", "ddgan.train_ddgan"])
+multiprocessing.set_forkserver_preload(["ddgan.commands.finetune", "ddgan.commands.train_ddgan"])
 
 
 def tiny_unet(**changes) -> UNet2DModel:

@@ -1,4 +1,4 @@
-"""Arguments shared by the training scripts."""
+"""Arguments shared by the training commands; nothing here imports PyTorch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 
 from ..core.cli import Arguments, option
 from ..core.errors import InputError
-from ..data.preprocessing import check_value_range
-from ..evaluation.metrics import METRICS, MIN_IMAGES
+from ..core.locations import resolve_locations, resolve_paths
+from ..data.arguments import check_value_range
+from ..evaluation.arguments import METRIC_NAMES, MIN_IMAGES, resolve_extractor
 
 MAX_GRID_IMAGES = 10_000
 
@@ -59,6 +60,8 @@ class DataArguments(Arguments):
             )
         if self.resolution and (self.image_size or len(self.resolution) != 2):
             raise InputError("--resolution takes a height and a width (--resolution 64 96) and replaces --image_size.")
+        resolve_locations(self, "dataset_name", datasets=True)
+        resolve_paths(self, "train_data_dir")
         check_value_range(self.value_range)
         if self.streaming and not self.dataset_name:
             raise InputError("--streaming needs a dataset: pass it with --dataset_name.")
@@ -122,6 +125,8 @@ class RunArguments(Arguments):
             self.model_save_name = self.folder_name
         if self.report_to is None:
             self.report_to = "wandb" if self.wandb_project else "tensorboard"
+        if self.resume_from_checkpoint != "latest":
+            resolve_paths(self, "resume_from_checkpoint")
 
     @property
     def folder_name(self) -> str:
@@ -140,17 +145,20 @@ class EvaluationArguments(Arguments):
     )
     eval_images: int = option(1000, "samples in an evaluation", minimum=MIN_IMAGES)
     feature_extractor: str | None = option(
-        None, "inception-v3-compat (default), dinov2, pixels-8x8, or a classifier folder (scripts/train_classifier.py)"
+        None, "inception-v3-compat (default), dinov2, pixels-8x8, or a classifier folder (ddgan train-classifier)"
     )
     extractor_weights: str | None = option(
         None, "file (inception-v3-compat) or folder (dinov2) with the weights of the extractor"
     )
-    best_metric: str = option("fid", f"metric that selects the best evaluation, kept in best/: {', '.join(METRICS)}")
+    best_metric: str = option(
+        "fid", f"metric that selects the best evaluation, kept in best/: {', '.join(METRIC_NAMES)}"
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.best_metric not in METRICS:
-            raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRICS)}.")
+        if self.best_metric not in METRIC_NAMES:
+            raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRIC_NAMES)}.")
+        resolve_extractor(self)
 
 
 @dataclass

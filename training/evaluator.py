@@ -13,11 +13,12 @@ from PIL import Image
 from ..core.errors import InputError, RunError
 from ..core.files import fingerprint
 from ..data.preprocessing import Preprocessing
-from ..evaluation.extractors import INCEPTION, ClassifierFeatures, load_extractor
+from ..evaluation.arguments import CACHE_DIR, INCEPTION, MIN_IMAGES
+from ..evaluation.extractors import ClassifierFeatures, load_extractor
 from ..evaluation.facts import ImageProperties, SampleFacts
 from ..evaluation.features import Features, extract_features
-from ..evaluation.metrics import METRICS, MIN_IMAGES, MetricValue, available_metrics
-from ..evaluation.references import CACHE_DIR, ReferenceImages, measure_reference
+from ..evaluation.metrics import METRICS, MetricValue, available_metrics
+from ..evaluation.references import ReferenceImages, measure_reference
 from ..evaluation.reporting import format_value, metric_title
 from ..evaluation.results import compute_results
 from ..sampling.generation import sample_in_full_batches
@@ -156,7 +157,7 @@ class Evaluator:
     """Measures samples of a run against its training images.
 
     The constructor computes the features of the training images, or reads them from the cache that it shares with
-    scripts/evaluate.py, so that problems are reported before training starts. Every process constructs and calls an
+    ddgan evaluate, so that problems are reported before training starts. Every process constructs and calls an
     evaluator.
 
     Args:
@@ -174,7 +175,7 @@ class Evaluator:
         if data.source is None:
             raise InputError(
                 "--eval_every measures against the training images, which a stream cannot provide. Omit it and "
-                "measure the finished model with scripts/evaluate.py, or train without --streaming."
+                "measure the finished model with ddgan evaluate, or train without --streaming."
             )
         if len(data.source) < MIN_IMAGES:
             raise InputError(

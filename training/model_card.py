@@ -276,5 +276,5 @@ def finish_upload(background: BackgroundUpload, args: RunArguments) -> str:
         reason = str(error) or "The upload was interrupted."
         return (
             f"\n{reason}\nThe model is complete in {args.output_dir}; to finish the upload:\n"
-            f"    python scripts/push_to_hub.py {shlex.join(command)}"
+            f"    ddgan push {shlex.join(command)}"
         )

@@ -1,9 +1,10 @@
 """Setup shared by all training scripts, from Python or the command line.
 
-Each script has a function that takes its argument dataclasses, so a notebook can train without a command line:
+Each command is a function that takes its argument dataclasses, so a notebook can train without a command line:
 
     from diffusers import DiffusionPipeline
-    from ddgan.finetune_model import FinetuneArguments, finetune
+    from ddgan.commands.arguments import FinetuneArguments
+    from ddgan.commands.finetune import finetune
     from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
 
     run = finetune(
@@ -28,7 +29,8 @@ from PIL import Image
 from ..core.accelerator import start_accelerate
 from ..core.errors import InputError
 from ..core.locks import check_unlocked
-from ..data.preprocessing import Preprocessing, check_value_range
+from ..data.arguments import check_value_range
+from ..data.preprocessing import Preprocessing
 from ..data.sources import ImageSource
 from ..sampling.grids import image_grid, rows_by_class
 from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
@@ -71,8 +73,8 @@ class Session:
         accelerator = start_accelerator(run, supports_fp16)
         if accelerator.is_fsdp2 and not supports_fsdp:
             raise InputError(
-                "Only finetune_model.py trains with FSDP; this network is small enough for --multi_gpu, which trains "
-                "it on several processes without sharding."
+                "Only ddgan finetune trains with FSDP; this network is small enough to be trained without sharding, "
+                "in one or several processes."
             )
         repo_id = create_repository(run) if run.push_to_hub and accelerator.is_main_process else None
         return cls(run, accelerator, repo_id)

@@ -72,7 +72,7 @@ def load_start_model(
     if classes and not allow_classes:
         raise InputError(
             f"The UNet of {start_model} is class-conditional; this script fine-tunes unconditional ones. "
-            "finetune_few_step.py also fine-tunes class-conditional ones, and train_class_conditional.py trains them "
+            "ddgan few-step also fine-tunes class-conditional ones, and ddgan train-class-conditional trains them "
             "from scratch."
         )
     if unet.config.in_channels not in CHANNEL_MODES:

@@ -56,13 +56,10 @@ def tracker_names(report_to: str) -> list[str]:
     if report_to == "all":
         return [name for name in _TRACKERS if find_spec(name)]
     if not find_spec(report_to):
-        if report_to == "trackio":
-            problem = "trackio is not installed. Run pip install trackio"
-        else:
-            problem = missing_extra(report_to, "wandb" if report_to == "wandb" else "train")
+        extra = {"wandb": "wandb", "tensorboard": "train"}.get(report_to)
         raise InputError(
-            f"--report_to {report_to} needs a package: {problem}. Or choose another tracker; --report_to none writes "
-            "metrics.csv and images to the run folder only."
+            f"--report_to {report_to} needs a package: {missing_extra(report_to, extra)}. Or choose another tracker; "
+            "--report_to none writes metrics.csv and images to the run folder only."
         )
     return [report_to]
 

@@ -1,12 +1,12 @@
 """A Gradio page that generates images guided by a color, a text prompt or a class.
 
-    python examples/space/app.py
-    DDGAN_PIPELINE=google/ddpm-cifar10-32 python examples/space/app.py
+    ddgan space
+    ddgan space --pipeline google/ddpm-cifar10-32
 
 It offers the embedded pipelines, or those in the environment variable DDGAN_PIPELINE: folders or Hub repositories,
 separated by commas. DDGAN_CLIP sets the CLIP model for text guidance.
 
-Together with the package `ddgan` this folder is a Hugging Face Space: scripts/push_to_hub.py --space uploads both.
+Together with the package `ddgan` this folder is a Hugging Face Space: ddgan push --space uploads both.
 """
 
 import functools

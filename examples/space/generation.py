@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ddgan import ClassConditionalPipeline, CLIPLoss, ColorLoss, DDGANPipeline, GuidanceLoss, GuidedPipeline
 from ddgan.core.errors import InputError, RunError
-from ddgan.guidance.clip import DEFAULT_MODEL
+from ddgan.guidance.arguments import DEFAULT_MODEL
 from ddgan.hub.upload import SPACE_VARIABLE
 from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import steps_strip

@@ -5,13 +5,12 @@ import torch
 
 from ddgan import NCSNpp
 from ddgan.conversion.ddgan_checkpoints import (
-    COMMON_ARGUMENTS,
-    PUBLISHED_MODELS,
     convert_discriminator,
     convert_generator,
     generator_arguments,
     generator_config,
 )
+from ddgan.conversion.published_models import COMMON_ARGUMENTS, PUBLISHED_MODELS
 
 CONVERT = {
     "generator_a": convert_generator,

@@ -30,6 +30,8 @@ class Length(Arguments):
 @dataclass
 class Other(Arguments):
     precision: Literal["no", "bf16"] | None = option(None, "number format")
+    channels: Literal[1, 3] = option(3, "channels")
+    size: str = option("small", "size of the network", choices={"small": 1, "large": 2})
     output_dir: str = option("run", "folder")
     names: list[str] | None = option(None, "names")
     resume_from_checkpoint: str | None = option(None, "checkpoint")
@@ -61,6 +63,13 @@ def test_a_flag_overrides_its_alternatives_in_a_file(tmp_path, flag):
     assert parse("--config", both)[0] == Length(3, 7)
 
 
+def test_values_have_the_types_of_their_fields():
+    length, other = parse("--channels", "1", "--size", "large", "--precision", "bf16", "--no_shuffle")
+    assert (length.shuffle, other) == (False, Other("bf16", 1, "large"))
+    assert [parse("--shuffle", text)[0].shuffle for text in ("true", "No", "1", "f")] == [True, False, True, False]
+    assert parse("--no-shuffle", "--shuffle")[0].shuffle is True
+
+
 def test_an_unquoted_no_is_a_choice(tmp_path):
     assert parse("--config", write(tmp_path / "config.yaml", "precision: no\n"))[1].precision == "no"
 
@@ -77,6 +86,9 @@ def test_a_written_config_is_read_back_without_what_resumes_a_run(tmp_path):
     [
         (["--epoch", "3"], r"Unknown flag --epoch\. Did you mean --epochs\?"),
         (["--epochs", "many"], "--epochs: invalid int value: 'many'.* --help lists the flags"),
+        (["--shuffle", "maybe"], "--shuffle: maybe is neither true nor false"),
+        (["--channels", "2"], r"--channels: invalid choice: 2 \(choose from 1, 3\)"),
+        (["--size", "tiny"], "--size: invalid choice: 'tiny'"),
         (["--config", "missing.yaml"], r"missing\.yaml does not exist"),
         (["--config", "key.yaml"], r"key\.yaml: Unknown flag --epoch\. Did you mean --epochs\?"),
         (["--config", "list.yaml"], "must contain one `flag: value` per line"),

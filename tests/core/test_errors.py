@@ -46,10 +46,25 @@ def test_only_the_first_process_reports_bad_input_and_warnings(error, message, c
         logging.getLogger("ddgan.part").warning("unusual")
         raise error
 
+    def end(seconds):  # as the launcher does when the first process has failed
+        raise SystemExit
+
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", end)
     with pytest.raises(SystemExit):
         run_command(main)
     assert capsys.readouterr().err == message and not caplog.messages
+
+
+def test_bad_input_of_another_process_alone_is_reported(capsys, monkeypatch):
+    def main():
+        raise InputError("bad")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(SystemExit, match="2"):
+        run_command(main)
+    assert capsys.readouterr().err == "\nerror in process 1: bad\n"
 
 
 @pytest.mark.parametrize(

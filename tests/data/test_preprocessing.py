@@ -9,8 +9,9 @@ import torch
 from PIL import Image, ImageOps
 
 from ddgan.core.errors import InputError
+from ddgan.data.arguments import check_value_range
 from ddgan.data.images import BrokenImageError
-from ddgan.data.preprocessing import Preprocessing, check_value_range, low_contrast, read_image
+from ddgan.data.preprocessing import Preprocessing, low_contrast, read_image
 
 
 def load(image, channels=3, size=(8, 8), **options) -> torch.Tensor:

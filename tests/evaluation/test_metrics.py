@@ -12,6 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ddgan.evaluation import metrics
+from ddgan.evaluation.arguments import METRIC_NAMES
 from ddgan.evaluation.metrics import METRICS, Gaussian, MetricInputs, frechet_distance
 from ddgan.evaluation.reporting import metric_title
 
@@ -43,6 +44,10 @@ def fid(a: torch.Tensor, b: torch.Tensor) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of metrics
+
+
+def test_the_table_has_the_names_that_arguments_accept():
+    assert tuple(METRICS) == METRIC_NAMES
 
 
 def test_a_new_metric_is_one_entry_of_the_table(pair, monkeypatch):

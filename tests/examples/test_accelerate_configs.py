@@ -26,7 +26,7 @@ def test_the_settings_match_the_file_name(name):
     assert (config.distributed_type, config.num_machines, config.num_processes) == EXPECTED[name]
     assert config.mixed_precision == "bf16"
     assert not config.use_cpu
-    assert f"accelerate launch --config_file examples/accelerate/{name}.yaml" in path.read_text(encoding="utf-8")
+    assert f"ddgan finetune --config_file examples/accelerate/{name}.yaml" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -7,11 +7,12 @@ from tiny_clip import save_clip
 
 from ddgan import CLIPLoss, ColorLoss, ReferenceLoss, SaturationLoss, SymmetryLoss, TotalVariationLoss
 from ddgan.core.errors import InputError
-from ddgan.guidance.clip import DEFAULT_MODEL
-from ddgan.guidance.registry import clip_model_names, parse_loss
+from ddgan.guidance.arguments import DEFAULT_MODEL, LOSS_FORMS, clip_model_names
+from ddgan.guidance.registry import CLIP_LOSSES, LOSSES, parse_loss
 
 
 def test_every_loss_can_be_named(tmp_path):
+    assert {*LOSSES, *CLIP_LOSSES} == set(LOSS_FORMS)
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
     torch.manual_seed(0)
     save_clip(tmp_path / "clip")

@@ -97,7 +97,7 @@ def test_invalid_input_is_refused_before_anything_is_written(tmp_path, golden):
     refused("entries of `all_modules`, but one with number 99999999", far, "--recipe", "cifar10")
     refused("cannot be converted", {**generator, key: torch.zeros(())}, "--recipe", "cifar10")
     refused("cannot be read as tensors and plain values", {"all_modules.0": Path("/")}, "--recipe", "cifar10")
-    refused("cannot be read: ", generator, "--config_path", tmp_path / "missing.json")
+    refused(r"--config_path .*missing\.json does not exist", generator, "--config_path", tmp_path / "missing.json")
     (tmp_path / "args.json").write_text('{"num_timesteps": 4}')
     refused("lack 'image_size', which cannot be inferred", generator, "--config_path", tmp_path / "args.json")
     for content in (b"", b"PK\3\4", b"\x80\x02."):

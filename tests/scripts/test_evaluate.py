@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import ROOT, few_step_scheduler, run_ranks, tiny_unet, write_images
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
+from ddgan.commands import evaluate as command
 from ddgan.core.errors import InputError, RunError
 from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
@@ -123,13 +124,13 @@ def test_the_order_of_the_images_does_not_change_the_numbers(run, folders, tmp_p
 @pytest.fixture
 def sampled(monkeypatch) -> list[int]:
     """The seeds of generated samples; a group of 8x8 images has 32."""
-    seeds_seen, sample = [], evaluate.sample
+    seeds_seen, sample = [], command.sample
 
     def recorded(pipe, seeds, *rest, **options):
         seeds_seen.extend(seeds)
         return sample(pipe, seeds, *rest, **options)
 
-    for module in (evaluate, groups):
+    for module in (command, groups):
         monkeypatch.setattr(module, "sample", recorded)
     return seeds_seen
 
@@ -632,7 +633,7 @@ def test_resized_references_have_a_warning(run, folders, tmp_path):
         (["--images", "SAMPLES", "--reference", "nowhere.npz"], "no such file"),
         (
             ["--images", "SAMPLES", "--feature_extractor", "nowhere"],
-            "neither one of the extractors",
+            "--feature_extractor nowhere does not exist .* one of the extractors inception",
         ),
         (["--images", "SAMPLES", "--class_labels", 3], "color has the classes 0 to 2"),
         (["--images", "SAMPLES", "--stacked_mnist"], "color is not"),

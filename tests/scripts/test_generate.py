@@ -198,6 +198,28 @@ TINY_CONDITIONED = {
 }
 
 
+def test_settings_without_images_do_not_count(tiny_model, whole):
+    for path in (whole / "images").iterdir():
+        path.unlink()
+    generate.main(flags(tiny_model, whole, "--seed", 1))
+    assert len(images(whole)) == 7
+
+
+def test_overwrite_replaces_images_unless_the_command_fails(tiny_model, whole, tmp_path):
+    generate.main(flags(tiny_model, whole, "--grid", "--intermediates", 2))
+    before = images(whole)
+    with pytest.raises(InputError, match="not conditioned"):
+        generate.main(flags(tiny_model, whole, "--overwrite", "--class_labels", 1))
+    with pytest.raises(InputError, match="1000"):
+        generate.main(flags(tiny_model, whole, "--overwrite", "--num_inference_steps", 1001))
+    assert images(whole) == before and (whole / "grid.png").exists()
+    other = ("--seed", 100, "--num_images", 3)
+    generate.main(flags(tiny_model, tmp_path / "other", *other))
+    generate.main(flags(tiny_model, whole, *other, "--overwrite"))
+    assert images(whole) == images(tmp_path / "other")
+    assert sorted(path.name for path in whole.iterdir()) == ["generate.json", "images"]
+
+
 def test_classes_are_used_in_turn(tmp_path):
     unet = tiny_unet(num_class_embeds=3)
     unet.class_embedding.weight.data *= 20
@@ -222,6 +244,9 @@ def test_classes_are_given_by_label_or_name_and_can_be_guided(tmp_path):
     assert images(tmp_path / "plain") != images(tmp_path / "numbers")
     with pytest.raises(InputError, match="one of ant, bee, cat"):
         generate.main(flags(tmp_path / "model", tmp_path / "without"))
+    with pytest.raises(InputError, match=r"no class 'bea' among .* 'bee'"):
+        generate.main(flags(tmp_path / "model", tmp_path / "without", "--class_labels", *["ant"] * 6, "bea"))
+    assert not (tmp_path / "without").exists()
 
 
 def test_numbers_that_name_classes_mean_these_classes(tmp_path):
@@ -370,11 +395,11 @@ def test_settings_are_saved(whole):
         (["--num_inference_step", 3], "--num_inference_steps"),
         (["--num_inference_steps", 1001], "1000"),
         (["--class_labels", 1], "not conditioned"),
-        (["--pipeline", "nowhere"], "No pipeline nowhere"),
+        (["--pipeline", "nowhere"], "--pipeline nowhere: there is no such file or folder"),
         (["--pipeline", ""], "--pipeline"),
         (["--color", "teel"], "'teel' is not a known color"),
         (["--guidance_scale", 3], "--color, --clip_prompt or --towards, or .* --class_labels"),
-        (["--guidance_scale", 3, "--class_labels", 1], "takes no guidance_scale"),
+        (["--guidance_scale", 3, "--class_labels", 1], "not conditioned"),
         (["--class_labels", "one"], "not conditioned"),
         (["--guidance_gradient", "model"], "--color"),
         (["--clip_model", "ViT-B-32"], "--clip_prompt"),

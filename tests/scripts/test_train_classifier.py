@@ -11,6 +11,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import ROOT, largest_difference, run_ranks
 
+from ddgan.commands.arguments import ClassifierDataArguments
+from ddgan.commands.train_classifier import open_splits
 from ddgan.core.errors import InputError, RunError
 from ddgan.data.preprocessing import Preprocessing
 from ddgan.data.sources import MissingSplitError, open_source
@@ -140,7 +142,7 @@ def test_the_card_has_the_accuracy_and_the_command(tmp_path):
     card = ModelCard.load(tmp_path / "my-classifier" / "README.md")
     (result,) = card.data.eval_results
     assert (result.metric_type, result.dataset_name) == ("accuracy", "sides") and 0 <= result.metric_value <= 1
-    command = "train_classifier.py --train_data_dir sides --output_dir my-classifier "
+    command = "ddgan train-classifier --train_data_dir sides --output_dir my-classifier "
     assert command in card.text and "--widths 8 16" in card.text
     assert str(tmp_path) not in card.content
 
@@ -202,8 +204,8 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_no_image_is_both_trained_on_and_held_out(tmp_path):
-    args = train_classifier.ClassifierDataArguments(train_data_dir=str(write_classes(tmp_path / "sides", 10)))
-    (trained, tested, _), (_, other, _) = (train_classifier.open_splits(args, None, seed) for seed in (0, 1))
+    args = ClassifierDataArguments(train_data_dir=str(write_classes(tmp_path / "sides", 10)))
+    (trained, tested, _), (_, other, _) = (open_splits(args, None, seed) for seed in (0, 1))
     names = [[source.name(i) for i in range(len(source))] for source in (trained, tested, other)]
     assert (len(names[0]), len(names[1]), len({*names[0], *names[1]})) == (18, 2, 20)
     assert names[1] != names[2]  # the seed chooses them
@@ -223,7 +225,7 @@ def test_an_existing_classifier_is_not_overwritten(tmp_path):
     ("flags", "message"),
     [
         ([], "either --dataset_name or --train_data_dir"),
-        (["--train_data_dir", "nowhere"], "no such folder"),
+        (["--train_data_dir", "nowhere"], "--train_data_dir nowhere does not exist"),
         (["--train_data_dir", "one"], "at least two classes"),
         (["--train_data_dir", "flat"], "no class labels"),
         (["--train_data_dir", "sides", "--widths", "9"], "multiples of 8"),

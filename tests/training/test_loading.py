@@ -14,7 +14,8 @@ from PIL import Image
 from tiny import make_dataset, write_images, write_shard
 
 from ddgan.core.errors import InputError, RunError
-from ddgan.data.preprocessing import Preprocessing, check_value_range
+from ddgan.data.arguments import check_value_range
+from ddgan.data.preprocessing import Preprocessing
 from ddgan.training.arguments import DataArguments, LabelArguments
 from ddgan.training.loading import Batch, TrainingData
 

@@ -17,6 +17,7 @@ from PIL import Image
 from tiny import ROOT
 
 from ddgan import DDGANPipeline, train_class_conditional, train_ddgan
+from ddgan.commands import push
 from ddgan.core.errors import InputError
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.hub.publication import pipeline_files
@@ -140,10 +141,10 @@ def test_failed_uploads_do_not_harm_a_run_that_prints_how_to_finish_them(local_h
     )
     output = capsys.readouterr().out
     assert "The upload to ann/run failed: " in output and list(local_hub.files("ann/run")) == [".gitattributes"]
-    command = shlex.split(re.search(r"python scripts/push_to_hub\.py (.*)", output)[1])
+    command = shlex.split(re.search(r"ddgan push (.*)", output)[1])
     assert command == ["--folder", str(run), "--repo_id", "ann/run", "--private"]
     local_hub.faults.clear()
-    monkeypatch.setattr(push_to_hub, "sample_standalone", lambda *_, **__: b"generated elsewhere")
+    monkeypatch.setattr(push, "sample_standalone", lambda *_, **__: b"generated elsewhere")
     push_to_hub.main(command)
     assert set(pipeline_files(run)) < local_hub.files("ann/run").keys()
     push_to_hub.main(["--folder", str(run), "--repo_id", "ann/again"])

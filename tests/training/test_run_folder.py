@@ -21,7 +21,7 @@ def test_creating_a_trainer_touches_no_file(finetune, monkeypatch, tmp_path):
     (run / ".tmp-leftover").touch()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     monkeypatch.setattr(Trainer, "train", lambda self: None)
-    monkeypatch.setattr("ddgan.finetune_model.print_summary", lambda run: None)
+    monkeypatch.setattr("ddgan.training.model_card.print_summary", lambda run: None)
     checkpoint = run / "checkpoints" / "step-00000002"
     finetune("run", "--resume_from_checkpoint", checkpoint)
     finetune("other")

@@ -9,7 +9,8 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline
 from tiny import largest_difference, weights
 
-from ddgan import finetune_model
+from ddgan.commands.arguments import FinetuneArguments
+from ddgan.commands.finetune import finetune as finetune_function
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
 from ddgan.training.tracking import read_metrics
 
@@ -21,7 +22,7 @@ def arguments(model: Path, images: Path, output: Path, **run) -> tuple:
         LearningRateArguments(learning_rate=1e-2),
         DataArguments(train_data_dir=str(images)),
         EvaluationArguments(),
-        finetune_model.FinetuneArguments(start_model=str(model), sample_steps=2),
+        FinetuneArguments(start_model=str(model), sample_steps=2),
     )
 
 
@@ -32,7 +33,7 @@ def no_command_line(monkeypatch):
 
 
 def test_dataclasses_train_without_a_command_line(tiny_model, images, tmp_path, capsys):
-    result = finetune_model.finetune(*arguments(tiny_model, images, tmp_path / "run"))
+    result = finetune_function(*arguments(tiny_model, images, tmp_path / "run"))
     assert (result.folder, result.upload) == (tmp_path / "run", None)
     assert (result.facts.step, result.facts.total_steps) == (2, 2)
     assert result.facts.losses["loss"] > 0
@@ -41,17 +42,17 @@ def test_dataclasses_train_without_a_command_line(tiny_model, images, tmp_path, 
 
 
 def test_python_and_the_command_line_train_the_same_weights(finetune, tiny_model, images, tmp_path):
-    finetune_model.finetune(*arguments(tiny_model, images, tmp_path / "python"))
+    finetune_function(*arguments(tiny_model, images, tmp_path / "python"))
     command = finetune("command", "--batch_size", 4, "--max_train_steps", 2)
     assert largest_difference(weights(tmp_path / "python"), weights(command)) == 0
 
 
 def test_the_notebook_launcher_trains(tiny_model, images, tmp_path):
-    notebook_launcher(finetune_model.finetune, arguments(tiny_model, images, tmp_path / "run"), num_processes=1)
+    notebook_launcher(finetune_function, arguments(tiny_model, images, tmp_path / "run"), num_processes=1)
     assert len(read_metrics(tmp_path / "run" / "metrics.csv")) == 2
 
 
 @pytest.mark.slow
 def test_two_processes_train_from_python(tiny_model, images, tmp_path):
-    debug_launcher(finetune_model.finetune, arguments(tiny_model, images, tmp_path / "run"), num_processes=2)
+    debug_launcher(finetune_function, arguments(tiny_model, images, tmp_path / "run"), num_processes=2)
     assert "| global batch size | 8, 2 processes |" in (tmp_path / "run" / "README.md").read_text()

@@ -146,8 +146,8 @@ def test_every_loss_is_plotted(tmp_path, titles):
 def test_a_missing_tracker_is_reported_with_its_installation(monkeypatch):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     for name, command in (
-        ("wandb", r"-e '\.\[wandb\]'"),
-        ("tensorboard", r"-e '\.\[train\]'"),
+        ("wandb", "'wandb>="),
+        ("tensorboard", "'tensorboard>="),
         ("trackio", "trackio"),
     ):
         with pytest.raises(InputError, match=f"--report_to {name} needs .*pip install {command}"):

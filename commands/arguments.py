@@ -1,0 +1,623 @@
+"""Arguments of the commands, as dataclasses; nothing here imports PyTorch.
+
+Mistakes in them are therefore reported at once. Arguments that several commands share are in `sampling/arguments.py`
+and `training/arguments.py`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from ..conversion.published_models import PUBLISHED_MODELS
+from ..core.cli import Arguments, option
+from ..core.errors import InputError
+from ..core.locations import resolve_locations, resolve_paths
+from ..data.arguments import check_value_range
+from ..evaluation.arguments import (
+    CACHE_DIR,
+    EXTRACTOR_NAMES,
+    INCEPTION,
+    MIN_IMAGES,
+    NORM_GROUPS,
+    STACKED_MNIST_SAMPLES,
+    resolve_extractor,
+)
+from ..guidance.arguments import (
+    CLIP_MODEL_HELP,
+    DEFAULT_MODEL,
+    TOWARDS_HELP,
+    clip_model_names,
+    parse_color,
+    split_loss,
+)
+from ..hub.arguments import CARD_NAME, check_repo_id
+from ..sampling.arguments import SCHEDULERS, SamplingArguments
+from ..training.arguments import MAX_GRID_IMAGES, DataArguments, LearningRateArguments, RunArguments
+
+# --freeze choice -> substrings of the names of the parameters that are still trained
+TRAINED_PARTS = {
+    "none": ("",),
+    "all_but_attention": ("attentions.",),
+    "all_but_norms": ("norm",),
+    "all_but_up_blocks": ("up_blocks.", "conv_norm_out", "conv_out"),
+}
+
+# of train_ddgan.py, per block: multiples of --discriminator_channels, and whether it halves the resolution (from the
+# appendix of the paper)
+DISCRIMINATORS = {
+    "small": ((2, 4, 8, 8), (False, True, True, True)),
+    "large": ((4, 8, 8, 8, 8, 8), (True, True, True, True, True, True)),
+}
+AUGMENTATIONS = ("color", "translation", "cutout")
+
+MAX_WIDTH, MAX_LAYERS = 16_384, 100  # far above any network that can be trained
+
+CLASS_DATASETS = ("mnist", "fashion_mnist")
+MIN_WIDTH = 8  # channels of one attention head in the blocks of Diffusers
+
+GRID_IMAGES = 64
+DEFAULT_GUIDANCE_SCALE = 40.0
+
+DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline to evaluate; with fewer the bias of FID is large
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finetune_model.py
+
+
+@dataclass
+class FinetuneArguments(Arguments):
+    """The model to fine-tune, and the loss."""
+
+    _argument_group_name = "fine-tuning"
+
+    start_model: str = option(
+        "examples/models/noto-emoji-32",
+        "pipeline folder or Hub repository of an unconditional UNet2DModel to start from",
+    )
+    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
+        None, "what the network predicts (default: same as the start model)"
+    )
+    min_snr_gamma: float | None = option(
+        None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)", above=0
+    )
+    freeze: str = option("none", "which part of the UNet to freeze", choices=TRAINED_PARTS)
+    sample_scheduler: str = option("ddim", "scheduler for the sample grids", choices=SCHEDULERS)
+    sample_steps: int = option(40, "sampling steps for these grids", minimum=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        resolve_locations(self, "start_model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finetune_few_step.py
+
+
+@dataclass
+class FewStepArguments(Arguments):
+    """The model to fine-tune, its number of sampling steps, and the two stages of training."""
+
+    _argument_group_name = "few steps"
+
+    start_model: str = option(  # __post_init__ refuses None
+        None,
+        "pipeline folder or Hub repository of an unconditional UNet2DModel or a ClassConditionedUnet to start from",
+    )
+    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
+    num_inference_steps: list[int] = option(
+        [4], "sampling steps; several numbers train one model for each of them, the first is its default", minimum=1
+    )
+    distillation_steps: int = option(
+        500,
+        "optimizer steps of the first stage, in which the network learns to reach in one evaluation what the start "
+        "model reaches in many; the steps after them are adversarial",
+        minimum=0,
+    )
+    distillation_lr: float = option(1e-3, "peak learning rate of the first stage", above=0)
+    distillation_weight: float = option(
+        20.0, "weight of the loss of the first stage in the adversarial steps", minimum=0
+    )
+    teacher_samples: int = option(2048, "number of samples of the start model to learn from", minimum=1)
+    teacher_steps: int = option(20, "DDIM steps for each of these samples", minimum=1)
+    teacher_guidance_scale: float = option(
+        1.0,
+        "classifier-free guidance of these samples, for a class-conditional model with a null class; 1: none",
+        above=0,
+    )
+    lr_g: float = option(5e-5, "peak learning rate of the network in the adversarial steps", above=0)
+    lr_d: float = option(2e-4, "peak learning rate of the discriminator", above=0)
+    gamma: float = option(0.1, "weight of the gradient penalties R1 and R2; 0 turns them off", minimum=0)
+    instance_noise: float = option(
+        0.5, "probability of noise on the clean images that the discriminator sees", minimum=0, maximum=1
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.start_model is None:
+            raise InputError("Name the pipeline to start from with --start_model.")
+        resolve_locations(self, "start_model")
+        if not self.num_inference_steps:
+            raise InputError("--num_inference_steps needs at least one number.")
+        if len(set(self.num_inference_steps)) < len(self.num_inference_steps):
+            raise InputError("--num_inference_steps names a number of steps twice.")
+
+
+@dataclass
+class FewStepRunArguments(RunArguments):
+    """The training run: its length, what it logs and what it saves."""
+
+    _default_output_dir: ClassVar = "few-step-model"
+
+    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_ddgan.py
+
+
+@dataclass
+class DDGANArguments(Arguments):
+    """The noise process, the two networks, and their losses."""
+
+    _argument_group_name = "DDGAN"
+
+    num_train_timesteps: int = option(4, "denoising steps T", minimum=1, maximum=1000)
+    beta_min: float = option(0.1, "noise process: lowest rate", above=0)
+    beta_max: float = option(20.0, "noise process: highest rate", above=0)
+    variance_schedule: Literal["vp", "geometric"] = option("vp", "noise process: how its variance grows")
+
+    image_channels: Literal[1, 2, 3, 4] = option(3, "channels of the images: gray, gray and alpha, RGB, RGBA")
+    class_conditional: bool = option(False, "condition both networks on the class labels of the images")
+    block_out_channels: list[int] = option(
+        [128, 256, 256, 256],
+        "generator: channels of each level, highest resolution first",
+        minimum=1,
+        maximum=MAX_WIDTH,
+    )
+    layers_per_block: int = option(2, "generator: residual blocks per level", minimum=1, maximum=MAX_LAYERS)
+    attention_resolutions: list[int] = option([16], "generator: feature map heights with attention", minimum=1)
+    latent_dim: int = option(100, "generator: length of the latent z", minimum=1, maximum=MAX_WIDTH)
+    latent_embed_dim: int = option(256, "generator: width of the mapping network of z", minimum=1, maximum=MAX_WIDTH)
+    latent_mapping_layers: int = option(
+        4, "generator: layers of the mapping network after the first", minimum=0, maximum=MAX_LAYERS
+    )
+    dropout: float = option(0.0, "generator: dropout probability", minimum=0, below=1)
+    discriminator: str = option(
+        "small", "the paper's discriminator for 32x32 (small) or 256x256 (large)", choices=DISCRIMINATORS
+    )
+    discriminator_channels: int = option(
+        64, "discriminator: base width, which its blocks multiply", minimum=1, maximum=MAX_WIDTH
+    )
+
+    lr_g: float = option(1.6e-4, "learning rate of the generator (Adam with betas 0.5 and 0.9)", above=0)
+    lr_d: float = option(1.25e-4, "learning rate of the discriminator", above=0)
+    lr_min: float = option(
+        1e-5, "final learning rate of both, after a cosine decay that is constant within an epoch", minimum=0
+    )
+    r1_gamma: float = option(0.05, "weight of the gradient penalty R1; 0 turns it off", minimum=0)
+    lazy_reg: int = option(15, "steps between applications of R1", minimum=1)
+    diffaug: list[str] = option(
+        [], "differentiable augmentations, for small datasets: any of color,translation,cutout"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lr_min > min(self.lr_g, self.lr_d):
+            raise InputError(
+                f"--lr_min is {self.lr_min}, the final value of --lr_g {self.lr_g} and --lr_d {self.lr_d}; it must "
+                "not be greater than either."
+            )
+        self.diffaug = [name for names in self.diffaug for name in names.split(",") if name]
+        if unknown := set(self.diffaug) - set(AUGMENTATIONS):
+            raise InputError(f"--diffaug {' '.join(sorted(unknown))}: choose from {', '.join(AUGMENTATIONS)}.")
+
+
+@dataclass
+class DDGANRunArguments(RunArguments):
+    """The training run: its length, what it logs and what it saves."""
+
+    _default_output_dir: ClassVar = "ddgan-model"
+
+    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train_class_conditional.py
+
+
+@dataclass
+class ClassConditionalArguments(Arguments):
+    """The class-conditional network, and its loss."""
+
+    _argument_group_name = "class conditioning"
+    _alternatives = ({"dataset", "dataset_name", "train_data_dir"},)
+
+    dataset: str | None = option(
+        None,
+        "images in --data_dir, downloaded if missing (default: mnist, unless other images are named)",
+        choices=CLASS_DATASETS,
+    )
+    data_dir: str = option("data", "folder with torchvision's MNIST/raw or FashionMNIST/raw")
+
+    unet: Literal["class_conditioned", "context"] = option(
+        "class_conditioned", "pass the class as extra input channels, or as factors of the features"
+    )
+    image_channels: Literal[1, 2, 3, 4] = option(1, "channels of the images: gray, gray and alpha, RGB, RGBA")
+    class_dropout: float = option(
+        0.0, "probability of the null class in training; above 0 allows classifier-free guidance", minimum=0, below=1
+    )
+    block_out_channels: list[int] = option(
+        [32, 64, 64],
+        "channels of each level, highest resolution first; context: only the first is used",
+        minimum=MIN_WIDTH,
+        maximum=MAX_WIDTH,
+    )
+    class_emb_size: int = option(
+        4, "class_conditioned: size of the class embedding; 0: one-hot vectors", minimum=0, maximum=MAX_WIDTH
+    )
+    layers_per_block: int = option(2, "class_conditioned: residual blocks per level", minimum=1, maximum=MAX_LAYERS)
+    attention_levels: list[int] = option(
+        [1, 2], "class_conditioned: levels with attention; 0 is the highest resolution", minimum=0
+    )
+    norm_num_groups: int = option(
+        32, "class_conditioned: groups of the group norms; must divide the channels of every level", minimum=1
+    )
+
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("epsilon", "what the network predicts")
+    min_snr_gamma: float | None = option(
+        None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)", above=0
+    )
+    timestep_sampling: Literal["uniform", "logit_normal"] = option(
+        "uniform", "distribution of the timesteps: uniform, or concentrated in the middle"
+    )
+    sample_steps: int = option(50, "DDIM steps for the sample grids", minimum=1)
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance scale for these grids; above 1 needs --class_dropout"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.block_out_channels:
+            raise InputError("--block_out_channels needs at least one width.")
+        if self.guidance_scale > 1 and not self.class_dropout:
+            raise InputError(
+                f"--guidance_scale {self.guidance_scale} needs a null class for the unconditional prediction: train "
+                "with --class_dropout 0.1, or sample with --guidance_scale 1."
+            )
+
+
+@dataclass
+class ClassConditionalLearningRateArguments(LearningRateArguments):
+    """The learning rate and its schedule."""
+
+    learning_rate: float = option(1e-3, "peak learning rate (Adam)", minimum=0)
+
+
+@dataclass
+class ClassConditionalRunArguments(RunArguments):
+    """The training run: its length, what it logs and what it saves."""
+
+    _default_output_dir: ClassVar = "class-conditional"
+
+    num_samples: int = option(
+        80,
+        "images in a sample grid with one row per class, rounded up to full rows",
+        minimum=1,
+        maximum=MAX_GRID_IMAGES,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts/train_classifier.py
+
+
+@dataclass
+class ClassifierArguments(Arguments):
+    """The classifier, its augmentation and its test split."""
+
+    _argument_group_name = "classifier"
+
+    widths: list[int] = option([16, 32, 64, 96], "channels of each block", minimum=NORM_GROUPS, maximum=16_384)
+    augmentation: float = option(
+        1.0, "strength of random shifts, rotations, scaling and noise; 0 disables them", minimum=0, maximum=10
+    )
+    test_split: str | None = option(
+        None,
+        "split for the test accuracy (default: `test` if it exists, else a tenth of the images is held out)",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if any(width % NORM_GROUPS for width in self.widths):
+            raise InputError(
+                f"--widths {' '.join(map(str, self.widths))}: the widths must be multiples of {NORM_GROUPS}."
+            )
+
+
+@dataclass
+class ClassifierDataArguments(DataArguments):
+    """The labeled images, and how they are resized and cropped."""
+
+    dataset_name: str | None = option(
+        None,
+        "labeled dataset on the Hub, or a local one: a folder, or a .parquet, .arrow, .tar, .zip or .npz file; this "
+        "or --train_data_dir is required",
+    )
+    image_size: int | None = option(
+        None, "height and width of the input (default: the shorter side of the first image)", minimum=1
+    )
+    center_crop: bool = option(True, "crop to a square at the center; --no_center_crop: at random")
+    cache_images: bool = option(
+        True, "cache the decoded, resized images in memory; --no_cache_images reads them again in each epoch"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.dataset_name and not self.train_data_dir:
+            raise InputError("Pass the labeled images with either --dataset_name or --train_data_dir.")
+        if self.streaming or self.resolution:
+            raise InputError(
+                "A classifier takes square images (--image_size instead of --resolution), and images are held out for "
+                "testing, so they cannot be streamed: omit --streaming."
+            )
+
+
+@dataclass
+class ClassifierLearningRateArguments(LearningRateArguments):
+    """The learning rate and its schedule."""
+
+    learning_rate: float = option(4e-3, "peak learning rate of AdamW", minimum=0)
+    lr_warmup_steps: int | None = option(
+        None, "optimizer steps of linear warmup from zero (default: a twentieth)", minimum=0
+    )
+
+
+@dataclass
+class ClassifierRunArguments(RunArguments):
+    """The training run: its length, its optimizer, what it logs and what it saves."""
+
+    _default_output_dir: ClassVar = "classifier"
+
+    batch_size: int = option(128, "images in a micro-batch of one process", minimum=1)
+    num_epochs: int = option(6, "passes over the images", minimum=1)
+    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
+    ema_decay: float = option(0.0, "maximum decay of the EMA weights; 0 turns EMA off", minimum=0, below=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gradient_checkpointing:
+            raise InputError("The classifier is too small for --gradient_checkpointing: omit it.")
+        if self.push_to_hub:
+            raise InputError("--push_to_hub uploads pipelines, not classifiers: omit it.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts/generate.py
+
+
+@dataclass
+class GenerateArguments(SamplingArguments):
+    """The pipeline, how to sample it, and the output folder."""
+
+    output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
+    num_images: int = option(16, "total number of images; a higher number adds to existing images", minimum=1)
+    overwrite: bool = option(False, "replace the images that --output_dir contains")
+    batch_size: int = option(
+        16, "images per batch on an accelerator; on a CPU it depends on the image size only", minimum=1
+    )
+    class_labels: list[str] | None = option(
+        None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
+    )
+    grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
+    intermediates: int | None = option(
+        None, "show this many denoising steps of the first image in intermediates.png", minimum=1
+    )
+    color: str | None = option(None, "guide towards a color: '#BB2266', teal")
+    clip_prompt: list[str] | None = option(None, "guide towards one or more texts with a CLIP model")
+    towards: list[str] | None = option(None, TOWARDS_HELP)
+    clip_model: list[str] | None = option(None, CLIP_MODEL_HELP)
+    guidance_scale: float | None = option(
+        None,
+        "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one (default: "
+        f"{DEFAULT_GUIDANCE_SCALE:g}). Without these, classifier-free guidance towards --class_labels",
+    )
+    guidance_gradient: Literal["sample", "model"] | None = option(
+        None, "model: differentiate through the network too, which takes more time and memory (default: sample)"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.pipeline:
+            raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
+        if self.color:
+            parse_color(self.color)
+        for text in self.towards or []:
+            split_loss(text)
+        if self.clip_prompt or self.towards:
+            self.clip_model = clip_model_names(self.clip_model)
+        elif self.clip_model:
+            raise InputError("--clip_model needs a --clip_prompt, or a CLIP loss in --towards.")
+        if self.is_guided:
+            self.guidance_scale = DEFAULT_GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
+            self.guidance_gradient = self.guidance_gradient or "sample"
+        elif self.guidance_gradient or (self.guidance_scale is not None and not self.class_labels):
+            raise InputError(
+                "Guidance needs a target: pass --color, --clip_prompt or --towards, or for classifier-free guidance "
+                "--class_labels."
+            )
+
+    @property
+    def is_guided(self) -> bool:
+        return bool(self.color or self.clip_prompt or self.towards)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts/evaluate.py
+
+
+@dataclass
+class EvaluateArguments(SamplingArguments):
+    """The samples to measure, the reference images and the features."""
+
+    images: str | None = option(
+        None, "existing images to measure instead of --pipeline: folder, .parquet, or .npz with arr_0"
+    )
+    num_images: int | None = option(
+        None,
+        f"images to measure (default: {DEFAULT_NUM_IMAGES:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with "
+        "--stacked_mnist; all of --images, of which fewer are a random subset, or with --class_labels the first)",
+        minimum=MIN_IMAGES,
+    )
+    reference: str | None = option(
+        None,
+        "images to measure against: folder, MNIST-style folder, dataset folder or Hub dataset, .npz, .parquet, or "
+        "statistics: an .npz with mu and sigma, or a .safetensors file of cached features",
+    )
+    reference_split: str | None = option(None, "split of the reference (default: train, if it has splits)")
+    reference_config: str | None = option(None, "configuration of a reference dataset, if it has several")
+    num_reference: int | None = option(
+        None, "size of a random subset of the reference (default: all images)", minimum=MIN_IMAGES
+    )
+    held_out: str | None = option(
+        None, "images not used in training, to detect memorization; --reference must be the training images"
+    )
+    held_out_split: str | None = option(None, "split of the held-out images (default: test, if they have splits)")
+    image_column: str | None = option(None, "column with the images (default: the first image column)")
+    value_range: list[float] | None = option(
+        None,
+        "values of black and white in gray --images and references: --value_range 0 4095 (default: the full range of "
+        "their bits for integers, 0 1 for floating-point numbers)",
+    )
+    feature_extractor: str | None = option(
+        None,
+        f"{', '.join(EXTRACTOR_NAMES)} (default: {INCEPTION}), or a classifier folder from ddgan train-classifier",
+    )
+    extractor_weights: str | None = option(None, "file (inception-v3-compat) or folder (dinov2) with its weights")
+    classifier: str | None = option(
+        None, "classifier folder that predicts classes and digits (default: the feature extractor, if it is one)"
+    )
+    stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
+    batch_size: int = option(
+        64, "images per forward pass; for samples on a CPU it depends on the image size only", minimum=1
+    )
+    class_labels: list[str] | None = option(
+        None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
+    )
+    guidance_scale: float | None = option(
+        None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
+    )
+    output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
+    save_images: str | None = option(None, "save the samples in this folder")
+    cache_dir: str = option(str(CACHE_DIR), "folder for cached features of references")
+    update_card: bool = option(False, "write the metrics into the model card of the pipeline folder")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.pipeline) == bool(self.images):
+            raise InputError("Pass either --pipeline, to sample from it, or existing --images.")
+        if self.images and self.save_images:
+            raise InputError("--save_images saves the samples of a --pipeline; those of --images already exist.")
+        if self.held_out and not self.reference:
+            raise InputError("--held_out images are compared with training images: pass these with --reference.")
+        if self.feature_extractor is None:
+            self.feature_extractor = INCEPTION if self.reference else self.classifier
+        if self.feature_extractor is None:
+            raise InputError("Pass images to measure against with --reference, or a --classifier.")
+        resolve_locations(self, "images", "reference", "held_out", datasets=True)
+        resolve_paths(self, "classifier")
+        resolve_extractor(self)
+        check_value_range(self.value_range)
+        if self.update_card and not (self.pipeline and self.card.is_file()):
+            raise InputError(f"--update_card needs the --pipeline of a local folder with a model card ({CARD_NAME}).")
+
+    @property
+    def card(self) -> Path:
+        """The model card of the pipeline folder."""
+        return Path(self.pipeline or "") / CARD_NAME
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts/convert_ddgan_checkpoint.py
+
+
+@dataclass
+class ConvertArguments(Arguments):
+    """The checkpoint, its training arguments, and the output folder."""
+
+    checkpoint_path: str | None = option(None, "checkpoint to convert: netG_*.pth or content.pth")
+    config_path: str | None = option(None, "JSON file with the training arguments of the checkpoint")
+    recipe: str | None = option(
+        None,
+        "published model to take the training arguments from, instead of --config_path",
+        choices=PUBLISHED_MODELS,
+    )
+    output_dir: str | None = option(None, "folder for the pipeline")
+    num_samples: int = option(
+        16, "images to generate on the CPU for the model card, slow at 256x256; 0 for none", minimum=0, maximum=10_000
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.checkpoint_path or not self.output_dir:
+            raise InputError("Pass the checkpoint with --checkpoint_path and the output folder with --output_dir.")
+        if self.config_path and self.recipe:
+            raise InputError("Pass only one of --config_path and --recipe: both define the training arguments.")
+        resolve_paths(self, "checkpoint_path", "config_path")
+        output = Path(self.output_dir)
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise InputError(f"--output_dir {output} already exists and is not empty: choose another folder.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts/push_to_hub.py
+
+
+@dataclass
+class PushArguments(Arguments):
+    """The pipeline to publish, and its repository."""
+
+    folder: str | None = option(None, "pipeline folder: written by a training run or by `save_pretrained`")
+    repo_id: str | None = option(None, "repository on the Hub, user/name; created if needed")
+    private: bool = option(False, "create it as a private repository")
+    revision: str | None = option(None, "branch to upload to, created if needed (default: main)")
+    create_pr: bool = option(False, "upload as a pull request")
+    trust_remote_code: bool = option(
+        False, "run Python code that comes with the pipeline to check it, even if this package did not write that code"
+    )
+    space: bool = option(False, "also upload the app of examples/space: a Space of the same name that runs the model")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.folder or not self.repo_id:
+            raise InputError("Pass the folder and the repository: --folder my-model --repo_id user/my-model.")
+        if self.create_pr and self.revision:
+            raise InputError("--create_pr opens a pull request to the main branch: omit --revision.")
+        if self.space and (self.create_pr or self.revision not in (None, "main")):
+            raise InputError(
+                "--space creates a Space that loads the repository's main branch, which --revision and --create_pr do "
+                "not change: publish to the main branch, or omit --space."
+            )
+        check_repo_id(self.repo_id)
+        resolve_paths(self, "folder")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts/space.py
+
+
+@dataclass
+class SpaceArguments(Arguments):
+    """The models of the web demo."""
+
+    pipeline: list[str] | None = option(
+        None, "pipeline folders or Hub repositories to offer (default: the embedded models)"
+    )
+    clip_model: str | None = option(
+        None, f"CLIP model for text guidance (default: {DEFAULT_MODEL}, if it is in the cache of the Hub)"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        resolve_locations(self, "pipeline")

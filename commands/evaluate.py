@@ -1,0 +1,499 @@
+"""Evaluate a pipeline, or existing images, against reference images, and report the protocol of every metric."""
+
+import json
+import logging
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..core.accelerator import start_accelerate
+from ..core.errors import InputError, RunError, naming_file
+from ..core.files import fingerprint, location_name, replace_file
+from ..core.threads import one_thread_per_operation
+from ..data.arguments import check_value_range
+from ..data.images import color_channels
+from ..data.preprocessing import Preprocessing, low_contrast
+from ..data.sources import open_source, read_arrays
+from ..evaluation.arguments import MIN_IMAGES, STACKED_MNIST_SAMPLES
+from ..evaluation.coverage import confusion_matrix_plot
+from ..evaluation.extractors import ClassifierFeatures, FeatureExtractor, load_extractor
+from ..evaluation.facts import ReferenceFacts, SampleFacts
+from ..evaluation.features import Features, extract_features, read_protocol
+from ..evaluation.metrics import MIN_HELD_OUT, Gaussian
+from ..evaluation.references import (
+    Reference,
+    ReferenceImages,
+    describe_images,
+    evenly_spaced,
+    measure_reference,
+    random_subset,
+)
+from ..evaluation.reporting import format_table, update_card
+from ..evaluation.results import Results, compute_results
+from ..sampling.generation import class_names, parse_class_labels, sample
+from ..sampling.groups import GroupSampler, group_size
+from ..sampling.loading import DTYPES, load_pipeline, pipeline_hash, with_scheduler
+from ..sampling.spacing import changed_spacing
+from .arguments import DEFAULT_NUM_IMAGES, EvaluateArguments
+
+logger = logging.getLogger("ddgan")
+
+
+def evaluate(args: EvaluateArguments) -> None:
+    """Measure the samples, write the results, and print them.
+
+    Raises:
+        InputError: if the samples, the reference or the extractor cannot be used.
+        RunError: if an image cannot be read.
+    """
+    assert args.feature_extractor is not None
+    started = time.perf_counter()
+    accelerator = start_accelerate()
+    with one_thread_per_operation(accelerator.device) as threads:
+        with user_errors(InputError):
+            extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
+            classifier = select_classifier(args, extractor, accelerator.device)
+        samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args, classifier)
+        requested = None if args.stacked_mnist else requested_classes(samples, classifier)
+        if args.stacked_mnist and samples.facts.properties.channels != 3:
+            raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
+        with user_errors(RunError):
+            reference, held_out = load_references(samples, extractor, args, accelerator, threads)
+            features, parts = extract_sample_features(samples, extractor, classifier, args, accelerator, threads)
+    if features is not None:
+        with user_errors(InputError):
+            results = compute_results(samples.facts, features, extractor, reference, held_out, classifier, requested)
+            write_results(results, args, round(time.perf_counter() - started, 1))
+        print_results(results, args)
+        shutil.rmtree(parts, ignore_errors=True)
+    accelerator.end_training()
+
+
+@contextmanager
+def user_errors(kind: type[Exception]):
+    """Turn library errors into user errors without a traceback."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except (ValueError, ImportError) as error:
+        raise kind(str(error)) from error
+
+
+def select_classifier(
+    args: EvaluateArguments, extractor: FeatureExtractor, device: torch.device
+) -> ClassifierFeatures | None:
+    """Return the classifier that predicts classes or digits, or None if neither is needed.
+
+    Raises:
+        InputError: if there is no classifier, or it does not have these classes.
+    """
+    if args.class_labels is None and not args.stacked_mnist:
+        return None
+    classifier = extractor
+    if args.classifier and args.classifier != args.feature_extractor:
+        classifier = load_extractor(args.classifier, device=device)
+    if not isinstance(classifier, ClassifierFeatures):
+        flag = "--stacked_mnist" if args.stacked_mnist else "--class_labels"
+        raise InputError(f"{flag} needs the predictions of a classifier: pass its folder with --classifier.")
+    classes = classifier.network.config.num_classes
+    if args.stacked_mnist and (classes, classifier.channels) != (10, 1):
+        raise InputError(f"--stacked_mnist needs a classifier of ten gray digits, which {classifier.name} is not.")
+    return classifier
+
+
+def requested_classes(
+    samples: "PipelineSamples | StoredSamples", classifier: ClassifierFeatures | None
+) -> list[int] | None:
+    """Return the requested classes as numbered by the classifier; None without classes.
+
+    The classes of a pipeline are those of the classifier with the same names. If no name agrees, or one of the two has
+    no names, they are matched by number.
+
+    Raises:
+        InputError: if the classifier does not have a requested class.
+    """
+    if samples.labels is None or classifier is None:
+        return None
+    known, names = classifier.network.class_names, samples.class_names
+    wanted = [names.get(label, label) if isinstance(label, int) else label for label in samples.labels]
+    if any(name in known for name in wanted) or not names:
+        numbers = [known.index(name) if name in known else name for name in wanted]
+    else:
+        numbers_by_name: dict[int | str, int] = {name: label for label, name in names.items()}
+        numbers = [numbers_by_name.get(name, name) for name in wanted]
+        logger.warning(
+            f"The classes of the pipeline ({', '.join(names.values())}) and of the classifier {classifier.name} "
+            f"({', '.join(known)}) have different names, so they are matched by number."
+        )
+    if unknown := [str(number) for number in numbers if number not in range(len(known))]:
+        raise InputError(
+            f"--class_labels {' '.join(dict.fromkeys(unknown))}: the classifier {classifier.name} has the classes 0 "
+            f"to {len(known) - 1}, named {', '.join(known)}."
+        )
+    return [int(number) for number in numbers]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+class PipelineSamples:
+    """Samples that a pipeline generates on demand.
+
+    Attributes:
+        count: number of samples.
+        labels: their requested classes, used in turn, as labels or names; None without classes.
+        class_names: the names of the classes by label, if there are any.
+        facts: how they are generated.
+        preprocessing: conversion to tensors, with their channels, height and width.
+        batch_size: number of samples in a batch.
+        offset: position of sample 0 in its batch.
+    """
+
+    def __init__(self, args: EvaluateArguments, accelerator: Accelerator):
+        self.args = args
+        self.count = args.num_images or (STACKED_MNIST_SAMPLES if args.stacked_mnist else DEFAULT_NUM_IMAGES)
+        assert args.pipeline is not None
+        loaded = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+        contents = pipeline_hash(loaded)
+        pipe = with_scheduler(loaded, args.scheduler, args.num_inference_steps)
+        self.class_names = class_names(getattr(pipe, "unet", None))
+        self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
+        guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+        self.batch_size = group_size(pipe, args.batch_size)
+        self.sampler = GroupSampler(pipe, self.batch_size, args.seed, args.num_inference_steps, self.labels, guidance)
+        self.offset = self.sampler.offset
+        first_label = self.labels and self.labels[:1]
+        (first,) = sample(pipe, [args.seed], args.num_inference_steps, first_label, **guidance)
+        self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
+        self.facts = SampleFacts(
+            count=self.count,
+            properties=describe_images([first]),
+            origin={"pipeline": location_name(args.pipeline), "contents": contents},
+            settings={
+                "seeds": f"{args.seed} to {args.seed + self.count - 1}",
+                "scheduler": type(pipe.scheduler).__name__,
+                **changed_spacing(loaded, pipe.scheduler),
+                "num_inference_steps": len(pipe.scheduler.timesteps),
+                "class_labels": self.labels,
+                "guidance_scale": args.guidance_scale,
+                "dtype": args.dtype,
+                "device": accelerator.device.type,
+                "drawn_at_once": self.batch_size,
+            },
+        )
+
+    def batch(self, indices: range) -> torch.Tensor:
+        """Generate samples of a batch (N, C, H, W), uint8."""
+        images = self.sampler(indices)
+        if self.args.save_images:
+            for i, image in zip(indices, images, strict=True):
+                replace_file(Path(self.args.save_images) / f"{i:06d}.png", image.save)
+        return torch.stack([self.preprocessing.load(image) for image in images])
+
+
+class StoredSamples:
+    """Existing images, all of one size, with the same attributes as `PipelineSamples`."""
+
+    def __init__(self, args: EvaluateArguments, classifier: ClassifierFeatures | None):
+        assert args.images is not None
+        self.class_names = dict(enumerate(classifier.network.class_names)) if classifier else {}
+        self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
+        self.args, self.batch_size, self.offset = args, args.batch_size, 0
+        self.source = open_source(args.images, image_column=args.image_column)
+        self.images = ReferenceImages(self.source, value_range=check_value_range(args.value_range))
+        total = len(self.source)
+        self.count = args.num_images or total
+        if self.count > total:
+            raise InputError(f"--num_images is {self.count}, but {args.images} has {total} images.")
+        self.indices = range(self.count) if args.class_labels is not None else random_subset(total, self.count)
+        self.facts = SampleFacts(
+            count=self.count,
+            properties=describe_images([self.images.image(self.indices[i]) for i in evenly_spaced(self.count)]),
+            origin={"source": location_name(args.images), "contents": self.source.fingerprint(self.indices)},
+            settings={
+                "class_labels": self.labels,
+                "order": "natural order of the files, or as stored" if self.labels else None,
+                "value_range": args.value_range,
+            },
+        )
+        first = self.images.image(self.indices[0])
+        self.preprocessing = Preprocessing(self.facts.properties.channels, first.height, first.width)
+
+    def batch(self, indices: range) -> torch.Tensor:
+        """Read images (N, C, H, W), uint8."""
+        channels, height, width = self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width
+        source_indices = [self.indices[i] for i in indices]
+        for i in source_indices:
+            size = self.images.image(i).size
+            if size != (width, height):
+                raise RunError(
+                    f"The images differ in size: {self.source.name(self.indices[0])} is {width}x{height}, "
+                    f"{self.source.name(i)} is {size[0]}x{size[1]}. Measure images of one size at a time."
+                )
+        pixels = torch.stack([self.images.pixels(i, channels, height, width) for i in source_indices])
+        if indices.start == 0 and (warning := low_contrast(pixels / 127.5 - 1)):
+            logger.warning(f"{self.args.images}: {warning}")
+        return pixels
+
+
+def extract_sample_features(
+    samples: PipelineSamples | StoredSamples,
+    extractor: FeatureExtractor,
+    classifier: ClassifierFeatures | None,
+    args: EvaluateArguments,
+    accelerator: Accelerator,
+    threads: int,
+) -> tuple[Features | None, Path]:
+    """Extract the features of all samples, and the classes or digits that the classifier predicts.
+
+    Prints how many samples were measured per second.
+
+    Returns:
+        The features, in the main process, and the folder of intermediate results from which an interrupted command
+        resumes.
+    """
+    counts: list[int] = []
+
+    def extract(indices: range) -> Features:
+        counts.append(len(indices))
+        images = samples.batch(indices)
+        features = extractor(images)
+        if classifier and args.stacked_mnist:
+            digits = classifier(images.flatten(0, 1)[:, None])["logits"].argmax(1)
+            return {**features, "digits": digits.view(-1, 3)}
+        if classifier:
+            logits = features["logits"] if classifier is extractor else classifier(images)["logits"]
+            return {**features, "classes": logits.argmax(1)}
+        return features
+
+    settings = {
+        **samples.facts.as_dict(),
+        **extractor.facts.as_dict(),
+        "batch_size": samples.batch_size,
+        "digits": args.stacked_mnist,
+        "judge": classifier and classifier.digest,
+        "kept": args.save_images and str(Path(args.save_images).resolve()),
+    }
+    parts = Path(args.cache_dir) / f"samples-{fingerprint(settings)}.parts"
+    description = "sampling and measuring" if args.pipeline else "measuring"
+    started = time.perf_counter()
+    features = extract_features(
+        samples.count,
+        samples.batch_size,
+        extract,
+        accelerator,
+        parts,
+        description,
+        offset=samples.offset,
+        threads=threads,
+    )
+    rate = sum(gather_object(counts)) / (time.perf_counter() - started)
+    if rate and accelerator.is_main_process:
+        print(f"{description}: {rate:.3g} images per second")
+    return features, parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# References
+
+
+def load_references(
+    samples: PipelineSamples | StoredSamples,
+    extractor: FeatureExtractor,
+    args: EvaluateArguments,
+    accelerator: Accelerator,
+    threads: int,
+) -> tuple[Reference | None, Reference | None]:
+    """Return the reference and the held-out images.
+
+    Called before samples are generated, so that references that cannot be used are reported at once.
+
+    Raises:
+        InputError: if they are too few, statistics instead of features, or the same images.
+    """
+    if not args.reference:
+        return None, None
+    reference = load_reference(
+        args.reference,
+        args.reference_split,
+        "train",
+        args.num_reference,
+        samples,
+        extractor,
+        args,
+        accelerator,
+        threads,
+    )
+    require_images(MIN_IMAGES, args.reference, reference)
+    if not args.held_out:
+        return reference, None
+    if reference.facts.statistics is not None:
+        raise InputError(
+            f"Detecting memorization needs the features of the training images, but {args.reference} has only their "
+            "mean and covariance. Pass the images themselves with --reference."
+        )
+    held_out = load_reference(
+        args.held_out, args.held_out_split, "test", None, samples, extractor, args, accelerator, threads
+    )
+    require_images(MIN_HELD_OUT, args.held_out, held_out)
+    if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
+        raise InputError(
+            f"--held_out {args.held_out} contains the images of --reference {args.reference}: pass images that "
+            "were not used in training."
+        )
+    return reference, held_out
+
+
+def load_reference(
+    location: str,
+    split: str | None,
+    default_split: str,
+    count: int | None,
+    samples: PipelineSamples | StoredSamples,
+    extractor: FeatureExtractor,
+    args: EvaluateArguments,
+    accelerator: Accelerator,
+    threads: int,
+) -> Reference:
+    """Load saved features or statistics, or extract and cache the features of images at the size of the samples.
+
+    Raises:
+        InputError: if there are no such images, or the features or statistics are of another extractor.
+        RunError: if an image cannot be read.
+    """
+    path = Path(location)
+    if path.suffix == ".safetensors" and path.is_file():
+        return read_reference_features(path, extractor, accelerator)
+    if path.suffix == ".npz" and path.is_file() and holds_statistics(path):
+        return read_reference_statistics(path, samples.preprocessing, extractor)
+    with accelerator.main_process_first():
+        source = open_source(
+            location,
+            split,
+            default_split=default_split,
+            config=args.reference_config,
+            image_column=args.image_column,
+        )
+    height, width = samples.preprocessing.height, samples.preprocessing.width
+    return measure_reference(
+        ReferenceImages(source, value_range=check_value_range(args.value_range)),
+        location_name(location),
+        source.split,
+        (height, width),
+        extractor,
+        args.batch_size,
+        accelerator,
+        Path(args.cache_dir),
+        count,
+        threads=threads,
+    )
+
+
+def read_reference_features(path: Path, extractor: FeatureExtractor, accelerator: Accelerator) -> Reference:
+    """Read cached features.
+
+    Raises:
+        InputError: if the file is damaged, or another network computed the features.
+    """
+    with naming_file(path, SafetensorError):
+        protocol = read_protocol(path)
+    if protocol.get("extractor_digest") != extractor.digest:
+        raise InputError(
+            f"The features in {path} are those of {protocol.get('extractor', 'an unknown network')}, not of "
+            f"{extractor.name} with the weights {extractor.digest}. Measure the reference images themselves."
+        )
+    return Reference(ReferenceFacts.from_dict(protocol), load_file(path) if accelerator.is_main_process else None)
+
+
+def holds_statistics(path: Path) -> bool:
+    """Return whether an .npz file contains `mu` and `sigma` instead of images."""
+    with naming_file(path), ZipFile(path) as file:
+        names = {Path(name).stem for name in file.namelist()}
+    return "arr_0" not in names and {"mu", "sigma"} <= names
+
+
+def read_reference_statistics(path: Path, preprocessing: Preprocessing, extractor: FeatureExtractor) -> Reference:
+    """Read the mean `mu` and the covariance `sigma` of features from an .npz file.
+
+    Raises:
+        InputError: if the file is damaged, or the shapes do not fit the features of the extractor.
+    """
+    arrays = read_arrays(path)
+    mean, covariance = (arrays[name].astype(float) for name in ("mu", "sigma"))
+    blank = torch.zeros(1, preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8)
+    dimensions = extractor(blank)["features"].shape[1]
+    if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
+        raise InputError(
+            f"{path} has mu of the shape {mean.shape} and sigma of {covariance.shape}, but the features of "
+            f"{extractor.name} have {dimensions} dimensions. Choose the extractor that computed them."
+        )
+    symmetric = np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-3 * np.abs(covariance).max())
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and symmetric) or (
+        np.linalg.eigvalsh(covariance).min() < -1e-3 * np.abs(covariance).max()
+    ):
+        raise InputError(
+            f"{path}: sigma is not a covariance matrix (symmetric, without negative variances), or a value is not "
+            "finite. Compute mu and sigma again."
+        )
+    facts = ReferenceFacts(location_name(str(path)), statistics="mu and sigma, of unknown protocol")
+    return Reference(facts, None, Gaussian(mean, covariance))
+
+
+def require_images(minimum: int, location: str, reference: Reference) -> None:
+    """Raise an error for a reference with too few images; the number behind saved statistics is unknown."""
+    count = reference.facts.images
+    if count is not None and count < minimum:
+        raise InputError(f"{location} has {count} images; there must be at least {minimum} to measure against.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def write_results(results: Results, args: EvaluateArguments, seconds: float) -> None:
+    """Write the results file, the plot of the confusion matrix next to it, and the model card of a pipeline folder."""
+    output = Path(args.output)
+    content = {**results.to_json(), "seconds": seconds, "arguments": asdict(args)}
+    replace_file(output, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    if results.classes:
+        figure = confusion_matrix_plot(results.classes.confusion, results.classes.names)
+        replace_file(confusion_path(args), lambda path: figure.savefig(path, dpi=110))
+    if args.update_card:
+        update_card(args.card, results)
+
+
+def print_results(results: Results, args: EvaluateArguments) -> None:
+    """Print the results with their protocol, and the files that contain them."""
+    print(f"\n{format_table(results.metrics, results.floors)}\n")
+    for part, text in results.protocol.descriptions().items():
+        print(f"{part.replace('_', ' ')}: {text}")
+    if results.floors:
+        halves = results.floors["fid"].protocol["halves"]
+        print(f"floor: {halves[0]:,} images of one half of the reference against {halves[1]:,} of the other")
+    if results.classes:
+        for name, accuracy in results.classes.accuracies.items():
+            print(f"accuracy of {name}: {'no sample' if accuracy is None else f'{accuracy:.2%}'}")
+    for warning in results.warnings:
+        print(f"\nwarning: {warning}")
+    print(f"\nall metrics with their protocol: {args.output}")
+    if results.classes:
+        print(f"confusion matrix: {confusion_path(args)}")
+    if args.update_card:
+        print(f"model card with these metrics: {args.card}")
+
+
+def confusion_path(args: EvaluateArguments) -> Path:
+    output = Path(args.output)
+    return output.with_name(f"{output.stem}-confusion.png")

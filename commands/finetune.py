@@ -1,0 +1,101 @@
+"""Fine-tune a pretrained unconditional diffusion pipeline."""
+
+from functools import partial
+
+import torch
+from diffusers import UNet2DModel
+
+from ..core.errors import InputError
+from ..core.files import location_name
+from ..hub.cards import CardFacts, license_of
+from ..sampling.generation import PipelineSampler
+from ..sampling.loading import ddim_usage
+from ..training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
+from ..training.ema import EMA
+from ..training.job import TrainedNetwork, TrainingJob
+from ..training.lr_schedules import lr_schedule
+from ..training.model_card import FinishedRun, settings_for_card
+from ..training.objectives.denoising import DenoisingObjective
+from ..training.sample_grids import save_before_after
+from ..training.session import Session
+from ..training.start_model import image_size, load_start_model
+from .arguments import TRAINED_PARTS, FinetuneArguments
+
+
+def finetune(
+    run: RunArguments,
+    learning_rate: LearningRateArguments,
+    data_args: DataArguments,
+    evaluation: EvaluationArguments,
+    args: FinetuneArguments,
+) -> FinishedRun:
+    """Fine-tune a pretrained UNet on images with the denoising loss and AdamW.
+
+    Raises:
+        InputError: if the arguments are invalid.
+        RunError: if the run fails after it has started.
+    """
+    session = Session.open(run, supports_fsdp=True)
+    size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
+    pipeline = load_start_model(args.start_model, size, args.prediction_type, trust_remote_code=args.trust_remote_code)
+    unet = pipeline.unet
+    data = session.load_data(data_args, unet.config.in_channels, image_size(unet))
+    trained_parameters = freeze(unet, args)
+    if run.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    arguments = (run, learning_rate, data_args, evaluation, args)
+    card = CardFacts(
+        title=run.model_save_name,
+        summary=f"An unconditional diffusion model: {location_name(args.start_model)}, fine-tuned on {data.name}.",
+        usage=USAGE.format(
+            model=run.folder_name, scheduler=ddim_usage(pipeline, args.sample_steps), steps=args.sample_steps
+        ),
+        settings=settings_for_card(*arguments),
+        base_model=args.start_model,
+        dataset=data.name,
+        tags=["ddpm", "fine-tuned"],
+        **license_of(args.start_model),
+    )
+    job = TrainingJob(
+        networks=[
+            TrainedNetwork(
+                network=unet,
+                objective=DenoisingObjective(pipeline.scheduler, args.min_snr_gamma),
+                optimizer=torch.optim.AdamW(trained_parameters, lr=learning_rate.learning_rate, fused=True),
+                lr_schedule=partial(lr_schedule, args=learning_rate),
+            )
+        ],
+        pipeline=pipeline,
+        ema=EMA(unet, run),
+        sampler=PipelineSampler(args.sample_scheduler, args.sample_steps),
+        finish=save_before_after,
+        card=card,
+        arguments=arguments,
+    )
+    return session.train(job, data, evaluation)
+
+
+def freeze(unet: UNet2DModel, args: FinetuneArguments) -> list[torch.nn.Parameter]:
+    """Freeze a part of the UNet and return the remaining trainable parameters.
+
+    Raises:
+        InputError: if there are none.
+    """
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(any(part in name for part in TRAINED_PARTS[args.freeze]))
+    trained_parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    if not trained_parameters:
+        raise InputError(
+            f"--freeze {args.freeze} leaves nothing to train: the UNet of {args.start_model} has no such part."
+        )
+    return trained_parameters
+
+
+USAGE = """
+from diffusers import DDIMScheduler, DDPMPipeline
+
+pipe = DDPMPipeline.from_pretrained("{model}")
+{scheduler}
+image = pipe(num_inference_steps={steps}).images[0]
+"""

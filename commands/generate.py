@@ -1,0 +1,196 @@
+"""Generate images with a pipeline, one PNG file per seed.
+
+The batch size and the number of threads change the order in which floating-point numbers are summed, so images are
+generated in fixed groups of consecutive seeds.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from .. import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
+from ..core.accelerator import start_accelerate
+from ..core.errors import InputError
+from ..core.files import replace_file
+from ..core.locks import locked
+from ..core.threads import one_thread_per_operation, run_in_threads
+from ..guidance.registry import includes_clip, parse_loss, sum_losses
+from ..sampling.generation import check_call, class_label_ids, class_names, parse_class_labels
+from ..sampling.grids import image_grid, steps_strip
+from ..sampling.groups import GroupSampler, group_size, split_into_groups
+from ..sampling.loading import DTYPES, load_pipeline, pipeline_hash, with_scheduler
+from ..sampling.steps import trained_steps
+from ..sampling.traces import check_traceable, intermediates
+from .arguments import GRID_IMAGES, GenerateArguments
+
+SETTINGS, GRID, INTERMEDIATES = "generate.json", "grid.png", "intermediates.png"
+
+
+def generate(args: GenerateArguments) -> None:
+    """Generate the images that are missing in the output folder, and print where they are.
+
+    Raises:
+        InputError: if the pipeline cannot be loaded or does not accept the arguments, or the folder contains images
+            with other settings.
+    """
+    accelerator = start_accelerate()
+    with locked(Path(args.output_dir), accelerator), one_thread_per_operation(accelerator.device) as threads:
+        generate_images(args, accelerator, threads)
+
+
+def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: int) -> None:
+    """Generate the images that are missing in the output folder, in this number of threads."""
+    guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    loss = guidance_loss(args, accelerator.device) if args.is_guided else None
+    if loss:
+        guidance |= {"loss": loss, "gradient": args.guidance_gradient}
+    assert args.pipeline is not None
+    pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+    size = group_size(pipe, args.batch_size)
+    if loss and includes_clip(loss) and accelerator.device.type == "cpu":
+        size = 1  # the CLIP model takes most of the time, and much memory for each image
+    num_inference_steps = args.num_inference_steps or next(iter(trained_steps(pipe)), None)
+    class_labels = None
+    if args.class_labels:
+        class_labels = parse_class_labels(args.class_labels, class_names(getattr(pipe, "unet", None)))
+    output = Path(args.output_dir)
+    settings = {
+        "pipeline": args.pipeline,
+        "contents": pipeline_hash(pipe),
+        "scheduler": args.scheduler,
+        "num_inference_steps": num_inference_steps,
+        "class_labels": class_labels,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "device": accelerator.device.type,
+        "images_at_once": size,
+        "color": args.color,
+        "clip_prompt": args.clip_prompt,
+        "towards": args.towards,
+        "clip_model": args.clip_model,
+        "guidance_scale": args.guidance_scale,
+        "guidance_gradient": args.guidance_gradient,
+    }
+    if not args.overwrite:
+        check_settings(output, settings)
+    labels = class_label_ids(pipe, class_labels) if class_labels else None
+    pipe = with_scheduler(pipe, args.scheduler, args.num_inference_steps)
+    if args.is_guided:
+        try:
+            pipe = GuidedPipeline.from_pipe(pipe)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        pipe.set_progress_bar_config(disable=True)
+    elif isinstance(pipe, GuidedPipeline):
+        raise InputError("A GuidedPipeline needs a target: --color, --clip_prompt or --towards.")
+    if args.intermediates:
+        check_traceable(pipe)
+    check_call(pipe, num_inference_steps, labels and labels[:1], **guidance)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        prepare(output, settings, args.overwrite)
+    accelerator.wait_for_everyone()
+
+    sampler = GroupSampler(pipe, size, args.seed, num_inference_steps, labels, guidance)
+
+    def generate_group(indices: list[int]) -> int:
+        for i, image in zip(indices, sampler(indices), strict=True):
+            replace_file(image_path(output, i), image.save)
+        return len(indices)
+
+    groups = split_into_groups(args.num_images, size, sampler.offset)
+    shard = groups[accelerator.process_index :: accelerator.num_processes]
+    missing = [[i for i in group if not is_complete(image_path(output, i))] for group in shard]
+    total, count = sum(map(len, shard)), sum(map(len, missing))
+    progress = tqdm(total=total, initial=total - count, unit="image", disable=not accelerator.is_main_process)
+    started = time.perf_counter()
+    with progress, logging_redirect_tqdm():  # warnings are printed above the progress bar
+        run_in_threads(generate_group, filter(None, missing), threads, progress.update)
+
+    accelerator.wait_for_everyone()
+    rate = sum(gather_object([count])) / (time.perf_counter() - started)
+    if accelerator.is_main_process:
+        print(f"{args.num_images} images: {output / 'images'}" + (f" ({rate:.3g} images per second)" if rate else ""))
+        if args.grid:
+            first_images = [Image.open(image_path(output, i)) for i in range(min(args.num_images, GRID_IMAGES))]
+            replace_file(output / GRID, image_grid(first_images).save)
+            print(f"grid: {output / GRID}")
+        if args.intermediates:
+            steps = (args.intermediates, num_inference_steps)
+            trace = intermediates(pipe, args.seed, *steps, sampler.class_label(0), **guidance)
+            replace_file(output / INTERMEDIATES, steps_strip(*trace).save)
+            print(f"denoising steps of the first image: {output / INTERMEDIATES}")
+    accelerator.end_training()
+
+
+def guidance_loss(args: GenerateArguments, device: torch.device) -> GuidanceLoss:
+    losses: list[GuidanceLoss] = [ColorLoss(args.color)] if args.color else []
+    if args.clip_prompt:
+        assert args.clip_model is not None
+        losses.append(CLIPLoss(args.clip_prompt, *args.clip_model, device=device))
+    losses += [parse_loss(text, args.clip_model, device) for text in args.towards or []]
+    return sum_losses(losses)
+
+
+def image_path(output: Path, i: int) -> Path:
+    return output / "images" / f"{i:06d}.png"
+
+
+def is_complete(path: Path) -> bool:
+    """Return whether an image exists and matches its checksums."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):  # Pillow's errors for a damaged file
+        return False
+    return True
+
+
+def existing_images(output: Path) -> list[Path]:
+    return [path for path in (output / "images").glob("*.png") if path.stem.isdecimal()]
+
+
+def prepare(output: Path, settings: dict, overwrite: bool) -> None:
+    """Write the settings of the images to come, and remove those that they replace."""
+    if overwrite:
+        for path in (*existing_images(output), output / GRID, output / INTERMEDIATES):
+            path.unlink(missing_ok=True)
+    replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def check_settings(output: Path, settings: dict) -> None:
+    """Check that existing images were generated with the same settings.
+
+    Raises:
+        InputError: if the settings of the images in the folder are different, unknown or cannot be read.
+    """
+    if not existing_images(output):
+        return
+    remedy = "Choose another --output_dir, or replace them with --overwrite"
+    if not (output / SETTINGS).exists():
+        raise InputError(
+            f"{output / 'images'} contains images, but there is no {SETTINGS} with their settings. {remedy}."
+        )
+    try:
+        existing = dict(json.loads((output / SETTINGS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"{output / SETTINGS} is damaged, so the settings of the images beside it are unknown ({error}). {remedy}."
+        ) from error
+    changes = [
+        f"{name} was {existing.get(name)}, is {value}"
+        for name, value in settings.items()
+        if existing.get(name) != value
+    ]
+    if changes:
+        raise InputError(
+            f"The images in {output} were generated with other settings ({'; '.join(changes)}). {remedy}. With the "
+            "same settings, new images are added to them."
+        )

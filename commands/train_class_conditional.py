@@ -1,0 +1,196 @@
+"""Train a class-conditional diffusion model."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler
+from torchvision.datasets import MNIST, FashionMNIST
+
+from .. import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
+from ..core.errors import InputError
+from ..hub.cards import CardFacts
+from ..sampling.generation import PipelineSampler
+from ..sampling.loading import ddim_usage
+from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments
+from ..training.ema import EMA
+from ..training.job import TrainedNetwork, TrainingJob
+from ..training.lr_schedules import lr_schedule
+from ..training.model_card import FinishedRun, settings_for_card
+from ..training.objectives.denoising import ClassConditionalObjective
+from ..training.session import Session
+from .arguments import (
+    ClassConditionalArguments,
+    ClassConditionalLearningRateArguments,
+    ClassConditionalRunArguments,
+)
+
+DATASETS = {"mnist": MNIST, "fashion_mnist": FashionMNIST}
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def train_class_conditional(
+    run: ClassConditionalRunArguments,
+    learning_rate: ClassConditionalLearningRateArguments,
+    data_args: DataArguments,
+    label_args: LabelArguments,
+    evaluation: EvaluationArguments,
+    args: ClassConditionalArguments,
+) -> FinishedRun:
+    """Train a class-conditional network from scratch with the denoising loss and Adam.
+
+    Raises:
+        InputError: if the arguments are invalid.
+        RunError: if the run fails after it has started.
+    """
+    session = Session.open(run)
+    with session.accelerator.main_process_first():  # the other processes find the downloaded files
+        chosen_data = choose_data(args, data_args)
+    size = data_args.resolution or [data_args.image_size or 28] * 2
+    data = session.load_data(chosen_data, args.image_channels, size, label_args)
+    classes = data.classes
+    assert classes is not None  # images without labels raise an error
+    labels, grid = session.plan_grid(classes)
+    torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
+    unet = build(args, size, classes)
+    if run.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    scheduler = DDPMScheduler(
+        NUM_TRAIN_TIMESTEPS, beta_schedule="squaredcos_cap_v2", prediction_type=args.prediction_type
+    )
+    objective = ClassConditionalObjective(
+        scheduler,
+        len(classes),
+        args.class_dropout,
+        min_snr_gamma=args.min_snr_gamma,
+        timestep_sampling=args.timestep_sampling,
+    )
+
+    pipeline = ClassConditionalPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = (session.run, learning_rate, data_args, label_args, evaluation, args)
+    card = CardFacts(
+        title=run.model_save_name,
+        summary=f"A class-conditional diffusion model trained on {data.name}, for images of {size[0]}x{size[1]} "
+        f"pixels. Its {len(classes)} classes are {', '.join(classes)}; the sample grid has one row per class.",
+        usage=USAGE.format(
+            model=run.folder_name,
+            name=json.dumps(classes[0], ensure_ascii=False),
+            guidance=f"guidance_scale={args.guidance_scale}, " if args.class_dropout else "",
+            scheduler=ddim_usage(pipeline, args.sample_steps),
+            steps=args.sample_steps,
+        ),
+        settings=settings_for_card(*arguments),
+        dataset=data.name,
+        tags=["ddpm", "class-conditional"],
+    )
+    job = TrainingJob(
+        networks=[
+            TrainedNetwork(
+                network=unet,
+                objective=objective,
+                optimizer=torch.optim.Adam(unet.parameters(), lr=learning_rate.learning_rate, fused=True),
+                lr_schedule=partial(lr_schedule, args=learning_rate),
+            )
+        ],
+        pipeline=pipeline,
+        ema=EMA(unet, run),
+        sampler=PipelineSampler("ddim", args.sample_steps, {"guidance_scale": args.guidance_scale}),
+        labels=labels,
+        grid=grid,
+        card=card,
+        arguments=arguments,
+    )
+    return session.train(job, data, evaluation)
+
+
+def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> DataArguments:
+    """Return data arguments in which `--dataset` is replaced by its folder, downloaded if it is missing.
+
+    Raises:
+        InputError: if `data_args` also names images, or the download fails.
+    """
+    other = data_args.dataset_name or data_args.train_data_dir
+    if args.dataset and other:
+        raise InputError(
+            f"--dataset {args.dataset} and {other} both name the images to train on. Use only one of them."
+        )
+    if other:
+        return data_args
+    dataset_class = DATASETS[args.dataset or "mnist"]
+    folder = Path(args.data_dir) / dataset_class.__name__
+    part = "t10k" if data_args.split == "test" else "train"
+    files = [folder / "raw" / f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+    if not all(file.is_file() for file in files):
+        try:
+            dataset_class(args.data_dir, download=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"The images of {dataset_class.__name__} are not in {folder} (expected "
+                f"{' and '.join(file.name for file in files)} in its subfolder raw), and downloading them failed: "
+                f"{' '.join(str(error).split())} Set --data_dir to the folder that contains {dataset_class.__name__}, "
+                "or name other images with --dataset_name or --train_data_dir."
+            ) from error
+    return replace(data_args, train_data_dir=str(folder))
+
+
+def build(args: ClassConditionalArguments, size: list[int], classes: list[str]) -> ClassConditionedUnet | ContextUnet:
+    """Return a new network for images of this height and width and these classes.
+
+    Raises:
+        InputError: if the arguments do not fit together.
+    """
+    widths = args.block_out_channels
+    shared = {
+        "in_channels": args.image_channels,
+        "out_channels": args.image_channels,
+        "class_dropout": args.class_dropout,
+        "id2label": dict(enumerate(classes)),
+    }
+    try:
+        if args.unet == "context":
+            if size[0] != size[1]:
+                raise InputError(f"The context network generates square images; {size[0]} x {size[1]} is not square.")
+            return ContextUnet(
+                n_feat=widths[0],
+                n_cfeat=len(classes),
+                height=size[0],
+                num_train_timesteps=NUM_TRAIN_TIMESTEPS,
+                **shared,
+            )
+        factor = 2 ** (len(widths) - 1)
+        if any(side % factor for side in size):
+            raise InputError(
+                f"--block_out_channels {' '.join(map(str, widths))} halves the image {len(widths) - 1} times, so "
+                f"height and width must be multiples of {factor}; {size[0]} x {size[1]} is not."
+            )
+        if unknown := set(args.attention_levels) - set(range(len(widths))):
+            raise InputError(
+                f"--attention_levels {' '.join(map(str, sorted(unknown)))}: the levels of this network are 0 to "
+                f"{len(widths) - 1}, one for each value of --block_out_channels."
+            )
+        attention = ["Attn" if level in args.attention_levels else "" for level in range(len(widths))]
+        return ClassConditionedUnet(
+            sample_size=size[0] if size[0] == size[1] else tuple(size),
+            num_classes=len(classes),
+            class_emb_size=args.class_emb_size or None,
+            layers_per_block=args.layers_per_block,
+            block_out_channels=widths,
+            down_block_types=[f"{kind}DownBlock2D" for kind in attention],
+            up_block_types=[f"{kind}UpBlock2D" for kind in reversed(attention)],
+            norm_num_groups=args.norm_num_groups,
+            **shared,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+USAGE = """
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{model}", trust_remote_code=True)
+{scheduler}
+image = pipe(class_labels={name}, {guidance}num_inference_steps={steps}).images[0]
+"""

@@ -1,0 +1,126 @@
+"""Start a command in this process or, with Accelerate's launcher, in several."""
+
+import copy
+import logging
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from .cli import Arguments, option
+from .errors import InputError
+from .locations import resolve_paths
+
+
+@dataclass
+class LaunchArguments(Arguments):
+    """The processes in which a command runs."""
+
+    _argument_group_name = "processes"
+
+    num_processes: int | None = option(
+        None,
+        "number of processes on all machines, one per GPU; on a machine without GPUs, on the CPU (default: as "
+        "configured in Accelerate, otherwise one for each GPU)",
+        minimum=1,
+    )
+    config_file: str | None = option(
+        None,
+        "configuration of Accelerate, such as examples/accelerate/several_gpus.yaml (default: that of `accelerate "
+        "config`, if there is one)",
+    )
+    num_machines: int | None = option(None, "number of machines; start the command on each of them", minimum=1)
+    machine_rank: int | None = option(None, "rank of this machine, from 0", minimum=0)
+    main_process_ip: str | None = option(None, "IP address of the machine of rank 0")
+    main_process_port: int | None = option(
+        None, "port for the communication of processes (default: a free one)", minimum=0, maximum=65_535
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        resolve_paths(self, "config_file")
+
+
+def launch(args: LaunchArguments, command: list[str], run: Callable[[], None]) -> None:
+    """Call `run` if one process suffices, or if this is one of several; otherwise start `python -m ddgan` in each.
+
+    Args:
+        command: the arguments of `python -m ddgan`.
+
+    Raises:
+        InputError: if Accelerate rejects the arguments, or there are fewer GPUs than processes.
+        SystemExit: if a process fails. It has then printed the reason, which the launcher does not repeat.
+    """
+    if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # a launcher has started this process
+        run()
+        return
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import prepare_simple_launcher_cmd_env
+
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it lists the defaults that it chooses
+    flags = [text for name, value in asdict(args).items() if value is not None for text in (f"--{name}", str(value))]
+    options = launch_command_parser().parse_args([*flags, "--quiet", "--module", "ddgan", *command])
+    try:
+        chosen, *_ = _validate_launch_command(copy.copy(options))
+    except (ValueError, OSError) as error:
+        raise InputError(f"Accelerate cannot start the processes: {error}") from error
+    machines = chosen.num_machines or 1
+    names = ("machine_rank", "main_process_ip", "main_process_port")
+    if machines > 1 and (missing := [f"--{name}" for name in names if getattr(chosen, name) is None]):
+        raise InputError(
+            f"--num_machines {machines} needs {', '.join(missing)}, or a --config_file with these values."
+        )
+    distributed = any((chosen.use_fsdp, chosen.use_deepspeed, chosen.use_megatron_lm, chosen.tpu))
+    if not distributed and (chosen.num_processes or 1) <= 1 and machines == 1:
+        _, environment = prepare_simple_launcher_cmd_env(chosen)
+        environment.pop("OMP_NUM_THREADS")  # the launcher's default is one thread
+        os.environ.update(environment | os.environ)
+        run()
+        return
+    options.multi_gpu = not distributed
+    if chosen.main_process_port is None:
+        options.main_process_port = 0
+    _choose_device(chosen)
+    _start(options)
+
+
+def _choose_device(chosen: Namespace) -> None:
+    """Use the CPU on a machine without GPUs.
+
+    Raises:
+        InputError: if there are fewer GPUs than processes.
+    """
+    import torch
+
+    available = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    local = chosen.num_processes // (chosen.num_machines or 1)  # processes on this machine
+    if available == 0:
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    elif local > available and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        raise InputError(
+            f"{local} processes on this machine need as many GPUs, but it has {available}: set --num_processes. To "
+            "run on the CPU, set the environment variable ACCELERATE_USE_CPU=true."
+        )
+
+
+def _start(options: Namespace) -> None:
+    from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable()  # the launcher would report at length that a process has failed
+    try:
+        launch_command(options)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            sys.exit(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        print(f"\nerror: process {rank} was killed by {name}; SIGKILL often means too little memory", file=sys.stderr)
+        sys.exit(128 - failure.exitcode)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    finally:
+        logging.disable(logging.NOTSET)

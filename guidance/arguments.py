@@ -1,0 +1,99 @@
+"""Guidance on the command line: losses, colors and CLIP models as text; nothing here imports PyTorch."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..core.errors import InputError
+
+DEFAULT_MODEL = "openai/clip-vit-base-patch32"
+# the losses of `registry.parse_loss`, and how --help shows them
+LOSS_FORMS = {
+    "color": "color:#BB2266",
+    "saturation": "saturation:<0 to 1>",
+    "total_variation": "total_variation",
+    "symmetry": "symmetry",
+    "reference": "reference:<image file>",
+    "clip": "clip:<sentence>",
+    "clip_image": "clip_image:<image file>",
+}
+TOWARDS_HELP = f"guidance losses, each name, name:argument or weight*name:argument: {', '.join(LOSS_FORMS.values())}"
+CLIP_MODEL_HELP = (
+    "CLIP model: Hub ID or folder of a Transformers model, or for open_clip hf-hub:<id> or an architecture and its "
+    f"pretrained tag (default: {DEFAULT_MODEL})"
+)
+
+
+class LossText(NamedTuple):
+    """The parts of `name`, `name:argument` or `weight*name:argument`."""
+
+    weight: float | None
+    name: str
+    argument: str | None
+
+
+def split_loss(text: str) -> LossText:
+    """Split the short form of a guidance loss in text.
+
+    Raises:
+        InputError: If there is no such loss, color or image file, or the weight is not a number.
+    """
+    weight, star, unweighted = text.partition("*")
+    if not star or ":" in weight:  # the star, if any, is part of the argument
+        star, unweighted = "", text
+    name, colon, argument = unweighted.partition(":")
+    try:
+        if name not in LOSS_FORMS:
+            raise ValueError(f"there is no loss {name!r}. Choose from {', '.join(LOSS_FORMS)}.")
+        if colon and name == "color":
+            parse_color(argument)
+        if colon and LOSS_FORMS[name].endswith(":<image file>") and not Path(argument).expanduser().is_file():
+            raise ValueError(f"there is no file {argument}.")
+        return LossText(parse_number(weight) if star else None, name, argument if colon else None)
+    except ValueError as error:
+        raise InputError(f"The guidance loss {text!r} is invalid: {error}") from error
+
+
+def parse_number(text: str) -> float:
+    """Parse a finite number.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number.")
+    return number
+
+
+def parse_color(text: str) -> tuple[float, float, float]:
+    """Return red, green and blue in [0, 1] of a CSS color: `#BB2266`, `teal`, `hsl(200, 80%, 50%)`.
+
+    Raises:
+        InputError: If the color is invalid.
+    """
+    from PIL import ImageColor
+
+    try:
+        red, green, blue, *_ = ImageColor.getrgb(text)
+    except ValueError:
+        raise InputError(
+            f"{text!r} is not a known color. Use '#BB2266', a CSS name such as 'teal', or red, green and blue from 0 "
+            "to 1."
+        ) from None
+    return red / 255, green / 255, blue / 255
+
+
+def clip_model_names(clip_model: str | Sequence[str] | None) -> list[str]:
+    """Return the arguments `model` and, for open_clip, `pretrained` of `CLIPLoss`; None means the default model.
+
+    Raises:
+        InputError: If there are more than two names.
+    """
+    names = [clip_model] if isinstance(clip_model, str) else list(clip_model or [DEFAULT_MODEL])
+    if len(names) > 2:
+        raise InputError(
+            f"--clip_model {' '.join(names)}: it takes one name, or an open_clip architecture and its pretrained tag."
+        )
+    return names

@@ -1,0 +1,97 @@
+"""Commands print their help and reject arguments before they import PyTorch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ["torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "matplotlib", "numpy"]
+TRAINING = [
+    ("--batch_size 0", "--batch_size is 0"),
+    ("--train_data_dir nowhere", "--train_data_dir nowhere does not exist"),
+    ("--dataset_name ./nowhere", "--dataset_name ./nowhere: there is no such file"),
+    ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere does not exist"),
+    ("--config nowhere.yaml", "--config nowhere.yaml does not exist"),
+    ("--num_process 2", "Did you mean --num_processes?"),
+    ("--config_file nowhere.yaml", "--config_file nowhere.yaml does not exist"),
+]
+EVALUATION = [
+    ("--best_metric fidelity", "it must be one of fid, kid"),
+    ("--feature_extractor nowhere", "--feature_extractor nowhere does not exist"),
+]
+MODEL = "--pipeline examples/models/mnist-28"
+WRONG = {  # command -> flags and the message about them
+    "demo": [("--batch_size 0", "--batch_size is 0")],
+    "finetune": [*TRAINING, *EVALUATION, ("--start_model nowhere", "--start_model nowhere: there is no such")],
+    "few-step": [TRAINING[0], ("--start_model nowhere", "form user/name"), ("", "with --start_model")],
+    "train-ddgan": [*TRAINING, *EVALUATION, ("--diffaug blur", "choose from color")],
+    "train-class-conditional": [*TRAINING, *EVALUATION, ("--dataset cifar10", "choose from 'mnist'")],
+    "train-classifier": [*TRAINING[:4], ("--dataset_name user/labeled --widths 9", "multiples of 8")],
+    "generate": [
+        ("--pipeline nowhere", "there is no such"),
+        (f"{MODEL} --scheduler euller", "choose from 'as-saved'"),
+        (f"{MODEL} --color teel", "'teel' is not a known color"),
+        (f"{MODEL} --towards color:teel", "'color:teel' is invalid: 'teel' is not a known color"),
+        (f"{MODEL} --towards colour:teal", "there is no loss 'colour'"),
+        (f"{MODEL} --towards reference:nowhere.png", "there is no file nowhere.png"),
+    ],
+    "evaluate": [
+        (f"{MODEL} --reference nowhere.npz", "--reference nowhere.npz: there is no such"),
+        (f"{MODEL} --feature_extractor inception", "one of the extractors inception-v3-compat"),
+        (f"{MODEL} --classifier nowhere", "--classifier nowhere does not exist"),
+    ],
+    "convert": [("--checkpoint_path nowhere.pth --output_dir out", "does not exist")],
+    "push": [
+        ("--folder nowhere --repo_id user/model", "--folder nowhere does not exist"),
+        ("--folder . --repo_id model", "has no owner"),
+    ],
+    "space": [(f"{MODEL} nowhere", "--pipeline nowhere: there is no such")],
+}
+CODE = """
+import contextlib, io, json, sys
+
+from ddgan.__main__ import COMMANDS, dispatch
+from ddgan.core.errors import InputError
+
+calls, answers = json.load(sys.stdin), []
+for command, flags in calls:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            dispatch([command, *flags.split()])
+        except (InputError, SystemExit) as error:
+            answers.append(f"{error}{printed.getvalue()}")
+print(json.dumps([list(COMMANDS), answers, sorted(sys.modules)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory) -> tuple[list[str], dict[tuple[str, str], str], list[str]]:
+    """All commands, what each answers to each of its wrong flags, and the modules imported for these answers."""
+    calls = [(command, flags) for command, cases in WRONG.items() for flags, _ in cases]
+    calls += [(command, flags) for command in WRONG for flags in ("--help", "--no_such_flag")]
+    process = subprocess.run(
+        [sys.executable, "-c", CODE],
+        input=json.dumps(calls),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path_factory.mktemp("empty"),
+    )
+    commands, answers, modules = json.loads(process.stdout)
+    return commands, dict(zip(calls, answers, strict=True)), modules
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_wrong_arguments_are_rejected(answered, command):
+    _, answers, _ = answered
+    for flags, message in WRONG[command]:
+        assert message in answers[command, flags]
+    assert "Unknown flag --no_such_flag" in answers[command, "--no_such_flag"]
+    assert f"usage: ddgan {command} [flags]" in answers[command, "--help"]
+
+
+def test_for_these_answers_no_heavy_package_is_imported(answered):
+    commands, _, modules = answered
+    assert set(commands) == set(WRONG)
+    assert "ddgan.commands.arguments" in modules and not set(HEAVY) & set(modules)
