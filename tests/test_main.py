@@ -16,7 +16,10 @@ from ddgan.core.launch import LaunchArguments, launch
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
 # files and folders that users of the documented commands have, besides the outputs of other commands and path/to/...
 FILES = ["netG_1200.pth", "rose.png"]
-FOLDERS = "demo my-run digits/best ddgan-emoji-32 generated/images noto-emoji-32 stacked-mnist MNIST untrained mnist"
+FOLDERS = (
+    "ddgan-emoji-32 ddgan-stacked-mnist demo digits/best generated/images mnist MNIST my-run noto-emoji-32 "
+    "stacked-mnist untrained"
+)
 
 
 @pytest.fixture(autouse=True)

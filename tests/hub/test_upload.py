@@ -541,7 +541,8 @@ def test_a_space_shows_the_model(local_hub, tmp_path):
     package = {"__init__.py", "LICENSE", "core/errors.py", "data/images.py", "sampling/loading.py"}
     package |= {"training/objectives/__init__.py", "training/objectives/adversarial.py"}
     assert {f"ddgan/{name}" for name in package} <= set(files) - of_app
-    assert not [name for name in files if "test" in name or "train_" in name or name.endswith("setup.py")]
+    scripts = ("ddgan/train_", "ddgan/finetune_", "ddgan/setup.py")
+    assert not [name for name in files if "test" in name or name.startswith(scripts)]
     assert space.private and space.settings["sdk"] == "gradio"
     assert space.variables == {"DDGAN_PIPELINE": {"value": "ann/model"}}
     card = SpaceCard(files["README.md"].decode())
