@@ -173,7 +173,7 @@ class DDGANArguments(Arguments):
     block_out_channels: list[int] = option(
         [128, 256, 256, 256],
         "generator: channels of each level, highest resolution first",
-        minimum=1,
+        minimum=4,
         maximum=MAX_WIDTH,
     )
     layers_per_block: int = option(2, "generator: residual blocks per level", minimum=1, maximum=MAX_LAYERS)

@@ -232,6 +232,7 @@ def test_a_class_conditional_run_generates_each_class(train, kinds):
         (["--discriminator", "large"], "too often for images of 8x8"),
         (["--class_conditional"], "is not in a subfolder"),
         (["--lr_g", "0"], "--lr_g is 0.0; it must be greater than 0"),
+        (["--block_out_channels", "8", "3"], "--block_out_channels is 3; it must be at least 4"),
         (["--lr_g", "5e-6"], "--lr_min is 1e-05, the final value of --lr_g 5e-06 and .* must not be greater"),
         (["--mixed_precision", "fp16"], "fp16 needs a GPU"),
         (["--learning_rate", "1"], "Unknown flag --learning_rate"),
