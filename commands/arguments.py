@@ -529,6 +529,8 @@ class EvaluateArguments(SamplingArguments):
         resolve_paths(self, "classifier")
         resolve_extractor(self)
         check_value_range(self.value_range)
+        if Path(self.output).is_dir():
+            raise InputError(f"--output {self.output} is a folder: name a file.")
         if self.update_card and not (self.pipeline and self.card.is_file()):
             raise InputError(f"--update_card needs the --pipeline of a local folder with a model card ({CARD_NAME}).")
 

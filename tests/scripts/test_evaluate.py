@@ -630,6 +630,7 @@ def test_resized_references_have_a_warning(run, folders, tmp_path):
         ([], "either --pipeline"),
         (["--images", "SAMPLES", "--num_images", 41], "has 40 images"),
         (["--images", "SAMPLES", "--num_images", 11], "at least 12"),
+        (["--images", "SAMPLES", "--output", "."], r"--output \. is a folder"),
         (["--images", "SAMPLES", "--reference", "nowhere.npz"], "no such file"),
         (
             ["--images", "SAMPLES", "--feature_extractor", "nowhere"],
