@@ -115,6 +115,7 @@ def build(
             latent_embed_dim=args.latent_embed_dim,
             latent_mapping_layers=args.latent_mapping_layers,
             num_class_embeds=num_class_embeds,
+            id2label=dict(enumerate(classes)) if classes else None,
             dropout=args.dropout,
         )
         discriminator = DDGANDiscriminator(

@@ -349,6 +349,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         latent_embed_dim (`int`, defaults to 256): Width of the network that maps z.
         latent_mapping_layers (`int`, defaults to 4): Number of layers of that network after the first one.
         num_class_embeds (`int`, *optional*): Number of classes; the class embedding is added to that of z.
+        id2label (`dict[int, str]` or `list[str]`, *optional*): Names of the classes.
         resnet_type (`"biggan"`, `"biggan_oneadagn"` or `"ddpm"`, defaults to `"biggan"`):
             Residual blocks that also resample, the same with only one adaptive norm per block, or residual blocks with
             separate resampling layers.
@@ -398,6 +399,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         latent_embed_dim: int = 256,
         latent_mapping_layers: int = 4,
         num_class_embeds: int | None = None,
+        id2label: dict[int, str] | list[str] | None = None,
         resnet_type: Literal["biggan", "biggan_oneadagn", "ddpm"] = "biggan",
         fir: bool = True,
         resample_with_conv: bool = True,
@@ -429,6 +431,13 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
                 f"`block_out_channels` has {levels} levels, too many to halve images of {height}x{width} pixels "
                 f"{levels - 1} times: use fewer levels or larger images."
             )
+
+        if id2label is not None:
+            labels = sorted(int(label) for label in (id2label if isinstance(id2label, dict) else range(len(id2label))))
+            if labels != list(range(num_class_embeds or 0)):
+                raise ValueError(
+                    f"`id2label` names the labels {labels}, but must name each of the {num_class_embeds or 0} classes."
+                )
 
         self.gradient_checkpointing = False
 

@@ -33,6 +33,13 @@ class DDGANPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
 
+    @property
+    def labels(self) -> dict[str, int]:
+        """The label of each class name; empty if the network's config has no `id2label`."""
+        id2label = self.unet.config.get("id2label") or {}
+        pairs = id2label.items() if isinstance(id2label, dict) else enumerate(id2label)
+        return {name: int(label) for label, name in pairs}
+
     def check_inputs(
         self, batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
     ):
@@ -66,15 +73,16 @@ class DDGANPipeline(DiffusionPipeline):
             valid = False
         if not valid:
             raise ValueError(
-                f"`class_labels` is {class_labels}, but must have one integer from 0 to {num_classes - 1} for each of "
-                f"the {batch_size} images."
+                f"`class_labels` is {class_labels}, but must have one integer from 0 to {num_classes - 1}"
+                + (f", or one of the names {', '.join(self.labels)}," if self.labels else "")
+                + f" for each of the {batch_size} images."
             )
 
     @torch.no_grad()
     def __call__(
         self,
         batch_size: int = 1,
-        class_labels: list[int] | torch.Tensor | None = None,
+        class_labels: list[int] | list[str] | torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -91,8 +99,9 @@ class DDGANPipeline(DiffusionPipeline):
 
         Args:
             batch_size (`int`, defaults to 1): Number of images to generate.
-            class_labels (`list[int]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
-                The class of each image; required if and only if the network is class-conditional.
+            class_labels (`list[int]`, `list[str]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                The class of each image, as a label or, if the network's config has `id2label`, as a name; required if
+                and only if the network is class-conditional.
             num_inference_steps (`int`, *optional*, defaults to the scheduler's `num_train_timesteps`):
                 Number of denoising steps.
             timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number of steps.
@@ -120,6 +129,10 @@ class DDGANPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if isinstance(class_labels, list):
+            class_labels = [
+                self.labels.get(label, label) if isinstance(label, str) else label for label in class_labels
+            ]
         self.check_inputs(
             batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
         )

@@ -217,6 +217,7 @@ def test_a_class_conditional_run_generates_each_class(train, kinds):
     assert grid.height > grid.width  # three rows of two images, and the names
     pipe = DDGANPipeline.from_pretrained(run)
     assert pipe.unet.config.num_class_embeds == 3
+    assert pipe.labels == {"a": 0, "b": 1, "c": 2}
     assert pipe(batch_size=2, class_labels=[0, 2]).images[0].mode == "L"
     assert "class_labels=[0]" in (run / "README.md").read_text()
     with pytest.raises(ValueError, match="from 0 to 2"):

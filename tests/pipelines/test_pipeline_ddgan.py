@@ -149,6 +149,20 @@ def test_class_labels_determine_the_class_of_each_image():
     assert torch.equal(other[1], samples[1]) and not torch.equal(other[0], samples[0])
 
 
+def test_classes_can_be_given_by_name(tmp_path):
+    named = pipeline(num_class_embeds=3, id2label=["1", "2", "10"])
+    named.save_pretrained(tmp_path)
+    expected = latents(named, batch_size=2, class_labels=[1, 2], generator=seeded(5, 5))
+    for pipe in (named, DDGANPipeline.from_pretrained(tmp_path)):
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.labels == {"1": 0, "2": 1, "10": 2}
+        assert torch.equal(latents(pipe, batch_size=2, class_labels=["2", "10"], generator=seeded(5, 5)), expected)
+    with pytest.raises(ValueError, match=r"`class_labels` is \['0', 1\], .* or one of the names 1, 2, 10,"):
+        named(batch_size=2, class_labels=["0", 1])
+    with pytest.raises(ValueError, match=r"`id2label` names the labels \[0\], but must name each of the 3 classes"):
+        pipeline(num_class_embeds=3, id2label=["a"])
+
+
 def test_callback_sees_every_step_and_may_replace_the_sample():
     pipe = pipeline()
     calls = []
