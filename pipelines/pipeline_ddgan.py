@@ -82,7 +82,7 @@ class DDGANPipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        class_labels: list[int] | list[str] | torch.Tensor | None = None,
+        class_labels: list[int] | list[str] | list[int | str] | torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
