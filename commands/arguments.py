@@ -61,6 +61,13 @@ DEFAULT_GUIDANCE_SCALE = 40.0
 DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline to evaluate; with fewer the bias of FID is large
 
 
+@dataclass
+class UnclippedRunArguments(RunArguments):
+    """A training run that does not clip gradients by default."""
+
+    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # finetune_model.py
 
@@ -145,12 +152,10 @@ class FewStepArguments(Arguments):
 
 
 @dataclass
-class FewStepRunArguments(RunArguments):
+class FewStepRunArguments(UnclippedRunArguments):
     """The training run: its length, what it logs and what it saves."""
 
     _default_output_dir: ClassVar = "few-step-model"
-
-    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,12 +220,10 @@ class DDGANArguments(Arguments):
 
 
 @dataclass
-class DDGANRunArguments(RunArguments):
+class DDGANRunArguments(UnclippedRunArguments):
     """The training run: its length, what it logs and what it saves."""
 
     _default_output_dir: ClassVar = "ddgan-model"
-
-    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,14 +378,13 @@ class ClassifierLearningRateArguments(LearningRateArguments):
 
 
 @dataclass
-class ClassifierRunArguments(RunArguments):
+class ClassifierRunArguments(UnclippedRunArguments):
     """The training run: its length, its optimizer, what it logs and what it saves."""
 
     _default_output_dir: ClassVar = "classifier"
 
     batch_size: int = option(128, "images in a micro-batch of one process", minimum=1)
     num_epochs: int = option(6, "passes over the images", minimum=1)
-    max_grad_norm: float = option(0.0, "clip gradients to this norm; 0 turns clipping off", minimum=0)
     ema_decay: float = option(0.0, "maximum decay of the EMA weights; 0 turns EMA off", minimum=0, below=1)
 
     def __post_init__(self):

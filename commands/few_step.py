@@ -32,7 +32,7 @@ from ..training.objectives.few_step import (
 from ..training.run_folder import RunFolder
 from ..training.sample_grids import save_before_after
 from ..training.session import Session
-from ..training.start_model import TrainedUNet, class_names, image_size, load_start_model
+from ..training.start_model import TrainedUNet, image_size, load_start_model, model_classes
 from ..training.teacher import Teacher, generate_samples
 from .arguments import FewStepArguments, FewStepRunArguments
 
@@ -63,8 +63,9 @@ def finetune_few_step(
         RunError: if the run fails after it has started.
     """
     session = Session.open(run, supports_fp16=False)
-    size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
-    start = load_start_model(args.start_model, size, allow_classes=True, trust_remote_code=args.trust_remote_code)
+    start = load_start_model(
+        args.start_model, data_args.size, allow_classes=True, trust_remote_code=args.trust_remote_code
+    )
     check_start_model(start, args)
     start.scheduler.register_to_config(timestep_spacing="trailing")  # DDIM starts from noise alone, as training does
     unet = start.unet
@@ -76,7 +77,7 @@ def finetune_few_step(
         unet.config.in_channels,
         image_size(unet),
         label_args if isinstance(start, ClassConditionalPipeline) else None,
-        classes=class_names(start),
+        classes=model_classes(start),
     )
     labels, grid = session.plan_grid(data.classes)
     total_steps = data.total_steps(run)
@@ -146,7 +147,7 @@ def finetune_few_step(
         grid=grid,
         prepare=prepare,
         finish=finish,
-        monitor=DiscriminatorAccuracyMonitor() if discriminator else lambda rows: None,
+        monitor=DiscriminatorAccuracyMonitor(),
         evaluation_monitor=DiversityMonitor(),
         card=describe(args, start, data, arguments, adversarial=discriminator is not None),
         arguments=arguments,

@@ -36,8 +36,9 @@ def finetune(
         RunError: if the run fails after it has started.
     """
     session = Session.open(run, supports_fsdp=True)
-    size = data_args.resolution or ([data_args.image_size] * 2 if data_args.image_size else None)
-    pipeline = load_start_model(args.start_model, size, args.prediction_type, trust_remote_code=args.trust_remote_code)
+    pipeline = load_start_model(
+        args.start_model, data_args.size, args.prediction_type, trust_remote_code=args.trust_remote_code
+    )
     unet = pipeline.unet
     data = session.load_data(data_args, unet.config.in_channels, image_size(unet))
     trained_parameters = freeze(unet, args)

@@ -48,7 +48,7 @@ def train_class_conditional(
     session = Session.open(run)
     with session.accelerator.main_process_first():  # the other processes find the downloaded files
         chosen_data = choose_data(args, data_args)
-    size = data_args.resolution or [data_args.image_size or 28] * 2
+    size = data_args.size or [28, 28]
     data = session.load_data(chosen_data, args.image_channels, size, label_args)
     classes = data.classes
     assert classes is not None  # images without labels raise an error

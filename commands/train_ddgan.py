@@ -33,7 +33,7 @@ def train_ddgan(
         RunError: if the run fails after it has started.
     """
     session = Session.open(run)
-    size = data_args.resolution or [data_args.image_size or 32] * 2
+    size = data_args.size or [32, 32]
     data = session.load_data(data_args, args.image_channels, size, label_args if args.class_conditional else None)
     labels, grid = session.plan_grid(data.classes)
     torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed

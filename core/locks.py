@@ -66,7 +66,7 @@ class LockedTemporaryDirectory(TemporaryDirectory):
     def __init__(self, folder: Path, prefix: str):
         name = f"{prefix}{secrets.token_hex(_ID_LENGTH // 2)}"
         self.lock = FileLock(folder / f"{name}{_LOCK}", thread_local=False)
-        with suppress(OSError, NotImplementedError):  # without locks, nobody else will remove the directory
+        with suppress(OSError, NotImplementedError):  # without locks, no other command removes the directory
             self.lock.acquire(timeout=0)
         super().__init__(prefix=f"{name}-", dir=folder)
 

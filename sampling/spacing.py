@@ -93,22 +93,3 @@ def check_steps(scheduler: Any, num_inference_steps: int) -> None:
 @functools.cache
 def _log_once(message: str) -> None:
     logger.info(message)
-
-
-def _usable_timesteps(scheduler: Any, num_inference_steps: int) -> torch.Tensor | None:
-    """Return the timesteps of a scheduler, or None if it cannot sample with them."""
-    scheduler = copy.deepcopy(scheduler)
-    try:
-        scheduler.set_timesteps(num_inference_steps)
-    except (ArithmeticError, AssertionError, IndexError, ValueError):  # as the schedulers of Diffusers report it
-        return None
-    timesteps = scheduler.timesteps
-    if len(timesteps) == 0:
-        return None
-    if hasattr(scheduler, "sigmas") and scheduler.order == 1:  # solvers of higher order repeat timesteps on purpose
-        # a solver looks up its first timestep by value, and divides by the distances of the noise levels
-        if (timesteps == timesteps[0]).sum() > 1:
-            return None
-        if not scheduler.config.get("use_karras_sigmas") and len(timesteps.unique()) < len(timesteps):
-            return None
-    return timesteps

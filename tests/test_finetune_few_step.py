@@ -202,7 +202,7 @@ def test_accumulation_gives_the_losses_of_one_batch(few_step, tmp_path):
 
 
 def last_state(run) -> list:
-    """What a run of five steps has logged, and the last of its networks and EMA weights."""
+    """Return the metrics of a run of five steps, and its last weights and EMA weights."""
     checkpoint = run / "checkpoints" / "step-00000005"
     files = ("model.safetensors", "model_1.safetensors", "ema.safetensors")
     return [(run / "metrics.csv").read_text(), *(load_file(checkpoint / name) for name in files)]

@@ -66,6 +66,11 @@ class DataArguments(Arguments):
         if self.streaming and not self.dataset_name:
             raise InputError("--streaming needs a dataset: pass it with --dataset_name.")
 
+    @property
+    def size(self) -> list[int] | None:
+        """Height and width to train at; None for those of the start model or of the command."""
+        return self.resolution or ([self.image_size] * 2 if self.image_size else None)
+
 
 @dataclass
 class RunArguments(Arguments):

@@ -289,11 +289,11 @@ class Checkpoints:
         return None
 
     def _damage(self, checkpoint: Path) -> str | None:
-        """Return what is damaged in a checkpoint, if anything; every process must call this, and verifies a share."""
-        found = gather_object([self._damage_of_share(checkpoint)])
+        """Return what is damaged in a checkpoint, if anything; every process must call this and verifies its files."""
+        found = gather_object([self._damage_of_own_files(checkpoint)])
         return next(filter(None, found), None)
 
-    def _damage_of_share(self, checkpoint: Path) -> str | None:
+    def _damage_of_own_files(self, checkpoint: Path) -> str | None:
         try:
             state = load_state(checkpoint)
         except FileNotFoundError:
@@ -305,7 +305,7 @@ class Checkpoints:
             return None if "step" in state else f"{_STATE} is incomplete"
         if checksum != fingerprint(state):
             return f"{_STATE} does not match its checksum"
-        names = self._share(state[_FILES])
+        names = self._own_files(state[_FILES])
         paths = [checkpoint / name for name in names]
         try:
             for name, path in zip(names, paths, strict=True):
@@ -320,15 +320,15 @@ class Checkpoints:
         return None
 
     def _sync_and_digest(self, folder: Path) -> list[tuple[str, tuple[int, str]]]:
-        """Flush this process's share of the files in a folder to disk, and return the digest of each."""
+        """Flush this process's files in a folder to disk, and return the digest of each."""
         files = [path for path in folder.rglob("*") if path.is_file()]
-        names = self._share(path.relative_to(folder).as_posix() for path in files)
+        names = self._own_files(path.relative_to(folder).as_posix() for path in files)
         digests = digest_files(folder / name for name in names)
         for name in names:
             sync(folder / name)
         return list(zip(names, digests, strict=True))
 
-    def _share(self, names: Iterable[str]) -> list[str]:
+    def _own_files(self, names: Iterable[str]) -> list[str]:
         """Return the files that this process digests: those that it writes, in a run with as many processes."""
         index, count = self.accelerator.process_index, self.accelerator.num_processes
         writers = {name: int(match[1]) if (match := _WRITTEN_BY.search(name)) else 0 for name in names}

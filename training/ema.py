@@ -99,7 +99,7 @@ class EMA:
 def half_life(args: RunArguments, step: int) -> float:
     """Return the half-life of the EMA weights after `step` optimizer steps, in steps; 0 without EMA.
 
-    So many steps later, the weights of the network at that step have half their share in the EMA weights.
+    After that many further steps, the weight of the network's parameters at that step in the average has halved.
     """
     decay = _average([], args).get_decay(step) if args.ema_decay else 0
     return math.log(0.5) / math.log(decay) if decay else 0.0

@@ -81,4 +81,4 @@ class TrainingJob:
     prepare: Callable[[RunFolder], None] = lambda folder: None
     finish: Callable[[RunFolder, int], None] = lambda folder, step: None
     monitor: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
-    evaluation_monitor: Callable[[Evaluation, list[dict[str, float]]], str | None] = lambda evaluation, earlier: None
+    evaluation_monitor: Callable[[Evaluation, list[dict[str, float]]], str | None] | None = None

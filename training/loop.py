@@ -124,6 +124,7 @@ class Trainer:
             invariants=resume_invariants(job, self.plan, accelerator),
         )
         self.step_log = StepLog(accelerator, self.plan, self.checkpoints)
+        self.checked_step: int | None = None  # whose weights are known to be finite
         # opened by `train`, the first two only in the main process
         self.metrics: MetricsFile | None = None
         self.upload: BackgroundUpload | None = None
@@ -192,8 +193,8 @@ class Trainer:
     def _run_steps(self) -> None:
         """Train to the last step, with everything that is due along the way.
 
-        Methods that write files first call `_log` and `_check_weights`, which raise if a loss or a weight is not
-        finite, so nothing is overwritten.
+        Methods that write files first call `_check_weights`, which raises if a loss or a weight is not finite, so
+        nothing is overwritten.
         """
         args = self.args
         due, step = self._samplers_due(), self.progress.step
@@ -209,9 +210,8 @@ class Trainer:
                     self.stop.raise_if_requested()
                     if self._due(_LOG_EVERY):
                         self._log()
-                    self._save_samples(
-                        self._samplers_due()
-                    )  # before the evaluation, whose best pipeline is shown with it
+                    # before the evaluation, whose best pipeline is shown with this grid
+                    self._save_samples(self._samplers_due())
                     if self._evaluation_due():
                         self._evaluate()
                     if self._due(args.checkpointing_steps) or self._is_last_step():
@@ -349,7 +349,6 @@ class Trainer:
         """Sample the fixed seeds of the run with the EMA weights, then save and log a grid for each sampler."""
         if not samplers:
             return
-        self._log()
         self._check_weights()
         step = self.progress.step
         for name, sampler in samplers.items():
@@ -366,7 +365,6 @@ class Trainer:
         Raises:
             RunStopped: if a stop was requested; the resumed run repeats the evaluation.
         """
-        self._log()
         self._check_weights()
         step, pipeline, sampler = self.progress.step, self.job.pipeline, self.job.sampler
         evaluations, clock, is_main = self.progress.evaluations, self.progress.clock, self.accelerator.is_main_process
@@ -401,7 +399,8 @@ class Trainer:
             self.bar.write(f"step {step}: {evaluation.summary()}{best}; it took {seconds:.0f} s")
             for warning in evaluation.warnings if evaluations.count == 1 else ():
                 self.bar.write(f"warning: {warning}")
-            if warning := self.job.evaluation_monitor(evaluation, self._earlier_evaluations(evaluation)):
+            monitor = self.job.evaluation_monitor
+            if monitor and (warning := monitor(evaluation, self._earlier_evaluations(evaluation))):
                 self.bar.write(warning)
 
     def _earlier_evaluations(self, evaluation: Evaluation) -> list[dict[str, float]]:
@@ -411,14 +410,12 @@ class Trainer:
         return [row for row in rows if not any(math.isnan(row.get(key, math.nan)) for key in evaluation.metrics)]
 
     def _save_checkpoint(self) -> None:
-        self._log()
         self._check_weights()
         with self.progress.clock.paused():
             self.checkpoints.save(self.progress.step)
 
     def _save_model(self) -> None:
         """Write the pipeline with its EMA weights, the plots and the card into the run folder."""
-        self._log()
         self._check_weights()
         with self.progress.clock.paused():
             self.accelerator.wait_for_everyone()
@@ -436,11 +433,14 @@ class Trainer:
             self.accelerator.wait_for_everyone()
 
     def _check_weights(self) -> None:
-        """Raise an error if the last step has left weights that are not finite; every process must call this.
+        """Log the steps so far, and check the weights that the last one has left; every process must call this.
 
         Raises:
-            RunError: if it has.
+            RunError: if a loss or a weight is not finite.
         """
+        self._log()
+        if self.checked_step == self.progress.step:
+            return
         weights = [p for network in self.networks for p in local_shards(network.spec.network.parameters())]
         weights += self.job.ema.weights()
         broken = sum((~tensor.isfinite().all()).float() for tensor in weights)
@@ -450,6 +450,7 @@ class Trainer:
                 f"checkpoint is {self.checkpoints.last()}. A lower learning rate usually helps; resume with "
                 "--resume_from_checkpoint latest."
             )
+        self.checked_step = self.progress.step
 
     def _write_config(self) -> None:
         replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))

@@ -70,7 +70,7 @@ class Session:
                 tracker is not installed, the configuration of Accelerate or the mixed precision is not supported, or
                 the Hub refuses the repository.
         """
-        accelerator = start_accelerator(run, supports_fp16)
+        accelerator = _start(run, supports_fp16)
         if accelerator.is_fsdp2 and not supports_fsdp:
             raise InputError(
                 "Only ddgan finetune trains with FSDP; this network is small enough to be trained without sharding, "
@@ -148,7 +148,7 @@ class Session:
         return Trainer(job, data, self.run, self.accelerator, evaluator, self.repo_id).train()
 
 
-def start_accelerator(run: RunArguments, supports_fp16: bool = True) -> Accelerator:
+def _start(run: RunArguments, supports_fp16: bool = True) -> Accelerator:
     """Check that the run folder can be used, and start Accelerate; no file is written yet."""
     folder = RunFolder(run.output_dir)
     folder.check_usable(resuming=bool(run.resume_from_checkpoint))

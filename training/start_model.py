@@ -8,7 +8,7 @@ from .. import ClassConditionalPipeline, ClassConditionedUnet
 from ..core.errors import InputError
 from ..core.files import location_name
 from ..data.images import CHANNEL_MODES
-from ..sampling.generation import num_classes
+from ..sampling.generation import class_names, num_classes
 from ..sampling.loading import load_pipeline, read_components
 
 TrainedUNet = UNet2DModel | ClassConditionedUnet
@@ -120,14 +120,14 @@ def _unsupported_process(scheduler: SchedulerMixin) -> str | None:
     return f"the noise process of its scheduler is {process}"
 
 
-def class_names(pipeline: DiffusionPipeline) -> list[str] | None:
+def model_classes(pipeline: DiffusionPipeline) -> list[str] | None:
     """Return the class names of a pipeline in the order of their labels, None if it is unconditional.
 
     A class without a name is named by its label.
     """
     if not isinstance(pipeline, ClassConditionalPipeline):
         return None
-    names = {label: name for name, label in pipeline.labels.items()}
+    names = class_names(pipeline.unet)
     return [names.get(label, str(label)) for label in range(pipeline.num_classes)]
 
 

@@ -186,22 +186,22 @@ def test_the_generator_is_distilled_alone_and_then_trained_with_both_losses(step
 def test_distillation_is_the_distance_to_the_image_that_the_noisy_image_leads_to():
     setup = tiny_setup(step_counts=[4])
     objective = generator_objective(setup, 1)
-    noisy, target = objective.teacher.draw(samples())
+    noisy, target = objective.teacher.random_samples(samples())
     image = setup.process.predicted_image(setup.generator(noisy.images, noisy.t).sample, noisy.images, noisy.t)
     expected = (image - target).square().mean((1, 2, 3))
     torch.testing.assert_close(objective(setup.generator, samples())["distillation"], expected)
 
 
-def test_each_sample_of_a_teacher_is_drawn_with_its_timestep_and_class():
+def test_each_sample_of_a_teacher_has_its_timestep_and_class():
     timesteps = torch.tensor([999, 499])
     images = 10.0 * torch.arange(6)[:, None, None, None]
     noisy = images[:, None] + torch.arange(2)[:, None, None, None]
     teacher = TeacherSamples(timesteps, noisy.half(), images.half(), torch.arange(6))
-    (drawn, t, conditions), target = teacher.draw(samples())
+    (noisy, t, conditions), target = teacher.random_samples(samples())
     assert torch.equal(10 * conditions["class_labels"], target.flatten())
-    assert torch.equal(timesteps[(drawn - target).flatten().long()], t)
+    assert torch.equal(timesteps[(noisy - target).flatten().long()], t)
     assert len(t.unique()) == 2 and len(target.unique()) > 2
-    assert drawn.dtype == target.dtype == torch.float32
+    assert noisy.dtype == target.dtype == torch.float32
 
 
 def test_each_stage_has_a_warmup_and_a_decay_to_zero():

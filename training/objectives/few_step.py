@@ -109,7 +109,7 @@ class TeacherSamples:
     ):
         self.timesteps, self.noisy, self.images, self.labels = timesteps, noisy, images, labels
 
-    def draw(self, samples: MicroBatch) -> tuple[NoisyImages, torch.Tensor]:
+    def random_samples(self, samples: MicroBatch) -> tuple[NoisyImages, torch.Tensor]:
         """Return, for each sample of a micro-batch, a random noisy image and the image that it leads to."""
         rng, device = samples.rng, samples.images.device
         i, level = rng.integers(len(self.images)).cpu(), rng.integers(len(self.timesteps)).cpu()
@@ -254,7 +254,7 @@ class GeneratorObjective:
         inputs, targets, transition, conditions = [], None, None, {}
         if weight:
             assert self.teacher is not None
-            noisy, targets = self.teacher.draw(samples)
+            noisy, targets = self.teacher.random_samples(samples)
             inputs.append(noisy)
         if is_adversarial:
             transition, conditions = setup.transition(samples), setup.conditions(samples)
