@@ -106,7 +106,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ):
-        """Set the timesteps to sample with. `step` uses the exact posterior between neighboring levels.
+        """Set the timesteps of `step`, the exact posterior between neighboring levels, and of `add_noise_pair`.
 
         Args:
             num_inference_steps (`int`, *optional*, defaults to T):
@@ -139,15 +139,14 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         for s in reversed(timesteps):
             target[s + 1 :] = level[s]
         alpha = level / target
-        level_below = torch.cat([torch.ones_like(level[:1]), level[:-1]])
         self._tables = {
             "signal": level.sqrt(),
             "noise": (1 - level).sqrt(),
-            # neighbors in the chain of all T timesteps
-            "signal_below": level_below.sqrt(),
-            "noise_below": (1 - level_below).sqrt(),
-            "step_signal": (1 - self.betas).sqrt(),
-            "step_noise": self.betas.sqrt(),
+            # q(x_s | x_0) and q(x_t | x_s)
+            "target_signal": target.sqrt(),
+            "target_noise": (1 - target).sqrt(),
+            "step_signal": alpha.sqrt(),
+            "step_noise": (1 - alpha).sqrt(),
             # q(x_s | x_t, x_0) = N(original_coef x_0 + sample_coef x_t, std^2): equation (7) of arXiv 2006.11239
             "original_coef": target.sqrt() * (1 - alpha) / (1 - level),
             "sample_coef": alpha.sqrt() * (1 - target) / (1 - level),
@@ -235,10 +234,11 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample neighbors (x_{t-1}, x_t) of the Markov chain: the real pair of arXiv 2112.07804, section 3.2.
+        """Sample neighbors (x_s, x_t) of the Markov chain: the real pair of arXiv 2112.07804, section 3.2.
 
-        The first noise turns x_0 into x_{t-1}, the second one is added on top of that:
-        x_t = sqrt(1 - betas[t]) x_{t-1} + sqrt(betas[t]) noise. At t = 0 the less noisy sample is x_0 itself.
+        As in `step`, s is the next lower of `self.timesteps`: t - 1, unless fewer timesteps were set. The first noise
+        turns x_0 into x_s, the second one is added on top of that: x_t = sqrt(a) x_s + sqrt(1 - a) noise with
+        a = alphas_cumprod[t] / alphas_cumprod[s]. At the last of `self.timesteps` the less noisy sample is x_0 itself.
 
         Args:
             original_samples (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): x_0.
@@ -249,7 +249,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
                 The first and the second noise to use instead of generating them.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: x_{t-1} and x_t, both of the same shape as `original_samples`.
+            `tuple[torch.Tensor, torch.Tensor]`: x_s and x_t, both of the same shape as `original_samples`.
         """
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         x_0 = original_samples.to(dtype)
@@ -259,8 +259,8 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             )
         else:
             first_noise, second_noise = (n.to(dtype) for n in noise)
-        less_noisy = self._at("signal_below", timesteps, x_0) * x_0
-        less_noisy = less_noisy + self._at("noise_below", timesteps, x_0) * first_noise
+        less_noisy = self._at("target_signal", timesteps, x_0) * x_0
+        less_noisy = less_noisy + self._at("target_noise", timesteps, x_0) * first_noise
         noisier = (
             self._at("step_signal", timesteps, x_0) * less_noisy
             + self._at("step_noise", timesteps, x_0) * second_noise

@@ -238,17 +238,22 @@ def test_set_timesteps_without_arguments_resets_a_sub_sequence(use_noises):
     assert [posterior(use_noises, scheduler, t) for t in range(4)] == full
 
 
-def test_noise_pair_is_markov_and_its_noisier_sample_is_the_network_input():
-    """x_t follows q(x_t | x_0), and its covariance with x_{t-1} is that of the Markov chain."""
+@pytest.mark.parametrize(("timesteps", "t", "s"), [(None, 2, 1), ([3, 0], 3, 0), ([3, 2], 2, None)], ids=str)
+def test_noise_pair_is_markov_and_its_noisier_sample_is_the_network_input(timesteps, t, s):
+    """x_t follows q(x_t | x_0), and its covariance with its neighbor x_s is that of the Markov chain."""
     scheduler = DDGANScheduler(beta_max=5.0)
-    n, t = 200_000, 2
+    scheduler.set_timesteps(timesteps=timesteps)
+    n = 200_000
     x_0 = torch.full((n, 1, 1, 1), 0.5, dtype=torch.float64)
     less, more = scheduler.add_noise_pair(x_0, torch.full((n,), t), generator=seeded(0))
-    level, level_below = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[t - 1]
-    assert abs(more.mean() - 0.5 * level.sqrt()) < 5 * ((1 - level) / n).sqrt()
-    assert abs(more.var() / (1 - level) - 1) < 5 * (2 / n) ** 0.5
+    level = scheduler.alphas_cumprod[t]
+    level_below = torch.tensor(1.0) if s is None else scheduler.alphas_cumprod[s]
+    for x, a in ((less, level_below), (more, level)):
+        assert abs(x.mean() - 0.5 * a.sqrt()) <= 5 * ((1 - a) / n).sqrt()
+        assert abs(x.var() - (1 - a)) <= 5 * (1 - a) * (2 / n) ** 0.5
     covariance = ((less - less.mean()) * (more - more.mean())).mean()
-    assert abs(covariance - (1 - scheduler.betas[t]).sqrt() * (1 - level_below)) < 5 / n**0.5
+    assert abs(covariance - (level / level_below).sqrt() * (1 - level_below)) < 5 / n**0.5
+    assert torch.equal(less, x_0) == (s is None)
 
 
 def test_add_noise_follows_its_formula_and_the_pair_at_0_holds_the_image():
