@@ -47,10 +47,10 @@ def generate(args: GenerateArguments) -> None:
 
 def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: int) -> None:
     """Generate the images that are missing in the output folder, in this number of threads."""
-    guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    options = {name: value for name in ("guidance_scale", "eta") if (value := getattr(args, name)) is not None}
     loss = guidance_loss(args, accelerator.device) if args.is_guided else None
     if loss:
-        guidance |= {"loss": loss, "gradient": args.guidance_gradient}
+        options |= {"loss": loss, "gradient": args.guidance_gradient}
     assert args.pipeline is not None
     pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
     size = group_size(pipe, args.batch_size)
@@ -66,6 +66,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         "contents": pipeline_hash(pipe),
         "scheduler": args.scheduler,
         "num_inference_steps": num_inference_steps,
+        "eta": args.eta,
         "class_labels": class_labels,
         "seed": args.seed,
         "dtype": args.dtype,
@@ -92,13 +93,13 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         raise InputError("A GuidedPipeline needs a target: --color, --clip_prompt or --towards.")
     if args.intermediates:
         check_traceable(pipe)
-    check_call(pipe, num_inference_steps, labels and labels[:1], **guidance)
+    check_call(pipe, num_inference_steps, labels and labels[:1], **options)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         prepare(output, settings, args.overwrite)
     accelerator.wait_for_everyone()
 
-    sampler = GroupSampler(pipe, size, args.seed, num_inference_steps, labels, guidance)
+    sampler = GroupSampler(pipe, size, args.seed, num_inference_steps, labels, options)
 
     def generate_group(indices: list[int]) -> int:
         for i, image in zip(indices, sampler(indices), strict=True):
@@ -124,7 +125,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
             print(f"grid: {output / GRID}")
         if args.intermediates:
             steps = (args.intermediates, num_inference_steps)
-            trace = intermediates(pipe, args.seed, *steps, sampler.class_label(0), **guidance)
+            trace = intermediates(pipe, args.seed, *steps, sampler.class_label(0), **options)
             replace_file(output / INTERMEDIATES, steps_strip(*trace).save)
             print(f"denoising steps of the first image: {output / INTERMEDIATES}")
     accelerator.end_training()

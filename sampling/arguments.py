@@ -29,6 +29,13 @@ class SamplingArguments(Arguments):
         "schedulers, or the pipeline's own default)",
         minimum=1,
     )
+    eta: float | None = option(
+        None,
+        "scale of the noise that DDGAN and DDIM steps add; 0 is deterministic after the first noise and, for a DDGAN, "
+        "z (default: 1 for a DDGAN, 0 for DDIM)",
+        minimum=0,
+        maximum=1,
+    )
     dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     trust_remote_code: bool = option(False, "run Python code that comes with the pipeline")
 

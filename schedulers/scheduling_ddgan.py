@@ -166,6 +166,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         variance_noise: torch.Tensor | None = None,
+        eta: float = 1.0,
     ) -> DDGANSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """Sample x_s from the posterior q(x_s | x_t, x_0), where s is the next lower of `self.timesteps`.
 
@@ -179,11 +180,13 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Generators for the noise; with a list, the noise of sample i comes from generator i only. No random
                 numbers are used by the step to the clean image (`timestep` is one value, the last of
-                `self.timesteps`).
+                `self.timesteps`), nor with `eta` 0.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`DDGANSchedulerOutput`] instead of a plain tuple.
             variance_noise (`torch.Tensor`, *optional*):
                 Standard normal noise to use instead of generating it, of the same shape as `sample`.
+            eta (`float`, defaults to 1.0):
+                Factor of the posterior's standard deviation, in [0, 1]; with 0, x_s is the posterior's mean.
 
         Returns:
             [`DDGANSchedulerOutput`] or `tuple`: x_s and the predicted x_0.
@@ -204,10 +207,10 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             x_0 = x_0.clamp(-1, 1)
 
         x_s = at_t("original_coef") * x_0 + at_t("sample_coef") * x_t
-        if not _is_single(timestep) or at_t("std") > 0:
+        if eta > 0 and (not _is_single(timestep) or at_t("std") > 0):
             if variance_noise is None:
                 variance_noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=dtype)
-            x_s = x_s + at_t("std") * variance_noise.to(dtype)
+            x_s = x_s + eta * at_t("std") * variance_noise.to(dtype)
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         if not return_dict:

@@ -335,6 +335,26 @@ def test_last_step_uses_no_random_numbers():
     assert not torch.equal(generator.get_state(), before)
 
 
+@pytest.mark.parametrize("timestep", [2, torch.tensor([1, 0, 3])], ids=["one", "per sample"])
+def test_eta_scales_the_noise_and_0_is_the_mean_without_random_numbers(timestep):
+    scheduler = DDGANScheduler(beta_max=5.0)
+    x_0, x_t, noise = torch.randn(3, 3, 1, 4, 4).double()
+
+    def step(**arguments):
+        return scheduler.step(x_0, timestep, x_t, **arguments).prev_sample
+
+    generator = seeded(0)
+    before = generator.get_state()
+    mean = step(eta=0.0, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(mean, step(variance_noise=torch.zeros_like(noise)))
+    assert torch.equal(mean, step(variance_noise=noise, eta=0))
+    full, half = step(variance_noise=noise), step(variance_noise=noise, eta=0.5)
+    torch.testing.assert_close(half - mean, (full - mean) / 2)
+    assert (full - mean)[0].abs().max() > 0.1
+    assert torch.equal(step(eta=1.0, generator=seeded(0)), step(generator=seeded(0)))
+
+
 def test_timestep_may_be_a_number_a_tensor_or_one_per_sample():
     scheduler = DDGANScheduler()
     x_0, x_t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)

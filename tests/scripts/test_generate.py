@@ -158,6 +158,7 @@ def test_more_images_are_added_to_existing_ones(tiny_model, whole):
         (["--seed", 1], "seed was 0, is 1"),
         (["--scheduler", "euler"], "scheduler was ddim, is euler"),
         (["--num_inference_steps", 4], "num_inference_steps was 3, is 4"),
+        (["--eta", 0.5], r"eta was None, is 0\.5"),
         (["--dtype", "bf16"], "dtype was fp32, is bf16"),
         (["--class_labels", 1], "class_labels was None, is \\[1\\]"),
     ],
@@ -382,6 +383,14 @@ def test_a_run_of_a_version_without_towards_continues(tiny_model, whole):
     assert len(images(whole)) == 9
 
 
+def test_eta_scales_the_noise_of_the_steps(tiny_model, whole, tmp_path):
+    for eta in (0, 1):
+        generate.main(flags(tiny_model, tmp_path / str(eta), "--eta", eta))
+    assert images(tmp_path / "0") == images(whole)
+    assert not set(images(tmp_path / "1").values()) & set(images(whole).values())
+    assert json.loads((tmp_path / "1" / "generate.json").read_text())["eta"] == 1
+
+
 def test_settings_are_saved(whole):
     settings = json.loads((whole / "generate.json").read_text())
     assert (settings["scheduler"], settings["num_inference_steps"], settings["seed"]) == ("ddim", 3, 0)
@@ -406,6 +415,8 @@ def test_settings_are_saved(whole):
         (["--clip_prompt", "a rose", "--clip_model", "a", "b", "c"], "one name"),
         (["--clip_prompt", "a rose", "--clip_model", "./nowhere"], "nowhere cannot be loaded"),
         (["--color", "teal", "--class_labels", 1], "class"),
+        (["--eta", 1.5], "--eta is 1.5"),
+        (["--scheduler", "ddpm", "--eta", 0.5], "The steps of a DDPMScheduler take no eta"),
     ],
 )
 def test_invalid_arguments_are_refused(tiny_model, tmp_path, wrong, message):
