@@ -7,6 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from ddgan import DDGANScheduler, DDGANSchedulerOutput
 from ddgan.schedulers import scheduling_ddgan
@@ -141,6 +149,99 @@ def test_variance_that_does_not_increase_within_0_and_1_is_refused(kwargs):
 def test_unknown_options_and_zero_timesteps_are_refused(kwargs):
     with pytest.raises(ValueError, match="must be"):
         DDGANScheduler(**kwargs)
+
+
+def test_trained_betas_replace_the_schedule_and_are_saved(tmp_path):
+    vp = DDGANScheduler()
+    for betas in (vp.betas.tolist(), vp.betas.numpy()):
+        scheduler = DDGANScheduler(trained_betas=betas, beta_max=500.0, variance_schedule="geometric")
+        scheduler.save_pretrained(tmp_path)
+        for same in (
+            scheduler,
+            DDGANScheduler.from_pretrained(tmp_path),
+            DDGANScheduler.from_config(scheduler.config),
+        ):
+            assert torch.equal(same.betas, vp.betas) and torch.equal(same.alphas_cumprod, vp.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"trained_betas": [0.1, 0.2, 0.3]}, r"has shape \(3,\), but must have a value for each of the 4"),
+        ({"trained_betas": [[0.1, 0.2, 0.3, 0.4]]}, r"has shape \(1, 4\)"),
+        ({"trained_betas": [0.0, 0.2, 0.3, 0.4]}, r"must be in \(0, 1\)"),
+        ({"trained_betas": [0.1, 1.0, 0.3, 0.4]}, r"must be in \(0, 1\)"),
+        ({"trained_betas": [0.1, 0.2, 0.3, float("nan")]}, r"must be in \(0, 1\)"),
+        ({"trained_betas": [0.1, 0.2, 0.3, 1.0], "prediction_type": "epsilon"}, "unless `prediction_type` is 'eps"),
+    ],
+    ids=str,
+)
+def test_invalid_trained_betas_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DDGANScheduler(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "prediction_type": "v_prediction",
+        },
+        {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "num_train_timesteps": 100},
+        {"rescale_betas_zero_snr": True, "prediction_type": "sample"},
+        {"trained_betas": [0.01, 0.2, 0.3, 0.1, 0.05, 0.2, 0.3, 0.7], "num_train_timesteps": 8},
+    ],
+    ids=str,
+)
+def test_config_of_a_ddpm_process_gives_its_trailing_levels(kwargs, tmp_path):
+    ddpm = DDPMScheduler(timestep_spacing="trailing", **kwargs)
+    ddpm.save_pretrained(tmp_path)
+    for T in (1, 3, 4, 8):
+        ddpm.set_timesteps(T)
+        assert len(ddpm.timesteps) == T
+        scheduler = DDGANScheduler.from_config(ddpm.config, num_train_timesteps=T)
+        levels = ddpm.alphas_cumprod[ddpm.timesteps].flip(0).double()
+        torch.testing.assert_close(scheduler.alphas_cumprod, levels, rtol=1e-5, atol=1e-7)  # DDPM's are float32
+        assert scheduler.config.num_train_timesteps == T
+        assert scheduler.config.prediction_type == ddpm.config.prediction_type
+        assert scheduler.config.clip_sample == ddpm.config.clip_sample
+        scheduler.save_pretrained(tmp_path / "ddgan")
+        loaded = DDGANScheduler.from_pretrained(tmp_path / "ddgan")
+        from_file = DDGANScheduler.from_pretrained(tmp_path, num_train_timesteps=T)
+        assert torch.equal(loaded.betas, scheduler.betas) and torch.equal(from_file.betas, scheduler.betas)
+    sample_prediction = DDGANScheduler.from_config(ddpm.config, num_train_timesteps=2, prediction_type="sample")
+    assert sample_prediction.config.prediction_type == "sample"
+    for T in (0, 1001):
+        with pytest.raises(ValueError, match=f"`num_train_timesteps` is {T}, but the process has"):
+            DDGANScheduler.from_config(ddpm.config, num_train_timesteps=T)
+
+
+def test_config_of_a_whole_process_gives_all_its_levels():
+    for other in (DDPMScheduler(), DDIMScheduler(), EulerDiscreteScheduler()):
+        scheduler = DDGANScheduler.from_config(other.config)
+        assert len(scheduler) == 1000
+        torch.testing.assert_close(scheduler.betas, other.betas.double(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    "kind", [CMStochasticIterativeScheduler, FlowMatchEulerDiscreteScheduler, CogVideoXDDIMScheduler]
+)
+def test_config_of_another_kind_of_process_is_refused(kind, tmp_path):
+    kind().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither that of a DDGANScheduler nor"):
+        DDGANScheduler.from_config(kind().config, num_train_timesteps=4)
+    with pytest.raises(ValueError, match=f"The config of {kind.__name__} with "):
+        DDGANScheduler.from_pretrained(tmp_path, num_train_timesteps=4)
+
+
+def test_own_config_may_be_partial_or_changed():
+    assert len(DDGANScheduler.from_config({"num_train_timesteps": 8})) == 8
+    changed = DDGANScheduler.from_config(DDGANScheduler(2, beta_max=5.0).config, num_train_timesteps=3)
+    assert torch.equal(changed.betas, DDGANScheduler(3, beta_max=5.0).betas)
 
 
 def test_schedule_is_float64_and_follows_its_formula():
