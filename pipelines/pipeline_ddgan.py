@@ -41,7 +41,15 @@ class DDGANPipeline(DiffusionPipeline):
         return {name: int(label) for label, name in pairs}
 
     def check_inputs(
-        self, batch_size, class_labels, eta, generator, latents, output_type, callback_on_step_end_tensor_inputs
+        self,
+        batch_size,
+        class_labels,
+        eta,
+        generator,
+        z_generator,
+        latents,
+        output_type,
+        callback_on_step_end_tensor_inputs,
     ):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
@@ -49,10 +57,11 @@ class DDGANPipeline(DiffusionPipeline):
             raise ValueError(f"`eta` is {eta}, but must be from 0 to 1.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` is a list of {len(generator)}, but must have one for each of the {batch_size} images."
-            )
+        for name, value in (("generator", generator), ("z_generator", z_generator)):
+            if isinstance(value, list) and len(value) != batch_size:
+                raise ValueError(
+                    f"`{name}` is a list of {len(value)}, but must have one for each of the {batch_size} images."
+                )
         shape = self._latents_shape(batch_size)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but must have shape {shape}.")
@@ -89,6 +98,7 @@ class DDGANPipeline(DiffusionPipeline):
         timesteps: list[int] | None = None,
         eta: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        z_generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
@@ -113,6 +123,9 @@ class DDGANPipeline(DiffusionPipeline):
                 and only x_T and z are random.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Generators for all noise; with a list of one per image, image i depends on generator i only.
+            z_generator (`torch.Generator` or `list[torch.Generator]`, *optional*, defaults to `generator`):
+                Generators for z instead, which leave x_T and the noise of the posterior to `generator`: with the same
+                `generator`, images then differ in z only, and with the same `z_generator`, in all other noise only.
             latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*):
                 Standard normal noise to use as x_T instead of generating it.
             output_type (`str`, defaults to `"pil"`):
@@ -140,7 +153,14 @@ class DDGANPipeline(DiffusionPipeline):
                 self.labels.get(label, label) if isinstance(label, str) else label for label in class_labels
             ]
         self.check_inputs(
-            batch_size, class_labels, eta, generator, latents, output_type, callback_on_step_end_tensor_inputs
+            batch_size,
+            class_labels,
+            eta,
+            generator,
+            z_generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
         )
         self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps)
 
@@ -151,11 +171,12 @@ class DDGANPipeline(DiffusionPipeline):
             shape = self._latents_shape(batch_size)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         sample = latents.to(device, torch.float32)
+        z_generator = generator if z_generator is None else z_generator
         z_shape = (batch_size, self.unet.config.latent_dim)
         device_timesteps = self.scheduler.timesteps.to(device)  # one copy, because each one waits for the device
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore[reportArgumentType, reportCallIssue]
-            z = randn_tensor(z_shape, generator=generator, device=device, dtype=torch.float32)
+            z = randn_tensor(z_shape, generator=z_generator, device=device, dtype=torch.float32)
             x_0 = self.unet(sample.to(dtype), device_timesteps[i], z.to(dtype), class_labels=class_labels).sample
             sample = self.scheduler.step(x_0, t, sample, generator=generator, eta=eta).prev_sample
 

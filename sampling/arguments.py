@@ -13,6 +13,7 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
+VARY_COLUMNS = 8  # images in a row with one fixed and one varied source of randomness
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
