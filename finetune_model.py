@@ -4,7 +4,7 @@
         Norod78/Vintage-Faces-FFHQAligned --image_size 128 --batch_size 8 --grad_accumulation_steps 2 --num_epochs 16
 
 Without a model, data or --config it runs the demo: examples/demo.yaml, with the embedded model and images.
-From Python, call `ddgan.commands.finetune.finetune`.
+From Python, call `ddgan.api.finetune`.
 """
 
 import sys

@@ -539,7 +539,7 @@ class EvaluateArguments(SamplingArguments):
     @property
     def card(self) -> Path:
         """The model card of the pipeline folder."""
-        return Path(self.pipeline or "") / CARD_NAME
+        return Path(str(self.pipeline or "")) / CARD_NAME
 
 
 # ---------------------------------------------------------------------------------------------------------------------

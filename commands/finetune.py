@@ -53,7 +53,7 @@ def finetune(
             model=run.folder_name, scheduler=ddim_usage(pipeline, args.sample_steps), steps=args.sample_steps
         ),
         settings=settings_for_card(*arguments),
-        base_model=args.start_model,
+        base_model=location_name(args.start_model),
         dataset=data.name,
         tags=["ddpm", "fine-tuned"],
         **license_of(args.start_model),

@@ -16,8 +16,11 @@ from .arguments import PushArguments
 SPACE_FOLDER = EXAMPLES / "space"
 
 
-def push(args: PushArguments) -> None:
+def push(args: PushArguments) -> str:
     """Upload the pipeline, compare an image of it with one of the folder's, and print where it is.
+
+    Returns:
+        The address of its page on the Hub.
 
     Raises:
         InputError: if the folder or the repository cannot be used.
@@ -56,6 +59,7 @@ def push(args: PushArguments) -> None:
         print(f"Space          {upload_space(SPACE_FOLDER, args.repo_id, args.private).url}")
         if args.private:
             print(f"               In its settings, add a secret HF_TOKEN with read access to {args.repo_id}.")
+    return page
 
 
 def sample(copy: Path, repo_id: str, has_code: bool) -> bytes:

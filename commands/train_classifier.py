@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.errors import InputError, RunError
 from ..data.arguments import check_value_range

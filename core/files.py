@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .locations import InMemory
+
 _UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(_UMASK)
 
@@ -91,8 +93,9 @@ def unused_path(path: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def location_name(location: str) -> str:
+def location_name(location: str | InMemory) -> str:
     """Return the base name of a local file or folder, or a Hub name unchanged; bytes that are not UTF-8 become `?`."""
+    location = location.name if isinstance(location, InMemory) else location
     name = Path(location).resolve().name if Path(location).exists() else location
     return name.encode(errors="replace").decode()
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.cli import write_config
 from ..core.errors import RunError
@@ -147,7 +147,18 @@ class Trainer:
             return self._train()
 
     def _train(self) -> FinishedRun:
-        self._start()
+        try:
+            self._start()
+            self._run_until_stopped()
+        except BaseException as error:
+            # after an error in one of several processes, the others would not join in
+            if self.accelerator.num_processes == 1 or isinstance(error, RunStopped):
+                self.accelerator.end_training()
+            raise
+        self.accelerator.end_training()
+        return self._finish()
+
+    def _run_until_stopped(self) -> None:
         try:
             with StopRequest(self.accelerator) as self.stop:
                 self._run_steps()
@@ -156,15 +167,12 @@ class Trainer:
                 f"Stopped by {stopped.signal_name} after step {self.progress.step}. Saved: {self.checkpoints.last()}. "
                 "Resume with --resume_from_checkpoint latest."
             )
-            self.accelerator.end_training()
             raise
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"The run in {self.folder.path} failed: {error}. The last good checkpoint is "
                 f"{self.checkpoints.last()}. Once the cause is fixed, resume with --resume_from_checkpoint latest."
             ) from error
-        self.accelerator.end_training()
-        return self._finish()
 
     def _start(self) -> None:
         """Resume from a checkpoint if requested, and open the outputs of the run."""

@@ -21,6 +21,7 @@ from ..evaluation.reporting import format_value, measured_by, metric_title, mode
 from ..hub.cards import CardFacts, card_text, is_repo_id
 from ..hub.folders import code_files, read_trained_steps
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
+from ..sampling.loading import load_pipeline
 from .arguments import RunArguments
 from .evaluator import EvaluationHistory
 from .plan import BatchPlan
@@ -85,6 +86,21 @@ class FinishedRun:
     facts: RunFacts | None = None
     card: CardFacts | None = None
     upload: str | None = None
+
+    @property
+    def files(self) -> RunFolder:
+        """The paths of its files."""
+        return RunFolder(self.folder)
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv, one for each optimizer step; values that a step does not have are NaN."""
+        return read_metrics(self.files.metrics)
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The trained pipeline with its EMA weights, loaded from the folder into the memory of the CPU."""
+        return load_pipeline(str(self.folder))
 
 
 def collect_facts(

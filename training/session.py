@@ -1,22 +1,7 @@
 """Setup shared by all training scripts, from Python or the command line.
 
-Each command is a function that takes its argument dataclasses, so a notebook can train without a command line:
-
-    from diffusers import DiffusionPipeline
-    from ddgan.commands.arguments import FinetuneArguments
-    from ddgan.commands.finetune import finetune
-    from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
-
-    run = finetune(
-        RunArguments(output_dir="faces", max_train_steps=1000),
-        LearningRateArguments(learning_rate=5e-5),
-        DataArguments(train_data_dir="photos", image_size=64),
-        EvaluationArguments(),
-        FinetuneArguments(start_model="google/ddpm-celebahq-256"),
-    )
-    pipe = DiffusionPipeline.from_pretrained(run.folder)
-
-`accelerate.notebook_launcher(finetune, arguments, num_processes=...)` starts it on several GPUs.
+Each command is a function that takes its argument dataclasses and opens a session; `ddgan.api` calls these functions
+from Python with the flags as keywords.
 """
 
 from collections.abc import Callable, Sequence

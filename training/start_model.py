@@ -7,6 +7,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, SchedulerM
 from .. import ClassConditionalPipeline, ClassConditionedUnet
 from ..core.errors import InputError
 from ..core.files import location_name
+from ..core.locations import InMemory
 from ..data.images import CHANNEL_MODES
 from ..sampling.generation import class_names, num_classes
 from ..sampling.loading import load_pipeline, read_components
@@ -24,7 +25,7 @@ _OTHER_PROCESSES = {
 
 
 def load_start_model(
-    start_model: str,
+    start_model: str | InMemory,
     size: Sequence[int] | None = None,
     prediction_type: str | None = None,
     allow_classes: bool = False,
@@ -33,7 +34,7 @@ def load_start_model(
     """Load a pixel-space pipeline, its scheduler replaced by an equivalent `DDPMScheduler`.
 
     Args:
-        start_model: a pipeline folder or a repository on the Hub.
+        start_model: a pipeline folder, a repository on the Hub, or a pipeline in memory, which is copied.
         size: height and width to train at (default: those of the model).
         prediction_type: what the network is trained to predict (default: same as the model).
         allow_classes: whether the network may be class-conditional.
@@ -131,7 +132,7 @@ def model_classes(pipeline: DiffusionPipeline) -> list[str] | None:
     return [names.get(label, str(label)) for label in range(pipeline.num_classes)]
 
 
-def _check_size(unet: TrainedUNet, start_model: str, size: Sequence[int]) -> None:
+def _check_size(unet: TrainedUNet, start_model: str | InMemory, size: Sequence[int]) -> None:
     halvings = len(unet.config.block_out_channels) - 1
     factor = 2**halvings
     if any(side < factor or side % factor for side in size):
