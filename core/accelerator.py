@@ -1,5 +1,6 @@
 """Starting Accelerate as the user configured it, or explaining why that is not possible."""
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -50,6 +51,8 @@ def start_accelerate(grad_accumulation_steps: int | None = None, **options: Any)
     if accelerator.device.type == "cpu" and multiprocessing.parent_process() is not None:
         # in a fork of a process that has used OpenMP threads, such as a notebook, it would wait for new ones forever
         torch.set_num_threads(1)
+    if not accelerator.is_main_process:  # all processes have the same input, so the warnings of one are enough
+        logging.getLogger("ddgan").setLevel(logging.ERROR)
     return accelerator
 
 

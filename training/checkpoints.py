@@ -1,6 +1,7 @@
 """Checkpoints, written atomically and verified: neither an interrupted save nor a damaged file is resumed from."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -43,7 +43,7 @@ _INVARIANTS = {
     "scaled gradients": "fp16 gradient scaling",
 }
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class StatefulPart(Protocol):

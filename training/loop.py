@@ -1,5 +1,6 @@
 """The training loop, independent of what is trained."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -9,9 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..core.cli import write_config
 from ..core.errors import RunError
@@ -33,6 +34,7 @@ from .model_card import (
     write_card,
 )
 from .objectives.micro_batch import MicroBatch
+from .overview import format_duration, opening
 from .progress import RunProgress
 from .randomness import PerSampleRNG, fold_in
 from .run_folder import RunFolder
@@ -44,7 +46,7 @@ from .tracking import MetricsFile, log_image, plot_evaluations, plot_losses, rea
 
 _LOG_EVERY = 10  # optimizer steps whose numbers are read back from the device together
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -124,6 +126,7 @@ class Trainer:
             invariants=resume_invariants(job, self.plan, accelerator),
         )
         self.step_log = StepLog(accelerator, self.plan, self.checkpoints)
+        self.time_is_estimated = False
         self.checked_step: int | None = None  # whose weights are known to be finite
         # opened by `train`, the first two only in the main process
         self.metrics: MetricsFile | None = None
@@ -197,6 +200,7 @@ class Trainer:
             self._write_config()
             self.metrics = MetricsFile(self.folder.metrics, step)
         self.upload = BackgroundUpload(self.folder.path, self.repo_id) if self.repo_id else None
+        logger.info(opening(self.job, self.data, args, self.total_steps, self.accelerator))
 
     def _run_steps(self) -> None:
         """Train to the last step, with everything that is due along the way.
@@ -208,7 +212,8 @@ class Trainer:
         due, step = self._samplers_due(), self.progress.step
         self._save_samples({name: due[name] for name in due if not self.folder.grid(step, name).exists()})
         batches = self.data.batches(self.progress.step, self.total_steps, self.position.value)
-        with closing(batches), self._progress_bar() as self.bar:  # closing ends the data loader workers
+        # closing ends the data loader workers; messages are printed above the progress bar
+        with closing(batches), self._progress_bar() as self.bar, logging_redirect_tqdm(tqdm_class=tqdm):
             try:
                 if self._evaluation_due():  # the run was stopped at this step, before or during its evaluation
                     self._evaluate()
@@ -305,6 +310,7 @@ class Trainer:
             return
         newest = rows[-1]
         speed = self.progress.clock.images_per_second(int(newest["images"]))
+        self._estimate_time(len(rows), speed)
         if self.metrics:
             if not self.folder.config.exists():
                 logger.warning(f"{self.folder.path} was removed or renamed during the run. The run continues there.")
@@ -323,6 +329,15 @@ class Trainer:
         )
         if (warning := self.job.monitor(rows)) and self.accelerator.is_main_process:
             self.bar.write(warning)
+
+    def _estimate_time(self, steps: int, speed: float) -> None:
+        """Log, once, how long the remaining steps will take at this speed, in images per second."""
+        remaining = self.plan.images_seen(self.total_steps) - self.plan.images_seen(self.progress.step)
+        if self.time_is_estimated or steps < _LOG_EVERY or not remaining:
+            return
+        self.time_is_estimated = True
+        more = "sample grids and saves" if self.evaluator is None else "sample grids, evaluations and saves"
+        logger.info(f"The remaining steps will take about {format_duration(remaining / speed)}, without {more}.")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Cadence

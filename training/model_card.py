@@ -1,5 +1,6 @@
 """Model card, summary and final upload of a run."""
 
+import logging
 import os
 import re
 import shlex
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, ModelMixin
 
 from ..core.errors import InputError, RunError
@@ -29,7 +29,7 @@ from .progress import RunProgress
 from .run_folder import RunFolder, step_of_grid
 from .tracking import read_metrics
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # arguments that do not belong on a card: local paths and upload settings
 _PRIVATE = {"output_dir", "train_data_dir", "resume_from_checkpoint", "hub_model_id", "hub_private", "push_to_hub"}
@@ -107,7 +107,7 @@ def collect_facts(
     folder: RunFolder, progress: RunProgress, plan: BatchPlan, total_steps: int, accelerator: Accelerator
 ) -> RunFacts:
     """Return the facts of a run so far; only the main process has its metrics."""
-    device, step = accelerator.device, progress.step
+    step = progress.step
     rows = read_metrics(folder.metrics)[-_LOSS_STEPS:]
     columns = rows[0] if rows else {}
     return RunFacts(
@@ -118,7 +118,7 @@ def collect_facts(
         global_batch_size=plan.global_batch_size,
         processes=accelerator.num_processes,
         precision=describe_precision(accelerator),
-        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        hardware=describe_hardware(accelerator),
         losses={
             name: fmean(values)
             for name in columns
@@ -130,6 +130,14 @@ def collect_facts(
         broken_images=len(progress.broken),
         evaluations=progress.evaluations,
     )
+
+
+def describe_hardware(accelerator: Accelerator) -> str:
+    """Return the name of the device that this process trains on."""
+    device = accelerator.device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores" if device.type == "cpu" else device.type.upper()
 
 
 def describe_precision(accelerator: Accelerator) -> str:

@@ -4,6 +4,7 @@ Each command is a function that takes its argument dataclasses and opens a sessi
 from Python with the flags as keywords.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,8 @@ from .loop import Trainer
 from .model_card import FinishedRun, create_repository
 from .run_folder import RunFolder
 from .tracking import tracker_names
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -152,6 +155,11 @@ def _start(run: RunArguments, supports_fp16: bool = True) -> Accelerator:
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs a GPU. On a CPU, use bf16 or no.")
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+        logger.warning(
+            "On most CPUs bf16 trains several times slower than fp32: pass --mixed_precision no (bf16 comes from "
+            "--mixed_precision or the configuration of Accelerate)."
+        )
     if accelerator.distributed_type == DistributedType.FSDP and (run.channels_last or not accelerator.is_fsdp2):
         raise InputError(
             "FSDP training needs FSDP version 2 (fsdp_version: 2, as in examples/accelerate/fsdp.yaml) and does not "
