@@ -214,7 +214,7 @@ def read_config(path: str, *dataclass_types: type, overriding: Iterable[str] = (
 def write_config(path: Path, *arguments: Any) -> None:
     """Write all arguments, including defaults, to a YAML file that `--config` reads."""
     values = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
-    values.pop("resume_from_checkpoint")  # a repeated run starts from step 0
+    del values["resume_from_checkpoint"], values["dry_run"]  # a repeated run starts from step 0
     values = {name: str(value) if isinstance(value, InMemory) else value for name, value in values.items()}
     path.write_text(
         "# every argument of this run: pass this file back with --config to repeat it\n"

@@ -100,6 +100,15 @@ def location_name(location: str | InMemory) -> str:
     return name.encode(errors="replace").decode()
 
 
+def format_size(count: float) -> str:
+    """Return a number of bytes in the largest suitable unit."""
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while count >= 1000:
+        count, unit = count / 1000, next(units)
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
 def fingerprint(facts: Any) -> str:
     """Return a short hash of JSON-serializable facts."""
     return fingerprint_bytes(json.dumps(facts, sort_keys=True).encode())

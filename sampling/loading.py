@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..core.errors import InputError
@@ -52,8 +52,9 @@ def load_pipeline(
         pipe = copy.deepcopy(_pipeline_in_memory(path_or_repo))
         pipe.set_progress_bar_config(disable=True)
         for component in pipe.components.values():
-            if isinstance(component, ModelMixin) and dtype and component.dtype != dtype:
-                component.to(dtype)  # pyright: ignore[reportCallIssue]
+            parameters = component.parameters() if isinstance(component, torch.nn.Module) else ()
+            if dtype and any(parameter.dtype != dtype for parameter in parameters):
+                component.to(dtype)
         return pipe.to(device)
     with _pipeline_errors(path_or_repo):
         pipeline_class = installed_class(path_or_repo)

@@ -114,6 +114,9 @@ class RunArguments(Arguments):
     resume_from_checkpoint: str | None = option(
         None, "resume from this checkpoint folder of the run, or from the `latest`"
     )
+    dry_run: bool = option(
+        False, "load everything, print the sizes of the run, its memory and its disk space, and write nothing"
+    )
     report_to: Literal["tensorboard", "wandb", "trackio", "none", "all"] = option(
         None, "where metrics and samples go (default: wandb with --wandb_project, else tensorboard)"
     )

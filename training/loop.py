@@ -34,7 +34,7 @@ from .model_card import (
     write_card,
 )
 from .objectives.micro_batch import MicroBatch
-from .overview import format_duration, opening
+from .overview import format_duration, opening, overview, saved_bytes
 from .progress import RunProgress
 from .randomness import PerSampleRNG, fold_in
 from .run_folder import RunFolder
@@ -149,6 +149,36 @@ class Trainer:
         with locked(self.folder.path, self.accelerator):
             return self._train()
 
+    def preview(self) -> FinishedRun:
+        """Do everything up to the first step without writing anything, and describe the run.
+
+        Raises:
+            InputError: if the run cannot resume from the checkpoint.
+            RunError: if an image of the first step cannot be read.
+        """
+        self.folder.check_usable(resuming=bool(self.args.resume_from_checkpoint))
+        checkpoint = (
+            self.checkpoints.find(self.args.resume_from_checkpoint) if self.args.resume_from_checkpoint else None
+        )
+        step = self.checkpoints.check(checkpoint, self.total_steps) if checkpoint else 0
+        with closing(self.data.batches(0, 1, None)) as batches:
+            batch = next(batches)
+        activations = None if self.job.prepare else [self._activations(i, batch) for i in range(len(self.networks))]
+        rows = overview(self.job, self.data, self.args, self.total_steps, self.accelerator, step, activations)
+        return FinishedRun(self.folder.path, overview=rows if self.accelerator.is_main_process else None)
+
+    def _activations(self, index: int, batch: Batch) -> int:
+        """Return the bytes that the loss of one network keeps for the backward pass, for one image."""
+        network, device = self.networks[index], self.accelerator.device
+        assert batch.images is not None
+        labels = None if batch.labels is None else batch.labels[:1].to(device)
+        rng = PerSampleRNG(batch.keys[:1], device, index)
+        images = batch.images[:1].to(device).contiguous(memory_format=self.memory_format)
+        others = [other.spec.network for other in self.networks if other is not network]
+        with _frozen(others), self.accelerator.no_sync(network.model):
+            objective = partial(network.spec.objective, network.model)
+            return saved_bytes(partial(objective, MicroBatch(images, labels, rng, 0)), network.model)
+
     def _train(self) -> FinishedRun:
         try:
             self._start()
@@ -189,7 +219,7 @@ class Trainer:
         start_trackers(self.accelerator, args, {k: v for part in self.job.arguments for k, v in vars(part).items()})
         self.progress.clock.start(self.plan.images_seen(step))
         with self.progress.clock.paused():
-            if step < self.total_steps:
+            if step < self.total_steps and self.job.prepare:
                 self.job.prepare(self.folder)
             if checkpoint:
                 self.checkpoints.load(checkpoint)

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isnan
 from pathlib import Path
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # arguments that do not belong on a card: local paths and upload settings
 _PRIVATE = {"output_dir", "train_data_dir", "resume_from_checkpoint", "hub_model_id", "hub_private", "push_to_hub"}
+_PRIVATE |= {"dry_run"}
 _LOSS_STEPS = 100  # newest steps over which the losses on the card are averaged
 
 
@@ -80,12 +82,14 @@ class FinishedRun:
         facts: the facts of the run; None in processes other than the main one.
         card: the facts for the model card that the script knows; None like `facts`.
         upload: the outcome of the upload to the Hub, if there was one.
+        overview: of a dry run, which ends before the first step: its sizes and needs, by name.
     """
 
     folder: Path
     facts: RunFacts | None = None
     card: CardFacts | None = None
     upload: str | None = None
+    overview: dict[str, str] | None = None
 
     @property
     def files(self) -> RunFolder:
@@ -242,6 +246,8 @@ def write_best(folder: RunFolder, pipeline: DiffusionPipeline | ModelMixin, card
 
 def print_summary(run: FinishedRun) -> None:
     """Print the outcome of a run and its files; does nothing in processes other than the main one."""
+    if run.overview:
+        print("\n".join(["\nThis is a dry run: nothing was written.\n", *format_rows(run.overview)]))
     facts = run.facts
     if facts is None:
         return
@@ -257,7 +263,7 @@ def print_summary(run: FinishedRun) -> None:
     if evaluations.last:
         lines.append(f"{evaluations.count} evaluations took {evaluations.seconds / 60:.1f} minutes of that time.")
     lines += ["", f"model folder   {run.folder}"]
-    lines += [f"{name:<14} {path}" for name, path in files.items() if path.exists()]
+    lines += format_rows({name: path for name, path in files.items() if path.exists()})
     if best := evaluations.best:
         lines.append(f"best model     {folder.best}: step {best.step}, {best.summary()}")
     if (run.folder / PIPELINE_FILE).exists():
@@ -267,6 +273,11 @@ def print_summary(run: FinishedRun) -> None:
     if run.upload:
         lines.append(run.upload)
     print("\n".join(lines))
+
+
+def format_rows(rows: Mapping[str, Any]) -> list[str]:
+    """Return a line for each name and value, in two columns."""
+    return [f"{name:<14} {value}" for name, value in rows.items()]
 
 
 def create_repository(args: RunArguments) -> str:

@@ -64,7 +64,8 @@ class Session:
                 "Only ddgan finetune trains with FSDP; this network is small enough to be trained without sharding, "
                 "in one or several processes."
             )
-        repo_id = create_repository(run) if run.push_to_hub and accelerator.is_main_process else None
+        uploads = run.push_to_hub and not run.dry_run
+        repo_id = create_repository(run) if uploads and accelerator.is_main_process else None
         return cls(run, accelerator, repo_id)
 
     def load_data(
@@ -125,15 +126,16 @@ class Session:
     def train(
         self, job: TrainingJob, data: TrainingData, evaluation: EvaluationArguments | None = None
     ) -> FinishedRun:
-        """Run a training job, with evaluations if `evaluation.eval_every` is set.
+        """Run a training job, with evaluations if `evaluation.eval_every` is set, or only describe it in a dry run.
 
         Raises:
             InputError, RunError, RunStopped: see `Evaluator` and `Trainer.train`.
         """
         evaluator = None
-        if evaluation and evaluation.eval_every:
+        if evaluation and evaluation.eval_every and not self.run.dry_run:  # it writes the features that it measures
             evaluator = Evaluator(evaluation, self.run, data, self.accelerator)
-        return Trainer(job, data, self.run, self.accelerator, evaluator, self.repo_id).train()
+        trainer = Trainer(job, data, self.run, self.accelerator, evaluator, self.repo_id)
+        return trainer.preview() if self.run.dry_run else trainer.train()
 
 
 def _start(run: RunArguments, supports_fp16: bool = True) -> Accelerator:
