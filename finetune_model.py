@@ -16,7 +16,7 @@ from ddgan.core.locations import EXAMPLES
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
 
 # flags that name a model, data or settings; a command without any of them runs the demo
-NOT_THE_DEMO = {"--config", "--start_model", "--dataset_name", "--train_data_dir"}
+NOT_THE_DEMO = {"--config", "--start_model", "--model_config", "--dataset_name", "--train_data_dir"}
 
 
 def main(argv: list[str] | None = None) -> None:
