@@ -19,6 +19,7 @@ import yaml
 
 from .errors import InputError
 from .locations import InMemory, find
+from .run_files import check_starts_no_second_run
 
 _BOOLEANS: dict[str, bool] = {
     **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
@@ -28,6 +29,7 @@ _BOOLEANS: dict[str, bool] = {
 _RANGE = "range"  # key in the metadata of a field
 _LARGEST_INT = 2**31 - 1
 _EMPTY = "Pass a value, or omit it (is a variable of your shell not set?)."
+_NOT_SAVED = ("resume_from_checkpoint", "dry_run")  # a repeated run starts from step 0
 _MAX_CONFIG_SIZE = 1_000_000  # bytes
 
 
@@ -190,7 +192,10 @@ def parse_arguments(
     ]
     for arguments in parsed:
         if getattr(arguments, "output_dir", None):
-            _check_output_dir(Path(arguments.output_dir))
+            folder = Path(arguments.output_dir)
+            _check_output_dir(folder)
+            if hasattr(arguments, "resume_from_checkpoint"):
+                check_starts_no_second_run(folder, bool(arguments.resume_from_checkpoint))
     return tuple(parsed)
 
 
@@ -213,14 +218,37 @@ def read_config(path: str, *dataclass_types: type, overriding: Iterable[str] = (
 
 def write_config(path: Path, *arguments: Any) -> None:
     """Write all arguments, including defaults, to a YAML file that `--config` reads."""
-    values = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
-    del values["resume_from_checkpoint"], values["dry_run"]  # a repeated run starts from step 0
-    values = {name: str(value) if isinstance(value, InMemory) else value for name, value in values.items()}
     path.write_text(
         "# every argument of this run: pass this file back with --config to repeat it\n"
-        + yaml.safe_dump({name: value for name, value in values.items() if value is not None}, sort_keys=False),
+        + yaml.safe_dump(_plain_values(*arguments), sort_keys=False),
         encoding="utf-8",
     )
+
+
+def changed_values(path: Path, *arguments: Any) -> list[str]:
+    """Return the flags whose values differ from those in a file of `write_config`; none if it cannot be read."""
+    try:
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    if not isinstance(earlier, dict):
+        return []
+    fields = {field.name: field for part in arguments for field in dataclasses.fields(part)}
+    defaults = {name: field.default for name, field in fields.items() if field.default is not dataclasses.MISSING}
+    earlier, values = defaults | earlier, _plain_values(*arguments)  # a file of an earlier version lacks new flags
+    return [
+        f"--{name} {earlier.get(name)} -> {values.get(name)}"
+        for name in fields
+        if name not in _NOT_SAVED and earlier.get(name) != values.get(name)
+    ]
+
+
+def _plain_values(*arguments: Any) -> dict[str, Any]:
+    """Return the values of a run by flag, without those that are None or do not make another run."""
+    values = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
+    values = {name: value for name, value in values.items() if name not in _NOT_SAVED}
+    plain = {name: str(value) if isinstance(value, InMemory) else value for name, value in values.items()}
+    return {name: value for name, value in plain.items() if value is not None}
 
 
 def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -> argparse.ArgumentParser:

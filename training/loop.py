@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..core.cli import write_config
+from ..core.cli import changed_values, write_config
 from ..core.errors import RunError
 from ..core.files import replace_file, replace_tree
 from ..core.locks import locked
@@ -34,7 +34,7 @@ from .model_card import (
     write_card,
 )
 from .objectives.micro_batch import MicroBatch
-from .overview import format_duration, opening, overview, saved_bytes
+from .overview import count_parameters, format_duration, opening, overview, saved_bytes
 from .progress import RunProgress
 from .randomness import PerSampleRNG, fold_in
 from .run_folder import RunFolder
@@ -224,6 +224,8 @@ class Trainer:
             if checkpoint:
                 self.checkpoints.load(checkpoint)
                 logger.info(f"Resuming from {checkpoint}, step {step} of {self.total_steps}.")
+                if changes := changed_values(self.folder.config, *self.job.arguments):
+                    logger.info(f"Changed since then: {', '.join(changes)}.")
         if is_main:
             self.checkpoints.set_aside_damaged()
             self.checkpoints.remove_after(step)
@@ -509,7 +511,16 @@ class Trainer:
         replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))
 
     def _facts(self) -> RunFacts:
-        return collect_facts(self.folder, self.progress, self.plan, self.total_steps, self.accelerator)
+        preprocessing, network = self.data.preprocessing, self.job.ema.network
+        return collect_facts(
+            self.folder,
+            self.progress,
+            self.plan,
+            self.total_steps,
+            self.accelerator,
+            network=f"{type(network).__name__}, {count_parameters(network)[1]:,} parameters",
+            image_size=f"{preprocessing.width}x{preprocessing.height}, {preprocessing.channels} channels",
+        )
 
     def _progress_bar(self) -> tqdm:
         return tqdm(

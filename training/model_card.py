@@ -43,6 +43,8 @@ class RunFacts:
     """The facts of a run for its model card and its summary.
 
     Attributes:
+        network: class and size of the network that is saved.
+        image_size: size and channels of the images.
         step: optimizer steps taken, of `total_steps`.
         epochs: passes over the data.
         num_images: images in the data; None for a stream.
@@ -57,6 +59,8 @@ class RunFacts:
         evaluations: the newest and the best evaluation.
     """
 
+    network: str
+    image_size: str
     step: int
     total_steps: int
     epochs: float
@@ -108,13 +112,21 @@ class FinishedRun:
 
 
 def collect_facts(
-    folder: RunFolder, progress: RunProgress, plan: BatchPlan, total_steps: int, accelerator: Accelerator
+    folder: RunFolder,
+    progress: RunProgress,
+    plan: BatchPlan,
+    total_steps: int,
+    accelerator: Accelerator,
+    network: str,
+    image_size: str,
 ) -> RunFacts:
     """Return the facts of a run so far; only the main process has its metrics."""
     step = progress.step
     rows = read_metrics(folder.metrics)[-_LOSS_STEPS:]
     columns = rows[0] if rows else {}
     return RunFacts(
+        network=network,
+        image_size=image_size,
         step=step,
         total_steps=total_steps,
         epochs=plan.epoch(step),
@@ -165,6 +177,8 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
     data = f"{facts.num_images:,} images" if facts.num_images else "a stream"
     processes = "one process" if facts.processes == 1 else f"{facts.processes} processes"
     training: dict[str, Any] = {
+        "network": facts.network,
+        "image size": facts.image_size,
         "data": f"{card.dataset}, {data}",
         "trained for": f"{facts.step:,} of {facts.total_steps:,} optimizer steps"
         + (f", {facts.epochs:.1f} epochs" if facts.num_images else ""),

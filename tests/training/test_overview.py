@@ -24,6 +24,19 @@ def test_a_run_prints_its_size_and_estimates_its_time(finetune, caplog):
     assert estimate.endswith("seconds, without sample grids and saves.")
 
 
+def test_a_resumed_run_prints_which_settings_have_changed(finetune, caplog):
+    caplog.set_level(logging.INFO, "ddgan")
+    finetune("run", "--num_epochs", 1, "--random_flip")
+    resume = ["--resume_from_checkpoint", "latest"]
+    finetune("run", "--num_epochs", 2, "--learning_rate", 2e-3, "--min_snr_gamma", 5, *resume)
+    changed = "--num_epochs 1 -> 2, --learning_rate 0.01 -> 0.002, --random_flip True -> False"
+    changed += ", --min_snr_gamma None -> 5.0."
+    assert caplog.messages.count(f"Changed since then: {changed}") == 1
+    caplog.clear()
+    finetune("run", "--num_epochs", 2, "--learning_rate", 2e-3, "--min_snr_gamma", 5, *resume)
+    assert not any("Changed" in message for message in caplog.messages)
+
+
 def test_frozen_parameters_and_streams_are_named(finetune, tmp_path, caplog):
     caplog.set_level(logging.INFO, "ddgan")
     data = make_dataset(tmp_path / "stream", 13)
