@@ -1,6 +1,7 @@
 """Fine-tune a pretrained unconditional diffusion pipeline."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -39,7 +40,7 @@ def finetune(
     if args.model_config:
         torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
         pipeline = new_model(args.model_config, data_args.size, args.prediction_type)
-        facts = {"tags": ["ddpm"]}
+        facts: dict[str, Any] = {"tags": ["ddpm"]}
     else:
         assert args.start_model is not None
         pipeline = load_start_model(

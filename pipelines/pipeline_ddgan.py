@@ -140,9 +140,9 @@ class DDGANPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if isinstance(class_labels, int | str) or (torch.is_tensor(class_labels) and class_labels.ndim == 0):
-            class_labels = [class_labels] * (1 if batch_size is None else batch_size)
+            class_labels = [class_labels] * (1 if batch_size is None else batch_size)  # pyright: ignore[reportAssignmentType]
         if batch_size is None:
-            batch_size = 1 if class_labels is None else len(class_labels)
+            batch_size = 1 if class_labels is None else len(class_labels)  # pyright: ignore[reportArgumentType]
         if isinstance(class_labels, list):
             class_labels = [
                 self.labels.get(label, label) if isinstance(label, str) else label for label in class_labels

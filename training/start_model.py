@@ -127,7 +127,9 @@ def new_model(config: str, size: Sequence[int] | None = None, prediction_type: s
             f"--model_config {config} is class-conditional. ddgan train-class-conditional trains such networks."
         )
     _use_size(unet, config, size)
-    return DDPMPipeline(unet, DDPMScheduler(prediction_type=prediction_type or "epsilon"))
+    scheduler = DDPMScheduler()
+    scheduler.register_to_config(prediction_type=prediction_type or "epsilon")
+    return DDPMPipeline(unet, scheduler)
 
 
 def _use_size(unet: TrainedUNet, name: str | InMemory, size: Sequence[int] | None) -> None:
