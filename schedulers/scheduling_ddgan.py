@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -63,6 +63,8 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             if an option has an unknown value.
     """
 
+    # a generator predicts samples of x_0, at a few noise levels: other schedulers would need their mean, at theirs
+    _compatibles: ClassVar = []
     order = 1
 
     @register_to_config
