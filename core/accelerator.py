@@ -19,7 +19,8 @@ _ADVICE = "Change it with `accelerate config`, or pass a file of examples/accele
 _WORLD_SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _HOW_TO_START = (
-    "`ddgan <command> --num_processes N` and `torchrun --nproc_per_node N` with the script start N, on GPUs or the CPU."
+    "`ddgan <command> --num_processes N` and `torchrun --nproc_per_node N script.py` start N processes, on GPUs or on "
+    "the CPU."
 )
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ def _launched_processes() -> int:
     Raises:
         InputError: if it has started one instead of several, or has not told the processes which one each is.
     """
+    if torch.distributed.is_initialized():  # from Python, for example by a launcher of Accelerate
+        return torch.distributed.get_world_size()
     variable = next((name for name in _WORLD_SIZE if os.environ.get(name)), None)
     if variable is None:
         if {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
@@ -117,6 +120,6 @@ def _launched_processes() -> int:
     if processes > 1 and not any(os.environ.get(name) for name in _RANK):
         raise InputError(
             f"{variable} is {processes}, but RANK is not set, so each of these processes would run the command on its "
-            f"own. {_HOW_TO_START} On a cluster, see examples/slurm. If this process should run alone, set WORLD_SIZE=1."
+            f"own. {_HOW_TO_START} On a cluster, see examples/slurm. If one is enough, set WORLD_SIZE=1."
         )
     return processes

@@ -67,7 +67,7 @@ def test_several_processes_are_never_several_runs(monkeypatch, environment, mess
 def test_fsdp_without_gpus_is_reported(monkeypatch):
     monkeypatch.setattr(accelerator, "_device_count", lambda: 0)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="FSDP, which needs GPUs.*omit --config_file, and set --num_processes"):
+    with pytest.raises(InputError, match=r"FSDP, which needs GPUs.*omit --config_file, and set --num_processes"):
         start_accelerate()
 
 
@@ -76,7 +76,7 @@ def test_processes_that_accelerate_does_not_connect_are_reported(monkeypatch):
     PartialState(cpu=True)
     for name, value in RANK_1.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="started 2 processes, but Accelerate connects 1 of them.*--num_processes N"):
+    with pytest.raises(InputError, match=r"started 2 processes, but Accelerate connects 1 of them.*--num_processes N"):
         start_accelerate()
 
 
