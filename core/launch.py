@@ -94,6 +94,7 @@ def _start(options: Namespace) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    options.signals_to_handle = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # passed on to the processes
     logging.disable()  # the launcher would report at length that a process has failed
     try:
         launch_command(options)

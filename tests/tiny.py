@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -114,17 +115,16 @@ def finetune_flags(model: Path, images: Path, output: Path, *flags) -> list[str]
     return [str(flag) for flag in [*start, *flags]]
 
 
-def command(*args, processes: int = 1) -> tuple[list[str], dict[str, str]]:
-    """Return the command and the environment that run a script with Accelerate on the CPU.
+def command(*args, launcher: Sequence = ()) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the environment that run a script without a GPU.
 
-    Nothing tells several processes that they shall use it, except that there is no GPU.
+    Args:
+        args: the script and its arguments.
+        launcher: the module of a launcher, and its arguments.
     """
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    if processes == 1:
-        return [sys.executable, *map(str, args)], environment
-    launch = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
-    port = ["--main_process_port", "0", "--num_processes", str(processes)]
-    return [sys.executable, *launch.split(), *port, *map(str, args)], environment
+    module = ["-m", *launcher] if launcher else []
+    return [sys.executable, *map(str, [*module, *args])], environment
 
 
 def run_script(*args, **options) -> subprocess.CompletedProcess:

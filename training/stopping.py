@@ -1,10 +1,13 @@
-"""Stopping a run cleanly on SIGTERM and Ctrl-C."""
+"""Stopping a run cleanly on SIGTERM, SIGUSR1 and Ctrl-C."""
 
 import signal
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+# clusters announce the end of a job with SIGTERM or SIGUSR1; Windows has no SIGUSR1
+STOP_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class RunStopped(SystemExit):
@@ -16,7 +19,7 @@ class RunStopped(SystemExit):
 
 
 class StopRequest:
-    """A context that turns SIGTERM and Ctrl-C into a request to stop, which all processes see at the same point.
+    """A context that turns `STOP_SIGNALS` into a request to stop, which all processes see at the same point.
 
     A second signal of the same kind ends the process at once.
     """
@@ -27,9 +30,7 @@ class StopRequest:
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> "StopRequest":
-        self.previous_handlers: dict[int, Any] = {
-            s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.previous_handlers: dict[int, Any] = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
