@@ -64,7 +64,11 @@ def finetune_few_step(
     """
     session = Session.open(run, supports_fp16=False)
     start = load_start_model(
-        args.start_model, data_args.size, allow_classes=True, trust_remote_code=args.trust_remote_code
+        args.start_model,
+        data_args.size,
+        allow_classes=True,
+        allow_few_step=False,
+        trust_remote_code=args.trust_remote_code,
     )
     check_start_model(start, args)
     start.scheduler.register_to_config(timestep_spacing="trailing")  # DDIM starts from noise alone, as training does
