@@ -159,10 +159,11 @@ def _check_shared(folder: Path) -> None:
     from accelerate.utils import broadcast_object_list, gather_object
 
     owner = broadcast_object_list([_read_owner(folder)])[0]  # None on a file system without locks
+    if owner is None:
+        return
     end = time.monotonic() + _VISIBLE_SECONDS
-    while owner and _read_owner(folder) != owner and time.monotonic() < end:
+    while not (is_shared := _read_owner(folder) == owner) and time.monotonic() < end:
         time.sleep(0.2)
-    is_shared = not owner or _read_owner(folder) == owner
     if hosts := sorted({host for host in gather_object([None if is_shared else socket.gethostname()]) if host}):
         raise InputError(
             f"{folder} is not the same folder on {' and '.join(hosts)} as on {owner['host']}, where the main process "
