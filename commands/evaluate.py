@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from ..core.accelerator import start_accelerate
 from ..core.errors import InputError, RunError, naming_file
 from ..core.files import fingerprint, location_name, replace_file
+from ..core.locations import InMemory
 from ..core.threads import one_thread_per_operation
 from ..data.arguments import check_value_range
 from ..data.images import color_channels
@@ -49,8 +50,11 @@ from .arguments import DEFAULT_NUM_IMAGES, EvaluateArguments
 logger = logging.getLogger("ddgan")
 
 
-def evaluate(args: EvaluateArguments) -> None:
+def evaluate(args: EvaluateArguments) -> Results | None:
     """Measure the samples, write the results, and print them.
+
+    Returns:
+        The results, in the main process.
 
     Raises:
         InputError: if the samples, the reference or the extractor cannot be used.
@@ -70,6 +74,7 @@ def evaluate(args: EvaluateArguments) -> None:
         with user_errors(RunError):
             reference, held_out = load_references(samples, extractor, args, accelerator, threads)
             features, parts = extract_sample_features(samples, extractor, classifier, args, accelerator, threads)
+    results = None
     if features is not None:
         with user_errors(InputError):
             results = compute_results(samples.facts, features, extractor, reference, held_out, classifier, requested)
@@ -77,6 +82,7 @@ def evaluate(args: EvaluateArguments) -> None:
         print_results(results, args)
         shutil.rmtree(parts, ignore_errors=True)
     accelerator.end_training()
+    return results
 
 
 @contextmanager
@@ -357,7 +363,7 @@ def load_references(
 
 
 def load_reference(
-    location: str,
+    location: str | InMemory,
     split: str | None,
     default_split: str,
     count: int | None,
@@ -373,7 +379,7 @@ def load_reference(
         InputError: if there are no such images, or the features or statistics are of another extractor.
         RunError: if an image cannot be read.
     """
-    path = Path(location)
+    path = Path("" if isinstance(location, InMemory) else location)
     if path.suffix == ".safetensors" and path.is_file():
         return read_reference_features(path, extractor, accelerator)
     if path.suffix == ".npz" and path.is_file() and holds_statistics(path):
@@ -451,7 +457,7 @@ def read_reference_statistics(path: Path, preprocessing: Preprocessing, extracto
     return Reference(facts, None, Gaussian(mean, covariance))
 
 
-def require_images(minimum: int, location: str, reference: Reference) -> None:
+def require_images(minimum: int, location: str | InMemory, reference: Reference) -> None:
     """Raise an error for a reference with too few images; the number behind saved statistics is unknown."""
     count = reference.facts.images
     if count is not None and count < minimum:
@@ -466,7 +472,9 @@ def write_results(results: Results, args: EvaluateArguments, seconds: float) -> 
     """Write the results file, the plot of the confusion matrix next to it, and the model card of a pipeline folder."""
     output = Path(args.output)
     content = {**results.to_json(), "seconds": seconds, "arguments": asdict(args)}
-    replace_file(output, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    replace_file(
+        output, lambda path: path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    )
     if results.classes:
         figure = confusion_matrix_plot(results.classes.confusion, results.classes.names)
         replace_file(confusion_path(args), lambda path: figure.savefig(path, dpi=110))

@@ -1,11 +1,15 @@
 """Starting Accelerate as the user configured it, or explaining why that is not possible."""
 
 import logging
+import multiprocessing
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, str_to_bool
 
 from .errors import InputError
@@ -64,7 +68,30 @@ def start_accelerate(grad_accumulation_steps: int | None = None, **options: Any)
             f"A launcher has started {processes} processes, but Accelerate connects {accelerator.num_processes} of "
             f"them, so each would run the command on its own. {_HOW_TO_START}"
         )
+    if accelerator.device.type == "cpu" and multiprocessing.parent_process() is not None:
+        # in a fork of a process that has used OpenMP threads, such as a notebook, it would wait for new ones forever
+        torch.set_num_threads(1)
+    if not accelerator.is_main_process:  # all processes have the same input, so the warnings of one are enough
+        logging.getLogger("ddgan").setLevel(logging.ERROR)
     return accelerator
+
+
+@contextmanager
+def no_state_left() -> Iterator[None]:
+    """Remove the state of an `Accelerator` made within the block, which later ones in the process would share.
+
+    They could not have another mixed precision, and `accelerate.notebook_launcher` would refuse to start. The state of
+    an `Accelerator` made before is kept.
+    """
+    if AcceleratorState._shared_state:
+        yield
+        return
+    had_devices = bool(PartialState._shared_state)
+    try:
+        yield
+    finally:
+        is_alone = not PartialState._shared_state or PartialState().num_processes == 1
+        AcceleratorState._reset_state(reset_partial_state=is_alone and not had_devices)
 
 
 def choose_device(needed: int, use_fsdp: bool) -> None:
