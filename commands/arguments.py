@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from ..conversion.published_models import PUBLISHED_MODELS
 from ..core.cli import Arguments, option
 from ..core.errors import InputError
+from ..core.files import contains_files
 from ..core.locations import resolve_locations, resolve_paths
 from ..data.arguments import check_value_range
 from ..evaluation.arguments import (
@@ -570,7 +571,7 @@ class ConvertArguments(Arguments):
             raise InputError("Pass only one of --config_path and --recipe: both define the training arguments.")
         resolve_paths(self, "checkpoint_path", "config_path")
         output = Path(self.output_dir)
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and (not output.is_dir() or contains_files(output)):
             raise InputError(f"--output_dir {output} already exists and is not empty: choose another folder.")
 
 

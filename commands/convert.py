@@ -14,6 +14,7 @@ from ..conversion.ddgan_checkpoints import (
 from ..conversion.published_models import COMMON_ARGUMENTS, PUBLISHED_MODELS
 from ..core.errors import InputError
 from ..core.files import replace_file, replace_tree
+from ..core.locks import locked
 from ..hub.cards import CARD_NAME, CardFacts, card_text
 from ..hub.folders import code_files
 from ..sampling.generation import sample
@@ -25,10 +26,18 @@ def convert(args: ConvertArguments) -> None:
     """Convert the checkpoint, write the pipeline with its model card, and print where it is.
 
     Raises:
-        InputError: if the checkpoint cannot be read, or its training arguments are unknown or do not fit.
+        InputError: if the checkpoint cannot be read, its training arguments are unknown or do not fit, or another
+            command is writing to the folder.
     """
-    assert args.checkpoint_path is not None and args.output_dir is not None
+    assert args.output_dir is not None
     output = Path(args.output_dir)
+    with locked(output):
+        convert_checkpoint(args, output)
+
+
+def convert_checkpoint(args: ConvertArguments, output: Path) -> None:
+    """Convert the checkpoint, and write the pipeline with its model card to a folder."""
+    assert args.checkpoint_path is not None
     checkpoint = read_checkpoint(Path(args.checkpoint_path))
     if args.config_path:
         known_arguments = read_config(Path(args.config_path))

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from zipfile import ZipFile
@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from ..core.accelerator import start_accelerate
 from ..core.errors import InputError, RunError, naming_file
-from ..core.files import fingerprint, location_name, replace_file
+from ..core.files import fingerprint, location_name, remove_temporary_files, replace_file
+from ..core.locks import locked
 from ..core.threads import one_thread_per_operation
 from ..data.arguments import check_value_range
 from ..data.images import color_channels
@@ -28,7 +29,7 @@ from ..evaluation.arguments import MIN_IMAGES, STACKED_MNIST_SAMPLES
 from ..evaluation.coverage import confusion_matrix_plot
 from ..evaluation.extractors import ClassifierFeatures, FeatureExtractor, load_extractor
 from ..evaluation.facts import ReferenceFacts, SampleFacts
-from ..evaluation.features import Features, extract_features, read_protocol
+from ..evaluation.features import Features, extract_features, locked_parts, read_protocol
 from ..evaluation.metrics import MIN_HELD_OUT, Gaussian
 from ..evaluation.references import (
     Reference,
@@ -69,13 +70,18 @@ def evaluate(args: EvaluateArguments) -> None:
             raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
         with user_errors(RunError):
             reference, held_out = load_references(samples, extractor, args, accelerator, threads)
-            features, parts = extract_sample_features(samples, extractor, classifier, args, accelerator, threads)
-    if features is not None:
-        with user_errors(InputError):
-            results = compute_results(samples.facts, features, extractor, reference, held_out, classifier, requested)
-            write_results(results, args, round(time.perf_counter() - started, 1))
-        print_results(results, args)
-        shutil.rmtree(parts, ignore_errors=True)
+        folder = parts_folder(samples, extractor, classifier, args)
+        with saving_images(args, accelerator), locked_parts(folder, accelerator) as parts:
+            with user_errors(RunError):
+                features = extract_sample_features(samples, extractor, classifier, args, accelerator, threads, parts)
+            if features is not None:
+                facts = samples.facts
+                with user_errors(InputError):
+                    results = compute_results(facts, features, extractor, reference, held_out, classifier, requested)
+                    write_results(results, args, round(time.perf_counter() - started, 1))
+                print_results(results, args)
+                if parts:
+                    shutil.rmtree(parts, ignore_errors=True)
     accelerator.end_training()
 
 
@@ -255,14 +261,17 @@ def extract_sample_features(
     args: EvaluateArguments,
     accelerator: Accelerator,
     threads: int,
-) -> tuple[Features | None, Path]:
+    parts: Path | None,
+) -> Features | None:
     """Extract the features of all samples, and the classes or digits that the classifier predicts.
 
     Prints how many samples were measured per second.
 
+    Args:
+        parts: see `locked_parts`.
+
     Returns:
-        The features, in the main process, and the folder of intermediate results from which an interrupted command
-        resumes.
+        The features, in the main process.
     """
     counts: list[int] = []
 
@@ -278,15 +287,6 @@ def extract_sample_features(
             return {**features, "classes": logits.argmax(1)}
         return features
 
-    settings = {
-        **samples.facts.as_dict(),
-        **extractor.facts.as_dict(),
-        "batch_size": samples.batch_size,
-        "digits": args.stacked_mnist,
-        "judge": classifier and classifier.digest,
-        "kept": args.save_images and str(Path(args.save_images).resolve()),
-    }
-    parts = Path(args.cache_dir) / f"samples-{fingerprint(settings)}.parts"
     description = "sampling and measuring" if args.pipeline else "measuring"
     started = time.perf_counter()
     features = extract_features(
@@ -302,7 +302,39 @@ def extract_sample_features(
     rate = sum(gather_object(counts)) / (time.perf_counter() - started)
     if rate and accelerator.is_main_process:
         print(f"{description}: {rate:.3g} images per second")
-    return features, parts
+    return features
+
+
+def parts_folder(
+    samples: PipelineSamples | StoredSamples,
+    extractor: FeatureExtractor,
+    classifier: ClassifierFeatures | None,
+    args: EvaluateArguments,
+) -> Path:
+    """Return the folder of intermediate results from which an interrupted command with these settings resumes."""
+    settings = {
+        **samples.facts.as_dict(),
+        **extractor.facts.as_dict(),
+        "batch_size": samples.batch_size,
+        "digits": args.stacked_mnist,
+        "judge": classifier and classifier.digest,
+        "kept": args.save_images and str(Path(args.save_images).resolve()),
+    }
+    return Path(args.cache_dir) / f"samples-{fingerprint(settings)}.parts"
+
+
+@contextmanager
+def saving_images(args: EvaluateArguments, accelerator: Accelerator):
+    """Lock the folder of `--save_images`, if there is one.
+
+    Raises:
+        InputError: if another command is writing to it.
+    """
+    folder = args.save_images and Path(args.save_images)
+    with locked(folder, accelerator, "--save_images") if folder else nullcontext():
+        if folder and accelerator.is_main_process:
+            remove_temporary_files(folder)
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -155,6 +155,31 @@ def test_an_interrupted_evaluation_resumes(run, folders, tmp_path, monkeypatch, 
     assert not list((tmp_path / "cache").glob("*.parts"))
 
 
+def test_two_commands_with_the_same_settings_do_not_interfere(run, folders, tmp_path, monkeypatch):
+    flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 34]
+    saved, sample, second = tmp_path / "saved", groups.sample, []
+
+    def starts_another(pipe, seeds, *rest):
+        if seeds[0] == 32:  # the first command has saved intermediate results
+            with monkeypatch.context() as patches:
+                patches.setattr(groups, "sample", sample)
+                if saved.exists():
+                    with pytest.raises(
+                        InputError, match=r"saved is in use: .*choose another folder with --save_images"
+                    ):
+                        run(*flags, "--save_images", saved)
+                else:
+                    second.append(values(run(*flags)))
+        return sample(pipe, seeds, *rest)
+
+    monkeypatch.setattr(features, "PART_IMAGES", 16)
+    monkeypatch.setattr(groups, "sample", starts_another)
+    assert [values(run(*flags))] == second
+    assert [values(run(*flags, "--save_images", saved))] == second
+    assert not list((tmp_path / "cache").glob("*.parts"))
+    assert sorted(path.name for path in saved.iterdir()) == [f"{i:06d}.png" for i in range(34)]
+
+
 def stopped(*_args, **_more):
     raise KeyboardInterrupt
 
