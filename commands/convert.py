@@ -15,7 +15,7 @@ from ..conversion.published_models import COMMON_ARGUMENTS, PUBLISHED_MODELS
 from ..core.errors import InputError
 from ..core.files import replace_file, replace_tree
 from ..core.locks import locked
-from ..hub.cards import CARD_NAME, CardFacts, card_text
+from ..hub.cards import CARD_NAME, CardFacts, card_text, string_literal
 from ..hub.folders import code_files
 from ..sampling.generation import sample
 from ..sampling.grids import image_grid
@@ -88,7 +88,7 @@ def convert_checkpoint(args: ConvertArguments, output: Path) -> None:
         summary="A Denoising Diffusion GAN ([arXiv 2112.07804](https://arxiv.org/abs/2112.07804)) by NVIDIA, "
         f"converted to Diffusers. It generates an image of {size}x{size} pixels in {arguments['num_timesteps']} "
         "network evaluations.",
-        usage=USAGE.format(model=output.resolve().name),
+        usage=USAGE.format(model=string_literal(output.resolve().name)),
         training_heading="Conversion",
         images={"samples.png": f"Seeds 0 to {len(images) - 1}, nothing left out."} if images else {},
         training={
@@ -133,6 +133,6 @@ def read_config(path: Path) -> dict[str, Any]:
 USAGE = """
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{model}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained({model}, trust_remote_code=True)
 image = pipe().images[0]
 """

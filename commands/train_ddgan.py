@@ -6,7 +6,7 @@ import torch
 
 from .. import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
 from ..core.errors import InputError
-from ..hub.cards import CardFacts
+from ..hub.cards import CardFacts, string_literal
 from ..sampling.generation import PipelineSampler
 from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments
 from ..training.ema import EMA
@@ -68,7 +68,7 @@ def train_ddgan(
         summary=f"A Denoising Diffusion GAN ([arXiv 2112.07804](https://arxiv.org/abs/2112.07804)) trained on "
         f"{data.name}: it generates an image of {size[0]}x{size[1]} pixels in {args.num_train_timesteps} network "
         "evaluations.",
-        usage=USAGE.format(model=run.folder_name, inputs="class_labels=[0]" if data.classes else ""),
+        usage=USAGE.format(model=string_literal(run.folder_name), inputs="class_labels=[0]" if data.classes else ""),
         settings=settings_for_card(*arguments),
         dataset=data.name,
         tags=["ddgan", "gan"],
@@ -135,6 +135,6 @@ def build(
 USAGE = """
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{model}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained({model}, trust_remote_code=True)
 image = pipe({inputs}).images[0]
 """

@@ -31,6 +31,7 @@ from tiny import (
 from torch._dynamo.testing import CompileCounter
 
 from ddgan.core.errors import InputError, RunError, run_command
+from ddgan.hub.publication import snapshot
 from ddgan.training.loop import Trainer
 from ddgan.training.tracking import read_metrics
 
@@ -539,3 +540,20 @@ def test_names_that_are_not_utf8_are_trained_in_and_written_to_the_card(finetune
     shutil.copytree(images, tmp_path / odd)
     run = finetune(f"{odd} run", "--train_data_dir", tmp_path / odd, "--max_train_steps", 1)
     assert "| data | caf?, 13 images |" in (run / "README.md").read_text()
+
+
+def test_the_code_on_cards_is_valid_whatever_the_names(finetune, images, tmp_path, monkeypatch):
+    odd = 'my "best"\n\\run|'
+    shutil.copytree(images, tmp_path / odd / "images")
+    evaluated = ("--eval_every", 1, "--feature_extractor", "pixels-8x8", "--eval_images", 12)
+    run = finetune(odd + "1", "--train_data_dir", tmp_path / odd, "--max_train_steps", 1, *evaluated)
+    card = (run / "README.md").read_text()
+    assert '# my "best" \\run|1\n' in card and '| data | my "best" \\run\\|, 13 images |' in card
+    for folder in (run, run / "best"):
+        monkeypatch.chdir(folder.parent)
+        code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+        names = {}
+        exec(code, names)
+        assert names["image"].size == (8, 8)
+    with snapshot(run, "ann/model") as copy:
+        assert 'DDPMPipeline.from_pretrained("ann/model")' in Path(copy, "README.md").read_text()

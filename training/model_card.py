@@ -1,7 +1,6 @@
 """Model card, summary and final upload of a run."""
 
 import os
-import re
 import shlex
 from dataclasses import asdict, dataclass, replace
 from math import isnan
@@ -18,7 +17,7 @@ from ..core.errors import InputError, RunError
 from ..core.files import link_or_copy, replace_file, replace_folder
 from ..core.run_files import PIPELINE_FILE
 from ..evaluation.reporting import format_value, measured_by, metric_title, model_index_entries
-from ..hub.cards import CardFacts, card_text, is_repo_id
+from ..hub.cards import CardFacts, card_text, is_repo_id, replace_loaded, string_literal
 from ..hub.folders import code_files, read_trained_steps
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
 from .arguments import RunArguments
@@ -201,7 +200,8 @@ def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str,
 
 def write_best(folder: RunFolder, pipeline: DiffusionPipeline | ModelMixin, card: CardFacts, facts: RunFacts) -> None:
     """Replace `best/` of a run with this pipeline, the newest grid and a card of its own."""
-    usage = re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{folder.best.name}"', card.usage)
+    best_name = string_literal(folder.best.name)
+    usage = replace_loaded(card.usage, lambda call, _: f"{call[1]}from_pretrained({best_name}")
     card = replace(card, title=f"{card.title}, best checkpoint", usage=usage)
 
     def write(temporary: Path) -> None:
