@@ -25,7 +25,7 @@ from torchvision.datasets.mnist import FashionMNIST
 from ..core.errors import InputError, naming_file
 from ..core.extras import missing_extra
 from ..core.files import fingerprint, fingerprint_bytes
-from ..core.locations import EXAMPLES
+from ..core.locations import EXAMPLES, hub_problem
 from ..core.run_files import is_run_folder
 from .images import CHANNEL_MODES, IMAGE_SUFFIXES, BrokenImageError, encoded_or_path, file_bytes
 
@@ -709,6 +709,26 @@ def open_source(
     return next(source for open_kind in KINDS if (source := open_kind(request)) is not None)
 
 
+def check_dataset_options(
+    sources: Sequence[tuple[str, ImageSource | None]], options: Mapping[str, str | None]
+) -> None:
+    """Check that options of datasets have an effect: that at least one of the sources is a dataset.
+
+    Args:
+        sources: the location of each source, and the source; None for a file that holds no images.
+        options: values by flag; None if the flag was not passed.
+
+    Raises:
+        InputError: if none is; the message names the flag.
+    """
+    if any(isinstance(source, DatasetImages) for _, source in sources):
+        return
+    for flag, value in options.items():
+        if value:
+            locations = " and ".join(location for location, _ in sources)
+            raise InputError(f"--{flag} {value} is a setting of a dataset, and {locations} is none: omit it.")
+
+
 def open_stream(
     location: str, split: str | None = None, *, config: str | None = None, image_column: str | None = None
 ) -> ImageStream:
@@ -833,11 +853,13 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():  # Dataset.save_to_disk
         files = sorted(path.glob("*.arrow"))
     elif (path / "dataset_dict.json").is_file() and not streaming:  # DatasetDict.save_to_disk
+        _require_no_config(request)
         with naming_file(path, Exception):
             splits = datasets.load_from_disk(str(path))
         return _select_split(datasets, splits, request), request.split_or_default
     else:
         return _load_by_name(datasets, request, streaming), request.split_or_default
+    _require_no_config(request)
     if streaming:
         _require_no_split(request.split, path)
     with naming_file(path, Exception):  # the readers raise the errors of many libraries
@@ -849,6 +871,14 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     if request.split in _WHOLE:
         return rows, "all"
     return _select_split(datasets, {"train": rows}, request), request.split_or_default
+
+
+def _require_no_config(request: _Request) -> None:
+    if request.config:
+        raise InputError(
+            f"{request.location} has no configuration {request.config}: it is a single file, or was saved with "
+            "`save_to_disk`. Name the data that you want directly."
+        )
 
 
 def _select_split(datasets: ModuleType, splits: "Mapping[str, Dataset]", request: _Request) -> "Dataset":
@@ -870,6 +900,10 @@ def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "
             f"{location} has images {' and '.join(system_folders)}, folders of a network drive or desktop that the "
             "datasets library would read, too. Remove them, or read the folder with --train_data_dir, which ignores "
             "them."
+        )
+    if not path.exists() and (problem := hub_problem(location, "dataset")):
+        raise InputError(
+            f"{location}: there is no such file or folder (looked for at {path.resolve()}), and {problem}"
         )
     try:
         return datasets.load_dataset(location, request.config, split=split, streaming=streaming)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..core.extras import missing_extra
+from ..core.locations import hub_problem
 from ..data.images import RESIZE, resized, with_channels
 from ..sampling.loading import realign_parameters
 from .arguments import DINOV2, INCEPTION, PIXELS
@@ -202,6 +203,11 @@ def _load_dinov2(weights: str | None) -> Dinov2:
     from transformers import Dinov2Model
 
     source = weights or DINOV2_WEIGHTS
+    if not Path(source).exists() and (problem := hub_problem(source)):
+        raise ValueError(
+            f"The DINOv2 model {source} cannot be loaded: there is no such folder, and {problem} Another model can be "
+            f"named with --extractor_weights; or use {PIXELS} or your own classifier."
+        )
     try:
         network = Dinov2Model.from_pretrained(source)
     except (OSError, ValueError) as error:

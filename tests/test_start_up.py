@@ -27,7 +27,7 @@ WRONG = {  # command -> flags and the message about them
     "few-step": [TRAINING[0], ("--start_model nowhere", "form user/name"), ("", "with --start_model")],
     "train-ddgan": [*TRAINING, *EVALUATION, ("--diffaug blur", "choose from color")],
     "train-class-conditional": [*TRAINING, *EVALUATION, ("--dataset cifar10", "choose from 'mnist'")],
-    "train-classifier": [*TRAINING[:4], ("--dataset_name user/labeled --widths 9", "multiples of 8")],
+    "train-classifier": [*TRAINING[:4], ("--train_data_dir . --widths 9", "multiples of 8")],
     "generate": [
         ("--pipeline nowhere", "there is no such"),
         (f"{MODEL} --scheduler euller", "choose from 'as-saved'"),

@@ -440,7 +440,7 @@ def test_a_dataset_without_images_names_its_columns(tmp_path):
 def test_a_missing_source_is_reported_with_the_places_that_were_tried(tmp_path):
     with pytest.raises(
         InputError,
-        match=r"nobody/nothing .*could not be loaded from the Hugging Face Hub, since there is no local folder /",
+        match=r"nobody/nothing: there is no such file or folder \(looked for at /.*\), and the Hugging Face Hub is not",
     ):
         open_dataset("nobody/nothing")
     with pytest.raises(InputError, match="no such folder"):
