@@ -4,7 +4,7 @@ Mistakes in them are therefore reported at once. Arguments that several commands
 and `training/arguments.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -522,12 +522,24 @@ class EvaluateArguments(SamplingArguments):
             raise InputError("Pass either --pipeline, to sample from it, or existing --images.")
         if self.images and self.save_images:
             raise InputError("--save_images saves the samples of a --pipeline; those of --images already exist.")
+        if self.images:
+            for argument in fields(SamplingArguments):
+                if (value := getattr(self, argument.name)) != argument.default:
+                    raise InputError(
+                        f"--{argument.name} {value} is for sampling a --pipeline, but --images exist already: omit it."
+                    )
         if self.held_out and not self.reference:
             raise InputError("--held_out images are compared with training images: pass these with --reference.")
+        self._check_references()
         if self.feature_extractor is None:
             self.feature_extractor = INCEPTION if self.reference else self.classifier
         if self.feature_extractor is None:
             raise InputError("Pass images to measure against with --reference, or a --classifier.")
+        if self.classifier not in (None, self.feature_extractor) and not (self.class_labels or self.stacked_mnist):
+            raise InputError(
+                f"--classifier {self.classifier} predicts classes and digits: pass --class_labels or --stacked_mnist, "
+                "too, or use it for the features with --feature_extractor."
+            )
         resolve_locations(self, "images", "reference", "held_out", datasets=True)
         resolve_paths(self, "classifier")
         resolve_extractor(self)
@@ -536,6 +548,24 @@ class EvaluateArguments(SamplingArguments):
             raise InputError(f"--output {self.output} is a folder: name a file.")
         if self.update_card and not (self.pipeline and self.card.is_file()):
             raise InputError(f"--update_card needs the --pipeline of a local folder with a model card ({CARD_NAME}).")
+
+    def _check_references(self) -> None:
+        """Check that settings of the references belong to one.
+
+        Raises:
+            InputError: if not; the message names the flag.
+        """
+        needed = {
+            "reference_split": "reference",
+            "reference_config": "reference",
+            "num_reference": "reference",
+            "held_out_split": "held_out",
+        }
+        for name, source in needed.items():
+            if (value := getattr(self, name)) and not getattr(self, source):
+                raise InputError(f"--{name} {value} needs --{source}.")
+        if self.image_column and not (self.images or self.reference):
+            raise InputError(f"--image_column {self.image_column} needs a dataset: pass --images or --reference.")
 
     @property
     def card(self) -> Path:

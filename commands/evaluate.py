@@ -24,7 +24,7 @@ from ..core.threads import one_thread_per_operation
 from ..data.arguments import check_value_range
 from ..data.images import color_channels
 from ..data.preprocessing import Preprocessing, low_contrast
-from ..data.sources import open_source, read_arrays
+from ..data.sources import ImageSource, check_dataset_options, open_source, read_arrays
 from ..evaluation.arguments import MIN_IMAGES, STACKED_MNIST_SAMPLES
 from ..evaluation.coverage import confusion_matrix_plot
 from ..evaluation.extractors import ClassifierFeatures, FeatureExtractor, load_extractor
@@ -356,17 +356,14 @@ def load_references(
         InputError: if they are too few, statistics instead of features, or the same images.
     """
     if not args.reference:
+        if isinstance(samples, StoredSamples):
+            check_dataset_options([(args.images or "", samples.source)], {"image_column": args.image_column})
         return None, None
+    source = open_reference(args.reference, args.reference_split, "train", args, accelerator)
+    held_out_source = args.held_out and open_reference(args.held_out, args.held_out_split, "test", args, accelerator)
+    check_reference_options(args, samples, source, held_out_source or None)
     reference = load_reference(
-        args.reference,
-        args.reference_split,
-        "train",
-        args.num_reference,
-        samples,
-        extractor,
-        args,
-        accelerator,
-        threads,
+        args.reference, source, args.num_reference, samples, extractor, args, accelerator, threads
     )
     require_images(MIN_IMAGES, args.reference, reference)
     if not args.held_out:
@@ -377,7 +374,7 @@ def load_references(
             "mean and covariance. Pass the images themselves with --reference."
         )
     held_out = load_reference(
-        args.held_out, args.held_out_split, "test", None, samples, extractor, args, accelerator, threads
+        args.held_out, held_out_source or None, None, samples, extractor, args, accelerator, threads
     )
     require_images(MIN_HELD_OUT, args.held_out, held_out)
     if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
@@ -388,10 +385,59 @@ def load_references(
     return reference, held_out
 
 
+def open_reference(
+    location: str, split: str | None, default_split: str, args: EvaluateArguments, accelerator: Accelerator
+) -> ImageSource | None:
+    """Open the images of a reference; None for a file of features or statistics.
+
+    Raises:
+        InputError: if there are no such images.
+    """
+    path = Path(location)
+    if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".npz" and holds_statistics(path))):
+        return None
+    with accelerator.main_process_first():
+        return open_source(
+            location,
+            split,
+            default_split=default_split,
+            config=args.reference_config,
+            image_column=args.image_column,
+        )
+
+
+def check_reference_options(
+    args: EvaluateArguments,
+    samples: PipelineSamples | StoredSamples,
+    source: ImageSource | None,
+    held_out: ImageSource | None,
+) -> None:
+    """Check that the settings of the images have an effect on some of them.
+
+    Raises:
+        InputError: if one has none; the message names its flag.
+    """
+    if source is None:
+        for name in ("reference_split", "num_reference"):
+            if value := getattr(args, name):
+                raise InputError(
+                    f"--{name} {value} selects images, but {args.reference} holds only their features: omit it."
+                )
+    if held_out is None and args.held_out_split:
+        raise InputError(
+            f"--held_out_split {args.held_out_split} selects images, but {args.held_out} holds only their features."
+        )
+    opened = [(args.reference, source), (args.held_out, held_out)]
+    references = [(location, images) for location, images in opened if location and images]
+    check_dataset_options(references or [(args.reference or "", None)], {"reference_config": args.reference_config})
+    if isinstance(samples, StoredSamples):
+        references.append((args.images or "", samples.source))
+    check_dataset_options(references or [(args.reference or "", None)], {"image_column": args.image_column})
+
+
 def load_reference(
     location: str,
-    split: str | None,
-    default_split: str,
+    source: ImageSource | None,
     count: int | None,
     samples: PipelineSamples | StoredSamples,
     extractor: FeatureExtractor,
@@ -401,23 +447,19 @@ def load_reference(
 ) -> Reference:
     """Load saved features or statistics, or extract and cache the features of images at the size of the samples.
 
+    Args:
+        source: see `open_reference`.
+        count: size of a random subset; None means all.
+
     Raises:
-        InputError: if there are no such images, or the features or statistics are of another extractor.
+        InputError: if the features or statistics are of another extractor.
         RunError: if an image cannot be read.
     """
-    path = Path(location)
-    if path.suffix == ".safetensors" and path.is_file():
-        return read_reference_features(path, extractor, accelerator)
-    if path.suffix == ".npz" and path.is_file() and holds_statistics(path):
+    if source is None:
+        path = Path(location)
+        if path.suffix == ".safetensors":
+            return read_reference_features(path, extractor, accelerator)
         return read_reference_statistics(path, samples.preprocessing, extractor)
-    with accelerator.main_process_first():
-        source = open_source(
-            location,
-            split,
-            default_split=default_split,
-            config=args.reference_config,
-            image_column=args.image_column,
-        )
     height, width = samples.preprocessing.height, samples.preprocessing.width
     return measure_reference(
         ReferenceImages(source, value_range=check_value_range(args.value_range)),

@@ -66,6 +66,11 @@ def finetune_few_step(
         args.start_model, data_args.size, allow_classes=True, trust_remote_code=args.trust_remote_code
     )
     check_start_model(start, args)
+    if label_args.label_column and not isinstance(start, ClassConditionalPipeline):
+        raise InputError(
+            f"--label_column {label_args.label_column}: {args.start_model} is not class-conditional, so no labels are "
+            "read. Omit it."
+        )
     start.scheduler.register_to_config(timestep_spacing="trailing")  # DDIM starts from noise alone, as training does
     unet = start.unet
     pipeline = type(start)(unet, few_step_scheduler(start.scheduler, args.num_inference_steps))

@@ -32,6 +32,11 @@ def train_ddgan(
         InputError: if the arguments are invalid.
         RunError: if the run fails after it has started.
     """
+    if label_args.label_column and not args.class_conditional:
+        raise InputError(
+            f"--label_column {label_args.label_column}: labels are only read with --class_conditional. Add it, or "
+            "omit --label_column."
+        )
     session = Session.open(run)
     size = data_args.size or [32, 32]
     data = session.load_data(data_args, args.image_channels, size, label_args if args.class_conditional else None)

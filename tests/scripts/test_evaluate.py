@@ -362,6 +362,39 @@ def test_features_of_another_network_are_rejected(run, folders, tmp_path):
         run("--images", folders["samples"], "--feature_extractor", folders["gray"], reference=cached)
 
 
+@pytest.mark.parametrize(
+    ("reference", "flags", "message"),
+    [
+        (
+            "reference",
+            ["--image_column", "x"],
+            "image_column x is a setting of a dataset, and .*reference and .*samples",
+        ),
+        (
+            "statistics.npz",
+            ["--num_reference", 20],
+            "num_reference 20 selects images, but .*statistics.npz holds only",
+        ),
+        ("statistics.npz", ["--reference_split", "test"], "reference_split test selects images"),
+        ("statistics.npz", ["--reference_config", "a"], "reference_config a is a setting of a dataset"),
+        ("rows.parquet", ["--reference_config", "a"], "rows.parquet has no configuration a"),
+        ("reference", ["--held_out_split", "test"], "--held_out_split test needs --held_out"),
+        (None, ["--num_reference", 20], "--num_reference 20 needs --reference"),
+        (None, ["--image_column", "x"], "image_column x is a setting of a dataset, and .*samples is none"),
+        ("reference", ["--scheduler", "ddim"], "--scheduler ddim is for sampling a --pipeline"),
+        ("reference", ["--classifier", "color"], "--classifier .*gray predicts classes and digits"),
+        ("reference", ["--extractor_weights", "x"], "--extractor_weights x are for inception-v3-compat and dinov2"),
+    ],
+)
+def test_settings_without_effect_are_refused(run, folders, tmp_path, reference, flags, message):
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(16), sigma=np.eye(16))
+    (tmp_path / "rows.parquet").touch()
+    flags = [folders["gray"] if flag == "color" else flag for flag in flags]
+    reference = reference if reference in (None, "reference") else tmp_path / reference
+    with pytest.raises(InputError, match=message):
+        run("--images", folders["samples"], *flags, reference=reference)
+
+
 def test_a_split_of_a_folder(run, folders, tmp_path):
     for split, count in (("train", 30), ("test", 20)):
         write_images(tmp_path / "both" / split, count)
