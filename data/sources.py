@@ -53,6 +53,7 @@ _IDX_PREFIXES = {"train": "train", "test": "t10k"}  # split -> prefix of torchvi
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`, for single files
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of image folders, as read by `datasets`
 _DATASET_SUFFIXES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}  # files that make a folder a dataset
+_MAX_OTHER_FILES = 300_000  # files and folders in which there must be an image
 _FEW_CLASSES = 100  # with more classes, they must have at least two images on average, or the labels are IDs
 
 
@@ -262,8 +263,9 @@ def natural_order(name: str | PurePath) -> list[list[tuple[int, str, str]]]:
 
 def _image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
     """Return the images below a folder, and the number of ignored files by their suffix or system folder."""
-    paths, ignored = [], Counter[str]()
+    paths, ignored, seen = [], Counter[str](), 0
     for root, folders, files in os.walk(folder, followlinks=True):
+        seen += len(folders) + len(files)
         for name in folders:
             if name.lower() in _SYSTEM_FOLDERS and (count := _count_images(Path(root, name))):
                 ignored[f"in {name}"] += count
@@ -273,7 +275,35 @@ def _image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
                 paths.append(path)
             else:
                 ignored[path.suffix.lower() or "without a suffix"] += 1
+        if not paths:
+            _require_few(folder, seen)
     return sorted((path for path in paths if path.is_file()), key=natural_order), ignored
+
+
+def _require_few(folder: Path, count: int) -> None:
+    """Stop the search for images in a folder in which none is among many files.
+
+    Raises:
+        InputError: if there are too many.
+    """
+    if count > _MAX_OTHER_FILES:
+        raise InputError(
+            f"There is no image among the first {_MAX_OTHER_FILES:,} files and folders in {folder}. Name the folder "
+            "that contains the images."
+        )
+
+
+def _require_data_folder(folder: Path) -> None:
+    """Check that a folder is not the home folder and does not contain it, as `/` does.
+
+    Raises:
+        InputError: if so.
+    """
+    with suppress(RuntimeError):  # there is no home folder
+        if folder.is_dir() and Path.home().resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{folder} contains your home folder, with all your images: name the folder of the images to read."
+            )
 
 
 def _count_images(folder: Path) -> int:
@@ -706,6 +736,7 @@ def open_source(
         MissingSplitError: if it does not have the requested split.
     """
     request = _Request(location, split, default_split, config, image_column, folder_as)
+    _require_data_folder(request.path)
     return next(source for open_kind in KINDS if (source := open_kind(request)) is not None)
 
 
@@ -738,6 +769,7 @@ def open_stream(
         InputError: if it is not found, is not a dataset, or has no such split, configuration or column.
     """
     request = _Request(location, split, "train", config, image_column, "dataset")
+    _require_data_folder(request.path)
     if request.path.suffix in (".npz", ".zip") and not request.path.is_dir():
         raise InputError(f"{location} cannot be streamed: read {request.path.suffix} files without --streaming.")
     rows, _ = _load_dataset(request, streaming=True)
@@ -837,7 +869,16 @@ def _has_dataset_files(folder: Path) -> bool:
     card = folder / "README.md"
     if card.is_file() and re.search(rb"^configs:", card.read_bytes(), re.MULTILINE):
         return True
-    return any(path.suffix in _DATASET_SUFFIXES for path in folder.rglob("*"))
+    has_image, seen = False, 0
+    for _, folders, files in os.walk(folder):
+        suffixes = {PurePath(name).suffix for name in (*folders, *files)}
+        if suffixes & _DATASET_SUFFIXES:
+            return True
+        seen += len(folders) + len(files)
+        has_image = has_image or any(suffix.lower() in IMAGE_SUFFIXES for suffix in suffixes)
+        if not has_image:
+            _require_few(folder, seen)
+    return False
 
 
 def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
