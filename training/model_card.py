@@ -2,6 +2,8 @@
 
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import isnan
 from pathlib import Path
@@ -245,23 +247,34 @@ def print_summary(run: FinishedRun) -> None:
     print("\n".join(lines))
 
 
-def create_repository(args: RunArguments) -> str:
-    """Create the repository to upload a run to, before training, so that problems are reported early.
-
-    Returns:
-        its ID, `user/name`.
+def repository_id(args: RunArguments) -> str:
+    """Return the repository to upload a run to, `user/name`, which need not exist yet.
 
     Raises:
-        InputError: if no user is logged in, the Hub does not respond, or the repository cannot be created.
+        InputError: if no user is logged in, the Hub does not respond, or the name is not valid.
     """
-    try:
+    with _naming_flag():
         user = who_am_i()
         repo_id = args.hub_model_id or args.model_save_name
-        repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-        Repository(repo_id).open(args.hub_private)
+        return Repository(repo_id if "/" in repo_id else f"{user}/{repo_id}").repo_id
+
+
+def create_repository(repo_id: str, private: bool) -> None:
+    """Create the repository of a run if it does not exist, once everything else of the run has been checked.
+
+    Raises:
+        InputError: if the Hub does not respond, or the repository cannot be created.
+    """
+    with _naming_flag():
+        Repository(repo_id).open(private)
+
+
+@contextmanager
+def _naming_flag() -> Iterator[None]:
+    try:
+        yield
     except (InputError, RunError) as error:
         raise InputError(f"--push_to_hub: {error}") from error
-    return repo_id
 
 
 def finish_upload(background: BackgroundUpload, args: RunArguments) -> str:

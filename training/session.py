@@ -38,7 +38,7 @@ from .evaluator import Evaluator
 from .job import TrainingJob
 from .loading import TrainingData
 from .loop import Trainer
-from .model_card import FinishedRun, create_repository
+from .model_card import FinishedRun, repository_id
 from .run_folder import RunFolder
 from .tracking import tracker_names
 
@@ -59,7 +59,7 @@ class Session:
 
     @classmethod
     def open(cls, run: RunArguments, supports_fsdp: bool = False, supports_fp16: bool = True) -> "Session":
-        """Check that the run folder can be used, start Accelerate, and create the repository on the Hub.
+        """Check that the run folder can be used and the user is logged in to the Hub, and start Accelerate.
 
         Args:
             supports_fsdp: whether the network of the run can be sharded.
@@ -68,7 +68,7 @@ class Session:
         Raises:
             InputError: if the folder holds a run that is not being resumed, another command is writing to it, a
                 tracker is not installed, the configuration of Accelerate or the mixed precision is not supported, or
-                the Hub refuses the repository.
+                the Hub does not accept the user.
         """
         accelerator = _start(run, supports_fp16)
         if accelerator.is_fsdp2 and not supports_fsdp:
@@ -76,7 +76,7 @@ class Session:
                 "Only ddgan finetune trains with FSDP; this network is small enough to be trained without sharding, "
                 "in one or several processes."
             )
-        repo_id = create_repository(run) if run.push_to_hub and accelerator.is_main_process else None
+        repo_id = repository_id(run) if run.push_to_hub and accelerator.is_main_process else None
         return cls(run, accelerator, repo_id)
 
     def load_data(
