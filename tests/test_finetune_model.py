@@ -190,6 +190,25 @@ def test_compile_trains_the_same_network_and_saves_plain_names(finetune, monkeyp
     assert largest_difference(saved_weights(compiled), saved_weights(plain)) < 1e-6
 
 
+@pytest.mark.parametrize("how", ["flag", "accelerate"])
+def test_compiled_and_plain_runs_resume_each_other_bit_identically(finetune, monkeypatch, how):
+    # the graph is what is tested; compiled kernels would round differently from those of the plain network
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+    def run(name, is_compiled, *flags):
+        with monkeypatch.context() as patches:
+            if is_compiled and how == "accelerate":
+                patches.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+            compiled = ["--compile"] if is_compiled and how == "flag" else []
+            return finetune(name, "--lr_scheduler", "constant", *flags, *compiled)
+
+    whole = run("whole", False, "--max_train_steps", 3)
+    for step, is_compiled in enumerate((True, False, True), 1):
+        parts = run("parts", is_compiled, "--max_train_steps", step, "--resume_from_checkpoint", "latest")
+    assert largest_difference(saved_weights(whole), saved_weights(parts)) == 0
+    assert largest_difference(weights(whole), weights(parts)) == 0
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_models_of_other_channels_take_color_images(finetune, tmp_path, channels):
     model = tmp_path / "model"
