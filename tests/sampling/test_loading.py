@@ -1,6 +1,7 @@
 """Loading of pipelines and exchange of schedulers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
