@@ -33,7 +33,7 @@ from ..guidance.arguments import (
 )
 from ..hub.arguments import CARD_NAME, check_repo_id
 from ..sampling.arguments import SCHEDULERS, SamplingArguments
-from ..training.arguments import MAX_GRID_IMAGES, DataArguments, LearningRateArguments, RunArguments
+from ..training.arguments import MAX_GRID_IMAGES, MAX_IMAGE_SIZE, DataArguments, LearningRateArguments, RunArguments
 
 # --freeze choice -> substrings of the names of the parameters that are still trained
 TRAINED_PARTS = {
@@ -210,6 +210,13 @@ class DDGANArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.block_out_channels:
+            raise InputError("--block_out_channels needs at least one width.")
+        if self.beta_min > self.beta_max:
+            raise InputError(
+                f"--beta_min {self.beta_min:g} is the lowest rate of the noise process, but greater than --beta_max "
+                f"{self.beta_max:g}."
+            )
         if self.lr_min > min(self.lr_g, self.lr_d):
             raise InputError(
                 f"--lr_min is {self.lr_min}, the final value of --lr_g {self.lr_g} and --lr_d {self.lr_d}; it must "
@@ -334,6 +341,8 @@ class ClassifierArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.widths:
+            raise InputError("--widths needs at least one width.")
         if any(width % NORM_GROUPS for width in self.widths):
             raise InputError(
                 f"--widths {' '.join(map(str, self.widths))}: the widths must be multiples of {NORM_GROUPS}."
@@ -350,7 +359,10 @@ class ClassifierDataArguments(DataArguments):
         "or --train_data_dir is required",
     )
     image_size: int | None = option(
-        None, "height and width of the input (default: the shorter side of the first image)", minimum=1
+        None,
+        "height and width of the input (default: the shorter side of the first image)",
+        minimum=1,
+        maximum=MAX_IMAGE_SIZE,
     )
     center_crop: bool = option(True, "crop to a square at the center; --no_center_crop: at random")
     cache_images: bool = option(

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +77,7 @@ def evaluate(args: EvaluateArguments) -> None:
                 features = extract_sample_features(samples, extractor, classifier, args, accelerator, threads, parts)
             if features is not None:
                 facts = samples.facts
-                with user_errors(InputError):
+                with user_errors(InputError), naming_output(args):
                     results = compute_results(facts, features, extractor, reference, held_out, classifier, requested)
                     write_results(results, args, round(time.perf_counter() - started, 1))
                 print_results(results, args)
@@ -94,6 +95,18 @@ def user_errors(kind: type[Exception]):
         raise
     except (ValueError, ImportError) as error:
         raise kind(str(error)) from error
+
+
+@contextmanager
+def naming_output(args: EvaluateArguments) -> Iterator[None]:
+    """Report results that cannot be written; the features of the samples are kept."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"The results cannot be written to {args.output}: {error}. Repeat the command with another --output: the "
+            "samples that were measured are cached."
+        ) from error
 
 
 def select_classifier(
@@ -324,7 +337,7 @@ def parts_folder(
 
 
 @contextmanager
-def saving_images(args: EvaluateArguments, accelerator: Accelerator):
+def saving_images(args: EvaluateArguments, accelerator: Accelerator) -> Iterator[None]:
     """Lock the folder of `--save_images`, if there is one.
 
     Raises:

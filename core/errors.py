@@ -12,9 +12,9 @@ from zipfile import BadZipFile
 
 from .extras import missing_import
 
-# file-system errors that only the user can resolve: no space, no permission, a path that is already taken
+# file-system errors that only the user can resolve: no space, no permission, a path that is taken or too long
 USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 _REPORT_SECONDS = 10  # time for the first process to report an error that all have
 
 

@@ -112,7 +112,14 @@ def _remove_and_release(lock: FileLock) -> None:
 
 
 def _acquire(folder: Path, flag: str = "--output_dir", record_owner: bool = True) -> FileLock | None:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in USER_ERRNOS and not folder.is_file():
+            raise
+        raise InputError(
+            f"The folder {folder} cannot be created: {error.strerror}. Choose another folder with {flag}."
+        ) from error
     lock = FileLock(folder / LOCK, thread_local=False)
     owner = _read_owner(folder)
     try:

@@ -180,6 +180,16 @@ def test_two_commands_with_the_same_settings_do_not_interfere(run, folders, tmp_
     assert sorted(path.name for path in saved.iterdir()) == [f"{i:06d}.png" for i in range(34)]
 
 
+def test_results_that_cannot_be_written_are_not_lost(run, folders, tmp_path, sampled):
+    flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 20]
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"results cannot be written to .*evaluation.json: .*with another --output"):
+        run(*flags, "--output", tmp_path / "file" / "evaluation.json")
+    sampled.clear()
+    run(*flags)
+    assert sampled == [0]  # the first sample determines the size
+
+
 def stopped(*_args, **_more):
     raise KeyboardInterrupt
 
