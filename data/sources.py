@@ -942,6 +942,9 @@ def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "
             "datasets library would read, too. Remove them, or read the folder with --train_data_dir, which ignores "
             "them."
         )
+    if path.is_file():
+        kinds = ", ".join((".npz", ".zip", *_FILE_BUILDERS))
+        raise InputError(f"{location} is not a file of images that can be read ({kinds}): name one, or a folder.")
     if not path.exists() and (problem := hub_problem(location, "dataset")):
         raise InputError(
             f"{location}: there is no such file or folder (looked for at {path.resolve()}), and {problem}"

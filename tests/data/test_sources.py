@@ -437,6 +437,13 @@ def test_a_dataset_without_images_names_its_columns(tmp_path):
         open_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("open_kind", [open_dataset, open_folder, open_stream])
+def test_a_file_of_another_kind_is_refused(tmp_path, open_kind):
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"rows\.csv is not a file of images that can be read \(\.npz, \.zip, \.parq"):
+        open_kind(str(tmp_path / "rows.csv"))
+
+
 def test_a_missing_source_is_reported_with_the_places_that_were_tried(tmp_path):
     with pytest.raises(
         InputError,
