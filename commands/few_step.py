@@ -63,7 +63,11 @@ def finetune_few_step(
     """
     session = Session.open(run, supports_fp16=False)
     start = load_start_model(
-        args.start_model, data_args.size, allow_classes=True, trust_remote_code=args.trust_remote_code
+        args.start_model,
+        data_args.size,
+        allow_classes=True,
+        allow_few_step=False,
+        trust_remote_code=args.trust_remote_code,
     )
     check_start_model(start, args)
     if label_args.label_column and not isinstance(start, ClassConditionalPipeline):

@@ -271,6 +271,15 @@ def test_a_killed_run_samples_the_start_model_only_until_it_has_done_so(few_step
 # ---- rejected input
 
 
+def test_a_few_step_model_is_neither_a_start_model_nor_resumed_for_other_numbers_of_steps(few_step, tmp_path):
+    run = few_step("run")
+    with pytest.raises(InputError, match=r"run samples in 2 steps already.* the model that it was made from"):
+        few_step("other", "--start_model", run)
+    with pytest.raises(InputError, match=r"sampling steps = \[2\], but this run has \[4, 2\]"):
+        few_step("run", "--num_inference_steps", 4, 2, "--max_train_steps", 5, "--resume_from_checkpoint", "latest")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

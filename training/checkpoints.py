@@ -39,6 +39,7 @@ _INVARIANTS = {
     "shards": "FSDP shards",
     "trained parameters": "trained parameters (their fingerprint)",
     "prediction type": "prediction type",
+    "sampling steps": "numbers of sampling steps",
     "scaled gradients": "fp16 gradient scaling",
 }
 
@@ -239,8 +240,8 @@ class Checkpoints:
                 raise InputError(
                     f"{checkpoint} was saved with {_INVARIANTS[key]} = {state[key]}, but this run has {value}, so it "
                     "cannot resume exactly. Use the same images, network, trained parameters, prediction type, "
-                    "--seed, --ema_decay, fp16 setting and global batch size (--batch_size x "
-                    "--grad_accumulation_steps x processes), or start a new run from the saved model."
+                    "--seed, --ema_decay, numbers of sampling steps, fp16 setting and global batch size "
+                    "(--batch_size x --grad_accumulation_steps x processes), or start a new run in another folder."
                 )
         if state["step"] > total_steps:
             raise InputError(
@@ -371,5 +372,6 @@ def resume_invariants(job: TrainingJob, plan: BatchPlan, accelerator: Accelerato
         "shards": num_shards(accelerator),
         "trained parameters": fingerprint(trained_parameters),
         **({"prediction type": scheduler.config.prediction_type} if scheduler else {}),
+        **({"sampling steps": steps} if scheduler and (steps := scheduler.config.get("_num_inference_steps")) else {}),
         "scaled gradients": accelerator.scaler is not None,
     }

@@ -10,6 +10,7 @@ from ..core.files import location_name
 from ..data.images import CHANNEL_MODES
 from ..sampling.generation import class_names, num_classes
 from ..sampling.loading import load_pipeline, read_components
+from ..sampling.steps import trained_steps
 
 TrainedUNet = UNet2DModel | ClassConditionedUnet
 
@@ -28,6 +29,7 @@ def load_start_model(
     size: Sequence[int] | None = None,
     prediction_type: str | None = None,
     allow_classes: bool = False,
+    allow_few_step: bool = True,
     trust_remote_code: bool = False,
 ) -> DDPMPipeline | ClassConditionalPipeline:
     """Load a pixel-space pipeline, its scheduler replaced by an equivalent `DDPMScheduler`.
@@ -37,6 +39,7 @@ def load_start_model(
         size: height and width to train at (default: those of the model).
         prediction_type: what the network is trained to predict (default: same as the model).
         allow_classes: whether the network may be class-conditional.
+        allow_few_step: whether it may be the result of few-step fine-tuning.
         trust_remote_code: whether to run Python code that comes with the pipeline.
 
     Returns:
@@ -66,6 +69,11 @@ def load_start_model(
         raise unsupported(f"this command does not train a {type(unet).__name__}")
     if reason := _unsupported_process(pipeline.scheduler):
         raise unsupported(reason)
+    if not allow_few_step and (steps := trained_steps(pipeline)):
+        raise InputError(
+            f"--start_model {start_model} samples in {' or '.join(map(str, steps))} steps already, and in no other "
+            "number of steps: start from the model that it was made from."
+        )
     classes = num_classes(unet)
     if isinstance(unet, UNet2DModel) and unet.class_embedding is not None and not classes:
         raise InputError(f"The UNet of {start_model} embeds classes, but its config has no num_class_embeds.")

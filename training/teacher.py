@@ -1,5 +1,6 @@
 """Samples of a pretrained pipeline, with the noisy images that lead to them, as targets for few-step sampling."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,7 @@ from .start_model import image_size
 
 _BATCH_SIZE = 16  # the rounding of a network's arithmetic may depend on it, so not on the number of processes
 _FINGERPRINT = "fingerprint"  # metadata of a file of samples
+_WRITE_INTERVAL = 60  # seconds between writes
 
 
 @dataclass
@@ -100,54 +102,74 @@ class Teacher:
 def generate_samples(teacher: Teacher, count: int, seed: int, path: Path, accelerator: Accelerator) -> TeacherSamples:
     """Generate samples of a teacher on all processes, and write them to a file; every process must call this.
 
-    If the file already has them, because a run is resumed, they are not generated again.
+    Those that the file already has, because a run is resumed, are not generated again.
 
     Args:
         count: number of samples.
-        path: the file. The samples are mapped from it into memory, where all processes of a machine share them.
+        path: the file, written once a minute. The samples are mapped from it into memory, where all processes of a
+            machine share them.
 
     Raises:
         RunError: if the file cannot be written.
     """
     facts = [pipeline_hash(teacher.pipeline), teacher.timesteps, teacher.process.timesteps.tolist()]
-    key = fingerprint([*facts, teacher.guidance_scale, count, seed])
-    is_written = [accelerator.is_main_process and _fingerprint(path) == key]
-    broadcast_object_list(is_written)
-    if not is_written[0]:
-        tensors = _generate(teacher, count, seed, accelerator)
-        if accelerator.is_main_process:
-            try:
-                replace_file(path, lambda file: save_file(tensors, file, {_FINGERPRINT: key}))
-            except (OSError, SafetensorError) as error:
-                raise RunError(
-                    f"The samples of the start model could not be written to {path}: {error}. Free some space, or use "
-                    "fewer of them (--teacher_samples), then run the same command again."
-                ) from error
+    file = _SampleFile(path, fingerprint([*facts, teacher.guidance_scale, count, seed]))
+    written = [file.count() if accelerator.is_main_process else 0]
+    broadcast_object_list(written)
+    if written[0] < count:
+        _generate(teacher, range(written[0], count), seed, file, accelerator)
         accelerator.wait_for_everyone()
     return TeacherSamples(teacher.process.timesteps, **load_file(path))
 
 
-def _generate(teacher: Teacher, count: int, seed: int, accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    """Return the tensors of the samples in the main process."""
+def _generate(teacher: Teacher, indices: range, seed: int, file: "_SampleFile", accelerator: Accelerator) -> None:
+    """Generate the samples of these indices; the main process writes them to the file, after those it has."""
     rank, batch = accelerator.process_index, _BATCH_SIZE
-    tensors: dict[str, torch.Tensor] = {}
-    starts = range(0, count, batch * accelerator.num_processes)
+    parts = [file.read()] if indices.start else []
+    last_write = time.monotonic()
+    starts = indices[:: batch * accelerator.num_processes]
     for start in tqdm(starts, "sampling the start model", unit="batch", disable=rank > 0):
-        indices = range(start + rank * batch, start + (rank + 1) * batch)
+        own = range(start + rank * batch, start + (rank + 1) * batch)
         with accelerator.autocast():
-            gathered = accelerator.gather(teacher.sample(indices, seed, accelerator.device))
+            gathered = accelerator.gather(teacher.sample(own, seed, accelerator.device))
         if accelerator.is_main_process:
-            for name, part in gathered.items():
-                if name not in tensors:
-                    tensors[name] = torch.empty((count, *part.shape[1:]), dtype=part.dtype)
-                tensors[name][start : start + len(part)] = part[: count - start]
-    return tensors
+            parts.append({name: part[: indices.stop - start].cpu() for name, part in gathered.items()})
+            if start == starts[-1] or time.monotonic() > last_write + _WRITE_INTERVAL:
+                parts = [{name: torch.cat([part[name] for part in parts]) for name in parts[0]}]
+                file.write(parts[0])
+                last_write = time.monotonic()
 
 
-def _fingerprint(path: Path) -> str | None:
-    """Return the fingerprint of the samples in a file; None if there is none or it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get(_FINGERPRINT)
-    except (OSError, SafetensorError):
-        return None
+@dataclass
+class _SampleFile:
+    """The first samples of a teacher in a safetensors file, with a fingerprint of what they depend on."""
+
+    path: Path
+    fingerprint: str
+
+    def count(self) -> int:
+        """Return the number of samples in the file; 0 if there is none, or it is damaged or has other samples."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                is_same = (file.metadata() or {}).get(_FINGERPRINT) == self.fingerprint
+                return file.get_slice("images").get_shape()[0] if is_same else 0
+        except (OSError, SafetensorError):
+            return 0
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of `TeacherSamples` by name."""
+        return load_file(self.path)
+
+    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Replace the file.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        try:
+            replace_file(self.path, lambda path: save_file(tensors, path, {_FINGERPRINT: self.fingerprint}))
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"The samples of the start model could not be written to {self.path}: {error}. Free some space, or "
+                "use fewer of them (--teacher_samples), then run the same command again."
+            ) from error

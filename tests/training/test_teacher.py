@@ -10,6 +10,7 @@ from tiny import tiny_classes, tiny_unet
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet
 from ddgan.commands.few_step import remove_learned_variance
 from ddgan.core.errors import RunError
+from ddgan.training import teacher as teacher_module
 from ddgan.training.objectives.few_step import FewStepProcess, FewStepSetup, GeneratorObjective, TeacherSamples
 from ddgan.training.objectives.micro_batch import MicroBatch
 from ddgan.training.randomness import PerSampleRNG, fold_in
@@ -103,7 +104,9 @@ def generate(tmp_path, monkeypatch):
         generated.extend(indices)
         return sample(self, indices, *args)
 
-    def generate(teacher, count=20, seed=0, path=tmp_path / "run" / "teacher.safetensors"):
+    file = tmp_path / "run" / "teacher.safetensors"
+
+    def generate(teacher, count=20, seed=0, path=file):
         generated.clear()
         samples = generate_samples(teacher, count, seed, path, accelerator)
         return samples, list(generated)
@@ -130,6 +133,25 @@ def test_samples_are_read_from_their_file_if_it_is_intact(generate, tmp_path):
     file.write_bytes(damaged)
     again, generated = generate(teacher)
     assert equal(again, first) and generated
+
+
+def test_samples_generated_before_an_interruption_are_kept(generate, monkeypatch, tmp_path):
+    monkeypatch.setattr(teacher_module, "_WRITE_INTERVAL", -1)
+    teacher, recorded = tiny_teacher(steps=4), Teacher.sample
+
+    def interrupted(self, indices, *args):
+        if 32 in indices:
+            raise KeyboardInterrupt
+        return recorded(self, indices, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(teacher, 40)
+    resumed, generated = generate(teacher, 40)
+    assert generated == list(range(32, 48))
+    undisturbed, _ = generate(teacher, 40, path=tmp_path / "other.safetensors")
+    assert equal(resumed, undisturbed)
 
 
 @pytest.mark.parametrize("change", ["weights", "steps", "transitions", "count", "seed"])
