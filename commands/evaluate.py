@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..core.accelerator import start_accelerate
 from ..core.errors import InputError, RunError, naming_file
@@ -30,7 +29,7 @@ from ..evaluation.arguments import MIN_IMAGES, STACKED_MNIST_SAMPLES
 from ..evaluation.coverage import confusion_matrix_plot
 from ..evaluation.extractors import ClassifierFeatures, FeatureExtractor, load_extractor
 from ..evaluation.facts import ReferenceFacts, SampleFacts
-from ..evaluation.features import Features, extract_features, locked_parts, read_protocol
+from ..evaluation.features import Features, extract_features, load_features, locked_parts, read_protocol
 from ..evaluation.metrics import MIN_HELD_OUT, Gaussian
 from ..evaluation.references import (
     Reference,
@@ -495,13 +494,13 @@ def read_reference_features(path: Path, extractor: FeatureExtractor, accelerator
         InputError: if the file is damaged, or another network computed the features.
     """
     with naming_file(path, SafetensorError):
-        protocol = read_protocol(path)
+        protocol, features = read_protocol(path), load_features(path)
     if protocol.get("extractor_digest") != extractor.digest:
         raise InputError(
             f"The features in {path} are those of {protocol.get('extractor', 'an unknown network')}, not of "
             f"{extractor.name} with the weights {extractor.digest}. Measure the reference images themselves."
         )
-    return Reference(ReferenceFacts.from_dict(protocol), load_file(path) if accelerator.is_main_process else None)
+    return Reference(ReferenceFacts.from_dict(protocol), features if accelerator.is_main_process else None)
 
 
 def holds_statistics(path: Path) -> bool:

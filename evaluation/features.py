@@ -184,18 +184,26 @@ def _warn_not_cached(folder: Path, error: Exception) -> None:
 
 def _read_features(path: Path) -> Features | None:
     """Read the features in a file; if it is damaged, remove it and return None."""
-    try:
-        with safe_open(path, "pt") as file:
-            digest = (file.metadata() or {}).get("digest")
-        features = load_file(path)
-    except (OSError, ValueError, SafetensorError):
-        digest, features = None, None
-    if features and digest in (None, _digest(features)):  # earlier versions wrote no digest
-        return features
+    with suppress(OSError, ValueError, SafetensorError):
+        return load_features(path)
     logger.warning("%s is damaged; its features are extracted again.", path)
     with suppress(OSError):  # in a cache that cannot be written
         path.unlink()
     return None
+
+
+def load_features(path: Path) -> Features:
+    """Load the features in a file.
+
+    Raises:
+        OSError, ValueError, SafetensorError: if it cannot be read, or its contents have changed.
+    """
+    with safe_open(path, "pt") as file:
+        digest = (file.metadata() or {}).get("digest")
+    features = load_file(path)
+    if not features or digest not in (None, _digest(features)):  # earlier versions wrote no digest
+        raise ValueError("its contents do not match their digest")
+    return features
 
 
 def _digest(features: Features) -> str:

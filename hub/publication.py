@@ -248,7 +248,9 @@ def _rewrite_from_pretrained(call: re.Match, path_or_repo: str, folder: Path, re
     is_pipeline = caller.endswith("Pipeline.")
     if is_repo_id(path_or_repo) or not (is_pipeline or component):
         return call[0]
-    subfolder = "" if is_pipeline or component == "." else f", subfolder={string_literal(component)}"
+    subfolder = (
+        "" if component is None or is_pipeline or component == "." else f", subfolder={string_literal(component)}"
+    )
     return f"{caller}from_pretrained({string_literal(repo_id)}{subfolder}"
 
 

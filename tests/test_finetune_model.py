@@ -389,6 +389,15 @@ def test_grids_of_different_sizes_are_not_combined(finetune):
     assert (run / "before_after.png").read_bytes() == before
 
 
+@pytest.mark.parametrize("content", [b"", b"\x89PNG", None])
+def test_damaged_grids_do_not_end_a_run(finetune, caplog, content):
+    run = finetune("run", "--max_train_steps", 2)
+    before, grid = (run / "before_after.png").read_bytes(), run / "samples" / "step-00000000.png"
+    grid.write_bytes(grid.read_bytes()[:-50] if content is None else content)
+    finetune("run", "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    assert (run / "before_after.png").read_bytes() == before and f"{grid} is damaged" in caplog.text
+
+
 def test_a_resumed_run_uses_its_own_learning_rate(finetune):
     flags = ("--num_epochs", 4, "--checkpointing_steps", 4)
     run = finetune("run", *flags, "--max_train_steps", 4)

@@ -370,6 +370,10 @@ def test_features_of_another_network_are_rejected(run, folders, tmp_path):
     (cached,) = (tmp_path / "cache").glob("*.safetensors")
     with pytest.raises(InputError, match="are those of color, not of gray"):
         run("--images", folders["samples"], "--feature_extractor", folders["gray"], reference=cached)
+    content = cached.read_bytes()
+    cached.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(InputError, match=r"safetensors cannot be read .*contents do not match their digest"):
+        run("--images", folders["samples"], reference=cached)
 
 
 @pytest.mark.parametrize(
