@@ -21,7 +21,12 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
-from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
+from ddgan.training.objectives.adversarial import (
+    DiscriminatorObjective,
+    GANSetup,
+    GeneratorObjective,
+    GradientPenalties,
+)
 from ddgan.training.objectives.micro_batch import MicroBatch
 from ddgan.training.randomness import PerSampleRNG
 
@@ -74,7 +79,7 @@ class DDGAN:
                 network.compile()
         self.networks = discriminator, generator
         gan = GANSetup(generator, discriminator, DDGANScheduler())
-        self.objectives = DiscriminatorObjective(gan, 0.05, lazy_reg=2), GeneratorObjective(gan)
+        self.objectives = DiscriminatorObjective(gan, GradientPenalties(0.05, interval=2)), GeneratorObjective(gan)
         self.optimizers = [
             torch.optim.Adam(network.parameters(), 1e-4, (0.5, 0.9), fused=True) for network in self.networks
         ]

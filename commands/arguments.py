@@ -202,8 +202,18 @@ class DDGANArguments(Arguments):
     lr_min: float = option(
         1e-5, "final learning rate of both, after a cosine decay that is constant within an epoch", minimum=0
     )
-    r1_gamma: float = option(0.05, "weight of the gradient penalty R1; 0 turns it off", minimum=0)
-    lazy_reg: int = option(15, "steps between applications of R1", minimum=1)
+    gan_loss: Literal["non_saturating", "relativistic"] = option(
+        "non_saturating", "the paper's loss, or the one that compares the logits of real and generated images"
+    )
+    r1_gamma: float = option(0.05, "weight of the gradient penalty R1, on real images; 0 turns it off", minimum=0)
+    r2_gamma: float = option(0.0, "weight of the gradient penalty R2, on generated images; 0 turns it off", minimum=0)
+    lazy_reg: int = option(15, "steps between applications of the penalties", minimum=1)
+    gradient_penalty: Literal["exact", "finite_differences"] = option(
+        "exact", "how penalties are computed; finite differences need no second derivative"
+    )
+    instance_noise: float = option(
+        0.0, "standard deviation of noise on clean images, real and generated, for the discriminator", minimum=0
+    )
     diffaug: list[str] = option(
         [], "differentiable augmentations, for small datasets: any of color,translation,cutout"
     )

@@ -14,7 +14,12 @@ from ..training.job import TrainedNetwork, TrainingJob
 from ..training.lr_schedules import cosine_by_epoch
 from ..training.model_card import FinishedRun, settings_for_card
 from ..training.monitors import GANBalanceMonitor
-from ..training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
+from ..training.objectives.adversarial import (
+    DiscriminatorObjective,
+    GANSetup,
+    GeneratorObjective,
+    GradientPenalties,
+)
 from ..training.session import Session
 from .arguments import DISCRIMINATORS, DDGANArguments, DDGANRunArguments
 
@@ -26,7 +31,7 @@ def train_ddgan(
     evaluation: EvaluationArguments,
     args: DDGANArguments,
 ) -> FinishedRun:
-    """Train a generator and a discriminator from scratch with the non-saturating loss, R1 and Adam.
+    """Train a generator and a discriminator from scratch with gradient penalties and Adam.
 
     Raises:
         InputError: if the arguments are invalid.
@@ -47,14 +52,16 @@ def train_ddgan(
         generator.enable_gradient_checkpointing()
         discriminator.enable_gradient_checkpointing()
 
-    gan = GANSetup(generator, discriminator, scheduler, args.diffaug)
+    gan = GANSetup(generator, discriminator, scheduler, args.diffaug, args.gan_loss, args.instance_noise)
+    finite_differences = args.gradient_penalty == "finite_differences"
+    penalties = GradientPenalties(args.r1_gamma, args.r2_gamma, args.lazy_reg, finite_differences)
     cosine = partial(cosine_by_epoch, lowest=args.lr_min, steps_per_epoch=data.plan.steps_per_epoch)
     adam = partial(torch.optim.Adam, betas=(0.5, 0.9), fused=True)
     networks = [
         TrainedNetwork(
             name="d",
             network=discriminator,
-            objective=DiscriminatorObjective(gan, args.r1_gamma, args.lazy_reg),
+            objective=DiscriminatorObjective(gan, penalties),
             optimizer=adam(discriminator.parameters(), args.lr_d),
             lr_schedule=cosine,
         ),
@@ -87,7 +94,7 @@ def train_ddgan(
         sampler=PipelineSampler("as-saved", args.num_train_timesteps),
         labels=labels,
         grid=grid,
-        monitor=GANBalanceMonitor(),
+        monitor=GANBalanceMonitor(args.gan_loss),
         card=card,
         arguments=arguments,
     )

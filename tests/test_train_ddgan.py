@@ -23,7 +23,12 @@ from ddgan.data.preprocessing import Preprocessing
 from ddgan.training.arguments import DataArguments, LabelArguments
 from ddgan.training.loading import TrainingData
 from ddgan.training.monitors import GANBalanceMonitor
-from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
+from ddgan.training.objectives.adversarial import (
+    DiscriminatorObjective,
+    GANSetup,
+    GeneratorObjective,
+    GradientPenalties,
+)
 from ddgan.training.objectives.micro_batch import MicroBatch
 from ddgan.training.randomness import PerSampleRNG
 from ddgan.training.tracking import read_metrics
@@ -32,6 +37,7 @@ SCRIPT = ROOT / "train_ddgan.py"
 GENERATOR = "--block_out_channels 8 16 --layers_per_block 1 --attention_resolutions 4 --latent_dim 4"
 MAPPING = "--latent_embed_dim 8 --latent_mapping_layers 1 --discriminator_channels 2"
 RUN = "--image_size 8 --batch_size 4 --max_train_steps 6 --num_samples 4 --report_to none --lazy_reg 2 --r1_gamma 1"
+OTHER_LOSS = "--gan_loss relativistic --r2_gamma 1 --gradient_penalty finite_differences --instance_noise 0.1"
 # Adam turns gradients that are rounding noise into full steps; at these rates they stay below the bounds
 LOW_RATES = ["--lr_g", "2e-7", "--lr_d", "2e-7", "--lr_min", "1e-7"]
 GLOBAL_BATCH_8 = ["--grad_accumulation_steps", 2]
@@ -133,7 +139,10 @@ def test_the_run_equals_the_plain_computation_also_with_gradient_accumulation(tr
     )
     generator, discriminator, scheduler = build(args, [8, 8], None)
     gan = GANSetup(generator.train(), discriminator.train(), scheduler, args.diffaug)
-    objectives = DiscriminatorObjective(gan, args.r1_gamma, args.lazy_reg), GeneratorObjective(gan)
+    objectives = (
+        DiscriminatorObjective(gan, GradientPenalties(args.r1_gamma, interval=args.lazy_reg)),
+        GeneratorObjective(gan),
+    )
     optimizers = [torch.optim.Adam(n.parameters(), 1e-6, (0.5, 0.9)) for n in (discriminator, generator)]
     checkpoint = started / "checkpoints" / "step-00000004"
     for i, (network, optimizer) in enumerate(zip((discriminator, generator), optimizers, strict=True)):
@@ -188,14 +197,21 @@ def test_two_processes_equal_one_that_accumulates(train, tmp_path):
         assert second == pytest.approx(first, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
-@pytest.mark.parametrize("stop", [3, 5])
-def test_a_resumed_run_ends_like_one_that_was_never_stopped(train, stop):
-    straight = train("straight", "--random_flip")
-    train("resumed", "--random_flip", "--checkpointing_steps", stop)
+@pytest.mark.parametrize(("stop", "more"), [(3, []), (5, OTHER_LOSS.split())])
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(train, stop, more):
+    straight = train("straight", "--random_flip", *more)
+    train("resumed", "--random_flip", "--checkpointing_steps", stop, *more)
     run = straight.parent / "resumed"
     checkpoint = run / "checkpoints" / f"step-{stop:08d}"
-    train("resumed", "--random_flip", "--resume_from_checkpoint", checkpoint)
+    train("resumed", "--random_flip", "--resume_from_checkpoint", checkpoint, *more)
     assert_same(straight, run)
+
+
+def test_the_loss_and_the_penalties_are_those_of_the_flags(train):
+    run = train("run", *OTHER_LOSS.split(), "--max_train_steps", 2)
+    first, second = read_metrics(run / "metrics.csv")
+    assert first["d_loss"] == pytest.approx(math.log(2) + first["d_r1"] + first["d_r2"], abs=1e-3)
+    assert second["g_loss"] == pytest.approx(math.log(2), abs=0.05)
 
 
 def test_mixed_precision_stays_near_and_keeps_r1_in_float32(train, started):
@@ -279,14 +295,21 @@ def test_a_discriminator_that_keeps_winning_causes_one_warning():
     assert monitor([winning] * 1000) is None
 
 
+def test_a_relativistic_discriminator_is_judged_by_the_difference_of_the_logits():
+    def row(d_real, d_fake):
+        return {"d_loss": math.log1p(math.exp(d_fake - d_real)), "d_real": d_real, "d_fake": d_fake, "d_r1": math.nan}
+
+    assert GANBalanceMonitor("relativistic")([row(20.0, 19.0)] * 500) is None
+    assert "--r1_gamma" in GANBalanceMonitor("relativistic")([row(20.0, 14.0)] * 500)
+    assert "at chance 0.693" in GANBalanceMonitor("relativistic")([row(7.0, 7.1)] * 500)
+
+
 def test_a_discriminator_at_chance_causes_one_warning():
     monitor = GANBalanceMonitor()
     guessing, learning = [logged(0.3, 0.3), logged(-0.3, -0.3)], logged(0.2, -0.2)
     assert monitor(guessing * 200 + [learning] * 100) is None
     assert monitor(guessing * 150 + [learning] * 200) is None
-    assert (
-        monitor(guessing * 100 + [learning] * 300 + [logged(0.2, -0.2, 1.0)] * 1000) is None
-    )  # steps with R1 do not count
+    assert monitor(guessing * 100 + [learning] * 300 + [logged(0.2, -0.2, 1.0)] * 1000) is None  # R1 does not count
     assert "mean loss 1.409, at chance 1.386" in monitor(guessing * 250)
     assert monitor(guessing * 500) is None
     assert "--r1_gamma" in monitor([logged(9.0, -9.0)] * 500)

@@ -8,8 +8,7 @@ from .evaluator import Evaluation
 
 # mean logits of the discriminator beyond these, on the correct sides, mean a loss below 0.014
 _SATURATED_LOGIT = 5
-# loss of a discriminator that always predicts 50%
-_CHANCE_LOSS = 2 * math.log(2)
+# above the loss of a discriminator that always predicts 50%
 _LOSS_MARGIN = 0.01
 # share of pairs that a discriminator ranks correctly once it has won
 _WON_ACCURACY = 0.97
@@ -25,11 +24,16 @@ _PATIENCE = 500
 class GANBalanceMonitor:
     """Warns when the discriminator has won, or is worse than chance: either way the generator learns little.
 
-    Each of the two warnings is returned once. The monitor reads the columns `d_loss`, `d_real`, `d_fake` (logits) and
-    `d_r1`.
+    Each of the two warnings is returned once. The monitor reads the columns `d_loss`, `d_real`, `d_fake` (logits),
+    `d_r1` and `d_r2`.
+
+    Args:
+        loss: the loss of the discriminator, as in `objectives.adversarial.GANSetup`.
     """
 
-    def __init__(self):
+    def __init__(self, loss: str = "non_saturating"):
+        self.is_relativistic = loss == "relativistic"
+        self.chance_loss = math.log(2) if self.is_relativistic else 2 * math.log(2)  # if it always predicts 50%
         self.saturated_steps = 0
         self.losses: deque[float] = deque(maxlen=_PATIENCE)
         self.warned: set[str] = set()
@@ -37,10 +41,14 @@ class GANBalanceMonitor:
     def __call__(self, rows: list[dict[str, float]]) -> str | None:
         """Read the newest rows of metrics.csv and return a warning, or None."""
         for row in rows:
-            saturated = row["d_real"] > _SATURATED_LOGIT and row["d_fake"] < -_SATURATED_LOGIT
+            real, fake = row["d_real"], row["d_fake"]
+            if self.is_relativistic:  # only the difference of the logits matters
+                saturated = real - fake > _SATURATED_LOGIT
+            else:
+                saturated = real > _SATURATED_LOGIT and fake < -_SATURATED_LOGIT
             self.saturated_steps = self.saturated_steps + 1 if saturated else 0
-            if math.isnan(row["d_r1"]):  # otherwise the loss contains the penalty
-                self.losses.append(row["d_loss"])
+            penalties = (row.get(name, math.nan) for name in ("d_r1", "d_r2"))
+            self.losses.append(row["d_loss"] - sum(value for value in penalties if not math.isnan(value)))
         if self.saturated_steps >= _PATIENCE and "saturated" not in self.warned:
             self.warned.add("saturated")
             return (
@@ -50,12 +58,12 @@ class GANBalanceMonitor:
                 "cutout on a small dataset usually helps."
             )
         loss = fmean(self.losses) if len(self.losses) == _PATIENCE else 0
-        if loss > _CHANCE_LOSS + _LOSS_MARGIN and "chance" not in self.warned:
+        if loss > self.chance_loss + _LOSS_MARGIN and "chance" not in self.warned:
             self.warned.add("chance")
             return (
                 f"The discriminator has been worse than chance for {_PATIENCE} steps (mean loss {loss:.3f}, at chance "
-                f"{_CHANCE_LOSS:.3f}), so the generator learns little from it. A smaller --lr_d, an --lr_g below it, "
-                "or --diffaug without color usually helps."
+                f"{self.chance_loss:.3f}), so the generator learns little from it. A smaller --lr_d, an --lr_g below "
+                "it, or --diffaug without color usually helps."
             )
         return None
 

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from ddgan import DDGANDiscriminator, DDGANScheduler, NCSNpp
 from ddgan.conversion.ddgan_checkpoints import convert_discriminator, convert_generator
 from ddgan.training.augmentation import DifferentiableAugmentation
-from ddgan.training.objectives.adversarial import DiscriminatorObjective, GANSetup, GeneratorObjective
+from ddgan.training.objectives.adversarial import (
+    DiscriminatorObjective,
+    GANSetup,
+    GeneratorObjective,
+    GradientPenalties,
+)
 from ddgan.training.objectives.micro_batch import MicroBatch
 from ddgan.training.randomness import PerSampleRNG
 
@@ -69,7 +74,12 @@ def test_one_iteration_matches_the_recorded_one(golden, variant, gamma, lazy_reg
         optimizer.step()
         return {name: value.item() for name, value in values.items()}, norm.item()
 
-    d, d_norm = update(discriminator, DiscriminatorObjective(gan, gamma, lazy_reg), config["lr_d"], "d_step")
+    d, d_norm = update(
+        discriminator,
+        DiscriminatorObjective(gan, GradientPenalties(gamma, interval=lazy_reg)),
+        config["lr_d"],
+        "d_step",
+    )
     assert all(p.grad is None for p in generator.parameters())
     g, g_norm = update(generator, GeneratorObjective(gan), config["lr_g"], "g_step")
 
@@ -119,7 +129,7 @@ def micro_batch(step=0, count=8):
 
 def test_r1_is_due_at_its_interval_and_the_squared_norm_of_the_gradient():
     gan = tiny_gan()
-    objective = DiscriminatorObjective(gan, r1_gamma=3.0, lazy_reg=2)
+    objective = DiscriminatorObjective(gan, GradientPenalties(3.0, interval=2))
     due, not_due = objective(gan.discriminator, micro_batch(step=4)), objective(gan.discriminator, micro_batch(step=5))
     assert not_due["r1"].isnan().all()
     torch.testing.assert_close(due["loss"] - due["r1"], not_due["loss"])
@@ -130,9 +140,89 @@ def test_r1_is_due_at_its_interval_and_the_squared_norm_of_the_gradient():
     torch.testing.assert_close(due["r1"], 3.0 / 2 * gradient.flatten(1).square().sum(1))
 
 
+def gradient_norms(gan, batch):
+    """Return the squared norms of D's gradient at the real and at the generated images of a batch."""
+    t, less_noisy, noisier = gan.real_pair(batch)
+    norms = []
+    for images in (less_noisy, gan.fake(gan.generator, batch, t, noisier).detach()):
+        images.requires_grad_()
+        (gradient,) = torch.autograd.grad(gan.discriminator(images, t, noisier).sum(), images)
+        norms.append(gradient.flatten(1).square().sum(1))
+    return norms
+
+
+def test_r2_is_the_penalty_of_generated_images():
+    gan = tiny_gan()
+    values = DiscriminatorObjective(gan, GradientPenalties(3.0, 5.0))(gan.discriminator, micro_batch())
+    real, fake = gradient_norms(gan, micro_batch())
+    torch.testing.assert_close(values["r1"], 3.0 / 2 * real)
+    torch.testing.assert_close(values["r2"], 5.0 / 2 * fake)
+    losses = F.softplus(-values["real"]) + F.softplus(values["fake"])
+    torch.testing.assert_close(values["loss"], losses + values["r1"] + values["r2"])
+    alone = DiscriminatorObjective(gan, GradientPenalties(0.0, 5.0))(gan.discriminator, micro_batch())
+    assert torch.equal(alone["r2"], values["r2"]) and alone["r1"].isnan().all()
+
+
+def test_finite_differences_estimate_the_penalties():
+    gan = tiny_gan()
+    objective = DiscriminatorObjective(gan, GradientPenalties(3.0, 5.0, finite_differences=True, step=1e-3))
+    totals = torch.zeros(2)
+    for seed in range(200):
+        batch = micro_batch()
+        batch.rng = MixedRNG(batch.rng, seed)
+        values = objective(gan.discriminator, batch)
+        totals += torch.stack([values["r1"].detach().sum(), values["r2"].detach().sum()])
+    real, fake = gradient_norms(gan, micro_batch())
+    torch.testing.assert_close(totals / 200, torch.stack([3 / 2 * real.sum(), 5 / 2 * fake.sum()]), rtol=0.1, atol=0)
+
+
+class MixedRNG:
+    """The numbers of a `PerSampleRNG` for the pairs and the generator, then those of a seed for the penalties."""
+
+    def __init__(self, rng, seed):
+        self.rng, self.generator, self.calls = rng, torch.Generator().manual_seed(seed), 0
+
+    def integers(self, high):
+        return self.rng.integers(high)
+
+    def normal(self, *shape):
+        self.calls += 1
+        if self.calls <= 4:  # of the pair, of the latent and of the posterior
+            return self.rng.normal(*shape)
+        return torch.randn(len(self.rng.generators), *shape, generator=self.generator)
+
+
+def test_the_relativistic_loss_compares_real_and_generated_images_with_the_same_noisier_image():
+    gan = tiny_gan(loss="relativistic")
+    values = DiscriminatorObjective(gan, GradientPenalties())(gan.discriminator, micro_batch())
+    torch.testing.assert_close(values["loss"], F.softplus(values["fake"] - values["real"]))
+    generator_loss = GeneratorObjective(gan)(gan.generator, micro_batch())["loss"]
+    torch.testing.assert_close(generator_loss, F.softplus(values["real"] - values["fake"]))
+    generator_loss.mean().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in gan.generator.parameters())
+
+
+def test_instance_noise_is_added_to_clean_images_alone():
+    gan, batch = tiny_gan(instance_noise=0.5), micro_batch()
+    t = torch.tensor([0, 1, 2, 3] * 2)
+    change = gan.add_instance_noise(batch, t, batch.images) - batch.images
+    assert torch.equal(change.abs().amax((1, 2, 3)) > 0, t == 0)
+    assert change[t == 0].std().item() == pytest.approx(0.5, rel=0.1)
+    losses = [DiscriminatorObjective(gan, GradientPenalties()), GeneratorObjective(gan)]
+    plain = tiny_gan()
+    for noisy, network, objective in zip(
+        losses,
+        (gan.discriminator, gan.generator),
+        (DiscriminatorObjective(plain, GradientPenalties()), GeneratorObjective(plain)),
+        strict=True,
+    ):
+        counterpart = plain.discriminator if network is gan.discriminator else plain.generator
+        assert not torch.allclose(noisy(network, micro_batch())["loss"], objective(counterpart, micro_batch())["loss"])
+
+
 def test_r1_stays_in_float32_under_mixed_precision():
     gan = tiny_gan()
-    objective = DiscriminatorObjective(gan, r1_gamma=1.0, lazy_reg=1)
+    objective = DiscriminatorObjective(gan, GradientPenalties(1.0))
     exact = objective(gan.discriminator, micro_batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = objective(gan.discriminator, micro_batch())
@@ -179,7 +269,7 @@ def test_augmentations_do_as_documented_and_alike_for_all_images_of_a_sample():
 
 def test_gradients_of_the_penalty_pass_through_every_augmentation():
     gan = tiny_gan(augment=["color", "translation", "cutout"])
-    values = DiscriminatorObjective(gan, r1_gamma=1.0, lazy_reg=1)(gan.discriminator, micro_batch())
+    values = DiscriminatorObjective(gan, GradientPenalties(1.0))(gan.discriminator, micro_batch())
     values["r1"].sum().backward()
     assert all(p.grad.isfinite().all() for p in gan.discriminator.parameters() if p.grad is not None)
     assert gan.discriminator.conv_in.weight.grad.abs().max() > 0

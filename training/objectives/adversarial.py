@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,13 @@ from ...schedulers.scheduling_ddgan import DDGANScheduler
 from ..augmentation import DifferentiableAugmentation
 from .micro_batch import MicroBatch
 
+GANLoss = Literal["non_saturating", "relativistic"]
+Augmentation = Callable[[torch.Tensor], torch.Tensor]
+
 
 @dataclass
 class GANSetup:
-    """The networks and the noise process that both objectives share.
+    """The networks, the noise process and the loss that both objectives share.
 
     For a generator with another signature, override `predict` in a subclass.
 
@@ -25,12 +29,28 @@ class GANSetup:
         scheduler: samples real pairs from the forward process, and the less noisy image of a generated pair from the
             posterior.
         augment: names of the differentiable augmentations of the pairs, real and generated ones alike.
+        loss: "non_saturating" (arXiv 1406.2661), or "relativistic", which compares the logits of a real and a
+            generated pair with the same noisier image (arXiv 1807.00734).
+        instance_noise: standard deviation of noise that is added to clean images, real and generated ones, before the
+            discriminator (arXiv 1610.04490).
     """
 
     generator: NCSNpp
     discriminator: DDGANDiscriminator
     scheduler: DDGANScheduler
     augment: Sequence[str] = ()
+    loss: GANLoss = "non_saturating"
+    instance_noise: float = 0.0
+
+    def discriminator_loss(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """Return the loss (B,) of the discriminator from its logits (B,)."""
+        if self.loss == "relativistic":
+            return F.softplus(fake - real)
+        return F.softplus(-real) + F.softplus(fake)
+
+    def generator_loss(self, real: torch.Tensor | None, fake: torch.Tensor) -> torch.Tensor:
+        """Return the loss (B,) of the generator from the logits (B,); only the relativistic one needs real pairs."""
+        return F.softplus(-fake if real is None else real - fake)
 
     def real_pair(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return random timesteps (B,), and each image with less and with more noise."""
@@ -54,6 +74,19 @@ class GANSetup:
         noise = batch.rng.normal(*noisier.shape[1:])
         return self.scheduler.step(predicted, t, noisier, variance_noise=noise, return_dict=False)[0]
 
+    def add_instance_noise(self, batch: MicroBatch, t: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Return less noisy images of pairs; those without noise, at t = 0, get instance noise."""
+        if not self.instance_noise:
+            return image
+        is_clean = (t == 0).view(-1, 1, 1, 1)
+        return torch.where(is_clean, image + self.instance_noise * batch.rng.normal(*image.shape[1:]), image)
+
+    def augmentation(self, batch: MicroBatch) -> Augmentation:
+        """Return a random augmentation for each pair of a batch."""
+        if not self.augment:
+            return lambda images: images
+        return DifferentiableAugmentation(self.augment, batch.rng, *batch.images.shape[2:])
+
     def discriminate(
         self,
         discriminator: Callable[..., torch.Tensor],
@@ -61,63 +94,108 @@ class GANSetup:
         t: torch.Tensor,
         less_noisy: torch.Tensor,
         noisier: torch.Tensor,
+        augment: Augmentation | None = None,
     ) -> torch.Tensor:
-        """Return the discriminator's logits, (B,) in float32, of augmented pairs."""
-        if self.augment:
-            augment = DifferentiableAugmentation(self.augment, batch.rng, *noisier.shape[2:])
-            less_noisy, noisier = augment(less_noisy), augment(noisier)
-        return discriminator(less_noisy, t, noisier, batch.labels).float()
+        """Return the discriminator's logits, (B,) in float32, of pairs with this or a random augmentation."""
+        augment = augment or self.augmentation(batch)
+        return discriminator(augment(less_noisy), t, augment(noisier), batch.labels).float()
 
 
-class DiscriminatorObjective:
-    """softplus(-D(real pair)) + softplus(D(fake pair)), plus the gradient penalty R1 (arXiv 1801.04406) at intervals.
+@dataclass
+class GradientPenalties:
+    """R1 for real pairs (arXiv 1801.04406) and R2 for generated ones, at intervals.
 
-    R1 is r1_gamma / 2 times the squared norm of D's gradient with respect to the less noisy real image; it is not
-    multiplied by its interval. It is computed in float32 even under mixed precision. (On a GPU with TF32, PyTorch
+    Each is gamma / 2 times the squared norm of D's gradient with respect to the less noisy image of a pair; it is not
+    multiplied by its interval. Both are computed in float32 even under mixed precision. (On a GPU with TF32, PyTorch
     rounds the inputs of its convolutions to TF32, unless `torch.backends.cudnn.conv.fp32_precision` is "ieee".)
 
     Args:
-        gan: the networks and the noise process.
-        r1_gamma: weight of R1.
-        lazy_reg: interval of R1 in optimizer steps, starting at step 0.
+        r1_gamma: weight of R1; 0 turns it off.
+        r2_gamma: weight of R2; 0 turns it off.
+        interval: optimizer steps between penalties, starting at step 0.
+        finite_differences: estimate the squared norm as (D(x + step noise) - D(x))^2 / step^2 with standard normal
+            noise (arXiv 2501.08316), which needs no second derivative and is exact on average for small steps.
+        step: standard deviation of that noise, for images in [-1, 1].
     """
 
-    def __init__(self, gan: GANSetup, r1_gamma: float, lazy_reg: int):
-        self.gan, self.r1_gamma, self.lazy_reg = gan, r1_gamma, lazy_reg
+    r1_gamma: float = 0.0
+    r2_gamma: float = 0.0
+    interval: int = 1
+    finite_differences: bool = False
+    step: float = 0.02
 
-    def __call__(self, discriminator: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Return `loss`, D's logits of `real` and `fake` pairs, and the term `r1` (NaN if not due), each (B,)."""
-        gan = self.gan
-        t, less_noisy, noisier = gan.real_pair(batch)
-        with torch.no_grad():
-            fake_image = gan.fake(gan.generator, batch, t, noisier)
-        r1_due = self.r1_gamma and batch.step % self.lazy_reg == 0
-        if r1_due:
-            real, r1 = self._real_logits_and_r1(batch, t, less_noisy, noisier)
-        else:
-            real = gan.discriminate(discriminator, batch, t, less_noisy, noisier)
-            r1 = torch.full_like(real, torch.nan)
-        fake = gan.discriminate(discriminator, batch, t, fake_image, noisier)
-        loss = F.softplus(-real) + F.softplus(fake)
-        return {"loss": loss + r1 if r1_due else loss, "real": real, "fake": fake, "r1": r1}
+    def gammas(self, step: int) -> tuple[float, float]:
+        """Return the weights of R1 and R2 in an optimizer step."""
+        return (self.r1_gamma, self.r2_gamma) if step % self.interval == 0 else (0.0, 0.0)
 
-    def _real_logits_and_r1(
-        self, batch: MicroBatch, t: torch.Tensor, less_noisy: torch.Tensor, noisier: torch.Tensor
+    def __call__(
+        self,
+        gan: GANSetup,
+        batch: MicroBatch,
+        t: torch.Tensor,
+        less_noisy: torch.Tensor,
+        noisier: torch.Tensor,
+        gamma: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        network = self.gan.discriminator
-        less_noisy = less_noisy.requires_grad_()
+        """Return the logits of pairs and their penalties, each (B,)."""
+        network = gan.discriminator
 
         def in_float32(*inputs):  # bypasses the mixed precision and compilation of the module's `__call__`
             return type(network).forward(network, *inputs)
 
+        augment = gan.augmentation(batch)
         with torch.autocast(less_noisy.device.type, enabled=False):
-            real = self.gan.discriminate(in_float32, batch, t, less_noisy, noisier)
-            (gradient,) = torch.autograd.grad(real.sum(), less_noisy, create_graph=True)
-            return real, self.r1_gamma / 2 * gradient.square().sum(dim=(1, 2, 3))
+            if self.finite_differences:
+                shifted = less_noisy + self.step * batch.rng.normal(*less_noisy.shape[1:])
+                logits, shifted_logits = (
+                    gan.discriminate(in_float32, batch, t, images, noisier, augment)
+                    for images in (less_noisy, shifted)
+                )
+                squared_norm = ((shifted_logits - logits) / self.step).square()
+            else:
+                less_noisy = less_noisy.detach().requires_grad_()
+                logits = gan.discriminate(in_float32, batch, t, less_noisy, noisier, augment)
+                (gradient,) = torch.autograd.grad(logits.sum(), less_noisy, create_graph=True)
+                squared_norm = gradient.square().sum(dim=(1, 2, 3))
+        return logits, gamma / 2 * squared_norm
+
+
+class DiscriminatorObjective:
+    """The loss of a `GANSetup`, for pairs from the forward process and generated ones, plus gradient penalties."""
+
+    def __init__(self, gan: GANSetup, penalties: GradientPenalties):
+        self.gan, self.penalties = gan, penalties
+
+    def __call__(self, discriminator: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Return `loss`, D's logits of `real` and `fake` pairs, and the terms `r1` and `r2`, each (B,).
+
+        The terms are NaN in steps without penalties; there is no `r2` if its weight is 0.
+        """
+        gan = self.gan
+        t, less_noisy, noisier = gan.real_pair(batch)
+        with torch.no_grad():
+            fake_image = gan.fake(gan.generator, batch, t, noisier)
+        logits, values = [], {}
+        for name, images, gamma in zip(
+            ("r1", "r2"), (less_noisy, fake_image), self.penalties.gammas(batch.step), strict=True
+        ):
+            images = gan.add_instance_noise(batch, t, images)
+            if gamma:
+                of_images, values[name] = self.penalties(gan, batch, t, images, noisier, gamma)
+            else:
+                of_images = gan.discriminate(discriminator, batch, t, images, noisier)
+            logits.append(of_images)
+        real, fake = logits
+        loss = gan.discriminator_loss(real, fake)
+        for penalty in values.values():
+            loss = loss + penalty
+        without = torch.full_like(real, torch.nan)
+        terms = {name: values.get(name, without) for name in ("r1", "r2") if name == "r1" or self.penalties.r2_gamma}
+        return {"loss": loss, "real": real, "fake": fake, **terms}
 
 
 class GeneratorObjective:
-    """softplus(-D(fake pair)), the non-saturating loss (arXiv 2112.07804, section 3.2).
+    """The loss of a `GANSetup` for generated pairs.
 
     The discriminator's parameters need no gradients here: the caller disables them until after the backward pass, as
     the training loop does.
@@ -129,6 +207,11 @@ class GeneratorObjective:
     def __call__(self, generator: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Return `loss`, (B,)."""
         gan = self.gan
-        t, _, noisier = gan.real_pair(batch)
-        fake_image = gan.fake(generator, batch, t, noisier)
-        return {"loss": F.softplus(-gan.discriminate(gan.discriminator, batch, t, fake_image, noisier))}
+        t, less_noisy, noisier = gan.real_pair(batch)
+        fake_image = gan.add_instance_noise(batch, t, gan.fake(generator, batch, t, noisier))
+        fake, real = gan.discriminate(gan.discriminator, batch, t, fake_image, noisier), None
+        if gan.loss == "relativistic":
+            with torch.no_grad():
+                less_noisy = gan.add_instance_noise(batch, t, less_noisy)
+                real = gan.discriminate(gan.discriminator, batch, t, less_noisy, noisier)
+        return {"loss": gan.generator_loss(real, fake)}
