@@ -7,7 +7,7 @@ The network first learns from samples of the start model to reach in one evaluat
 (distillation), then also from a discriminator that compares its samples with the images (adversarial training). The
 result samples with the exact posterior steps of `DDPMScheduler`. It is a plain `DDPMPipeline`, or a
 `ClassConditionalPipeline` if the start model is class-conditional.
-From Python, call `ddgan.commands.few_step.finetune_few_step`.
+From Python, call `ddgan.api.few_step`.
 """
 
 from ddgan.commands.arguments import FewStepArguments, FewStepRunArguments

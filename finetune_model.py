@@ -4,7 +4,7 @@
         Norod78/Vintage-Faces-FFHQAligned --image_size 128 --batch_size 8 --grad_accumulation_steps 2 --num_epochs 16
 
 Without a model, data or --config it runs the demo: examples/demo.yaml, with the embedded model and images.
-From Python, call `ddgan.commands.finetune.finetune`.
+From Python, call `ddgan.api.finetune`.
 """
 
 import sys
@@ -16,7 +16,7 @@ from ddgan.core.locations import EXAMPLES
 from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
 
 # flags that name a model, data or settings; a command without any of them runs the demo
-NOT_THE_DEMO = {"--config", "--start_model", "--dataset_name", "--train_data_dir"}
+NOT_THE_DEMO = {"--config", "--start_model", "--model_config", "--dataset_name", "--train_data_dir"}
 
 
 def main(argv: list[str] | None = None) -> None:

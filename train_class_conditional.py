@@ -3,7 +3,7 @@
     accelerate launch train_class_conditional.py --recipe fast --dataset mnist --data_dir data
 
 Without --recipe or --config it uses `--recipe tutorial`, and without data it trains on MNIST.
-From Python, call `ddgan.commands.train_class_conditional.train_class_conditional`.
+From Python, call `ddgan.api.train_class_conditional`.
 """
 
 import sys

@@ -3,7 +3,7 @@
     accelerate launch train_ddgan.py --config examples/recipes/ddgan_mnist_16.yaml --train_data_dir path/to/MNIST
 
 Without data or --config it uses examples/recipes/ddgan_emoji_32.yaml and the embedded images.
-From Python, call `ddgan.commands.train_ddgan.train_ddgan`.
+From Python, call `ddgan.api.train_ddgan`.
 """
 
 import sys

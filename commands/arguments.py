@@ -79,13 +79,19 @@ class FinetuneArguments(Arguments):
 
     _argument_group_name = "fine-tuning"
 
-    start_model: str = option(
-        "examples/models/noto-emoji-32",
-        "pipeline folder or Hub repository of an unconditional UNet2DModel to start from",
+    _alternatives = ({"start_model", "model_config"},)
+
+    start_model: str | None = option(
+        None,
+        "pipeline folder or Hub repository of an unconditional UNet2DModel to start from (default: the embedded model "
+        "of emoji)",
+    )
+    model_config: str | None = option(
+        None, "train from scratch instead: config.json of a UNet2DModel, or the folder that contains it"
     )
     trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
-        None, "what the network predicts (default: same as the start model)"
+        None, "what the network predicts (default: same as the start model; epsilon with --model_config)"
     )
     min_snr_gamma: float | None = option(
         None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)", above=0
@@ -96,7 +102,14 @@ class FinetuneArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.start_model and self.model_config:
+            raise InputError(
+                "--start_model names a pretrained model, and --model_config trains a new one: pass only one of them."
+            )
+        if not self.model_config:
+            self.start_model = self.start_model or "examples/models/noto-emoji-32"
         resolve_locations(self, "start_model")
+        resolve_paths(self, "model_config")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,9 +324,10 @@ class ClassConditionalArguments(Arguments):
 
 @dataclass
 class ClassConditionalLearningRateArguments(LearningRateArguments):
-    """The learning rate and its schedule."""
+    """The learning rate and its schedule, and the other settings of the optimizer."""
 
-    learning_rate: float = option(1e-3, "peak learning rate (Adam)", minimum=0)
+    learning_rate: float = option(1e-3, "peak learning rate", minimum=0)
+    adam_weight_decay: float = option(0.0, "AdamW: weight decay, times the learning rate", minimum=0)
 
 
 @dataclass
@@ -392,9 +406,10 @@ class ClassifierDataArguments(DataArguments):
 
 @dataclass
 class ClassifierLearningRateArguments(LearningRateArguments):
-    """The learning rate and its schedule."""
+    """The learning rate and its schedule, and the other settings of the optimizer."""
 
-    learning_rate: float = option(4e-3, "peak learning rate of AdamW", minimum=0)
+    learning_rate: float = option(4e-3, "peak learning rate", minimum=0)
+    adam_weight_decay: float = option(0.05, "AdamW: weight decay, times the learning rate", minimum=0)
     lr_warmup_steps: int | None = option(
         None, "optimizer steps of linear warmup from zero (default: a twentieth)", minimum=0
     )
@@ -592,7 +607,7 @@ class EvaluateArguments(SamplingArguments):
     @property
     def card(self) -> Path:
         """The model card of the pipeline folder."""
-        return Path(self.pipeline or "") / CARD_NAME
+        return Path(str(self.pipeline or "")) / CARD_NAME
 
 
 # ---------------------------------------------------------------------------------------------------------------------

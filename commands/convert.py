@@ -22,8 +22,11 @@ from ..sampling.grids import image_grid
 from .arguments import ConvertArguments
 
 
-def convert(args: ConvertArguments) -> None:
+def convert(args: ConvertArguments) -> Path:
     """Convert the checkpoint, write the pipeline with its model card, and print where it is.
+
+    Returns:
+        The pipeline folder.
 
     Raises:
         InputError: if the checkpoint cannot be read, its training arguments are unknown or do not fit, or another
@@ -113,6 +116,7 @@ def convert_checkpoint(args: ConvertArguments, output: Path) -> None:
     if discriminator is not None:
         print(f"discriminator  {output / 'discriminator'}")
     print(f"load with      pipe = ddgan.DDGANPipeline.from_pretrained({str(output)!r})")
+    return output
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from ..core.accelerator import start_accelerate
 from ..core.errors import InputError, RunError, naming_file
 from ..core.files import fingerprint, location_name, remove_temporary_files, replace_file
+from ..core.locations import InMemory
 from ..core.locks import locked
 from ..core.threads import one_thread_per_operation
 from ..data.arguments import check_value_range
@@ -50,8 +51,11 @@ from .arguments import DEFAULT_NUM_IMAGES, EvaluateArguments
 logger = logging.getLogger("ddgan")
 
 
-def evaluate(args: EvaluateArguments) -> None:
+def evaluate(args: EvaluateArguments) -> Results | None:
     """Measure the samples, write the results, and print them.
+
+    Returns:
+        The results, in the main process.
 
     Raises:
         InputError: if the samples, the reference or the extractor cannot be used.
@@ -71,6 +75,7 @@ def evaluate(args: EvaluateArguments) -> None:
         with user_errors(RunError):
             reference, held_out = load_references(samples, extractor, args, accelerator, threads)
         folder = parts_folder(samples, extractor, classifier, args)
+        results = None
         with saving_images(args, accelerator), locked_parts(folder, accelerator) as parts:
             with user_errors(RunError):
                 features = extract_sample_features(samples, extractor, classifier, args, accelerator, threads, parts)
@@ -83,6 +88,7 @@ def evaluate(args: EvaluateArguments) -> None:
                 if parts:
                     shutil.rmtree(parts, ignore_errors=True)
     accelerator.end_training()
+    return results
 
 
 @contextmanager
@@ -398,14 +404,14 @@ def load_references(
 
 
 def open_reference(
-    location: str, split: str | None, default_split: str, args: EvaluateArguments, accelerator: Accelerator
+    location: str | InMemory, split: str | None, default_split: str, args: EvaluateArguments, accelerator: Accelerator
 ) -> ImageSource | None:
     """Open the images of a reference; None for a file of features or statistics.
 
     Raises:
         InputError: if there are no such images.
     """
-    path = Path(location)
+    path = Path("" if isinstance(location, InMemory) else location)
     if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".npz" and holds_statistics(path))):
         return None
     with accelerator.main_process_first():
@@ -448,7 +454,7 @@ def check_reference_options(
 
 
 def load_reference(
-    location: str,
+    location: str | InMemory,
     source: ImageSource | None,
     count: int | None,
     samples: PipelineSamples | StoredSamples,
@@ -468,7 +474,7 @@ def load_reference(
         RunError: if an image cannot be read.
     """
     if source is None:
-        path = Path(location)
+        path = Path(str(location))
         if path.suffix == ".safetensors":
             return read_reference_features(path, extractor, accelerator)
         return read_reference_statistics(path, samples.preprocessing, extractor)
@@ -537,7 +543,7 @@ def read_reference_statistics(path: Path, preprocessing: Preprocessing, extracto
     return Reference(facts, None, Gaussian(mean, covariance))
 
 
-def require_images(minimum: int, location: str, reference: Reference) -> None:
+def require_images(minimum: int, location: str | InMemory, reference: Reference) -> None:
     """Raise an error for a reference with too few images; the number behind saved statistics is unknown."""
     count = reference.facts.images
     if count is not None and count < minimum:
@@ -552,7 +558,9 @@ def write_results(results: Results, args: EvaluateArguments, seconds: float) -> 
     """Write the results file, the plot of the confusion matrix next to it, and the model card of a pipeline folder."""
     output = Path(args.output)
     content = {**results.to_json(), "seconds": seconds, "arguments": asdict(args)}
-    replace_file(output, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    replace_file(
+        output, lambda path: path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    )
     if results.classes:
         figure = confusion_matrix_plot(results.classes.confusion, results.classes.names)
         replace_file(confusion_path(args), lambda path: figure.savefig(path, dpi=110))

@@ -303,7 +303,7 @@ def describe(
         f"{' or '.join(map(str, args.num_inference_steps))} sampling steps.{classes}",
         usage=usage,
         settings=settings_for_card(*arguments),
-        base_model=args.start_model,
+        base_model=location_name(args.start_model),
         dataset=data.name,
         tags=tags,
         **license_of(args.start_model),

@@ -1,6 +1,7 @@
 """Fine-tune a pretrained unconditional diffusion pipeline."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -13,12 +14,12 @@ from ..sampling.loading import ddim_usage
 from ..training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
 from ..training.ema import EMA
 from ..training.job import TrainedNetwork, TrainingJob
-from ..training.lr_schedules import lr_schedule
+from ..training.lr_schedules import adamw, lr_schedule
 from ..training.model_card import FinishedRun, settings_for_card
 from ..training.objectives.denoising import DenoisingObjective
 from ..training.sample_grids import save_before_after
 from ..training.session import Session
-from ..training.start_model import image_size, load_start_model
+from ..training.start_model import image_size, load_start_model, new_model
 from .arguments import TRAINED_PARTS, FinetuneArguments
 
 
@@ -29,16 +30,24 @@ def finetune(
     evaluation: EvaluationArguments,
     args: FinetuneArguments,
 ) -> FinishedRun:
-    """Fine-tune a pretrained UNet on images with the denoising loss and AdamW.
+    """Fine-tune a pretrained UNet, or train a new one, on images with the denoising loss and AdamW.
 
     Raises:
         InputError: if the arguments are invalid.
         RunError: if the run fails after it has started.
     """
     session = Session.open(run, supports_fsdp=True)
-    pipeline = load_start_model(
-        args.start_model, data_args.size, args.prediction_type, trust_remote_code=args.trust_remote_code
-    )
+    if args.model_config:
+        torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
+        pipeline = new_model(args.model_config, data_args.size, args.prediction_type)
+        facts: dict[str, Any] = {"tags": ["ddpm"]}
+    else:
+        assert args.start_model is not None
+        pipeline = load_start_model(
+            args.start_model, data_args.size, args.prediction_type, trust_remote_code=args.trust_remote_code
+        )
+        facts = {"tags": ["ddpm", "fine-tuned"], "base_model": location_name(args.start_model)}
+        facts |= license_of(args.start_model)
     unet = pipeline.unet
     data = session.load_data(data_args, unet.config.in_channels, image_size(unet))
     trained_parameters = freeze(unet, args)
@@ -48,24 +57,24 @@ def finetune(
     arguments = (run, learning_rate, data_args, evaluation, args)
     card = CardFacts(
         title=run.model_save_name,
-        summary=f"An unconditional diffusion model: {location_name(args.start_model)}, fine-tuned on {data.name}.",
+        summary=f"An unconditional diffusion model trained from scratch on {data.name}."
+        if args.start_model is None
+        else f"An unconditional diffusion model: {location_name(args.start_model)}, fine-tuned on {data.name}.",
         usage=USAGE.format(
             model=string_literal(run.folder_name),
             scheduler=ddim_usage(pipeline, args.sample_steps),
             steps=args.sample_steps,
         ),
         settings=settings_for_card(*arguments),
-        base_model=args.start_model,
         dataset=data.name,
-        tags=["ddpm", "fine-tuned"],
-        **license_of(args.start_model),
+        **facts,
     )
     job = TrainingJob(
         networks=[
             TrainedNetwork(
                 network=unet,
                 objective=DenoisingObjective(pipeline.scheduler, args.min_snr_gamma),
-                optimizer=torch.optim.AdamW(trained_parameters, lr=learning_rate.learning_rate, fused=True),
+                optimizer=adamw(trained_parameters, learning_rate),
                 lr_schedule=partial(lr_schedule, args=learning_rate),
             )
         ],
@@ -90,7 +99,8 @@ def freeze(unet: UNet2DModel, args: FinetuneArguments) -> list[torch.nn.Paramete
     trained_parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     if not trained_parameters:
         raise InputError(
-            f"--freeze {args.freeze} leaves nothing to train: the UNet of {args.start_model} has no such part."
+            f"--freeze {args.freeze} leaves nothing to train: the UNet of {args.start_model or args.model_config} has "
+            "no such part."
         )
     return trained_parameters
 

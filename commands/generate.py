@@ -6,13 +6,15 @@ generated in fixed groups of consecutive seeds.
 
 import json
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .. import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
@@ -33,7 +35,34 @@ from .arguments import GRID_IMAGES, GenerateArguments
 SETTINGS, GRID, INTERMEDIATES = "generate.json", "grid.png", "intermediates.png"
 
 
-def generate(args: GenerateArguments) -> None:
+@dataclass(frozen=True)
+class GeneratedImages:
+    """Images in an output folder.
+
+    Attributes:
+        folder: the output folder.
+        paths: their PNG files, in the order of their seeds.
+        grid, intermediates: grid.png and intermediates.png, if they were requested.
+    """
+
+    folder: Path
+    paths: list[Path]
+    grid: Path | None = None
+    intermediates: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> Image.Image:
+        with Image.open(self.paths[i]) as image:
+            image.load()
+        return image
+
+
+def generate(args: GenerateArguments) -> GeneratedImages:
     """Generate the images that are missing in the output folder, and print where they are.
 
     Raises:
@@ -43,6 +72,13 @@ def generate(args: GenerateArguments) -> None:
     accelerator = start_accelerate()
     with locked(Path(args.output_dir), accelerator), one_thread_per_operation(accelerator.device) as threads:
         generate_images(args, accelerator, threads)
+    folder = Path(args.output_dir)
+    return GeneratedImages(
+        folder=folder,
+        paths=[image_path(folder, i) for i in range(args.num_images)],
+        grid=folder / GRID if args.grid else None,
+        intermediates=folder / INTERMEDIATES if args.intermediates else None,
+    )
 
 
 def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: int) -> None:
@@ -62,7 +98,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         class_labels = parse_class_labels(args.class_labels, class_names(getattr(pipe, "unet", None)))
     output = Path(args.output_dir)
     settings = {
-        "pipeline": args.pipeline,
+        "pipeline": str(args.pipeline),
         "contents": pipeline_hash(pipe),
         "scheduler": args.scheduler,
         "num_inference_steps": num_inference_steps,
@@ -111,7 +147,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     total, count = sum(map(len, shard)), sum(map(len, missing))
     progress = tqdm(total=total, initial=total - count, unit="image", disable=not accelerator.is_main_process)
     started = time.perf_counter()
-    with progress, logging_redirect_tqdm():  # warnings are printed above the progress bar
+    with progress, logging_redirect_tqdm(tqdm_class=tqdm):  # warnings are printed above the progress bar
         run_in_threads(generate_group, filter(None, missing), threads, progress.update)
 
     accelerator.wait_for_everyone()

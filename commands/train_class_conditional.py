@@ -16,7 +16,7 @@ from ..sampling.loading import ddim_usage
 from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments
 from ..training.ema import EMA
 from ..training.job import TrainedNetwork, TrainingJob
-from ..training.lr_schedules import lr_schedule
+from ..training.lr_schedules import adamw, lr_schedule
 from ..training.model_card import FinishedRun, settings_for_card
 from ..training.objectives.denoising import ClassConditionalObjective
 from ..training.session import Session
@@ -38,7 +38,7 @@ def train_class_conditional(
     evaluation: EvaluationArguments,
     args: ClassConditionalArguments,
 ) -> FinishedRun:
-    """Train a class-conditional network from scratch with the denoising loss and Adam.
+    """Train a class-conditional network from scratch with the denoising loss and AdamW.
 
     Raises:
         InputError: if the arguments are invalid.
@@ -90,7 +90,7 @@ def train_class_conditional(
             TrainedNetwork(
                 network=unet,
                 objective=objective,
-                optimizer=torch.optim.Adam(unet.parameters(), lr=learning_rate.learning_rate, fused=True),
+                optimizer=adamw(unet.parameters(), learning_rate),
                 lr_schedule=partial(lr_schedule, args=learning_rate),
             )
         ],

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.errors import InputError, RunError
 from ..data.arguments import check_value_range
@@ -20,7 +20,7 @@ from ..training.arguments import LabelArguments
 from ..training.ema import EMA
 from ..training.job import TrainedNetwork, TrainingJob
 from ..training.loading import open_training_source
-from ..training.lr_schedules import lr_schedule
+from ..training.lr_schedules import adamw, lr_schedule
 from ..training.model_card import FinishedRun, settings_for_card
 from ..training.objectives.classification import NOISE, ROTATION, SCALING, SHIFT, ClassificationObjective
 from ..training.run_folder import RunFolder
@@ -35,7 +35,6 @@ from .arguments import (
 
 HELD_OUT = 0.1  # share of the images held out, if there is no test split
 WARMUP = 1 / 20  # share of the optimizer steps
-WEIGHT_DECAY = 0.05
 
 
 def train_classifier(
@@ -90,9 +89,7 @@ def train_classifier(
             TrainedNetwork(
                 network=network,
                 objective=ClassificationObjective(args.augmentation),
-                optimizer=torch.optim.AdamW(
-                    network.parameters(), learning_rate.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
-                ),
+                optimizer=adamw(network.parameters(), learning_rate),
                 lr_schedule=lambda optimizer, steps: lr_schedule(
                     optimizer, steps, replace(learning_rate, lr_warmup_steps=warmup_steps(learning_rate, steps))
                 ),

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -17,7 +18,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 
 from .errors import InputError
-from .locations import find
+from .locations import InMemory, find
+from .run_files import check_starts_no_second_run
 
 _BOOLEANS: dict[str, bool] = {
     **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
@@ -27,6 +29,7 @@ _BOOLEANS: dict[str, bool] = {
 _RANGE = "range"  # key in the metadata of a field
 _LARGEST_INT = 2**31 - 1
 _EMPTY = "Pass a value, or omit it (is a variable of your shell not set?)."
+_NOT_SAVED = ("resume_from_checkpoint", "dry_run")  # a repeated run starts from step 0
 _MAX_CONFIG_SIZE = 1_000_000  # bytes
 
 
@@ -84,25 +87,61 @@ class Arguments:
     """Base class of dataclasses of arguments, built from the command line or in Python.
 
     Raises:
-        InputError: if a number is outside its range (see `option`), or a text or a list without default is empty; the
-            message names its flag.
+        InputError: if a value has another type than the field or is not one of its choices, a number is outside its
+            range (see `option`), or a text or a list without default is empty; the message names its flag.
     """
 
     def __post_init__(self):
         """Check all values, and expand `~` at the start of paths."""
+        annotations = get_type_hints(type(self))
         for argument in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, argument.name)
-            if value == [] and argument.default is None:
+            if value is None and argument.default is None:
+                continue
+            value = _of_type(argument, annotations[argument.name], value)
+            if isinstance(value, list) and not value and argument.default is None:
                 raise InputError(f"--{argument.name} is empty. {_EMPTY}")
             checked = [_checked(argument, item) for item in (value if isinstance(value, list) else [value])]
             setattr(self, argument.name, checked if isinstance(value, list) else checked[0])
+
+
+def _of_type(argument: dataclasses.Field, annotation: Any, value: Any) -> Any:
+    """Return a value, or list of values, converted to the type of its field; see `Arguments`.
+
+    Where a text is expected, other objects are left to the dataclass: some stand for paths and names.
+    """
+    kind, is_list = _value_type(annotation)
+    choices = argument.metadata.get("choices")
+    if get_origin(kind) is Literal:
+        choices, kind = get_args(kind), type(get_args(kind)[0])
+    if is_list and not isinstance(value, (list, tuple)):
+        raise InputError(f"--{argument.name} is {value!r}; it must be a list.")
+    for item in value if is_list else [value]:
+        if choices is not None and item not in choices:
+            raise InputError(f"--{argument.name} is {item!r}; choose from {', '.join(map(str, choices))}.")
+        expected = {int: Integral, float: Real}.get(kind, kind)
+        if kind is not str and (not isinstance(item, expected) or isinstance(item, bool) is not (kind is bool)):
+            names = {int: "an integer", float: "a number", bool: "True or False"}
+            raise InputError(f"--{argument.name} is {item!r}; it must be {names[kind]}.")
+    if kind is str:
+        return list(value) if is_list else value
+    return [kind(item) for item in value] if is_list else kind(value)
+
+
+def _value_type(annotation: Any) -> tuple[Any, bool]:
+    """Return the type of a field's value without `None`, or of the items of a list, and whether it is a list."""
+    if get_origin(annotation) in (UnionType, Union):
+        (annotation,) = [kind for kind in get_args(annotation) if kind is not type(None)]
+    is_list = get_origin(annotation) is list
+    return (get_args(annotation)[0] if is_list else annotation), is_list
 
 
 def _checked(argument: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if violation := argument.metadata.get(_RANGE, _Range()).violation(value):
             raise InputError(f"--{argument.name} is {value}; it must be {violation}.")
-    elif isinstance(value, str):
+    elif isinstance(value, (str, os.PathLike)):
+        value = os.fspath(value)
         if not value.strip():
             raise InputError(f"--{argument.name} is empty. {_EMPTY}")
         if "\0" in value:
@@ -153,19 +192,63 @@ def parse_arguments(
     ]
     for arguments in parsed:
         if getattr(arguments, "output_dir", None):
-            _check_output_dir(Path(arguments.output_dir))
+            folder = Path(arguments.output_dir)
+            _check_output_dir(folder)
+            if hasattr(arguments, "resume_from_checkpoint"):
+                check_starts_no_second_run(folder, bool(arguments.resume_from_checkpoint))
     return tuple(parsed)
+
+
+def read_config(path: str, *dataclass_types: type, overriding: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the values in a YAML file for `--config`, by argument, converted to the types of the dataclass fields.
+
+    Args:
+        overriding: names of arguments that are set elsewhere; their alternatives in the file are left out.
+
+    Raises:
+        InputError: see `parse_arguments`.
+    """
+    parser = _parser(dataclass_types, None)
+    alternatives = [group for kind in dataclass_types for group in getattr(kind, "_alternatives", ())]
+    tokens = _read_config(path, parser, alternatives, [f"--{name}" for name in overriding])
+    values = parser.parse_args(tokens)
+    named = [token.removeprefix("--") for token in tokens if token.startswith("--")]
+    return {name: getattr(values, name) for name in named if hasattr(values, name)}
 
 
 def write_config(path: Path, *arguments: Any) -> None:
     """Write all arguments, including defaults, to a YAML file that `--config` reads."""
-    values = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
-    values.pop("resume_from_checkpoint")  # a repeated run starts from step 0
     path.write_text(
         "# every argument of this run: pass this file back with --config to repeat it\n"
-        + yaml.safe_dump({name: value for name, value in values.items() if value is not None}, sort_keys=False),
+        + yaml.safe_dump(_plain_values(*arguments), sort_keys=False),
         encoding="utf-8",
     )
+
+
+def changed_values(path: Path, *arguments: Any) -> list[str]:
+    """Return the flags whose values differ from those in a file of `write_config`; none if it cannot be read."""
+    try:
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    if not isinstance(earlier, dict):
+        return []
+    fields = {field.name: field for part in arguments for field in dataclasses.fields(part)}
+    defaults = {name: field.default for name, field in fields.items() if field.default is not dataclasses.MISSING}
+    earlier, values = defaults | earlier, _plain_values(*arguments)  # a file of an earlier version lacks new flags
+    return [
+        f"--{name} {earlier.get(name)} -> {values.get(name)}"
+        for name in fields
+        if name not in _NOT_SAVED and earlier.get(name) != values.get(name)
+    ]
+
+
+def _plain_values(*arguments: Any) -> dict[str, Any]:
+    """Return the values of a run by flag, without those that are None or do not make another run."""
+    values = {name: value for part in arguments for name, value in dataclasses.asdict(part).items()}
+    values = {name: value for name, value in values.items() if name not in _NOT_SAVED}
+    plain = {name: str(value) if isinstance(value, InMemory) else value for name, value in values.items()}
+    return {name: value for name, value in plain.items() if value is not None}
 
 
 def _parser(dataclass_types: tuple[Any, ...], recipes: dict[str, Path] | None) -> argparse.ArgumentParser:
@@ -193,16 +276,14 @@ def _add_flag(group: Any, argument: dataclasses.Field, annotation: Any) -> None:
     Its type is str, int, float, bool, a Literal of strings or integers, or a list of one of these; or this or None.
     Lists may be empty. A bool that is True by default can be turned off with --no_NAME.
     """
-    if get_origin(annotation) in (UnionType, Union):
-        (annotation,) = [kind for kind in get_args(annotation) if kind is not type(None)]
+    annotation, is_list = _value_type(annotation)
     default = argument.default
     if argument.default_factory is not dataclasses.MISSING:
         default = argument.default_factory()
     options = {name: argument.metadata[name] for name in ("help", "choices") if name in argument.metadata}
     options |= {"default": default, "dest": argument.name}
-    if get_origin(annotation) is list:
+    if is_list:
         options["nargs"] = "*"
-        (annotation,) = get_args(annotation)
     if get_origin(annotation) is Literal:
         options["choices"] = get_args(annotation)
         annotation = type(options["choices"][0])

@@ -67,7 +67,6 @@ def run_command(main: Callable[[], None]) -> None:
     """
     logging.basicConfig(format="%(message)s")
     rank = os.environ.get("RANK", "0")
-    # all processes have the same input, so the warnings of one are enough
     logging.getLogger("ddgan").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     try:
         with _naming_missing_packages():

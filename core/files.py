@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .locations import InMemory
+
 LOCK = ".lock"  # name of the lock of a folder; that of the file with its owner starts with it
 TEMPORARY = ".tmp-"  # first characters of the names of temporary files and folders
 
@@ -119,10 +121,20 @@ def unused_path(path: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def location_name(location: str) -> str:
+def location_name(location: str | InMemory) -> str:
     """Return the base name of a local file or folder, or a Hub name unchanged; bytes that are not UTF-8 become `?`."""
+    location = location.name if isinstance(location, InMemory) else location
     name = Path(location).resolve().name if Path(location).exists() else location
     return name.encode(errors="replace").decode()
+
+
+def format_size(count: float) -> str:
+    """Return a number of bytes in the largest suitable unit."""
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while count >= 1000:
+        count, unit = count / 1000, next(units)
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
 def fingerprint(facts: Any) -> str:

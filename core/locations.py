@@ -14,18 +14,51 @@ _REACHABLE_SECONDS = 10  # to wait for an answer of the Hub
 _FILE_SUFFIXES = {".arrow", ".npz", ".parquet", ".safetensors", ".tar", ".zip"}
 
 
+class InMemory:
+    """A Python object where the command line has a path or name: a pipeline, a dataset, or a list of images.
+
+    Attributes:
+        value: the object.
+        name: the name of a dataset or of the model that a pipeline was loaded from, if known, or a description.
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+        self.name = _name_of(value)
+
+    def __str__(self) -> str:
+        return f"{self.name} (in memory)"
+
+    def __deepcopy__(self, memo: dict) -> "InMemory":
+        return self  # `dataclasses.asdict` copies values
+
+
+def _name_of(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "a list of images"
+    for part, attribute in (("config", "_name_or_path"), ("info", "dataset_name")):  # of pipelines, of datasets
+        if name := getattr(getattr(value, part, None), attribute, None):
+            return str(name)
+    return f"a {type(value).__name__}"
+
+
 def resolve_paths(arguments: Any, *names: str) -> None:
     """Check that the files or folders that these arguments name exist; None is ignored.
 
-    In every working directory, `examples/...` stands for the file of this name in the package.
+    In every working directory, `examples/...` stands for the file of this name in the package. Objects from Python are
+    wrapped as `InMemory`.
 
     Raises:
         InputError: if one does not exist; the message names its flag.
     """
     for name in names:
-        if (text := getattr(arguments, name)) and (path := find(text)) is None:
-            raise InputError(f"--{name} {text} does not exist{_looked_in(text)}.")
-        setattr(arguments, name, text and path)
+        value = getattr(arguments, name)
+        if value is not None and not isinstance(value, str):
+            setattr(arguments, name, _in_memory(value))
+            continue
+        if value and (path := find(value)) is None:
+            raise InputError(f"--{name} {value} does not exist{_looked_in(value)}.")
+        setattr(arguments, name, value and path)
 
 
 def resolve_locations(arguments: Any, *names: str, datasets: bool = False) -> None:
@@ -42,7 +75,10 @@ def resolve_locations(arguments: Any, *names: str, datasets: bool = False) -> No
     """
     for name in names:
         value = getattr(arguments, name)
-        texts = value if isinstance(value, list) else [value] if value else []
+        texts = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(text, str) for text in texts):
+            setattr(arguments, name, _in_memory(value))
+            continue
         for text in texts:
             if not find(text) and not _may_be_repository(text, datasets):
                 raise InputError(
@@ -110,6 +146,10 @@ def _is_cached(repo_id: str, repo_type: str) -> bool:
         cache = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
         folders.append(Path(cache) / repo_id.replace("/", "___"))
     return any(folder.is_dir() for folder in folders)
+
+
+def _in_memory(value: Any) -> InMemory:
+    return value if isinstance(value, InMemory) else InMemory(value)
 
 
 def _may_be_repository(text: str, datasets: bool) -> bool:

@@ -25,7 +25,7 @@ from torchvision.datasets.mnist import FashionMNIST
 from ..core.errors import InputError, naming_file
 from ..core.extras import missing_extra
 from ..core.files import fingerprint, fingerprint_bytes
-from ..core.locations import EXAMPLES, hub_problem
+from ..core.locations import EXAMPLES, InMemory, hub_problem
 from ..core.run_files import is_run_folder
 from .images import CHANNEL_MODES, IMAGE_SUFFIXES, BrokenImageError, encoded_or_path, file_bytes
 
@@ -136,6 +136,34 @@ class ImageSubset:
         labels = self.source.labels(column)
         assert labels.numbers is not None  # only streams have none
         return Labels(labels.classes, [labels.numbers[i] for i in self.indices])
+
+
+class ListedImages:
+    """A list of images from Python: PIL images, arrays of pixels, or paths."""
+
+    split = "all"
+
+    def __init__(self, images: Sequence[Any]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.images[i]
+
+    def name(self, i: int) -> str:
+        return f"image {i} of the list"
+
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        return _fingerprint(self.images[i] for i in indices)
+
+    def labels(self, column: str | None) -> Labels:
+        raise InputError(
+            "A list of images has no class labels. Pass a datasets.Dataset with them: "
+            'Dataset.from_dict({"image": images, "label": labels}, features=Features(image=Image(), '
+            "label=ClassLabel(names=names)))."
+        )
 
 
 class MissingSplitError(InputError):
@@ -700,7 +728,7 @@ class _Request:
 
 
 def open_source(
-    location: str,
+    location: str | InMemory,
     split: str | None = None,
     *,
     default_split: str = "train",
@@ -719,6 +747,7 @@ def open_source(
     | a folder with `raw/train-images-idx3-ubyte`, or a subfolder that has it | MNIST's idx format |
     | a folder of images | its image files, of one split if it has a subfolder per split |
     | any other folder, or a name on the Hub | as read by `datasets.load_dataset` |
+    | in memory, a `Dataset`, `DatasetDict` or list | its rows or items |
 
     Args:
         split: the split to read; datasets also accept slices such as `train[:10%]`. None: `default_split` of a source
@@ -735,13 +764,15 @@ def open_source(
             such configuration or column.
         MissingSplitError: if it does not have the requested split.
     """
+    if isinstance(location, InMemory):
+        return _open_in_memory(location.value, split, default_split, image_column)
     request = _Request(location, split, default_split, config, image_column, folder_as)
     _require_data_folder(request.path)
     return next(source for open_kind in KINDS if (source := open_kind(request)) is not None)
 
 
 def check_dataset_options(
-    sources: Sequence[tuple[str, ImageSource | None]], options: Mapping[str, str | None]
+    sources: Sequence[tuple[str | InMemory, ImageSource | None]], options: Mapping[str, str | None]
 ) -> None:
     """Check that options of datasets have an effect: that at least one of the sources is a dataset.
 
@@ -756,24 +787,63 @@ def check_dataset_options(
         return
     for flag, value in options.items():
         if value:
-            locations = " and ".join(location for location, _ in sources)
+            locations = " and ".join(str(location) for location, _ in sources)
             raise InputError(f"--{flag} {value} is a setting of a dataset, and {locations} is none: omit it.")
 
 
 def open_stream(
-    location: str, split: str | None = None, *, config: str | None = None, image_column: str | None = None
+    location: str | InMemory, split: str | None = None, *, config: str | None = None, image_column: str | None = None
 ) -> ImageStream:
     """Open a dataset on the Hub, or a local one (see `open_source`), to read its rows without a copy on disk.
+
+    In memory it is an `IterableDataset`.
 
     Raises:
         InputError: if it is not found, is not a dataset, or has no such split, configuration or column.
     """
+    if isinstance(location, InMemory):
+        if not hasattr(location.value, "set_epoch"):
+            raise InputError(f"{location} cannot be streamed: omit streaming, or pass a datasets.IterableDataset.")
+        _require_no_split(split, str(location))
+        return ImageStream(location.value, image_column)
     request = _Request(location, split, "train", config, image_column, "dataset")
     _require_data_folder(request.path)
     if request.path.suffix in (".npz", ".zip") and not request.path.is_dir():
         raise InputError(f"{location} cannot be streamed: read {request.path.suffix} files without --streaming.")
     rows, _ = _load_dataset(request, streaming=True)
     return ImageStream(rows, image_column, request.folder)
+
+
+def _open_in_memory(value: Any, split: str | None, default_split: str, image_column: str | None) -> ImageSource:
+    """Open an object of the `datasets` library or a list of images; see `open_source`."""
+    if isinstance(value, (list, tuple)):
+        _require_no_split(split, "the list of images")
+        if not value or isinstance(value[0], (dict, list, tuple)):
+            raise InputError("Pass a list of images (PIL images, arrays or paths) with at least one.")
+        return ListedImages(value)
+    datasets = _import_datasets()
+    if isinstance(value, datasets.IterableDataset):
+        raise InputError("A datasets.IterableDataset is a stream: pass it with streaming=True and max_train_steps.")
+    if isinstance(value, datasets.DatasetDict):
+        name = split or default_split
+        if name not in value:
+            raise MissingSplitError(
+                f"The datasets.DatasetDict has no split {name}: its splits are {', '.join(value)}."
+            )
+        return _open_rows(value[name], image_column, name)
+    if not isinstance(value, datasets.Dataset):
+        raise InputError(
+            f"A {type(value).__name__} is not a set of images: pass a list of PIL images, a datasets.Dataset, or the "
+            "path of a folder."
+        )
+    _require_no_split(split, "The datasets.Dataset")
+    return _open_rows(value, image_column, "all")
+
+
+def _open_rows(rows: "Dataset", image_column: str | None, split: str) -> ImageSource:
+    if len(rows) == 0:
+        raise InputError("The dataset is empty.")
+    return DatasetImages(rows, image_column, split)
 
 
 def _open_npz(request: _Request) -> ImageSource | None:

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.files import remove_temporary_files, replace_file
 from ..core.threads import run_in_threads

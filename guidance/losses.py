@@ -1,5 +1,6 @@
 """Guidance losses on images, and their weighted sums."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Real
@@ -26,7 +27,9 @@ class GuidanceLoss(ABC):
 
         Args:
             images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Images in [-1, 1].
-            step (`int`, defaults to 0): Index of the sampling step, which seeds the random numbers of a loss.
+            step (`int`, defaults to 0):
+                Index of the sampling step, which seeds the random numbers of a loss. Subclasses without random numbers
+                need not take it.
 
         Returns:
             `torch.Tensor` of shape `(batch_size,)`: The differentiable loss of each image, which depends only on that
@@ -57,7 +60,10 @@ class WeightedSum(GuidanceLoss):
         self.terms = list(terms)
 
     def __call__(self, images: torch.Tensor, step: int = 0) -> torch.Tensor:
-        return sum(weight * loss(images, step) for weight, loss in self.terms)  # pyright: ignore[reportReturnType]
+        # custom losses need not take the step
+        steps = [(step,) if "step" in inspect.signature(loss).parameters else () for _, loss in self.terms]
+        values = [weight * loss(images, *options) for (weight, loss), options in zip(self.terms, steps, strict=True)]
+        return sum(values)  # pyright: ignore[reportReturnType]
 
 
 def _terms(loss: GuidanceLoss) -> list[tuple[float, GuidanceLoss]]:

@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from .. import __version__
 from ..core.errors import InputError
+from ..core.locations import InMemory
 from .arguments import CARD_NAME
 from .export import content_hash
 from .folders import code_files, read_index, read_text, read_trained_steps
@@ -313,11 +314,13 @@ def with_model_card(pipeline_class: type[DiffusionPipeline]) -> type[DiffusionPi
     return pipeline_class
 
 
-def license_of(model: str) -> dict[str, Any]:
+def license_of(model: str | InMemory) -> dict[str, Any]:
     """Return the license on the card of a pipeline folder or a repository on the Hub, as fields of `CardFacts`.
 
-    Empty if it is unknown. A relative link to a license text in the repository becomes a full URL.
+    Empty if it is unknown. A relative link to a license text in the repository becomes a full URL. A pipeline in
+    memory has the license of the one that it was loaded from.
     """
+    model = model.name if isinstance(model, InMemory) else model
     try:
         card = ModelCard.load(Path(model) / CARD_NAME if Path(model).is_dir() else model)
     except Exception:  # no card, no network or no permission to read: the new card says that the license is unknown

@@ -34,6 +34,14 @@ class DDGANPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
     def labels(self) -> dict[str, int]:
         """The label of each class name; empty if the network's config has no `id2label`."""
         id2label = self.unet.config.get("id2label") or {}
@@ -81,8 +89,8 @@ class DDGANPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
-        class_labels: list[int] | list[str] | list[int | str] | torch.Tensor | None = None,
+        batch_size: int | None = None,
+        class_labels: int | str | list[int] | list[str] | list[int | str] | torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -98,10 +106,11 @@ class DDGANPipeline(DiffusionPipeline):
         of the posterior. The sample stays in float32; only the network runs in its own dtype.
 
         Args:
-            batch_size (`int`, defaults to 1): Number of images to generate.
-            class_labels (`list[int]`, `list[str]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
-                The class of each image, as a label or, if the network's config has `id2label`, as a name; required if
-                and only if the network is class-conditional.
+            batch_size (`int`, *optional*):
+                Number of images to generate; defaults to the number of `class_labels`, or 1.
+            class_labels (`int`, `str`, `list[int]`, `list[str]` or `torch.Tensor`, *optional*):
+                The class of each image, as a label or, if the network's config has `id2label`, as a name; a single one
+                is used for all images. Required if and only if the network is class-conditional.
             num_inference_steps (`int`, *optional*, defaults to the scheduler's `num_train_timesteps`):
                 Number of denoising steps.
             timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number of steps.
@@ -117,7 +126,8 @@ class DDGANPipeline(DiffusionPipeline):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] instead of a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
                 A function called at the end of each step as `callback(pipe, step, timestep, callback_kwargs)`. If the
-                dictionary that it returns has `"latents"`, they replace the sample.
+                dictionary that it returns has `"latents"`, they replace the sample; `pipe._interrupt = True` ends
+                sampling.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 The tensors to include in `callback_kwargs`.
 
@@ -129,6 +139,10 @@ class DDGANPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if isinstance(class_labels, int | str) or (torch.is_tensor(class_labels) and class_labels.ndim == 0):
+            class_labels = [class_labels] * (1 if batch_size is None else batch_size)  # pyright: ignore[reportAssignmentType]
+        if batch_size is None:
+            batch_size = 1 if class_labels is None else len(class_labels)  # pyright: ignore[reportArgumentType]
         if isinstance(class_labels, list):
             class_labels = [
                 self.labels.get(label, label) if isinstance(label, str) else label for label in class_labels
@@ -136,7 +150,9 @@ class DDGANPipeline(DiffusionPipeline):
         self.check_inputs(
             batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
         )
+        self._interrupt = False
         self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps)
+        self._num_timesteps = len(self.scheduler.timesteps)
 
         device, dtype = self._execution_device, self.unet.dtype
         if class_labels is not None:
@@ -149,6 +165,8 @@ class DDGANPipeline(DiffusionPipeline):
         device_timesteps = self.scheduler.timesteps.to(device)  # one copy, because each one waits for the device
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore[reportArgumentType, reportCallIssue]
+            if self.interrupt:
+                continue
             z = randn_tensor(z_shape, generator=generator, device=device, dtype=torch.float32)
             x_0 = self.unet(sample.to(dtype), device_timesteps[i], z.to(dtype), class_labels=class_labels).sample
             sample = self.scheduler.step(x_0, t, sample, generator=generator).prev_sample

@@ -136,6 +136,10 @@ class GuidedPipeline(DiffusionPipeline):
         return guided
 
     @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
     def interrupt(self) -> bool:
         return self._interrupt
 
@@ -239,6 +243,7 @@ class GuidedPipeline(DiffusionPipeline):
         # the sample stays float32 with a half-precision network, so that small updates are not rounded away
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         alpha_bars = self._set_timesteps(num_inference_steps, device)
+        self._num_timesteps = len(alpha_bars)
         condition = self._encode_class_labels(class_labels, batch_size, device)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)

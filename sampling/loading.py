@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..core.errors import InputError
-from ..core.locations import hub_problem
+from ..core.locations import InMemory, hub_problem
 from ..hub.folders import parse_index
 from ..hub.installed import installed_class
 from . import arguments
@@ -29,7 +29,7 @@ SCHEDULERS = {flag: getattr(diffusers, name) for flag, name in arguments.SCHEDUL
 
 
 def load_pipeline(
-    path_or_repo: str,
+    path_or_repo: str | InMemory,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     device: str | torch.device = "cpu",
@@ -39,7 +39,8 @@ def load_pipeline(
     Classes of this package are always those of the installed package, never the code in the folder or repository.
 
     Args:
-        path_or_repo: A folder written by `save_pretrained` or a training run, or the ID of a Hub repository.
+        path_or_repo: A folder written by `save_pretrained` or a training run, the ID of a Hub repository, or a
+            pipeline in memory, which is copied.
         dtype: Data type of the weights; None means float32.
         trust_remote_code: Whether to run custom Python code that comes with the pipeline.
         device: Device to move the pipeline to.
@@ -47,6 +48,14 @@ def load_pipeline(
     Raises:
         InputError: If there is no such pipeline, it cannot be loaded, or it needs `trust_remote_code`.
     """
+    if isinstance(path_or_repo, InMemory):
+        pipe = copy.deepcopy(_pipeline_in_memory(path_or_repo))
+        pipe.set_progress_bar_config(disable=True)
+        for component in pipe.components.values():
+            parameters = component.parameters() if isinstance(component, torch.nn.Module) else ()
+            if dtype and any(parameter.dtype != dtype for parameter in parameters):
+                component.to(dtype)
+        return pipe.to(device)
     with _pipeline_errors(path_or_repo):
         pipeline_class = installed_class(path_or_repo)
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -68,16 +77,25 @@ def load_pipeline(
     return pipe
 
 
-def read_components(path_or_repo: str) -> tuple[str, dict[str, str]]:
+def read_components(path_or_repo: str | InMemory) -> tuple[str, dict[str, str]]:
     """Return the class name of a pipeline and those of its components, without downloading its weights.
 
     Raises:
         InputError: If there is no such pipeline.
     """
+    if isinstance(path_or_repo, InMemory):
+        pipe = _pipeline_in_memory(path_or_repo)
+        return type(pipe).__name__, {name: type(part).__name__ for name, part in pipe.components.items()}
     with _pipeline_errors(path_or_repo):
         index: dict = DiffusionPipeline.load_config(path_or_repo)  # pyright: ignore[reportAssignmentType]
         parsed = parse_index(index, path_or_repo)
         return parsed.class_name, {name: class_name for name, (_, class_name) in parsed.components.items()}
+
+
+def _pipeline_in_memory(location: InMemory) -> DiffusionPipeline:
+    if not isinstance(location.value, DiffusionPipeline):
+        raise InputError(f"{location} is not a pipeline: pass a DiffusionPipeline, or the path or name of one.")
+    return location.value
 
 
 @contextmanager

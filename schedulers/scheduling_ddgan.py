@@ -1,7 +1,7 @@
 """The noise process of Denoising Diffusion GANs (Xiao, Kreis, Vahdat, ICLR 2022) and its Gaussian posterior."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -55,6 +55,8 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         `ValueError`: If the variance leaves (0, 1) or does not increase, or if an option has an unknown value.
     """
 
+    # a generator predicts samples of x_0, at a few noise levels: other schedulers would need their mean, at theirs
+    _compatibles: ClassVar = []
     order = 1
 
     @register_to_config

@@ -9,7 +9,7 @@ Samples of a pipeline are measured as they are generated, sample i only from the
 scripts/generate.py, and are not kept without `--save_images`. A CPU is used with all its cores. The results depend
 neither on their number nor on that of the processes, an interrupted command resumes when it is run again, and the
 features of a reference are cached.
-From Python, call `ddgan.commands.evaluate.evaluate`.
+From Python, call `ddgan.api.evaluate`.
 """
 
 from ddgan.commands.arguments import EvaluateArguments

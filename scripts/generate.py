@@ -11,7 +11,7 @@ they are larger, on an accelerator `--batch_size`. A group is computed as a whol
 missing. On a CPU each group takes one thread, and all cores work on different groups; `OMP_NUM_THREADS` limits their
 number. On an accelerator guided images are reproducible only up to rounding, because some kernels sum gradients in a
 nondeterministic order.
-From Python, call `ddgan.commands.generate.generate`.
+From Python, call `ddgan.api.generate`.
 """
 
 from ddgan.commands.arguments import GenerateArguments

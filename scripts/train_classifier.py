@@ -6,7 +6,7 @@
 Labels come from the data: torchvision's MNIST-style folders, folders of images with one subfolder per class
 (optionally in train/ and test/), or datasets with a label column. Without a test split, a tenth of the images is held
 out for testing. The run folder is also an `ImageClassifier` folder.
-From Python, call `ddgan.commands.train_classifier.train_classifier`.
+From Python, call `ddgan.api.train_classifier`.
 """
 
 from ddgan.commands.arguments import (

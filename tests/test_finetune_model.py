@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -98,7 +99,13 @@ def test_the_card_describes_the_run_and_its_snippet_works(finetune, monkeypatch)
     assert card.data.library_name == "diffusers"
     assert card.data.pipeline_tag == "unconditional-image-generation"
     assert card.data.base_model is None  # a local folder is not a model on the Hub
-    for text in ("| data | thirteen, 13 images |", "4 of 4 optimizer steps, 2.0 epochs", "| min_snr_gamma | 5.0 |"):
+    for text in (
+        "| data | thirteen, 13 images |",
+        "4 of 4 optimizer steps, 2.0 epochs",
+        "| network | UNet2DModel, 45,259 parameters |",
+        "| image size | 8x8, 3 channels |",
+        "| min_snr_gamma | 5.0 |",
+    ):
         assert text in card.content
     assert str(run.parent) not in card.content
     for path in [*run.glob("*.json"), *run.glob("*/*.json")]:
@@ -129,6 +136,62 @@ def test_the_flags_of_the_course_work(tiny_model, tmp_path, monkeypatch):
     assert config["report_to"] == "wandb"
     assert len(read_metrics(tmp_path / "vintageface" / "metrics.csv")) == 16 * 2
     assert DDPMPipeline.from_pretrained("vintageface").unet.config.sample_size == 16
+
+
+def test_model_config_trains_from_scratch(tiny_model, images, tmp_path):
+    from ddgan import finetune_model
+
+    flags = finetune_flags(tiny_model, images, tmp_path)[2:]  # without the start model
+    runs = {}
+    for name, config in {"file": tiny_model / "unet" / "config.json", "pipeline": tiny_model}.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        output = ["--output_dir", str(tmp_path / name), "--image_size", "16", "--seed", "1"]
+        finetune_model.main([*flags, "--model_config", str(config), *output, "--prediction_type", "v_prediction"])
+        runs[name] = weights(tmp_path / name)
+    assert largest_difference(runs["file"], runs["pipeline"]) == 0
+    pretrained = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert largest_difference(runs["file"], pretrained) > 0.1
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "file")
+    assert (pipe.unet.config.sample_size, pipe.scheduler.config.prediction_type) == (16, "v_prediction")
+    card = ModelCard.load(tmp_path / "file" / "README.md")
+    assert "trained from scratch on thirteen" in card.content and "fine-tuned" not in card.data.tags
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "describes a UNet2DConditionModel"),
+        ({"block_out_channels": [8]}, "is not the config of a UNet2DModel: "),
+        ({"class_embed_type": "timestep"}, "is class-conditional"),
+        ({"in_channels": 7}, "takes 7 channels"),
+        ([1], "describes a list"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_configs_of_other_models_are_refused(tmp_path, images, config, message):
+    from ddgan import finetune_model
+
+    path = tmp_path / "config.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(InputError, match=message):
+        finetune_model.main([*finetune_flags(path, images, tmp_path / "run")[2:], "--model_config", str(path)])
+
+
+def test_the_optimizer_takes_its_settings_and_a_resumed_run_its_own(finetune, monkeypatch):
+    seen = []
+    train_step = Trainer._train_step
+
+    def step(trainer, batches):
+        (group,) = trainer.networks[0].optimizer.param_groups
+        seen.append((group["betas"], group["weight_decay"], group["eps"]))
+        train_step(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    first = ["--adam_beta1", 0.5, "--adam_beta2", 0.9, "--adam_weight_decay", 0.1, "--adam_epsilon", 1e-6]
+    finetune("run", "--num_epochs", 1, *first)
+    finetune("run", "--num_epochs", 2, "--resume_from_checkpoint", "latest")
+    assert seen == [((0.5, 0.9), 0.1, 1e-6)] * 2 + [((0.9, 0.999), 0.01, 1e-8)] * 2
 
 
 def test_config_yaml_repeats_the_run_and_flags_override_it(finetune, tmp_path):

@@ -129,7 +129,7 @@ def test_learning_rates_follow_half_a_cosine_in_steps_of_an_epoch(train):
 def test_the_run_equals_the_plain_computation_also_with_gradient_accumulation(train, started, images):
     """Compared with a loop written out here, over global batches of 8 and 5 images in two micro-batches."""
     more = ["--diffaug", "color,translation", *LOW_RATES]
-    argv = flags(images, started, *more)
+    argv = flags(images, started, *RESUME, *more)
     _, data_args, _, args = parse_arguments(
         DDGANRunArguments,
         DataArguments,

@@ -120,6 +120,9 @@ class RunArguments(Arguments):
     resume_from_checkpoint: str | None = option(
         None, "resume from this checkpoint folder of the run, or from the `latest`"
     )
+    dry_run: bool = option(
+        False, "load everything, print the sizes of the run, its memory and its disk space, and write nothing"
+    )
     report_to: Literal["tensorboard", "wandb", "trackio", "none", "all"] = option(
         None, "where metrics and samples go (default: wandb with --wandb_project, else tensorboard)"
     )
@@ -185,12 +188,16 @@ class LabelArguments(Arguments):
 
 @dataclass
 class LearningRateArguments(Arguments):
-    """The learning rate and its schedule."""
+    """The learning rate and its schedule, and the other settings of the optimizer."""
 
-    _argument_group_name = "learning rate"
+    _argument_group_name = "optimizer"
 
     learning_rate: float = option(1e-4, "peak learning rate", minimum=0)
     lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = option(
         "cosine", "learning-rate schedule over the optimizer steps"
     )
     lr_warmup_steps: int = option(0, "optimizer steps of linear warmup from zero", minimum=0)
+    adam_beta1: float = option(0.9, "AdamW: decay of the mean of the gradients", minimum=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW: decay of the mean of their squares", minimum=0, below=1)
+    adam_weight_decay: float = option(1e-2, "AdamW: weight decay, times the learning rate", minimum=0)
+    adam_epsilon: float = option(1e-8, "AdamW: added to the root of the mean of the squares", above=0)

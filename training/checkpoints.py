@@ -1,6 +1,7 @@
 """Checkpoints, written atomically and verified: neither an interrupted save nor a damaged file is resumed from."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -29,6 +29,8 @@ _FILES, _CHECKSUM = "files", "checksum"  # keys of state.json: size and digest o
 # files that each process writes; their names contain its index
 _WRITTEN_BY = re.compile(r"(?:^|/)(?:random_states|ema|stream|_)_(\d+)[._]")
 
+_OPTIMIZER_SETTINGS = ("betas", "eps", "weight_decay")  # of Adam and AdamW
+
 # readable names of the keys in state.json that a resumed run must share with its checkpoint
 _INVARIANTS = {
     "images": "number of images",
@@ -43,7 +45,7 @@ _INVARIANTS = {
     "scaled gradients": "fp16 gradient scaling",
 }
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class StatefulPart(Protocol):
@@ -61,7 +63,7 @@ class StatefulPart(Protocol):
 class PreparedState:
     """The state of the objects that Accelerate prepared: networks, optimizers, schedules and gradient scaler.
 
-    A resumed run keeps its own peak learning rates, not those of the checkpoint.
+    A resumed run keeps its own peak learning rates and optimizer settings, not those of the checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, schedules: Sequence[AcceleratedScheduler], peaks: list[list[float]]):
@@ -72,7 +74,12 @@ class PreparedState:
         return {}
 
     def load(self, folder: Path, state: dict[str, Any]) -> None:
+        groups = [group for optimizer in self.accelerator._optimizers for group in optimizer.param_groups]
+        own = [{name: group[name] for name in _OPTIMIZER_SETTINGS} for group in groups]
         self.accelerator.load_state(str(folder))
+        groups = [group for optimizer in self.accelerator._optimizers for group in optimizer.param_groups]
+        for group, settings in zip(groups, own, strict=True):
+            group.update(settings)
         for schedule, rates in zip(self.schedules, self.peaks, strict=True):
             set_peak_rates(schedule.scheduler, rates)
 

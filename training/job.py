@@ -78,7 +78,7 @@ class TrainingJob:
     final_samplers: dict[str, Sampler] = field(default_factory=dict)
     labels: list[int] | None = None
     grid: Callable[[list[Image.Image]], Image.Image] = image_grid
-    prepare: Callable[[RunFolder], None] = lambda folder: None
+    prepare: Callable[[RunFolder], None] | None = None
     finish: Callable[[RunFolder, int], None] = lambda folder, step: None
     monitor: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
     evaluation_monitor: Callable[[Evaluation, list[dict[str, float]]], str | None] | None = None

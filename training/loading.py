@@ -11,10 +11,11 @@ from random import Random
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.errors import InputError, RunError
 from ..core.files import location_name
+from ..core.locations import InMemory
 from ..data.images import BrokenImageError
 from ..data.preprocessing import Preprocessing, low_contrast, read_image
 from ..data.sources import (
@@ -420,7 +421,7 @@ def open_training_source(args: DataArguments) -> ImageSource:
     return source
 
 
-def _location(args: DataArguments) -> str:
+def _location(args: DataArguments) -> str | InMemory:
     return args.train_data_dir or args.dataset_name or str(EMBEDDED_DATASET)
 
 

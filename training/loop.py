@@ -1,5 +1,6 @@
 """The training loop, independent of what is trained."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -9,11 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from safetensors import SafetensorError
-from tqdm import tqdm
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..core.cli import write_config
+from ..core.cli import changed_values, write_config
 from ..core.errors import RunError
 from ..core.files import replace_file, replace_tree
 from ..core.locks import locked
@@ -34,6 +35,7 @@ from .model_card import (
     write_card,
 )
 from .objectives.micro_batch import MicroBatch
+from .overview import count_parameters, format_duration, opening, overview, saved_bytes
 from .progress import RunProgress
 from .randomness import PerSampleRNG, fold_in
 from .run_folder import RunFolder
@@ -45,7 +47,7 @@ from .tracking import MetricsFile, log_image, plot_evaluations, plot_losses, rea
 
 _LOG_EVERY = 10  # optimizer steps whose numbers are read back from the device together
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -125,6 +127,7 @@ class Trainer:
             invariants=resume_invariants(job, self.plan, accelerator),
         )
         self.step_log = StepLog(accelerator, self.plan, self.checkpoints)
+        self.time_is_estimated = False
         self.checked_step: int | None = None  # whose weights are known to be finite
         # opened by `train`, the first two only in the main process
         self.metrics: MetricsFile | None = None
@@ -147,8 +150,49 @@ class Trainer:
         with locked(self.folder.path, self.accelerator):
             return self._train()
 
+    def preview(self) -> FinishedRun:
+        """Do everything up to the first step without writing anything, and describe the run.
+
+        Raises:
+            InputError: if the run cannot resume from the checkpoint.
+            RunError: if an image of the first step cannot be read.
+        """
+        self.folder.check_usable(resuming=bool(self.args.resume_from_checkpoint))
+        checkpoint = (
+            self.checkpoints.find(self.args.resume_from_checkpoint) if self.args.resume_from_checkpoint else None
+        )
+        step = self.checkpoints.check(checkpoint, self.total_steps) if checkpoint else 0
+        with closing(self.data.batches(0, 1, None)) as batches:
+            batch = next(batches)
+        activations = None if self.job.prepare else [self._activations(i, batch) for i in range(len(self.networks))]
+        rows = overview(self.job, self.data, self.args, self.total_steps, self.accelerator, step, activations)
+        return FinishedRun(self.folder.path, overview=rows if self.accelerator.is_main_process else None)
+
+    def _activations(self, index: int, batch: Batch) -> int:
+        """Return the bytes that the loss of one network keeps for the backward pass, for one image."""
+        network, device = self.networks[index], self.accelerator.device
+        assert batch.images is not None
+        labels = None if batch.labels is None else batch.labels[:1].to(device)
+        rng = PerSampleRNG(batch.keys[:1], device, index)
+        images = batch.images[:1].to(device).contiguous(memory_format=self.memory_format)
+        others = [other.spec.network for other in self.networks if other is not network]
+        with _frozen(others), self.accelerator.no_sync(network.model):
+            objective = partial(network.spec.objective, network.model)
+            return saved_bytes(partial(objective, MicroBatch(images, labels, rng, 0)), network.model)
+
     def _train(self) -> FinishedRun:
-        self._start()
+        try:
+            self._start()
+            self._run_until_stopped()
+        except BaseException as error:
+            # after an error in one of several processes, the others would not join in
+            if self.accelerator.num_processes == 1 or isinstance(error, RunStopped):
+                self.accelerator.end_training()
+            raise
+        self.accelerator.end_training()
+        return self._finish()
+
+    def _run_until_stopped(self) -> None:
         try:
             with StopRequest(self.accelerator) as self.stop:
                 self._run_steps()
@@ -157,15 +201,12 @@ class Trainer:
                 f"Stopped by {stopped.signal_name} after step {self.progress.step}. Saved: {self.checkpoints.last()}. "
                 "Resume with --resume_from_checkpoint latest."
             )
-            self.accelerator.end_training()
             raise
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"The run in {self.folder.path} failed: {error}. The last good checkpoint is "
                 f"{self.checkpoints.last()}. Once the cause is fixed, resume with --resume_from_checkpoint latest."
             ) from error
-        self.accelerator.end_training()
-        return self._finish()
 
     def _start(self) -> None:
         """Resume from a checkpoint if requested, and open the outputs of the run."""
@@ -181,17 +222,20 @@ class Trainer:
             create_repository(self.repo_id, args.hub_private)
         self.progress.clock.start(self.plan.images_seen(step))
         with self.progress.clock.paused():
-            if step < self.total_steps:
+            if step < self.total_steps and self.job.prepare:
                 self.job.prepare(self.folder)
             if checkpoint:
                 self.checkpoints.load(checkpoint)
                 logger.info(f"Resuming from {checkpoint}, step {step} of {self.total_steps}.")
+                if changes := changed_values(self.folder.config, *self.job.arguments):
+                    logger.info(f"Changed since then: {', '.join(changes)}.")
         if is_main:
             self.checkpoints.set_aside_damaged()
             self.checkpoints.remove_after(step)
             self._write_config()
             self.metrics = MetricsFile(self.folder.metrics, step)
         self.upload = BackgroundUpload(self.folder.path, self.repo_id) if self.repo_id else None
+        logger.info(opening(self.job, self.data, args, self.total_steps, self.accelerator))
 
     def _run_steps(self) -> None:
         """Train to the last step, with everything that is due along the way.
@@ -203,7 +247,8 @@ class Trainer:
         due, step = self._samplers_due(), self.progress.step
         self._save_samples({name: due[name] for name in due if not self.folder.grid(step, name).exists()})
         batches = self.data.batches(self.progress.step, self.total_steps, self.position.value)
-        with closing(batches), self._progress_bar() as self.bar:  # closing ends the data loader workers
+        # closing ends the data loader workers; messages are printed above the progress bar
+        with closing(batches), self._progress_bar() as self.bar, logging_redirect_tqdm(tqdm_class=tqdm):
             try:
                 if self._evaluation_due():  # the run was stopped at this step, before or during its evaluation
                     self._evaluate()
@@ -300,6 +345,7 @@ class Trainer:
             return
         newest = rows[-1]
         speed = self.progress.clock.images_per_second(int(newest["images"]))
+        self._estimate_time(len(rows), speed)
         if self.metrics:
             if not self.folder.config.exists():
                 logger.warning(f"{self.folder.path} was removed or renamed during the run. The run continues there.")
@@ -318,6 +364,15 @@ class Trainer:
         )
         if (warning := self.job.monitor(rows)) and self.accelerator.is_main_process:
             self.bar.write(warning)
+
+    def _estimate_time(self, steps: int, speed: float) -> None:
+        """Log, once, how long the remaining steps will take at this speed, in images per second."""
+        remaining = self.plan.images_seen(self.total_steps) - self.plan.images_seen(self.progress.step)
+        if self.time_is_estimated or steps < _LOG_EVERY or not remaining:
+            return
+        self.time_is_estimated = True
+        more = "sample grids and saves" if self.evaluator is None else "sample grids, evaluations and saves"
+        logger.info(f"The remaining steps will take about {format_duration(remaining / speed)}, without {more}.")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Cadence
@@ -459,7 +514,16 @@ class Trainer:
         replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))
 
     def _facts(self) -> RunFacts:
-        return collect_facts(self.folder, self.progress, self.plan, self.total_steps, self.accelerator)
+        preprocessing, network = self.data.preprocessing, self.job.ema.network
+        return collect_facts(
+            self.folder,
+            self.progress,
+            self.plan,
+            self.total_steps,
+            self.accelerator,
+            network=f"{type(network).__name__}, {count_parameters(network)[1]:,} parameters",
+            image_size=f"{preprocessing.width}x{preprocessing.height}, {preprocessing.channels} channels",
+        )
 
     def _progress_bar(self) -> tqdm:
         return tqdm(

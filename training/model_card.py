@@ -1,8 +1,9 @@
 """Model card, summary and final upload of a run."""
 
+import logging
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import isnan
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, ModelMixin
 
 from ..core.errors import InputError, RunError
@@ -22,6 +22,7 @@ from ..evaluation.reporting import format_value, measured_by, metric_title, mode
 from ..hub.cards import CardFacts, card_text, is_repo_id, replace_loaded, string_literal
 from ..hub.folders import code_files, read_trained_steps
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
+from ..sampling.loading import load_pipeline
 from .arguments import RunArguments
 from .evaluator import EvaluationHistory
 from .plan import BatchPlan
@@ -29,10 +30,11 @@ from .progress import RunProgress
 from .run_folder import RunFolder, step_of_grid
 from .tracking import read_metrics
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # arguments that do not belong on a card: local paths and upload settings
 _PRIVATE = {"output_dir", "train_data_dir", "resume_from_checkpoint", "hub_model_id", "hub_private", "push_to_hub"}
+_PRIVATE |= {"dry_run"}
 _LOSS_STEPS = 100  # newest steps over which the losses on the card are averaged
 
 
@@ -41,6 +43,8 @@ class RunFacts:
     """The facts of a run for its model card and its summary.
 
     Attributes:
+        network: class and size of the network that is saved.
+        image_size: size and channels of the images.
         step: optimizer steps taken, of `total_steps`.
         epochs: passes over the data.
         num_images: images in the data; None for a stream.
@@ -55,6 +59,8 @@ class RunFacts:
         evaluations: the newest and the best evaluation.
     """
 
+    network: str
+    image_size: str
     step: int
     total_steps: int
     epochs: float
@@ -80,22 +86,47 @@ class FinishedRun:
         facts: the facts of the run; None in processes other than the main one.
         card: the facts for the model card that the script knows; None like `facts`.
         upload: the outcome of the upload to the Hub, if there was one.
+        overview: of a dry run, which ends before the first step: its sizes and needs, by name.
     """
 
     folder: Path
     facts: RunFacts | None = None
     card: CardFacts | None = None
     upload: str | None = None
+    overview: dict[str, str] | None = None
+
+    @property
+    def files(self) -> RunFolder:
+        """The paths of its files."""
+        return RunFolder(self.folder)
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv, one for each optimizer step; values that a step does not have are NaN."""
+        return read_metrics(self.files.metrics)
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The trained pipeline with its EMA weights, loaded from the folder into the memory of the CPU."""
+        return load_pipeline(str(self.folder))
 
 
 def collect_facts(
-    folder: RunFolder, progress: RunProgress, plan: BatchPlan, total_steps: int, accelerator: Accelerator
+    folder: RunFolder,
+    progress: RunProgress,
+    plan: BatchPlan,
+    total_steps: int,
+    accelerator: Accelerator,
+    network: str,
+    image_size: str,
 ) -> RunFacts:
     """Return the facts of a run so far; only the main process has its metrics."""
-    device, step = accelerator.device, progress.step
+    step = progress.step
     rows = read_metrics(folder.metrics)[-_LOSS_STEPS:]
     columns = rows[0] if rows else {}
     return RunFacts(
+        network=network,
+        image_size=image_size,
         step=step,
         total_steps=total_steps,
         epochs=plan.epoch(step),
@@ -103,7 +134,7 @@ def collect_facts(
         global_batch_size=plan.global_batch_size,
         processes=accelerator.num_processes,
         precision=describe_precision(accelerator),
-        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        hardware=describe_hardware(accelerator),
         losses={
             name: fmean(values)
             for name in columns
@@ -115,6 +146,14 @@ def collect_facts(
         broken_images=len(progress.broken),
         evaluations=progress.evaluations,
     )
+
+
+def describe_hardware(accelerator: Accelerator) -> str:
+    """Return the name of the device that this process trains on."""
+    device = accelerator.device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores" if device.type == "cpu" else device.type.upper()
 
 
 def describe_precision(accelerator: Accelerator) -> str:
@@ -138,6 +177,8 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
     data = f"{facts.num_images:,} images" if facts.num_images else "a stream"
     processes = "one process" if facts.processes == 1 else f"{facts.processes} processes"
     training: dict[str, Any] = {
+        "network": facts.network,
+        "image size": facts.image_size,
         "data": f"{card.dataset}, {data}",
         "trained for": f"{facts.step:,} of {facts.total_steps:,} optimizer steps"
         + (f", {facts.epochs:.1f} epochs" if facts.num_images else ""),
@@ -220,6 +261,8 @@ def write_best(folder: RunFolder, pipeline: DiffusionPipeline | ModelMixin, card
 
 def print_summary(run: FinishedRun) -> None:
     """Print the outcome of a run and its files; does nothing in processes other than the main one."""
+    if run.overview:
+        print("\n".join(["\nThis is a dry run: nothing was written.\n", *format_rows(run.overview)]))
     facts = run.facts
     if facts is None:
         return
@@ -235,7 +278,7 @@ def print_summary(run: FinishedRun) -> None:
     if evaluations.last:
         lines.append(f"{evaluations.count} evaluations took {evaluations.seconds / 60:.1f} minutes of that time.")
     lines += ["", f"model folder   {run.folder}"]
-    lines += [f"{name:<14} {path}" for name, path in files.items() if path.exists()]
+    lines += format_rows({name: path for name, path in files.items() if path.exists()})
     if best := evaluations.best:
         lines.append(f"best model     {folder.best}: step {best.step}, {best.summary()}")
     if (run.folder / PIPELINE_FILE).exists():
@@ -245,6 +288,11 @@ def print_summary(run: FinishedRun) -> None:
     if run.upload:
         lines.append(run.upload)
     print("\n".join(lines))
+
+
+def format_rows(rows: Mapping[str, Any]) -> list[str]:
+    """Return a line for each name and value, in two columns."""
+    return [f"{name:<14} {value}" for name, value in rows.items()]
 
 
 def repository_id(args: RunArguments) -> str:

@@ -4,7 +4,13 @@ import shutil
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.run_files import CONFIG_FILE, MODEL_FILE, PIPELINE_FILE, SAMPLES_FOLDER
+from ..core.run_files import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    PIPELINE_FILE,
+    SAMPLES_FOLDER,
+    check_starts_no_second_run,
+)
 from ..hub.publication import SNAPSHOT, remove_abandoned_snapshots
 
 
@@ -54,12 +60,8 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--output_dir {self.path} is a file. Name a folder; it is created if it does not exist.")
+        check_starts_no_second_run(self.path, resuming)
         if self.config.exists():
-            if not resuming:
-                raise InputError(
-                    f"{self.path} already contains a run. Resume it with --resume_from_checkpoint latest, or choose "
-                    "another folder with --output_dir."
-                )
             return
         own_files = [self.path / PIPELINE_FILE, self.path / MODEL_FILE, self.card, self.metrics]
         own_files += [self.loss_plot, self.eval_plot, self.before_after]

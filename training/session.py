@@ -1,24 +1,10 @@
 """Setup shared by all training scripts, from Python or the command line.
 
-Each command is a function that takes its argument dataclasses, so a notebook can train without a command line:
-
-    from diffusers import DiffusionPipeline
-    from ddgan.commands.arguments import FinetuneArguments
-    from ddgan.commands.finetune import finetune
-    from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
-
-    run = finetune(
-        RunArguments(output_dir="faces", max_train_steps=1000),
-        LearningRateArguments(learning_rate=5e-5),
-        DataArguments(train_data_dir="photos", image_size=64),
-        EvaluationArguments(),
-        FinetuneArguments(start_model="google/ddpm-celebahq-256"),
-    )
-    pipe = DiffusionPipeline.from_pretrained(run.folder)
-
-`accelerate.notebook_launcher(finetune, arguments, num_processes=...)` starts it on several GPUs.
+Each command is a function that takes its argument dataclasses and opens a session; `ddgan.api` calls these functions
+from Python with the flags as keywords.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,6 +27,8 @@ from .loop import Trainer
 from .model_card import FinishedRun, repository_id
 from .run_folder import RunFolder
 from .tracking import tracker_names
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -76,7 +64,8 @@ class Session:
                 "Only ddgan finetune trains with FSDP; this network is small enough to be trained without sharding, "
                 "in one or several processes."
             )
-        repo_id = repository_id(run) if run.push_to_hub and accelerator.is_main_process else None
+        uploads = run.push_to_hub and not run.dry_run
+        repo_id = repository_id(run) if uploads and accelerator.is_main_process else None
         return cls(run, accelerator, repo_id)
 
     def load_data(
@@ -137,15 +126,16 @@ class Session:
     def train(
         self, job: TrainingJob, data: TrainingData, evaluation: EvaluationArguments | None = None
     ) -> FinishedRun:
-        """Run a training job, with evaluations if `evaluation.eval_every` is set.
+        """Run a training job, with evaluations if `evaluation.eval_every` is set, or only describe it in a dry run.
 
         Raises:
             InputError, RunError, RunStopped: see `Evaluator` and `Trainer.train`.
         """
         evaluator = None
-        if evaluation and evaluation.eval_every:
+        if evaluation and evaluation.eval_every and not self.run.dry_run:  # it writes the features that it measures
             evaluator = Evaluator(evaluation, self.run, data, self.accelerator)
-        return Trainer(job, data, self.run, self.accelerator, evaluator, self.repo_id).train()
+        trainer = Trainer(job, data, self.run, self.accelerator, evaluator, self.repo_id)
+        return trainer.preview() if self.run.dry_run else trainer.train()
 
 
 def _start(run: RunArguments, supports_fp16: bool = True) -> Accelerator:
@@ -167,6 +157,11 @@ def _start(run: RunArguments, supports_fp16: bool = True) -> Accelerator:
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs a GPU. On a CPU, use bf16 or no.")
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+        logger.warning(
+            "On most CPUs bf16 trains several times slower than fp32: pass --mixed_precision no (bf16 comes from "
+            "--mixed_precision or the configuration of Accelerate)."
+        )
     if accelerator.distributed_type == DistributedType.FSDP and (run.channels_last or not accelerator.is_fsdp2):
         raise InputError(
             "FSDP training needs FSDP version 2 (fsdp_version: 2, as in examples/accelerate/fsdp.yaml) and does not "

@@ -1,12 +1,15 @@
 """Load the pretrained pipeline that fine-tuning starts from."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 
 from .. import ClassConditionalPipeline, ClassConditionedUnet
-from ..core.errors import InputError
+from ..core.errors import InputError, naming_file
 from ..core.files import location_name
+from ..core.locations import InMemory
 from ..data.images import CHANNEL_MODES
 from ..sampling.generation import class_names, num_classes
 from ..sampling.loading import load_pipeline, read_components
@@ -25,7 +28,7 @@ _OTHER_PROCESSES = {
 
 
 def load_start_model(
-    start_model: str,
+    start_model: str | InMemory,
     size: Sequence[int] | None = None,
     prediction_type: str | None = None,
     allow_classes: bool = False,
@@ -35,7 +38,7 @@ def load_start_model(
     """Load a pixel-space pipeline, its scheduler replaced by an equivalent `DDPMScheduler`.
 
     Args:
-        start_model: a pipeline folder or a repository on the Hub.
+        start_model: a pipeline folder, a repository on the Hub, or a pipeline in memory, which is copied.
         size: height and width to train at (default: those of the model).
         prediction_type: what the network is trained to predict (default: same as the model).
         allow_classes: whether the network may be class-conditional.
@@ -83,13 +86,7 @@ def load_start_model(
             "ddgan few-step also fine-tunes class-conditional ones, and ddgan train-class-conditional trains them "
             "from scratch."
         )
-    if unet.config.in_channels not in CHANNEL_MODES:
-        raise InputError(f"The UNet of {start_model} takes {unet.config.in_channels} channels; images have 1 to 4.")
-    if size:
-        _check_size(unet, start_model, size)
-        unet.register_to_config(sample_size=size[0] if size[0] == size[1] else list(size))
-    if unet.config.sample_size is None:
-        raise InputError(f"The config of the UNet of {start_model} has no sample_size: set it with --image_size.")
+    _use_size(unet, start_model, size)
     unet.register_to_config(_name_or_path=location_name(start_model))  # not its path on this machine
     # the network will no longer be what few-step fine-tuning made it
     config = {name: value for name, value in pipeline.scheduler.config.items() if name != "_num_inference_steps"}
@@ -98,6 +95,56 @@ def load_start_model(
         scheduler.register_to_config(prediction_type=prediction_type)
     pipeline_class = ClassConditionalPipeline if classes else DDPMPipeline
     return pipeline_class(unet, scheduler)  # pyright: ignore[reportArgumentType]
+
+
+def new_model(config: str, size: Sequence[int] | None = None, prediction_type: str | None = None) -> DDPMPipeline:
+    """Return a pipeline with a new unconditional `UNet2DModel` and a `DDPMScheduler` with a linear noise schedule.
+
+    Args:
+        config: a config.json as Diffusers saves it, or the folder of a model or pipeline that contains it.
+        size, prediction_type: see `load_start_model`; by default the size in the config, and epsilon.
+
+    Raises:
+        InputError: if it is not the config of such a network, or the network cannot take the size.
+    """
+    folder = Path(config)
+    candidates = [folder, folder / "config.json", folder / "unet" / "config.json"]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise InputError(f"--model_config {config} has no config.json, neither itself nor in a subfolder unet.")
+    with naming_file(path):
+        values = json.loads(path.read_text(encoding="utf-8"))
+    kind = values.get("_class_name", "UNet2DModel") if isinstance(values, dict) else "list of values"
+    if kind != "UNet2DModel":
+        raise InputError(f"--model_config {config} describes a {kind}; it must be the config of a UNet2DModel.")
+    try:
+        unet = UNet2DModel.from_config(values)
+    except Exception as error:  # from Diffusers or PyTorch, depending on the value
+        raise InputError(f"--model_config {config} is not the config of a UNet2DModel: {error}") from error
+    assert isinstance(unet, UNet2DModel)
+    if unet.class_embedding is not None:
+        raise InputError(
+            f"--model_config {config} is class-conditional. ddgan train-class-conditional trains such networks."
+        )
+    _use_size(unet, config, size)
+    scheduler = DDPMScheduler()
+    scheduler.register_to_config(prediction_type=prediction_type or "epsilon")
+    return DDPMPipeline(unet, scheduler)
+
+
+def _use_size(unet: TrainedUNet, name: str | InMemory, size: Sequence[int] | None) -> None:
+    """Check that a network can be trained on images, and set their height and width.
+
+    Raises:
+        InputError: if not.
+    """
+    if unet.config.in_channels not in CHANNEL_MODES:
+        raise InputError(f"The UNet of {name} takes {unet.config.in_channels} channels; images have 1 to 4.")
+    if size:
+        _check_size(unet, name, size)
+        unet.register_to_config(sample_size=size[0] if size[0] == size[1] else list(size))
+    if unet.config.sample_size is None:
+        raise InputError(f"The config of the UNet of {name} has no sample_size: set it with --image_size.")
 
 
 def _unsupported_components(components: Mapping[str, str]) -> str | None:
@@ -139,7 +186,7 @@ def model_classes(pipeline: DiffusionPipeline) -> list[str] | None:
     return [names.get(label, str(label)) for label in range(pipeline.num_classes)]
 
 
-def _check_size(unet: TrainedUNet, start_model: str, size: Sequence[int]) -> None:
+def _check_size(unet: TrainedUNet, start_model: str | InMemory, size: Sequence[int]) -> None:
     halvings = len(unet.config.block_out_channels) - 1
     factor = 2**halvings
     if any(side < factor or side % factor for side in size):

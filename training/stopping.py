@@ -1,6 +1,7 @@
 """Stopping a run cleanly on SIGTERM and Ctrl-C."""
 
 import signal
+import threading
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ class RunStopped(SystemExit):
 class StopRequest:
     """A context that turns SIGTERM and Ctrl-C into a request to stop, which all processes see at the same point.
 
-    A second signal of the same kind ends the process at once.
+    A second signal of the same kind ends the process at once. In a thread other than the main one, signals are left
+    to the program.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -27,8 +29,9 @@ class StopRequest:
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> "StopRequest":
+        in_main_thread = threading.current_thread() is threading.main_thread()
         self.previous_handlers: dict[int, Any] = {
-            s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)
+            s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT) if in_main_thread
         }
         return self
 

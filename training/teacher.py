@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DDPMPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .. import ClassConditionalPipeline
 from ..core.errors import RunError

@@ -12,6 +12,7 @@ import pytest
 
 from ddgan.core.cli import Arguments, option, parse_arguments, write_config
 from ddgan.core.errors import InputError
+from ddgan.training.arguments import RunArguments
 
 
 @dataclass
@@ -234,3 +235,11 @@ def test_every_number_and_text_of_every_command_is_checked(command):
                 others = {name: text for name, text in EVERY_COMMAND[command].items() if name in names}
                 with pytest.raises(InputError, match=f"--{argument.name} is"):
                     kind(**{**others, argument.name: value})
+
+
+def test_a_folder_that_contains_a_run_is_reported_when_the_arguments_are_parsed(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    flags = ["--output_dir", str(tmp_path)]
+    with pytest.raises(InputError, match="already contains a run"):
+        parse_arguments(RunArguments, argv=flags)
+    parse_arguments(RunArguments, argv=[*flags, "--resume_from_checkpoint", "latest"])

@@ -154,3 +154,13 @@ def test_a_custom_loss_can_be_added_and_receives_the_step():
     torch.testing.assert_close(both(images, step=3), ColorLoss()(images) + 3 * images.mean((1, 2, 3)))
     with pytest.raises(TypeError):
         ColorLoss() + (lambda images: images.mean())
+
+
+def test_a_custom_loss_that_takes_no_step_can_be_added():
+    class Left(GuidanceLoss):
+        def __call__(self, images):
+            return images[..., 0].mean((1, 2))
+
+    images = torch.rand(2, 3, 8, 8)
+    expected = 2 * Left()(images) + SymmetryLoss()(images)
+    torch.testing.assert_close((2 * Left() + SymmetryLoss())(images, 3), expected)

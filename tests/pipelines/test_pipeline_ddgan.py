@@ -163,6 +163,30 @@ def test_classes_can_be_given_by_name(tmp_path):
         pipeline(num_class_embeds=3, id2label=["a"])
 
 
+def test_the_number_of_images_is_that_of_the_labels_and_one_label_serves_all_images():
+    pipe = pipeline(num_class_embeds=3, id2label=["a", "b", "c"])
+    both = latents(pipe, batch_size=2, class_labels=[2, 2], generator=seeded(0))
+    for arguments in ({"class_labels": [2, "c"]}, {"class_labels": "c", "batch_size": 2}):
+        assert torch.equal(latents(pipe, **arguments, generator=seeded(0)), both)
+    labels = torch.tensor(2)
+    assert torch.equal(latents(pipe, class_labels=labels, batch_size=2, generator=seeded(0)), both)
+    assert latents(pipe, class_labels=1).shape[0] == 1 == latents(pipeline()).shape[0]
+
+
+def test_sampling_can_be_interrupted():
+    pipe, steps = pipeline(), []
+
+    def stop(pipeline, step, timestep, kwargs):
+        steps.append(step)
+        pipeline._interrupt = step == 1
+        return kwargs
+
+    latents(pipe, callback_on_step_end=stop)
+    assert steps == [0, 1] and pipe.interrupt
+    latents(pipe, num_inference_steps=2, callback_on_step_end=lambda *args: args[-1])
+    assert not pipe.interrupt and pipe.num_timesteps == 2
+
+
 def test_callback_sees_every_step_and_may_replace_the_sample():
     pipe = pipeline()
     calls = []
@@ -237,7 +261,7 @@ def test_images_on_a_gpu_match_the_cpu_also_when_offloaded(offload):
         ({"class_labels": torch.zeros(2, 1, dtype=torch.int64)}, "one integer from 0 to 2"),
         ({"class_labels": [0.7, 1.2]}, r"`class_labels` is \[0.7, 1.2\], .* one integer"),
         ({"class_labels": ["a", "b"]}, r"`class_labels` is \['a', 'b'\]"),
-        ({"class_labels": "01"}, "`class_labels` is 01"),
+        ({"class_labels": "01"}, "`class_labels` is \\['01', '01'\\]"),
         ({"generator": [torch.Generator()] * 3}, "list of 3, .* 2 images"),
         ({"latents": torch.zeros(2, 3, 12, 8)}, r"\(2, 3, 12, 8\), but must have shape \(2, 3, 8, 12\)"),
         ({"output_type": "jpg"}, "'jpg', but must be 'pil', 'np', 'pt' or 'latent'"),

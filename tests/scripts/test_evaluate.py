@@ -742,7 +742,7 @@ def test_fewer_images_are_a_random_subset(run, folders, tmp_path):
             os.link(path, both / kind / path.name)
     subset = values(run("--images", both, "--num_images", 40))
     assert subset["precision@40"] < 1  # the first 40 are those of the reference
-    assert values(run("--images", both, "--num_images", 40, "--seed", 5)) == subset
+    assert values(run("--images", both, "--num_images", 40)) == subset
 
 
 def test_a_guided_pipeline_without_its_loss_is_rejected(run, folders, tmp_path):
