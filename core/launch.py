@@ -9,6 +9,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from yaml import YAMLError
+
 from .cli import Arguments, option
 from .errors import InputError
 from .locations import resolve_paths
@@ -66,8 +68,10 @@ def launch(args: LaunchArguments, command: list[str], run: Callable[[], None]) -
     options = launch_command_parser().parse_args([*flags, "--quiet", "--module", "ddgan", *command])
     try:
         chosen, *_ = _validate_launch_command(copy.copy(options))
-    except (ValueError, OSError) as error:
-        raise InputError(f"Accelerate cannot start the processes: {error}") from error
+    except (ValueError, TypeError, AttributeError, OSError, YAMLError) as error:  # of any value in a --config_file
+        where = f" with --config_file {args.config_file}" if args.config_file else ""
+        reason = " ".join(str(error).split())
+        raise InputError(f"Accelerate cannot start the processes{where}: {reason}") from error
     machines = chosen.num_machines or 1
     names = ("machine_rank", "main_process_ip", "main_process_port")
     if machines > 1 and (missing := [f"--{name}" for name in names if getattr(chosen, name) is None]):

@@ -301,6 +301,7 @@ def test_a_few_step_model_is_neither_a_start_model_nor_resumed_for_other_numbers
             "half-life of 6931 optimizer steps .*--ema_decay 0.9999.* last stage .* 3 .*decay 0.0992",
         ),
         ("--mixed_precision fp16", "would use fp16 .*gradients.* bf16"),
+        ("--label_column x", "--label_column x: .* is not class-conditional"),
     ],
 )
 def test_settings_that_cannot_work_are_rejected_before_training(few_step, tmp_path, flags, message):

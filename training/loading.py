@@ -20,10 +20,10 @@ from ..data.images import BrokenImageError
 from ..data.preprocessing import Preprocessing, low_contrast, read_image
 from ..data.sources import (
     EMBEDDED_DATASET,
-    DatasetImages,
     ImageSource,
     ImageStream,
     Labels,
+    check_dataset_options,
     file_name,
     locate,
     open_source,
@@ -417,11 +417,8 @@ def open_training_source(args: DataArguments) -> ImageSource:
         image_column=args.image_column,
         folder_as="images" if args.train_data_dir else "dataset",
     )
-    for flag in ("image_column", "dataset_config"):
-        if getattr(args, flag) and not isinstance(source, DatasetImages):
-            raise InputError(
-                f"--{flag} {getattr(args, flag)} is a setting of a dataset, and {_location(args)} is none: omit it."
-            )
+    options = {"image_column": args.image_column, "dataset_config": args.dataset_config}
+    check_dataset_options([(_location(args), source)], options)
     return source
 
 

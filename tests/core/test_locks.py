@@ -63,6 +63,16 @@ def test_a_lock_of_another_host_can_be_removed(tmp_path):
         check_unlocked(tmp_path, Accelerator())
 
 
+def test_a_folder_that_cannot_be_created_is_reported_with_its_flag(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", Path("/proc/nowhere")):
+        with (
+            pytest.raises(InputError, match=rf"The folder {folder} cannot be created: .* with --save_images"),
+            locked(folder, flag="--save_images"),
+        ):
+            pass
+
+
 def write_outcome(folder, output):
     accelerator = Accelerator()
     try:

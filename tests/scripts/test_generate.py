@@ -118,6 +118,7 @@ def test_an_interrupted_run_continues(tiny_model, whole):
     kept = (folder / "000000.png").stat().st_mtime_ns
     generate.main(flags(tiny_model, whole))
     assert images(whole) == expected
+    assert not list(folder.glob(".tmp-*"))
     assert (folder / "000000.png").stat().st_mtime_ns == kept
 
 
