@@ -7,6 +7,7 @@ import secrets
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -21,6 +22,7 @@ from .files import LOCK
 
 _OWNER = f"{LOCK}-owner.json"
 _ID_LENGTH = 8  # characters that tell temporary directories apart
+_VISIBLE_SECONDS = 60  # time within which a new file is visible on all machines that share a folder
 _ORPHAN_SECONDS = 15  # time within which the worker processes of a killed command end; until then they hold its lock
 
 _Result = TypeVar("_Result")
@@ -41,12 +43,15 @@ def locked(folder: Path, accelerator: Any = None, flag: str = "--output_dir") ->
         flag: the flag that names another folder.
 
     Raises:
-        InputError: in every process, if another command holds the lock; the message names its host and process.
+        InputError: in every process, if another command holds the lock; the message names its host and process. Also
+            if a process on another machine does not share the folder.
         OSError: in every process, if the folder cannot be written to.
     """
     is_new = not folder.exists()
     lock = _in_main_process(accelerator, lambda: _acquire(folder, flag))
     try:
+        if accelerator.num_processes > 1:
+            _check_shared(folder)
         yield
     finally:
         if lock:
@@ -156,6 +161,23 @@ def _read_owner(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return owner if isinstance(owner, dict) and {"command", "pid", "host", "since"} <= owner.keys() else None
+
+
+def _check_shared(folder: Path) -> None:
+    """Check that all processes see the lock of the main process, that is, the same folder."""
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    owner = broadcast_object_list([_read_owner(folder)])[0]  # None on a file system without locks
+    if owner is None:
+        return
+    end = time.monotonic() + _VISIBLE_SECONDS
+    while not (is_shared := _read_owner(folder) == owner) and time.monotonic() < end:
+        time.sleep(0.2)
+    if hosts := sorted({host for host in gather_object([None if is_shared else socket.gethostname()]) if host}):
+        raise InputError(
+            f"{folder} is not the same folder on {' and '.join(hosts)} as on {owner['host']}, where the main process "
+            "runs. Choose an --output_dir on a file system that all machines share."
+        )
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:

@@ -507,7 +507,7 @@ def test_two_processes_equal_one_also_if_one_has_no_image_left(few_step_classes,
     one = few_step_classes("one", *flags, prediction_type="epsilon")
     two = tmp_path / "two"
     arguments = few_step_flags(tmp_path / "class-model", images, two, *flags, "--batch_size", 4)
-    run_ranks(ROOT / "finetune_few_step.py", *arguments, output=tmp_path / "output.txt")
+    run_ranks(ROOT / "finetune_few_step.py", *arguments, output=tmp_path / "output.txt", machines=2)
     rows = [read_metrics(run / "metrics.csv") for run in (one, two)]
     for a, b in zip(*rows, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6, nan_ok=True), a["step"]

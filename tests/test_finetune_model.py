@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from huggingface_hub import ModelCard
@@ -33,6 +34,7 @@ from torch._dynamo.testing import CompileCounter
 
 from ddgan.core.errors import InputError, RunError, run_command
 from ddgan.hub.publication import snapshot
+from ddgan.training.checkpoints import Checkpoints
 from ddgan.training.loop import Trainer
 from ddgan.training.tracking import read_metrics
 
@@ -327,6 +329,9 @@ def test_a_stream_is_trained_on_stopped_and_resumed_exactly(finetune, tmp_path):
     assert (straight / "metrics.csv").read_text() == (short / "metrics.csv").read_text()
     with pytest.raises(InputError, match="--max_train_steps"):
         finetune("endless", *flags)
+    checkpoints = Checkpoints(straight / "checkpoints", 0, Accelerator(), [], {"processes": 2})
+    with pytest.raises(InputError, match=r"processes = 1, but this run has 2, .* its own position in the stream"):
+        checkpoints.check(checkpoints.path(8), 8)
 
 
 # ---- clear errors

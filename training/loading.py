@@ -32,6 +32,7 @@ from ..data.sources import (
 from .arguments import DataArguments, LabelArguments, RunArguments
 from .plan import BatchPlan
 from .randomness import fold_in
+from .stopping import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -426,8 +427,8 @@ def _location(args: DataArguments) -> str | InMemory:
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the main process, which finishes its step first."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Leave Ctrl-C and other requests to stop to the main process, which finishes its step first."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

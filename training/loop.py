@@ -145,7 +145,7 @@ class Trainer:
             InputError: if another command is writing to the run folder, the run cannot resume from the checkpoint, a
                 tracker does not start, or the Hub refuses the repository.
             RunError: if a loss is not finite, an image is broken, or files cannot be read or written.
-            RunStopped: on SIGTERM or Ctrl-C, after saving a checkpoint.
+            RunStopped: on SIGTERM, SIGUSR1 or Ctrl-C, after saving a checkpoint.
         """
         with locked(self.folder.path, self.accelerator):
             return self._train()
@@ -215,6 +215,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         checkpoint = self.checkpoints.find(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
         step = self.checkpoints.check(checkpoint, self.total_steps) if checkpoint else 0
+        if args.resume_from_checkpoint and checkpoint is None:
+            logger.info(f"There is no checkpoint in {self.folder.checkpoints} yet: a new run starts.")
         if is_main:
             self.folder.remove_leftovers()
         start_trackers(self.accelerator, args, {k: v for part in self.job.arguments for k, v in vars(part).items()})

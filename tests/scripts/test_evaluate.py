@@ -92,7 +92,7 @@ def test_two_processes_give_the_same_numbers_as_one(run, folders, tmp_path):
     one = run(*flags)
     defaults = ["--reference", folders["reference"], "--feature_extractor", folders["color"]]
     more = ["--cache_dir", tmp_path / "cache2", "--output", tmp_path / "two.json"]
-    output = run_ranks(SCRIPT, *defaults, *more, *flags, output=tmp_path / "output.txt")
+    output = run_ranks(SCRIPT, *defaults, *more, *flags, output=tmp_path / "output.txt", machines=2)
     assert values(json.loads((tmp_path / "two.json").read_text())) == values(one)
     assert output.count("all metrics") == 1
 

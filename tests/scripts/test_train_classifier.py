@@ -201,7 +201,7 @@ def test_two_processes_equal_one(tmp_path):
     flags = ("--learning_rate", 1e-6, "--num_epochs", 2)
     one = train(data, tmp_path / "one", *flags)
     two = (*data, "--output_dir", tmp_path / "two", *SHORT, *flags, "--batch_size", 4, "--report_to", "none")
-    run_ranks(ROOT / "scripts" / "train_classifier.py", *two, output=tmp_path / "output.txt")
+    run_ranks(ROOT / "scripts" / "train_classifier.py", *two, output=tmp_path / "output.txt", machines=2)
     two = ImageClassifier.from_pretrained(tmp_path / "two")
     assert largest_difference(one.state_dict(), two.state_dict()) < 1e-6
     card = (tmp_path / "two" / "README.md").read_text()
