@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from .. import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
 from ..core.accelerator import start_accelerate
 from ..core.errors import InputError
-from ..core.files import replace_file
+from ..core.files import remove_temporary_files, replace_file
 from ..core.locks import locked
 from ..core.threads import one_thread_per_operation, run_in_threads
 from ..guidance.registry import includes_clip, parse_loss, sum_losses
@@ -220,6 +220,8 @@ def prepare(output: Path, settings: dict, overwrite: bool) -> None:
     if overwrite:
         for path in (*existing_images(output), output / GRID, output / INTERMEDIATES):
             path.unlink(missing_ok=True)
+    for folder in (output, output / "images"):
+        remove_temporary_files(folder)
     replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
 
 

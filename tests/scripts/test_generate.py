@@ -96,7 +96,7 @@ def test_an_error_in_a_thread_is_reported(tiny_model, two_threads, tmp_path):
 def test_two_processes_write_the_same_files_as_one(wide_model, wide_images, tmp_path):
     output = tmp_path / "two"
     more = ("--seed", 12, "--grid", "--intermediates", 2)
-    printed = run_ranks(SCRIPT, *flags(wide_model, output, *more), output=tmp_path / "output.txt")
+    printed = run_ranks(SCRIPT, *flags(wide_model, output, *more), output=tmp_path / "output.txt", machines=2)
     assert images(output) == wide_images
     assert printed.count(str(output / "images")) == 1
     assert (output / "grid.png").exists() and (output / "intermediates.png").exists()
@@ -126,6 +126,7 @@ def test_an_interrupted_run_continues(tiny_model, whole):
     kept = (folder / "000000.png").stat().st_mtime_ns
     generate.main(flags(tiny_model, whole))
     assert images(whole) == expected
+    assert not list(folder.glob(".tmp-*"))
     assert (folder / "000000.png").stat().st_mtime_ns == kept
 
 
