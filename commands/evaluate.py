@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -194,7 +195,7 @@ class PipelineSamples:
         pipe = with_scheduler(loaded, args.scheduler, args.num_inference_steps)
         self.class_names = class_names(getattr(pipe, "unet", None))
         self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
-        eta = {} if args.eta is None else {"eta": args.eta}
+        eta: dict[str, Any] = {} if args.eta is None else {"eta": args.eta}
         options = {**eta, **({} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale})}
         self.batch_size = group_size(pipe, args.batch_size)
         self.sampler = GroupSampler(pipe, self.batch_size, args.seed, args.num_inference_steps, self.labels, options)

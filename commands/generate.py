@@ -187,7 +187,7 @@ def guidance_loss(args: GenerateArguments, device: torch.device) -> GuidanceLoss
 def rows_and_columns(sampler: GroupSampler, num_images: int) -> dict[str, Any]:
     """Return the layout of the grid of images of which one source of randomness varies, for `image_grid`."""
     fixed, varied = ("noise", "z") if sampler.vary == "z" else ("z", "noise")
-    names = class_names(sampler.pipe.unet)
+    names: dict[Any, str] = {**class_names(sampler.pipe.unet)}
     rows = []
     for row, first in enumerate(range(0, num_images, VARY_COLUMNS)):
         label = sampler.class_label(first)
