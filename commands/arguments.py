@@ -32,7 +32,7 @@ from ..guidance.arguments import (
     split_loss,
 )
 from ..hub.arguments import CARD_NAME, check_repo_id
-from ..sampling.arguments import SCHEDULERS, SamplingArguments
+from ..sampling.arguments import SCHEDULERS, VARY_COLUMNS, SamplingArguments
 from ..training.arguments import MAX_GRID_IMAGES, MAX_IMAGE_SIZE, DataArguments, LearningRateArguments, RunArguments
 
 # --freeze choice -> substrings of the names of the parameters that are still trained
@@ -450,6 +450,11 @@ class GenerateArguments(SamplingArguments):
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
+    vary: Literal["z", "noise"] | None = option(
+        None,
+        f"for a DDGAN: along each row of {VARY_COLUMNS} images, vary only the latents z, or only the noise (x_T and "
+        "that of the steps), and save the --grid",
+    )
     grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
     intermediates: int | None = option(
         None, "show this many denoising steps of the first image in intermediates.png", minimum=1
@@ -471,6 +476,9 @@ class GenerateArguments(SamplingArguments):
         super().__post_init__()
         if not self.pipeline:
             raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
+        if self.vary and self.is_guided:
+            raise InputError("--vary does not work with guidance: omit --color, --clip_prompt and --towards.")
+        self.grid = self.grid or self.vary is not None
         if self.color:
             parse_color(self.color)
         for text in self.towards or []:

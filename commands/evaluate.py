@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -194,12 +195,13 @@ class PipelineSamples:
         pipe = with_scheduler(loaded, args.scheduler, args.num_inference_steps)
         self.class_names = class_names(getattr(pipe, "unet", None))
         self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
-        guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+        eta: dict[str, Any] = {} if args.eta is None else {"eta": args.eta}
+        options = {**eta, **({} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale})}
         self.batch_size = group_size(pipe, args.batch_size)
-        self.sampler = GroupSampler(pipe, self.batch_size, args.seed, args.num_inference_steps, self.labels, guidance)
+        self.sampler = GroupSampler(pipe, self.batch_size, args.seed, args.num_inference_steps, self.labels, options)
         self.offset = self.sampler.offset
         first_label = self.labels and self.labels[:1]
-        (first,) = sample(pipe, [args.seed], args.num_inference_steps, first_label, **guidance)
+        (first,) = sample(pipe, [args.seed], args.num_inference_steps, first_label, **options)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
         self.facts = SampleFacts(
             count=self.count,
@@ -210,6 +212,7 @@ class PipelineSamples:
                 "scheduler": type(pipe.scheduler).__name__,
                 **changed_spacing(loaded, pipe.scheduler),
                 "num_inference_steps": len(pipe.scheduler.timesteps),
+                **eta,
                 "class_labels": self.labels,
                 "guidance_scale": args.guidance_scale,
                 "dtype": args.dtype,

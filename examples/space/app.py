@@ -15,6 +15,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -166,12 +167,14 @@ def generation_tab(models: dict[str, Model], clip: str | None, why_no_clip: str)
     @show_errors
     def generate_plain(data, progress=PROGRESS):
         model, request = read_request(data)
+        if model.is_ddgan and data[plain.vary] != "both":
+            request = replace(request, vary=data[plain.vary])
         generated = generate(model, request, StepProgress(progress), data[plain.class_guidance])
         return show(result, model, request, generated, caption(request, generated))
 
     event = {"outputs": outputs, "show_progress_on": result.images, **ONE_AT_A_TIME}
     by_color.button.click(generate_by_color, inputs | {by_color.color, by_color.scale}, **event)
-    plain.button.click(generate_plain, inputs | {plain.class_guidance}, **event)
+    plain.button.click(generate_plain, inputs | {plain.class_guidance, plain.vary}, **event)
     if clip:
         triggers = [by_prompt.button.click, by_prompt.prompt.submit]
         gr.on(triggers, generate_by_prompt, inputs | {by_prompt.prompt, by_prompt.scale}, **event)
@@ -184,13 +187,14 @@ def generation_tab(models: dict[str, Model], clip: str | None, why_no_clip: str)
             by_color.available: gr.Column(visible=model.is_color),
             by_color.unavailable: gr.Column(visible=not model.is_color),
             plain.class_guidance: gr.Slider(visible=model.supports_class_guidance, value=DEFAULT_CLASS_GUIDANCE),
+            plain.vary: gr.Radio(visible=model.is_ddgan),
             settings.steps: gr.Slider(maximum=model.max_steps, value=model.default_steps),
             settings.scheduler: gr.Dropdown(model.schedulers, value=model.schedulers[0]),
             guidance_tabs: gr.Tabs(selected="color" if model.is_color else "plain"),
         }
 
     updated = [choice.description, choice.label, by_color.available, by_color.unavailable, plain.class_guidance]
-    updated += [settings.steps, settings.scheduler, guidance_tabs]
+    updated += [plain.vary, settings.steps, settings.scheduler, guidance_tabs]
     choice.name.change(select_model, choice.name, updated, **SILENT)
 
 
@@ -235,7 +239,14 @@ def plain_controls(first: Model) -> SimpleNamespace:
         info="Classifier-free guidance towards the class; 1 turns it off.",
         visible=first.supports_class_guidance,
     )
-    return SimpleNamespace(class_guidance=class_guidance, button=gr.Button("Generate", variant="primary"))
+    vary = gr.Radio(
+        [("z and noise", "both"), ("z only", "z"), ("noise only", "noise")],
+        value="both",
+        label="What differs between the images",
+        info="The latents z, the noise (at the start and in each step), or both. With one only, all have one class.",
+        visible=first.is_ddgan,
+    )
+    return SimpleNamespace(class_guidance=class_guidance, vary=vary, button=gr.Button("Generate", variant="primary"))
 
 
 def guidance_slider() -> gr.Slider:

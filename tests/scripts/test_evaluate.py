@@ -533,20 +533,21 @@ def test_existing_images_are_paired_with_their_classes_in_natural_order(run, tmp
     assert "natural order" in results["samples"]["order"]
 
 
-def test_guidance_is_the_same_as_in_generate(run, tmp_path):
+def test_guidance_and_eta_are_the_same_as_in_generate(run, tmp_path):
     torch.manual_seed(0)
     levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     unet = ClassConditionedUnet(8, 3, 3, 3, 2, 0.1, layers_per_block=1, norm_num_groups=4, **levels)
     unet.class_embedding.weight.data *= 20
     ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
     shared = ["--pipeline", tmp_path / "model", *SHORT, "--class_labels", 1, 2, "--num_images", 12]
-    guided = [*shared, "--guidance_scale", 3]
+    guided = [*shared, "--guidance_scale", 3, "--eta", 0.5]
     results = run(*guided, "--save_images", tmp_path / "saved", reference=None)
     run(*shared, "--save_images", tmp_path / "unguided", reference=None)
     generate.main([str(flag) for flag in (*guided, "--output_dir", tmp_path / "generated")])
     assert (stack(tmp_path / "saved") == stack(tmp_path / "generated" / "images")).all()
     assert (stack(tmp_path / "saved") != stack(tmp_path / "unguided")).any()
-    assert "guidance scale 3.0" in results["metrics"]["class_accuracy@12"]["protocol"]["samples"]
+    protocol = results["metrics"]["class_accuracy@12"]["protocol"]["samples"]
+    assert "guidance scale 3.0" in protocol and "eta 0.5" in protocol
 
 
 def test_stacked_digits_are_classified_channel_by_channel(run, folders):
