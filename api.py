@@ -120,6 +120,8 @@ def _values(kinds: tuple[type, ...], flags: dict[str, Any]) -> dict[str, Any]:
     flags = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
     config, images = flags.pop(_CONFIG), flags.pop(_TRAIN_DATA, None)
     if images is not None:
+        if named := [name for name in ("dataset_name", "train_data_dir") if flags.get(name) is not None]:
+            raise InputError(f"{_TRAIN_DATA} and {named[0]} both name the images to train on. Use only one of them.")
         is_name = isinstance(images, str) and find(images) is None
         is_stream = flags.get("streaming") and not isinstance(images, str)
         flags["dataset_name" if is_name or is_stream else "train_data_dir"] = images

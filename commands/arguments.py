@@ -4,6 +4,7 @@ Mistakes in them are therefore reported at once. Arguments that several commands
 and `training/arguments.py`.
 """
 
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -505,6 +506,14 @@ class GenerateArguments(SamplingArguments):
 # scripts/evaluate.py
 
 
+def _is_evaluation(path: Path) -> bool:
+    """Return whether a file was written by an evaluation."""
+    try:
+        return path.is_file() and {"metrics", "warnings"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):  # not JSON, or not an object
+        return False
+
+
 @dataclass
 class EvaluateArguments(SamplingArguments):
     """The samples to measure, the reference images and the features."""
@@ -591,6 +600,10 @@ class EvaluateArguments(SamplingArguments):
         check_value_range(self.value_range)
         if Path(self.output).is_dir():
             raise InputError(f"--output {self.output} is a folder: name a file.")
+        if Path(self.output).exists() and not _is_evaluation(Path(self.output)):
+            raise InputError(
+                f"--output {self.output} exists and is not the result of an evaluation: name another file."
+            )
         if self.update_card and not (self.pipeline and self.card.is_file()):
             raise InputError(f"--update_card needs the --pipeline of a local folder with a model card ({CARD_NAME}).")
 

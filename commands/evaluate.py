@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from ..core.accelerator import start_accelerate
 from ..core.errors import InputError, RunError, naming_file
-from ..core.files import fingerprint, location_name, remove_temporary_files, replace_file
+from ..core.files import contains_files, fingerprint, location_name, remove_temporary_files, replace_file
 from ..core.locations import InMemory
 from ..core.locks import locked
 from ..core.threads import one_thread_per_operation
@@ -77,7 +77,7 @@ def evaluate(args: EvaluateArguments) -> Results | None:
             reference, held_out = load_references(samples, extractor, args, accelerator, threads)
         folder = parts_folder(samples, extractor, classifier, args)
         results = None
-        with saving_images(args, accelerator), locked_parts(folder, accelerator) as parts:
+        with saving_images(args, folder, accelerator), locked_parts(folder, accelerator) as parts:
             with user_errors(RunError):
                 features = extract_sample_features(samples, extractor, classifier, args, accelerator, threads, parts)
             if features is not None:
@@ -345,14 +345,20 @@ def parts_folder(
 
 
 @contextmanager
-def saving_images(args: EvaluateArguments, accelerator: Accelerator) -> Iterator[None]:
+def saving_images(args: EvaluateArguments, parts: Path, accelerator: Accelerator) -> Iterator[None]:
     """Lock the folder of `--save_images`, if there is one.
 
+    Args:
+        parts: the folder of intermediate results; if it exists, an interrupted command is continued.
+
     Raises:
-        InputError: if another command is writing to it.
+        InputError: if another command is writing to it, or it contains files of anything but the continued command.
     """
     folder = args.save_images and Path(args.save_images)
     with locked(folder, accelerator, "--save_images") if folder else nullcontext():
+        if folder and contains_files(folder) and not parts.exists():
+            raise InputError(f"--save_images {folder} is not empty: name a new folder, so that no file is replaced.")
+        accelerator.wait_for_everyone()
         if folder and accelerator.is_main_process:
             remove_temporary_files(folder)
         yield

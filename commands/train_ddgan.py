@@ -111,6 +111,12 @@ def build(
     """
     square = size[0] if size[0] == size[1] else tuple(size)
     multiples, down_blocks = DISCRIMINATORS[args.discriminator]
+    heights = [size[0] >> level for level in range(len(args.block_out_channels))]
+    if others := [height for height in args.attention_resolutions if height not in heights]:
+        raise InputError(
+            f"--attention_resolutions {others[0]}: at {size[0]}x{size[1]} pixels the feature maps of the "
+            f"{len(heights)} levels (--block_out_channels) have heights {', '.join(map(str, heights))}."
+        )
     num_class_embeds = len(classes) if classes else None
     try:
         scheduler = DDGANScheduler(

@@ -26,7 +26,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
     Several commands can do this at the same time: the last one wins. Only a killed process leaves its temporary file
     behind; see `remove_temporary_files`.
+
+    Raises:
+        OSError: if it cannot be written, or `path` is not a regular file but a device, for example.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "This is not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # keeps the suffix, from which writers infer the format
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")

@@ -178,6 +178,8 @@ def test_generate_and_evaluate_take_and_return_objects(tiny_model, pil_images, t
         ({"start_model": 5}, "a int (in memory) is not a pipeline"),
         ({"train_data": 5}, "A int is not a set of images"),
         ({"train_data": []}, "--train_data_dir is empty"),
+        ({"train_data": "a", "train_data_dir": "b"}, "train_data and train_data_dir both name the images"),
+        ({"hub_model_id": "ann/model"}, "--hub_model_id ann/model has no effect without --push_to_hub"),
         ({"train_data": "nowhere/at/all"}, "--dataset_name nowhere/at/all: there is no such file or folder"),
     ],
 )

@@ -249,6 +249,7 @@ def test_a_class_conditional_run_generates_each_class(train, kinds):
         (["--block_out_channels", "8", "8", "8", "8", "8"], "too many to halve images of 8x8"),
         (["--discriminator", "large"], "too often for images of 8x8"),
         (["--class_conditional"], "is not in a subfolder"),
+        (["--attention_resolutions", "5"], "--attention_resolutions 5: .* of the 2 levels .* have heights 8, 4"),
         (["--lr_g", "0"], "--lr_g is 0.0; it must be greater than 0"),
         (["--block_out_channels", "8", "3"], "--block_out_channels is 3; it must be at least 4"),
         (["--lr_g", "5e-6"], "--lr_min is 1e-05, the final value of --lr_g 5e-06 and .* must not be greater"),

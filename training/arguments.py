@@ -139,6 +139,8 @@ class RunArguments(Arguments):
             self.model_save_name = self.folder_name
         if self.report_to is None:
             self.report_to = "wandb" if self.wandb_project else "tensorboard"
+        if self.hub_model_id and not self.push_to_hub:
+            raise InputError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub.")
         if self.resume_from_checkpoint != "latest":
             resolve_paths(self, "resume_from_checkpoint")
 

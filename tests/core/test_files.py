@@ -57,6 +57,13 @@ def test_an_interrupted_write_leaves_the_previous_file(tmp_path):
     assert path.read_text() == "again"
 
 
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        replace_file(tmp_path / "pipe", lambda path: path.write_text("x"))
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize("replace", [replace_folder, replace_tree])
 def test_an_interrupted_write_leaves_the_previous_folder(tmp_path, replace):
     def write(folder):

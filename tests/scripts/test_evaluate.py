@@ -140,10 +140,10 @@ def test_an_interrupted_evaluation_resumes(run, folders, tmp_path, monkeypatch, 
     flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 70, "--seed", 20]
     whole = values(run(*flags))
 
-    def stops(pipe, seeds, *rest):
+    def stops(pipe, seeds, *rest, **options):
         if seeds[0] == 64:
             raise KeyboardInterrupt
-        return sample(pipe, seeds, *rest)
+        return sample(pipe, seeds, *rest, **options)
 
     with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
         sample = groups.sample
@@ -159,7 +159,7 @@ def test_two_commands_with_the_same_settings_do_not_interfere(run, folders, tmp_
     flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 34]
     saved, sample, second = tmp_path / "saved", groups.sample, []
 
-    def starts_another(pipe, seeds, *rest):
+    def starts_another(pipe, seeds, *rest, **options):
         if seeds[0] == 32:  # the first command has saved intermediate results
             with monkeypatch.context() as patches:
                 patches.setattr(groups, "sample", sample)
@@ -170,7 +170,7 @@ def test_two_commands_with_the_same_settings_do_not_interfere(run, folders, tmp_
                         run(*flags, "--save_images", saved)
                 else:
                     second.append(values(run(*flags)))
-        return sample(pipe, seeds, *rest)
+        return sample(pipe, seeds, *rest, **options)
 
     monkeypatch.setattr(features, "PART_IMAGES", 16)
     monkeypatch.setattr(groups, "sample", starts_another)
@@ -719,6 +719,20 @@ def test_unusable_flags_are_rejected(run, folders, flags, message):
     names = {"MODEL": folders["model"], "SAMPLES": folders["samples"]}
     with pytest.raises(InputError, match=message):
         run(*(names.get(flag, flag) for flag in flags))
+
+
+def test_files_that_are_no_evaluations_and_folders_with_images_are_not_overwritten(run, folders, tmp_path):
+    image = next(folders["samples"].iterdir())
+    (tmp_path / "thesis.json").write_text('{"title": "Emoji"}')
+    for file in (image, tmp_path / "thesis.json"):
+        before = file.read_bytes()
+        with pytest.raises(InputError, match=f"--output {file} exists and is not the result of an evaluation"):
+            run("--images", folders["samples"], "--output", file)
+        assert file.read_bytes() == before
+    files = sorted(folders["samples"].iterdir())
+    with pytest.raises(InputError, match=r"--save_images .* is not empty: name a new folder"):
+        run("--pipeline", folders["model"], *SHORT, "--num_images", 12, "--save_images", folders["samples"])
+    assert sorted(folders["samples"].iterdir()) == files
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet", ".safetensors"])
