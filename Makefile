@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo demo-few-step models test lint bench clean
+.PHONY: help demo demo-few-step models test lint docs bench clean
 
 help:
 	@echo "make demo           fine-tune the embedded model on the embedded images; results in demo/"
@@ -11,8 +11,9 @@ help:
 	@echo "make models         save the configs of the embedded models again with the current classes"
 	@echo "make test           the whole test suite"
 	@echo "make lint           ruff, the type checker and the import rules"
+	@echo "make docs           the documentation as a site in site/"
 	@echo "make bench          speed and memory, as ratios; minutes"
-	@echo "make clean          remove the virtual environment and the demos"
+	@echo "make clean          remove the virtual environment, the site and the demos"
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
@@ -40,8 +41,11 @@ lint: .venv/installed
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-cache
 
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: .venv/installed
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf .venv demo demo-few-step
+	rm -rf .venv site demo demo-few-step

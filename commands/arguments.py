@@ -4,13 +4,14 @@ Mistakes in them are therefore reported at once. Arguments that several commands
 and `training/arguments.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from ..conversion.published_models import PUBLISHED_MODELS
 from ..core.cli import Arguments, option
 from ..core.errors import InputError
+from ..core.files import contains_files
 from ..core.locations import resolve_locations, resolve_paths
 from ..data.arguments import check_value_range
 from ..evaluation.arguments import (
@@ -31,8 +32,8 @@ from ..guidance.arguments import (
     split_loss,
 )
 from ..hub.arguments import CARD_NAME, check_repo_id
-from ..sampling.arguments import SCHEDULERS, SamplingArguments
-from ..training.arguments import MAX_GRID_IMAGES, DataArguments, LearningRateArguments, RunArguments
+from ..sampling.arguments import SCHEDULERS, VARY_COLUMNS, SamplingArguments
+from ..training.arguments import MAX_GRID_IMAGES, MAX_IMAGE_SIZE, DataArguments, LearningRateArguments, RunArguments
 
 # --freeze choice -> substrings of the names of the parameters that are still trained
 TRAINED_PARTS = {
@@ -232,6 +233,13 @@ class DDGANArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.block_out_channels:
+            raise InputError("--block_out_channels needs at least one width.")
+        if self.beta_min > self.beta_max:
+            raise InputError(
+                f"--beta_min {self.beta_min:g} is the lowest rate of the noise process, but greater than --beta_max "
+                f"{self.beta_max:g}."
+            )
         if self.lr_min > min(self.lr_g, self.lr_d):
             raise InputError(
                 f"--lr_min is {self.lr_min}, the final value of --lr_g {self.lr_g} and --lr_d {self.lr_d}; it must "
@@ -357,6 +365,8 @@ class ClassifierArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.widths:
+            raise InputError("--widths needs at least one width.")
         if any(width % NORM_GROUPS for width in self.widths):
             raise InputError(
                 f"--widths {' '.join(map(str, self.widths))}: the widths must be multiples of {NORM_GROUPS}."
@@ -373,7 +383,10 @@ class ClassifierDataArguments(DataArguments):
         "or --train_data_dir is required",
     )
     image_size: int | None = option(
-        None, "height and width of the input (default: the shorter side of the first image)", minimum=1
+        None,
+        "height and width of the input (default: the shorter side of the first image)",
+        minimum=1,
+        maximum=MAX_IMAGE_SIZE,
     )
     center_crop: bool = option(True, "crop to a square at the center; --no_center_crop: at random")
     cache_images: bool = option(
@@ -437,6 +450,11 @@ class GenerateArguments(SamplingArguments):
     class_labels: list[str] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
+    vary: Literal["z", "noise"] | None = option(
+        None,
+        f"for a DDGAN: along each row of {VARY_COLUMNS} images, vary only the latents z, or only the noise (x_T and "
+        "that of the steps), and save the --grid",
+    )
     grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
     intermediates: int | None = option(
         None, "show this many denoising steps of the first image in intermediates.png", minimum=1
@@ -458,6 +476,9 @@ class GenerateArguments(SamplingArguments):
         super().__post_init__()
         if not self.pipeline:
             raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
+        if self.vary and self.is_guided:
+            raise InputError("--vary does not work with guidance: omit --color, --clip_prompt and --towards.")
+        self.grid = self.grid or self.vary is not None
         if self.color:
             parse_color(self.color)
         for text in self.towards or []:
@@ -546,12 +567,24 @@ class EvaluateArguments(SamplingArguments):
             raise InputError("Pass either --pipeline, to sample from it, or existing --images.")
         if self.images and self.save_images:
             raise InputError("--save_images saves the samples of a --pipeline; those of --images already exist.")
+        if self.images:
+            for argument in fields(SamplingArguments):
+                if (value := getattr(self, argument.name)) != argument.default:
+                    raise InputError(
+                        f"--{argument.name} {value} is for sampling a --pipeline, but --images exist already: omit it."
+                    )
         if self.held_out and not self.reference:
             raise InputError("--held_out images are compared with training images: pass these with --reference.")
+        self._check_references()
         if self.feature_extractor is None:
             self.feature_extractor = INCEPTION if self.reference else self.classifier
         if self.feature_extractor is None:
             raise InputError("Pass images to measure against with --reference, or a --classifier.")
+        if self.classifier not in (None, self.feature_extractor) and not (self.class_labels or self.stacked_mnist):
+            raise InputError(
+                f"--classifier {self.classifier} predicts classes and digits: pass --class_labels or --stacked_mnist, "
+                "too, or use it for the features with --feature_extractor."
+            )
         resolve_locations(self, "images", "reference", "held_out", datasets=True)
         resolve_paths(self, "classifier")
         resolve_extractor(self)
@@ -560,6 +593,24 @@ class EvaluateArguments(SamplingArguments):
             raise InputError(f"--output {self.output} is a folder: name a file.")
         if self.update_card and not (self.pipeline and self.card.is_file()):
             raise InputError(f"--update_card needs the --pipeline of a local folder with a model card ({CARD_NAME}).")
+
+    def _check_references(self) -> None:
+        """Check that settings of the references belong to one.
+
+        Raises:
+            InputError: if not; the message names the flag.
+        """
+        needed = {
+            "reference_split": "reference",
+            "reference_config": "reference",
+            "num_reference": "reference",
+            "held_out_split": "held_out",
+        }
+        for name, source in needed.items():
+            if (value := getattr(self, name)) and not getattr(self, source):
+                raise InputError(f"--{name} {value} needs --{source}.")
+        if self.image_column and not (self.images or self.reference):
+            raise InputError(f"--image_column {self.image_column} needs a dataset: pass --images or --reference.")
 
     @property
     def card(self) -> Path:
@@ -595,7 +646,7 @@ class ConvertArguments(Arguments):
             raise InputError("Pass only one of --config_path and --recipe: both define the training arguments.")
         resolve_paths(self, "checkpoint_path", "config_path")
         output = Path(self.output_dir)
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and (not output.is_dir() or contains_files(output)):
             raise InputError(f"--output_dir {output} already exists and is not empty: choose another folder.")
 
 

@@ -14,7 +14,8 @@ from ..conversion.ddgan_checkpoints import (
 from ..conversion.published_models import COMMON_ARGUMENTS, PUBLISHED_MODELS
 from ..core.errors import InputError
 from ..core.files import replace_file, replace_tree
-from ..hub.cards import CARD_NAME, CardFacts, card_text
+from ..core.locks import locked
+from ..hub.cards import CARD_NAME, CardFacts, card_text, string_literal
 from ..hub.folders import code_files
 from ..sampling.generation import sample
 from ..sampling.grids import image_grid
@@ -28,10 +29,18 @@ def convert(args: ConvertArguments) -> Path:
         The pipeline folder.
 
     Raises:
-        InputError: if the checkpoint cannot be read, or its training arguments are unknown or do not fit.
+        InputError: if the checkpoint cannot be read, its training arguments are unknown or do not fit, or another
+            command is writing to the folder.
     """
-    assert args.checkpoint_path is not None and args.output_dir is not None
+    assert args.output_dir is not None
     output = Path(args.output_dir)
+    with locked(output):
+        convert_checkpoint(args, output)
+
+
+def convert_checkpoint(args: ConvertArguments, output: Path) -> None:
+    """Convert the checkpoint, and write the pipeline with its model card to a folder."""
+    assert args.checkpoint_path is not None
     checkpoint = read_checkpoint(Path(args.checkpoint_path))
     if args.config_path:
         known_arguments = read_config(Path(args.config_path))
@@ -82,7 +91,7 @@ def convert(args: ConvertArguments) -> Path:
         summary="A Denoising Diffusion GAN ([arXiv 2112.07804](https://arxiv.org/abs/2112.07804)) by NVIDIA, "
         f"converted to Diffusers. It generates an image of {size}x{size} pixels in {arguments['num_timesteps']} "
         "network evaluations.",
-        usage=USAGE.format(model=output.resolve().name),
+        usage=USAGE.format(model=string_literal(output.resolve().name)),
         training_heading="Conversion",
         samples={"samples.png": f"Seeds 0 to {len(images) - 1}, nothing left out."} if images else {},
         training={
@@ -128,6 +137,6 @@ def read_config(path: Path) -> dict[str, Any]:
 USAGE = """
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{model}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained({model}, trust_remote_code=True)
 image = pipe().images[0]
 """

@@ -4,9 +4,11 @@ import json
 import logging
 import shutil
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -14,22 +16,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..core.accelerator import start_accelerate
 from ..core.errors import InputError, RunError, naming_file
-from ..core.files import fingerprint, location_name, replace_file
+from ..core.files import fingerprint, location_name, remove_temporary_files, replace_file
 from ..core.locations import InMemory
+from ..core.locks import locked
 from ..core.threads import one_thread_per_operation
 from ..data.arguments import check_value_range
 from ..data.images import color_channels
 from ..data.preprocessing import Preprocessing, low_contrast
-from ..data.sources import open_source, read_arrays
+from ..data.sources import ImageSource, check_dataset_options, open_source, read_arrays
 from ..evaluation.arguments import MIN_IMAGES, STACKED_MNIST_SAMPLES
 from ..evaluation.coverage import confusion_matrix_plot
 from ..evaluation.extractors import ClassifierFeatures, FeatureExtractor, load_extractor
 from ..evaluation.facts import ReferenceFacts, SampleFacts
-from ..evaluation.features import Features, extract_features, read_protocol
+from ..evaluation.features import Features, extract_features, load_features, locked_parts, read_protocol
 from ..evaluation.metrics import MIN_HELD_OUT, Gaussian
 from ..evaluation.references import (
     Reference,
@@ -73,14 +75,19 @@ def evaluate(args: EvaluateArguments) -> Results | None:
             raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
         with user_errors(RunError):
             reference, held_out = load_references(samples, extractor, args, accelerator, threads)
-            features, parts = extract_sample_features(samples, extractor, classifier, args, accelerator, threads)
-    results = None
-    if features is not None:
-        with user_errors(InputError):
-            results = compute_results(samples.facts, features, extractor, reference, held_out, classifier, requested)
-            write_results(results, args, round(time.perf_counter() - started, 1))
-        print_results(results, args)
-        shutil.rmtree(parts, ignore_errors=True)
+        folder = parts_folder(samples, extractor, classifier, args)
+        results = None
+        with saving_images(args, accelerator), locked_parts(folder, accelerator) as parts:
+            with user_errors(RunError):
+                features = extract_sample_features(samples, extractor, classifier, args, accelerator, threads, parts)
+            if features is not None:
+                facts = samples.facts
+                with user_errors(InputError), naming_output(args):
+                    results = compute_results(facts, features, extractor, reference, held_out, classifier, requested)
+                    write_results(results, args, round(time.perf_counter() - started, 1))
+                print_results(results, args)
+                if parts:
+                    shutil.rmtree(parts, ignore_errors=True)
     accelerator.end_training()
     return results
 
@@ -94,6 +101,18 @@ def user_errors(kind: type[Exception]):
         raise
     except (ValueError, ImportError) as error:
         raise kind(str(error)) from error
+
+
+@contextmanager
+def naming_output(args: EvaluateArguments) -> Iterator[None]:
+    """Report results that cannot be written; the features of the samples are kept."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"The results cannot be written to {args.output}: {error}. Repeat the command with another --output: the "
+            "samples that were measured are cached."
+        ) from error
 
 
 def select_classifier(
@@ -176,12 +195,13 @@ class PipelineSamples:
         pipe = with_scheduler(loaded, args.scheduler, args.num_inference_steps)
         self.class_names = class_names(getattr(pipe, "unet", None))
         self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
-        guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+        eta: dict[str, Any] = {} if args.eta is None else {"eta": args.eta}
+        options = {**eta, **({} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale})}
         self.batch_size = group_size(pipe, args.batch_size)
-        self.sampler = GroupSampler(pipe, self.batch_size, args.seed, args.num_inference_steps, self.labels, guidance)
+        self.sampler = GroupSampler(pipe, self.batch_size, args.seed, args.num_inference_steps, self.labels, options)
         self.offset = self.sampler.offset
         first_label = self.labels and self.labels[:1]
-        (first,) = sample(pipe, [args.seed], args.num_inference_steps, first_label, **guidance)
+        (first,) = sample(pipe, [args.seed], args.num_inference_steps, first_label, **options)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
         self.facts = SampleFacts(
             count=self.count,
@@ -192,6 +212,7 @@ class PipelineSamples:
                 "scheduler": type(pipe.scheduler).__name__,
                 **changed_spacing(loaded, pipe.scheduler),
                 "num_inference_steps": len(pipe.scheduler.timesteps),
+                **eta,
                 "class_labels": self.labels,
                 "guidance_scale": args.guidance_scale,
                 "dtype": args.dtype,
@@ -261,14 +282,17 @@ def extract_sample_features(
     args: EvaluateArguments,
     accelerator: Accelerator,
     threads: int,
-) -> tuple[Features | None, Path]:
+    parts: Path | None,
+) -> Features | None:
     """Extract the features of all samples, and the classes or digits that the classifier predicts.
 
     Prints how many samples were measured per second.
 
+    Args:
+        parts: see `locked_parts`.
+
     Returns:
-        The features, in the main process, and the folder of intermediate results from which an interrupted command
-        resumes.
+        The features, in the main process.
     """
     counts: list[int] = []
 
@@ -284,15 +308,6 @@ def extract_sample_features(
             return {**features, "classes": logits.argmax(1)}
         return features
 
-    settings = {
-        **samples.facts.as_dict(),
-        **extractor.facts.as_dict(),
-        "batch_size": samples.batch_size,
-        "digits": args.stacked_mnist,
-        "judge": classifier and classifier.digest,
-        "kept": args.save_images and str(Path(args.save_images).resolve()),
-    }
-    parts = Path(args.cache_dir) / f"samples-{fingerprint(settings)}.parts"
     description = "sampling and measuring" if args.pipeline else "measuring"
     started = time.perf_counter()
     features = extract_features(
@@ -308,7 +323,39 @@ def extract_sample_features(
     rate = sum(gather_object(counts)) / (time.perf_counter() - started)
     if rate and accelerator.is_main_process:
         print(f"{description}: {rate:.3g} images per second")
-    return features, parts
+    return features
+
+
+def parts_folder(
+    samples: PipelineSamples | StoredSamples,
+    extractor: FeatureExtractor,
+    classifier: ClassifierFeatures | None,
+    args: EvaluateArguments,
+) -> Path:
+    """Return the folder of intermediate results from which an interrupted command with these settings resumes."""
+    settings = {
+        **samples.facts.as_dict(),
+        **extractor.facts.as_dict(),
+        "batch_size": samples.batch_size,
+        "digits": args.stacked_mnist,
+        "judge": classifier and classifier.digest,
+        "kept": args.save_images and str(Path(args.save_images).resolve()),
+    }
+    return Path(args.cache_dir) / f"samples-{fingerprint(settings)}.parts"
+
+
+@contextmanager
+def saving_images(args: EvaluateArguments, accelerator: Accelerator) -> Iterator[None]:
+    """Lock the folder of `--save_images`, if there is one.
+
+    Raises:
+        InputError: if another command is writing to it.
+    """
+    folder = args.save_images and Path(args.save_images)
+    with locked(folder, accelerator, "--save_images") if folder else nullcontext():
+        if folder and accelerator.is_main_process:
+            remove_temporary_files(folder)
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,17 +377,14 @@ def load_references(
         InputError: if they are too few, statistics instead of features, or the same images.
     """
     if not args.reference:
+        if isinstance(samples, StoredSamples):
+            check_dataset_options([(args.images or "", samples.source)], {"image_column": args.image_column})
         return None, None
+    source = open_reference(args.reference, args.reference_split, "train", args, accelerator)
+    held_out_source = args.held_out and open_reference(args.held_out, args.held_out_split, "test", args, accelerator)
+    check_reference_options(args, samples, source, held_out_source or None)
     reference = load_reference(
-        args.reference,
-        args.reference_split,
-        "train",
-        args.num_reference,
-        samples,
-        extractor,
-        args,
-        accelerator,
-        threads,
+        args.reference, source, args.num_reference, samples, extractor, args, accelerator, threads
     )
     require_images(MIN_IMAGES, args.reference, reference)
     if not args.held_out:
@@ -351,7 +395,7 @@ def load_references(
             "mean and covariance. Pass the images themselves with --reference."
         )
     held_out = load_reference(
-        args.held_out, args.held_out_split, "test", None, samples, extractor, args, accelerator, threads
+        args.held_out, held_out_source or None, None, samples, extractor, args, accelerator, threads
     )
     require_images(MIN_HELD_OUT, args.held_out, held_out)
     if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
@@ -362,10 +406,59 @@ def load_references(
     return reference, held_out
 
 
+def open_reference(
+    location: str | InMemory, split: str | None, default_split: str, args: EvaluateArguments, accelerator: Accelerator
+) -> ImageSource | None:
+    """Open the images of a reference; None for a file of features or statistics.
+
+    Raises:
+        InputError: if there are no such images.
+    """
+    path = Path("" if isinstance(location, InMemory) else location)
+    if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".npz" and holds_statistics(path))):
+        return None
+    with accelerator.main_process_first():
+        return open_source(
+            location,
+            split,
+            default_split=default_split,
+            config=args.reference_config,
+            image_column=args.image_column,
+        )
+
+
+def check_reference_options(
+    args: EvaluateArguments,
+    samples: PipelineSamples | StoredSamples,
+    source: ImageSource | None,
+    held_out: ImageSource | None,
+) -> None:
+    """Check that the settings of the images have an effect on some of them.
+
+    Raises:
+        InputError: if one has none; the message names its flag.
+    """
+    if source is None:
+        for name in ("reference_split", "num_reference"):
+            if value := getattr(args, name):
+                raise InputError(
+                    f"--{name} {value} selects images, but {args.reference} holds only their features: omit it."
+                )
+    if held_out is None and args.held_out_split:
+        raise InputError(
+            f"--held_out_split {args.held_out_split} selects images, but {args.held_out} holds only their features."
+        )
+    opened = [(args.reference, source), (args.held_out, held_out)]
+    references = [(location, images) for location, images in opened if location and images]
+    check_dataset_options(references or [(args.reference or "", None)], {"reference_config": args.reference_config})
+    if isinstance(samples, StoredSamples):
+        references.append((args.images or "", samples.source))
+    check_dataset_options(references or [(args.reference or "", None)], {"image_column": args.image_column})
+
+
 def load_reference(
     location: str | InMemory,
-    split: str | None,
-    default_split: str,
+    source: ImageSource | None,
     count: int | None,
     samples: PipelineSamples | StoredSamples,
     extractor: FeatureExtractor,
@@ -375,23 +468,19 @@ def load_reference(
 ) -> Reference:
     """Load saved features or statistics, or extract and cache the features of images at the size of the samples.
 
+    Args:
+        source: see `open_reference`.
+        count: size of a random subset; None means all.
+
     Raises:
-        InputError: if there are no such images, or the features or statistics are of another extractor.
+        InputError: if the features or statistics are of another extractor.
         RunError: if an image cannot be read.
     """
-    path = Path("" if isinstance(location, InMemory) else location)
-    if path.suffix == ".safetensors" and path.is_file():
-        return read_reference_features(path, extractor, accelerator)
-    if path.suffix == ".npz" and path.is_file() and holds_statistics(path):
+    if source is None:
+        path = Path(str(location))
+        if path.suffix == ".safetensors":
+            return read_reference_features(path, extractor, accelerator)
         return read_reference_statistics(path, samples.preprocessing, extractor)
-    with accelerator.main_process_first():
-        source = open_source(
-            location,
-            split,
-            default_split=default_split,
-            config=args.reference_config,
-            image_column=args.image_column,
-        )
     height, width = samples.preprocessing.height, samples.preprocessing.width
     return measure_reference(
         ReferenceImages(source, value_range=check_value_range(args.value_range)),
@@ -414,13 +503,13 @@ def read_reference_features(path: Path, extractor: FeatureExtractor, accelerator
         InputError: if the file is damaged, or another network computed the features.
     """
     with naming_file(path, SafetensorError):
-        protocol = read_protocol(path)
+        protocol, features = read_protocol(path), load_features(path)
     if protocol.get("extractor_digest") != extractor.digest:
         raise InputError(
             f"The features in {path} are those of {protocol.get('extractor', 'an unknown network')}, not of "
             f"{extractor.name} with the weights {extractor.digest}. Measure the reference images themselves."
         )
-    return Reference(ReferenceFacts.from_dict(protocol), load_file(path) if accelerator.is_main_process else None)
+    return Reference(ReferenceFacts.from_dict(protocol), features if accelerator.is_main_process else None)
 
 
 def holds_statistics(path: Path) -> bool:

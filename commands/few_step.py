@@ -4,7 +4,6 @@ The network first learns from samples of the start model (distillation), then al
 its samples with the images (adversarial training).
 """
 
-import json
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from .. import ClassConditionalPipeline, UNetDiscriminator
 from ..core.errors import InputError
 from ..core.files import location_name
-from ..hub.cards import CardFacts, carry_over_license
+from ..hub.cards import CardFacts, carry_over_license, string_literal
 from ..sampling.generation import PipelineSampler
 from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments
 from ..training.ema import EMA, half_life
@@ -71,6 +70,11 @@ def finetune_few_step(
         trust_remote_code=args.trust_remote_code,
     )
     check_start_model(start, args)
+    if label_args.label_column and not isinstance(start, ClassConditionalPipeline):
+        raise InputError(
+            f"--label_column {label_args.label_column}: {args.start_model} is not class-conditional, so no labels are "
+            "read. Omit it."
+        )
     start.scheduler.register_to_config(timestep_spacing="trailing")  # DDIM starts from noise alone, as training does
     unet = start.unet
     pipeline = type(start)(unet, few_step_scheduler(start.scheduler, args.num_inference_steps))
@@ -293,13 +297,13 @@ def describe(
     kind, classes, tags = "An unconditional", "", ["ddpm", "fine-tuned", "few-step"]
     model = location_name(args.start_model)
     origin = f"{model}, " + (f"fine-tuned on {data.name} with a discriminator" if adversarial else "distilled")
-    usage = UNCONDITIONAL_USAGE.format(model=run.folder_name, steps=steps)
+    usage = UNCONDITIONAL_USAGE.format(model=string_literal(run.folder_name), steps=steps)
     if isinstance(start, ClassConditionalPipeline):
         names = data.classes or []
         kind, tags = "A class-conditional", [*tags, "class-conditional"]
         classes = f" Its {len(names)} classes are {', '.join(names)}; the sample grid has one row per class."
-        label = json.dumps(names[0], ensure_ascii=False) if start.labels else 0
-        usage = CLASS_USAGE.format(model=run.folder_name, label=label, steps=steps)
+        label = string_literal(names[0]) if start.labels else 0
+        usage = CLASS_USAGE.format(model=string_literal(run.folder_name), label=label, steps=steps)
     return CardFacts(
         title=run.model_save_name,
         summary=f"{kind} diffusion model that generates an image in {evaluations}: {origin}. It was trained for "
@@ -318,13 +322,13 @@ def describe(
 UNCONDITIONAL_USAGE = """
 from diffusers import DDPMPipeline
 
-pipe = DDPMPipeline.from_pretrained("{model}")
+pipe = DDPMPipeline.from_pretrained({model})
 image = pipe(num_inference_steps={steps}).images[0]
 """
 
 CLASS_USAGE = """
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{model}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained({model}, trust_remote_code=True)
 image = pipe(class_labels={label}, num_inference_steps={steps}).images[0]
 """

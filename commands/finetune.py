@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 
 from ..core.errors import InputError
 from ..core.files import location_name
-from ..hub.cards import CardFacts, carry_over_license
+from ..hub.cards import CardFacts, carry_over_license, string_literal
 from ..sampling.generation import PipelineSampler
 from ..sampling.loading import ddim_usage
 from ..training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
@@ -62,7 +62,9 @@ def finetune(
         if args.start_model is None
         else f"An unconditional diffusion model: {location_name(args.start_model)}, fine-tuned on {data.name}.",
         usage=USAGE.format(
-            model=run.folder_name, scheduler=ddim_usage(pipeline, args.sample_steps), steps=args.sample_steps
+            model=string_literal(run.folder_name),
+            scheduler=ddim_usage(pipeline, args.sample_steps),
+            steps=args.sample_steps,
         ),
         settings=settings_for_card(*arguments),
         dataset=data.name,
@@ -107,7 +109,7 @@ def freeze(unet: UNet2DModel, args: FinetuneArguments) -> list[torch.nn.Paramete
 USAGE = """
 from diffusers import DDIMScheduler, DDPMPipeline
 
-pipe = DDPMPipeline.from_pretrained("{model}")
+pipe = DDPMPipeline.from_pretrained({model})
 {scheduler}
 image = pipe(num_inference_steps={steps}).images[0]
 """

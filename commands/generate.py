@@ -4,11 +4,13 @@ The batch size and the number of threads change the order in which floating-poin
 generated in fixed groups of consecutive seeds.
 """
 
+import inspect
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,10 +22,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from .. import CLIPLoss, ColorLoss, GuidanceLoss, GuidedPipeline
 from ..core.accelerator import start_accelerate
 from ..core.errors import InputError
-from ..core.files import replace_file
+from ..core.files import remove_temporary_files, replace_file
 from ..core.locks import locked
 from ..core.threads import one_thread_per_operation, run_in_threads
 from ..guidance.registry import includes_clip, parse_loss, sum_losses
+from ..sampling.arguments import VARY_COLUMNS
 from ..sampling.generation import check_call, class_label_ids, class_names, parse_class_labels
 from ..sampling.grids import image_grid, steps_strip
 from ..sampling.groups import GroupSampler, group_size, split_into_groups
@@ -41,7 +44,7 @@ class GeneratedImages:
 
     Attributes:
         folder: the output folder.
-        paths: their PNG files, in the order of their seeds.
+        paths: their PNG files, in order.
         grid, intermediates: grid.png and intermediates.png, if they were requested.
     """
 
@@ -83,10 +86,10 @@ def generate(args: GenerateArguments) -> GeneratedImages:
 
 def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: int) -> None:
     """Generate the images that are missing in the output folder, in this number of threads."""
-    guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    options = {name: value for name in ("guidance_scale", "eta") if (value := getattr(args, name)) is not None}
     loss = guidance_loss(args, accelerator.device) if args.is_guided else None
     if loss:
-        guidance |= {"loss": loss, "gradient": args.guidance_gradient}
+        options |= {"loss": loss, "gradient": args.guidance_gradient}
     assert args.pipeline is not None
     pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
     size = group_size(pipe, args.batch_size)
@@ -102,8 +105,10 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         "contents": pipeline_hash(pipe),
         "scheduler": args.scheduler,
         "num_inference_steps": num_inference_steps,
+        "eta": args.eta,
         "class_labels": class_labels,
         "seed": args.seed,
+        "vary": args.vary,
         "dtype": args.dtype,
         "device": accelerator.device.type,
         "images_at_once": size,
@@ -128,13 +133,15 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         raise InputError("A GuidedPipeline needs a target: --color, --clip_prompt or --towards.")
     if args.intermediates:
         check_traceable(pipe)
-    check_call(pipe, num_inference_steps, labels and labels[:1], **guidance)
+    if args.vary and "z_generator" not in inspect.signature(pipe.__call__).parameters:
+        raise InputError(f"--vary {args.vary} needs a DDGAN, because a {type(pipe).__name__} has no latents z.")
+    check_call(pipe, num_inference_steps, labels and labels[:1], **options)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         prepare(output, settings, args.overwrite)
     accelerator.wait_for_everyone()
 
-    sampler = GroupSampler(pipe, size, args.seed, num_inference_steps, labels, guidance)
+    sampler = GroupSampler(pipe, size, args.seed, num_inference_steps, labels, options, args.vary)
 
     def generate_group(indices: list[int]) -> int:
         for i, image in zip(indices, sampler(indices), strict=True):
@@ -156,11 +163,13 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         print(f"{args.num_images} images: {output / 'images'}" + (f" ({rate:.3g} images per second)" if rate else ""))
         if args.grid:
             first_images = [Image.open(image_path(output, i)) for i in range(min(args.num_images, GRID_IMAGES))]
-            replace_file(output / GRID, image_grid(first_images).save)
+            layout = rows_and_columns(sampler, len(first_images)) if args.vary else {}
+            replace_file(output / GRID, image_grid(first_images, **layout).save)
             print(f"grid: {output / GRID}")
         if args.intermediates:
             steps = (args.intermediates, num_inference_steps)
-            trace = intermediates(pipe, args.seed, *steps, sampler.class_label(0), **guidance)
+            z_seed = {"z_seeds": [args.seed]} if args.vary else {}
+            trace = intermediates(pipe, args.seed, *steps, sampler.class_label(0), **options, **z_seed)
             replace_file(output / INTERMEDIATES, steps_strip(*trace).save)
             print(f"denoising steps of the first image: {output / INTERMEDIATES}")
     accelerator.end_training()
@@ -173,6 +182,19 @@ def guidance_loss(args: GenerateArguments, device: torch.device) -> GuidanceLoss
         losses.append(CLIPLoss(args.clip_prompt, *args.clip_model, device=device))
     losses += [parse_loss(text, args.clip_model, device) for text in args.towards or []]
     return sum_losses(losses)
+
+
+def rows_and_columns(sampler: GroupSampler, num_images: int) -> dict[str, Any]:
+    """Return the layout of the grid of images of which one source of randomness varies, for `image_grid`."""
+    fixed, varied = ("noise", "z") if sampler.vary == "z" else ("z", "noise")
+    names: dict[Any, str] = {**class_names(sampler.pipe.unet)}
+    rows = []
+    for row, first in enumerate(range(0, num_images, VARY_COLUMNS)):
+        label = sampler.class_label(first)
+        prefix = "" if label is None else f"{names.get(label, label)}, "
+        rows.append(f"{prefix}{fixed} {sampler.seed + row}")
+    columns = [f"{varied} {sampler.seed + column}" for column in range(min(num_images, VARY_COLUMNS))]
+    return {"columns": VARY_COLUMNS, "column_labels": columns, "row_labels": rows}
 
 
 def image_path(output: Path, i: int) -> Path:
@@ -198,6 +220,8 @@ def prepare(output: Path, settings: dict, overwrite: bool) -> None:
     if overwrite:
         for path in (*existing_images(output), output / GRID, output / INTERMEDIATES):
             path.unlink(missing_ok=True)
+    for folder in (output, output / "images"):
+        remove_temporary_files(folder)
     replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
 
 

@@ -1,6 +1,5 @@
 """Train a class-conditional diffusion model."""
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 
 from .. import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
 from ..core.errors import InputError
-from ..hub.cards import CardFacts
+from ..hub.cards import CardFacts, string_literal
 from ..sampling.generation import PipelineSampler
 from ..sampling.loading import ddim_usage
 from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments
@@ -76,8 +75,8 @@ def train_class_conditional(
         summary=f"A class-conditional diffusion model trained on {data.name}, for images of {size[0]}x{size[1]} "
         f"pixels. Its {len(classes)} classes are {', '.join(classes)}; the sample grid has one row per class.",
         usage=USAGE.format(
-            model=run.folder_name,
-            name=json.dumps(classes[0], ensure_ascii=False),
+            model=string_literal(run.folder_name),
+            name=string_literal(classes[0]),
             guidance=f"guidance_scale={args.guidance_scale}, " if args.class_dropout else "",
             scheduler=ddim_usage(pipeline, args.sample_steps),
             steps=args.sample_steps,
@@ -190,7 +189,7 @@ def build(args: ClassConditionalArguments, size: list[int], classes: list[str]) 
 USAGE = """
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{model}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained({model}, trust_remote_code=True)
 {scheduler}
 image = pipe(class_labels={name}, {guidance}num_inference_steps={steps}).images[0]
 """

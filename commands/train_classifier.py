@@ -15,7 +15,7 @@ from ..data.arguments import check_value_range
 from ..data.sources import ImageSource, ImageSubset, Labels, MissingSplitError
 from ..evaluation.classifier import ImageClassifier
 from ..evaluation.references import ReferenceImages, describe_images, evenly_spaced
-from ..hub.cards import CardFacts
+from ..hub.cards import CardFacts, string_literal
 from ..training.arguments import LabelArguments
 from ..training.ema import EMA
 from ..training.job import TrainedNetwork, TrainingJob
@@ -231,7 +231,8 @@ def card_facts(
         f"pixels in {config.num_classes} classes, and has {network.num_parameters():,} parameters and "
         f"{config.widths[-1]} features.",
         usage=USAGE.format(
-            folder=folder, shape=f"(N, {config.in_channels}, {config.sample_size}, {config.sample_size})"
+            folder=string_literal(folder),
+            shape=f"(N, {config.in_channels}, {config.sample_size}, {config.sample_size})",
         ),
         settings=settings_for_card(*arguments),
         limits="It recognizes only the classes and the kind of images that it was trained on.",
@@ -261,9 +262,9 @@ def changed_flags(*arguments: Any) -> Iterator[str]:
 
 
 USAGE = """
-from ..evaluation.classifier import ImageClassifier
+from ddgan.evaluation.classifier import ImageClassifier
 
-classifier = ImageClassifier.from_pretrained("{folder}")
+classifier = ImageClassifier.from_pretrained({folder})
 logits = classifier(images)  # images: {shape} in [-1, 1]
 features = classifier.features(images)
 """

@@ -6,7 +6,7 @@ import torch
 
 from .. import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
 from ..core.errors import InputError
-from ..hub.cards import CardFacts
+from ..hub.cards import CardFacts, string_literal
 from ..sampling.generation import PipelineSampler
 from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments
 from ..training.ema import EMA
@@ -37,6 +37,11 @@ def train_ddgan(
         InputError: if the arguments are invalid.
         RunError: if the run fails after it has started.
     """
+    if label_args.label_column and not args.class_conditional:
+        raise InputError(
+            f"--label_column {label_args.label_column}: labels are only read with --class_conditional. Add it, or "
+            "omit --label_column."
+        )
     session = Session.open(run)
     size = data_args.size or [32, 32]
     data = session.load_data(data_args, args.image_channels, size, label_args if args.class_conditional else None)
@@ -75,7 +80,7 @@ def train_ddgan(
         summary=f"A Denoising Diffusion GAN ([arXiv 2112.07804](https://arxiv.org/abs/2112.07804)) trained on "
         f"{data.name}: it generates an image of {size[0]}x{size[1]} pixels in {args.num_train_timesteps} network "
         "evaluations.",
-        usage=USAGE.format(model=run.folder_name, inputs="class_labels=[0]" if data.classes else ""),
+        usage=USAGE.format(model=string_literal(run.folder_name), inputs="class_labels=[0]" if data.classes else ""),
         settings=settings_for_card(*arguments),
         dataset=data.name,
         tags=["ddgan", "gan"],
@@ -142,6 +147,6 @@ def build(
 USAGE = """
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{model}", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained({model}, trust_remote_code=True)
 image = pipe({inputs}).images[0]
 """

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -13,9 +14,11 @@ from zipfile import BadZipFile
 
 from .extras import missing_import
 
-# file-system errors that only the user can resolve: no space, no permission, a path that is already taken
+# file-system errors that only the user can resolve: no space, no permission, a path that is taken or too long
 USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+# what the backends of torch.distributed report when another process has ended; their errors are RuntimeErrors
+_LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 _REPORT_SECONDS = 10  # time for the first process to report an error that all have
 
 
@@ -60,8 +63,9 @@ def _naming_missing_packages() -> Iterator[None]:
 def run_command(main: Callable[[], None]) -> None:
     """Run the `main` of a script and print its user-facing errors as one paragraph.
 
-    The exit code is 2 after an `InputError` and when a package of an extra is not installed, 1 after a `RunError` and
-    when the file system rejects a file or folder, and 130 after Ctrl-C, which prints one line.
+    The exit code is 2 after an `InputError` and when a package of an extra is not installed, 1 after a `RunError`,
+    when the file system rejects a file or folder, and when another process of the command has ended, and 130 after
+    Ctrl-C, which prints one line.
     """
     logging.basicConfig(format="%(message)s")
     rank = os.environ.get("RANK", "0")
@@ -83,3 +87,13 @@ def run_command(main: Callable[[], None]) -> None:
                 time.sleep(_REPORT_SECONDS)  # the launcher ends this process when the first one has reported it
             print(f"\nerror in process {rank}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except RuntimeError as error:
+        if "RANK" not in os.environ or not _LOST_PROCESS.search(str(error)):
+            raise
+        print(
+            f"\nerror in process {rank}: the connection to another process was lost. If that process has printed no "
+            "error, it was killed, often for too little memory. A training run resumes with --resume_from_checkpoint "
+            "latest.",
+            file=sys.stderr,
+        )
+        sys.exit(1)

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,19 +14,46 @@ from typing import Any
 
 from .locations import InMemory
 
+LOCK = ".lock"  # name of the lock of a folder; that of the file with its owner starts with it
+TEMPORARY = ".tmp-"  # first characters of the names of temporary files and folders
+
 _UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(_UMASK)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, sync it and rename it to `path`."""
+    """Write a file under a temporary name of its own, sync it and rename it to `path`.
+
+    Several commands can do this at the same time: the last one wins. Only a killed process leaves its temporary file
+    behind; see `remove_temporary_files`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")  # keeps the suffix, from which writers infer the format
-    write(temporary)
-    _apply_umask(temporary)
-    sync(temporary)
-    os.replace(temporary, path)
+    # keeps the suffix, from which writers infer the format
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+    try:
+        write(temporary)
+        _apply_umask(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def remove_temporary_files(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files that killed processes have left in a folder, while no other process writes there.
+
+    Args:
+        name: pattern of the names of the files that were written.
+    """
+    for path in folder.glob(f"{TEMPORARY}{name}"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def contains_files(folder: Path) -> bool:
+    """Return whether a folder contains anything but what a killed process has left: its lock and temporary files."""
+    return any(not path.name.startswith((LOCK, TEMPORARY)) for path in folder.iterdir())
 
 
 def replace_tree(folder: Path, write: Callable[[Path], object]) -> None:

@@ -9,6 +9,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from yaml import YAMLError
+
 from .cli import Arguments, option
 from .errors import InputError
 from .locations import resolve_paths
@@ -50,7 +52,7 @@ def launch(args: LaunchArguments, command: list[str], run: Callable[[], None]) -
         command: the arguments of `python -m ddgan`.
 
     Raises:
-        InputError: if Accelerate rejects the arguments, or there are fewer GPUs than processes.
+        InputError: if Accelerate rejects the arguments, or there are fewer GPUs than processes, or none for FSDP.
         SystemExit: if a process fails. It has then printed the reason, which the launcher does not repeat.
     """
     if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # a launcher has started this process
@@ -59,13 +61,17 @@ def launch(args: LaunchArguments, command: list[str], run: Callable[[], None]) -
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import prepare_simple_launcher_cmd_env
 
+    from .accelerator import choose_device
+
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it lists the defaults that it chooses
     flags = [text for name, value in asdict(args).items() if value is not None for text in (f"--{name}", str(value))]
     options = launch_command_parser().parse_args([*flags, "--quiet", "--module", "ddgan", *command])
     try:
         chosen, *_ = _validate_launch_command(copy.copy(options))
-    except (ValueError, OSError) as error:
-        raise InputError(f"Accelerate cannot start the processes: {error}") from error
+    except (ValueError, TypeError, AttributeError, OSError, YAMLError) as error:  # of any value in a --config_file
+        where = f" with --config_file {args.config_file}" if args.config_file else ""
+        reason = " ".join(str(error).split())
+        raise InputError(f"Accelerate cannot start the processes{where}: {reason}") from error
     machines = chosen.num_machines or 1
     names = ("machine_rank", "main_process_ip", "main_process_port")
     if machines > 1 and (missing := [f"--{name}" for name in names if getattr(chosen, name) is None]):
@@ -76,33 +82,15 @@ def launch(args: LaunchArguments, command: list[str], run: Callable[[], None]) -
     if not distributed and (chosen.num_processes or 1) <= 1 and machines == 1:
         _, environment = prepare_simple_launcher_cmd_env(chosen)
         environment.pop("OMP_NUM_THREADS")  # the launcher's default is one thread
+        environment["WORLD_SIZE"] = "1"
         os.environ.update(environment | os.environ)
         run()
         return
     options.multi_gpu = not distributed
     if chosen.main_process_port is None:
         options.main_process_port = 0
-    _choose_device(chosen)
+    choose_device(chosen.num_processes // machines, bool(chosen.use_fsdp))
     _start(options)
-
-
-def _choose_device(chosen: Namespace) -> None:
-    """Use the CPU on a machine without GPUs.
-
-    Raises:
-        InputError: if there are fewer GPUs than processes.
-    """
-    import torch
-
-    available = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    local = chosen.num_processes // (chosen.num_machines or 1)  # processes on this machine
-    if available == 0:
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    elif local > available and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
-        raise InputError(
-            f"{local} processes on this machine need as many GPUs, but it has {available}: set --num_processes. To "
-            "run on the CPU, set the environment variable ACCELERATE_USE_CPU=true."
-        )
 
 
 def _start(options: Namespace) -> None:
@@ -110,6 +98,7 @@ def _start(options: Namespace) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    options.signals_to_handle = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # passed on to the processes
     logging.disable()  # the launcher would report at length that a process has failed
     try:
         launch_command(options)

@@ -1,14 +1,16 @@
 """Files, folders and Hub repositories in arguments, and the files that come with the package."""
 
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import InputError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _CANONICAL_DATASET = re.compile(r"\w[\w-]*")  # without a user, such as `mnist`
+_REACHABLE_SECONDS = 10  # to wait for an answer of the Hub
 _FILE_SUFFIXES = {".arrow", ".npz", ".parquet", ".safetensors", ".tar", ".zip"}
 
 
@@ -62,13 +64,14 @@ def resolve_paths(arguments: Any, *names: str) -> None:
 def resolve_locations(arguments: Any, *names: str, datasets: bool = False) -> None:
     """Check arguments that name files, folders or repositories on the Hub, one each or a list; see `resolve_paths`.
 
-    Whether the repository exists is not checked.
+    Whether a repository exists is only checked in offline mode, in which it must be in the local cache.
 
     Args:
         datasets: whether the repositories are datasets, some of which have no user in their name.
 
     Raises:
-        InputError: if one neither exists nor has the form of a repository's name; the message names its flag.
+        InputError: if one neither exists nor has the form of a repository's name, or the Hub may not be asked for it;
+            the message names its flag.
     """
     for name in names:
         value = getattr(arguments, name)
@@ -82,6 +85,8 @@ def resolve_locations(arguments: Any, *names: str, datasets: bool = False) -> No
                     f"--{name} {text}: there is no such file or folder{_looked_in(text)}, and the name of a "
                     "repository on the Hugging Face Hub has the form user/name."
                 )
+            if not find(text) and (problem := _offline_problem(text, "dataset" if datasets else "model")):
+                raise InputError(f"--{name} {text}: there is no such file or folder{_looked_in(text)}, and {problem}")
         found = [find(text) or text for text in texts]
         setattr(arguments, name, found if isinstance(value, list) else found[0] if found else value)
 
@@ -92,6 +97,55 @@ def find(text: str) -> str | None:
     if not Path(text).exists() and Path(text).parts[:1] == (EXAMPLES.name,) and embedded.exists():
         return str(embedded)
     return text if Path(text).exists() else None
+
+
+def hub_problem(repo_id: str, repo_type: Literal["model", "dataset"] = "model") -> str | None:
+    """Return why the Hub cannot be asked for a repository.
+
+    None if it answers, if the repository is cached, or if the name is not that of a repository.
+
+    It is asked once, without the retries of its client, which take half a minute.
+    """
+    if problem := _offline_problem(repo_id, repo_type):
+        return problem
+    if not _may_be_repository(repo_id, datasets=True) or _is_cached(repo_id, repo_type):
+        return None
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_REACHABLE_SECONDS)
+    except HTTPError as error:
+        return (
+            f"the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached ({error}), and the repository is not in "
+            "the local cache. Pass the path of a folder, or try again later."
+        )
+    return None
+
+
+def _offline_problem(repo_id: str, repo_type: str) -> str | None:
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE or not _may_be_repository(repo_id, datasets=True):
+        return None
+    if _is_cached(repo_id, repo_type):
+        return None
+    return (
+        "the Hugging Face Hub is not asked because HF_HUB_OFFLINE is set, and the repository is not in the local "
+        "cache. Pass the path of a folder, or unset it."
+    )
+
+
+def _is_cached(repo_id: str, repo_type: str) -> bool:
+    """Return whether the cache of the Hub or of `datasets` has files of a repository."""
+    from huggingface_hub import constants
+
+    folders = [Path(constants.HF_HUB_CACHE) / "--".join([f"{repo_type}s", *repo_id.split("/")])]
+    if repo_type == "dataset":
+        cache = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
+        folders.append(Path(cache) / repo_id.replace("/", "___"))
+    return any(folder.is_dir() for folder in folders)
 
 
 def _in_memory(value: Any) -> InMemory:

@@ -7,6 +7,7 @@ import secrets
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -17,9 +18,11 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from .errors import USER_ERRNOS, InputError
+from .files import LOCK
 
-_LOCK, _OWNER = ".lock", ".lock-owner.json"
+_OWNER = f"{LOCK}-owner.json"
 _ID_LENGTH = 8  # characters that tell temporary directories apart
+_VISIBLE_SECONDS = 60  # time within which a new file is visible on all machines that share a folder
 _ORPHAN_SECONDS = 15  # time within which the worker processes of a killed command end; until then they hold its lock
 
 _Result = TypeVar("_Result")
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(folder: Path, accelerator: Any) -> Iterator[None]:
+def locked(folder: Path, accelerator: Any = None, flag: str = "--output_dir") -> Iterator[None]:
     """Hold the lock of an output folder in the main process; every process must call this.
 
     The operating system releases the lock when the process ends, however it ends, so a killed command does not block
@@ -36,15 +39,19 @@ def locked(folder: Path, accelerator: Any) -> Iterator[None]:
 
     Args:
         folder: the folder; it is created if it does not exist.
-        accelerator: the Accelerate setup of the command.
+        accelerator: the Accelerate setup of the command; None for a command that runs in one process.
+        flag: the flag that names another folder.
 
     Raises:
-        InputError: in every process, if another command holds the lock; the message names its host and process.
+        InputError: in every process, if another command holds the lock; the message names its host and process. Also
+            if a process on another machine does not share the folder.
         OSError: in every process, if the folder cannot be written to.
     """
     is_new = not folder.exists()
-    lock = _in_main_process(accelerator, lambda: _acquire(folder))
+    lock = _in_main_process(accelerator, lambda: _acquire(folder, flag))
     try:
+        if accelerator.num_processes > 1:
+            _check_shared(folder)
         yield
     finally:
         if lock:
@@ -65,7 +72,7 @@ class LockedTemporaryDirectory(TemporaryDirectory):
 
     def __init__(self, folder: Path, prefix: str):
         name = f"{prefix}{secrets.token_hex(_ID_LENGTH // 2)}"
-        self.lock = FileLock(folder / f"{name}{_LOCK}", thread_local=False)
+        self.lock = FileLock(folder / f"{name}{LOCK}", thread_local=False)
         with suppress(OSError, NotImplementedError):  # without locks, no other command removes the directory
             self.lock.acquire(timeout=0)
         super().__init__(prefix=f"{name}-", dir=folder)
@@ -78,7 +85,7 @@ class LockedTemporaryDirectory(TemporaryDirectory):
     def remove_abandoned(folder: Path, prefix: str) -> None:
         """Remove the directories that processes have left behind in a folder, for example when they were killed."""
         for name in {path.name[: len(prefix) + _ID_LENGTH] for path in folder.glob(f"{prefix}*")}:
-            lock = FileLock(folder / f"{name}{_LOCK}", thread_local=False)
+            lock = FileLock(folder / f"{name}{LOCK}", thread_local=False)
             try:
                 lock.acquire(timeout=0)
             except (Timeout, OSError, NotImplementedError):  # it is in use, or that cannot be known
@@ -96,7 +103,7 @@ def check_unlocked(folder: Path, accelerator: Any) -> None:
     """
 
     def check() -> None:
-        if (folder / _LOCK).exists() and (lock := _acquire(folder, record_owner=False)):
+        if (folder / LOCK).exists() and (lock := _acquire(folder, record_owner=False)):
             lock.release()
 
     _in_main_process(accelerator, check)
@@ -109,9 +116,16 @@ def _remove_and_release(lock: FileLock) -> None:
         lock.release()
 
 
-def _acquire(folder: Path, record_owner: bool = True) -> FileLock | None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK, thread_local=False)
+def _acquire(folder: Path, flag: str = "--output_dir", record_owner: bool = True) -> FileLock | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in USER_ERRNOS and not folder.is_file():
+            raise
+        raise InputError(
+            f"The folder {folder} cannot be created: {error.strerror}. Choose another folder with {flag}."
+        ) from error
+    lock = FileLock(folder / LOCK, thread_local=False)
     owner = _read_owner(folder)
     try:
         lock.acquire(timeout=_ORPHAN_SECONDS if owner and _is_dead(owner) else 0)
@@ -120,10 +134,10 @@ def _acquire(folder: Path, record_owner: bool = True) -> FileLock | None:
         if owner:
             described = "{command} has been writing to it since {since} (process {pid} on {host})".format(**owner)
             if owner["host"] != socket.gethostname():  # a file server may not know that the host is down
-                if_gone = f" If that process no longer exists, remove {folder / _LOCK}."
+                if_gone = f" If that process no longer exists, remove {folder / LOCK}."
         raise InputError(
             f"{folder} is in use: {described}. Wait until that has ended, stop it, or choose another folder with "
-            f"--output_dir.{if_gone}"
+            f"{flag}.{if_gone}"
         ) from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno in USER_ERRNOS:
@@ -149,6 +163,23 @@ def _read_owner(folder: Path) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) and {"command", "pid", "host", "since"} <= owner.keys() else None
 
 
+def _check_shared(folder: Path) -> None:
+    """Check that all processes see the lock of the main process, that is, the same folder."""
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    owner = broadcast_object_list([_read_owner(folder)])[0]  # None on a file system without locks
+    if owner is None:
+        return
+    end = time.monotonic() + _VISIBLE_SECONDS
+    while not (is_shared := _read_owner(folder) == owner) and time.monotonic() < end:
+        time.sleep(0.2)
+    if hosts := sorted({host for host in gather_object([None if is_shared else socket.gethostname()]) if host}):
+        raise InputError(
+            f"{folder} is not the same folder on {' and '.join(hosts)} as on {owner['host']}, where the main process "
+            "runs. Choose an --output_dir on a file system that all machines share."
+        )
+
+
 def _is_dead(owner: dict[str, Any]) -> bool:
     """Return whether the process of an owner has ended; False if that is unknown."""
     if owner["host"] != socket.gethostname() or os.name == "nt":
@@ -164,6 +195,8 @@ def _is_dead(owner: dict[str, Any]) -> bool:
 
 def _in_main_process(accelerator: Any, function: Callable[[], _Result]) -> _Result | None:
     """Call a function in the main process, and raise its errors in every process."""
+    if accelerator is None:
+        return function()
     from accelerate.utils import broadcast_object_list
 
     result, errors = None, [None]

@@ -25,7 +25,7 @@ from torchvision.datasets.mnist import FashionMNIST
 from ..core.errors import InputError, naming_file
 from ..core.extras import missing_extra
 from ..core.files import fingerprint, fingerprint_bytes
-from ..core.locations import EXAMPLES, InMemory
+from ..core.locations import EXAMPLES, InMemory, hub_problem
 from ..core.run_files import is_run_folder
 from .images import CHANNEL_MODES, IMAGE_SUFFIXES, BrokenImageError, encoded_or_path, file_bytes
 
@@ -53,6 +53,7 @@ _IDX_PREFIXES = {"train": "train", "test": "t10k"}  # split -> prefix of torchvi
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`, for single files
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of image folders, as read by `datasets`
 _DATASET_SUFFIXES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}  # files that make a folder a dataset
+_MAX_OTHER_FILES = 300_000  # files and folders in which there must be an image
 _FEW_CLASSES = 100  # with more classes, they must have at least two images on average, or the labels are IDs
 
 
@@ -290,8 +291,9 @@ def natural_order(name: str | PurePath) -> list[list[tuple[int, str, str]]]:
 
 def _image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
     """Return the images below a folder, and the number of ignored files by their suffix or system folder."""
-    paths, ignored = [], Counter[str]()
+    paths, ignored, seen = [], Counter[str](), 0
     for root, folders, files in os.walk(folder, followlinks=True):
+        seen += len(folders) + len(files)
         for name in folders:
             if name.lower() in _SYSTEM_FOLDERS and (count := _count_images(Path(root, name))):
                 ignored[f"in {name}"] += count
@@ -301,7 +303,35 @@ def _image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
                 paths.append(path)
             else:
                 ignored[path.suffix.lower() or "without a suffix"] += 1
+        if not paths:
+            _require_few(folder, seen)
     return sorted((path for path in paths if path.is_file()), key=natural_order), ignored
+
+
+def _require_few(folder: Path, count: int) -> None:
+    """Stop the search for images in a folder in which none is among many files.
+
+    Raises:
+        InputError: if there are too many.
+    """
+    if count > _MAX_OTHER_FILES:
+        raise InputError(
+            f"There is no image among the first {_MAX_OTHER_FILES:,} files and folders in {folder}. Name the folder "
+            "that contains the images."
+        )
+
+
+def _require_data_folder(folder: Path) -> None:
+    """Check that a folder is not the home folder and does not contain it, as `/` does.
+
+    Raises:
+        InputError: if so.
+    """
+    with suppress(RuntimeError):  # there is no home folder
+        if folder.is_dir() and Path.home().resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{folder} contains your home folder, with all your images: name the folder of the images to read."
+            )
 
 
 def _count_images(folder: Path) -> int:
@@ -737,7 +767,28 @@ def open_source(
     if isinstance(location, InMemory):
         return _open_in_memory(location.value, split, default_split, image_column)
     request = _Request(location, split, default_split, config, image_column, folder_as)
+    _require_data_folder(request.path)
     return next(source for open_kind in KINDS if (source := open_kind(request)) is not None)
+
+
+def check_dataset_options(
+    sources: Sequence[tuple[str | InMemory, ImageSource | None]], options: Mapping[str, str | None]
+) -> None:
+    """Check that options of datasets have an effect: that at least one of the sources is a dataset.
+
+    Args:
+        sources: the location of each source, and the source; None for a file that holds no images.
+        options: values by flag; None if the flag was not passed.
+
+    Raises:
+        InputError: if none is; the message names the flag.
+    """
+    if any(isinstance(source, DatasetImages) for _, source in sources):
+        return
+    for flag, value in options.items():
+        if value:
+            locations = " and ".join(str(location) for location, _ in sources)
+            raise InputError(f"--{flag} {value} is a setting of a dataset, and {locations} is none: omit it.")
 
 
 def open_stream(
@@ -756,6 +807,7 @@ def open_stream(
         _require_no_split(split, str(location))
         return ImageStream(location.value, image_column)
     request = _Request(location, split, "train", config, image_column, "dataset")
+    _require_data_folder(request.path)
     if request.path.suffix in (".npz", ".zip") and not request.path.is_dir():
         raise InputError(f"{location} cannot be streamed: read {request.path.suffix} files without --streaming.")
     rows, _ = _load_dataset(request, streaming=True)
@@ -887,7 +939,16 @@ def _has_dataset_files(folder: Path) -> bool:
     card = folder / "README.md"
     if card.is_file() and re.search(rb"^configs:", card.read_bytes(), re.MULTILINE):
         return True
-    return any(path.suffix in _DATASET_SUFFIXES for path in folder.rglob("*"))
+    has_image, seen = False, 0
+    for _, folders, files in os.walk(folder):
+        suffixes = {PurePath(name).suffix for name in (*folders, *files)}
+        if suffixes & _DATASET_SUFFIXES:
+            return True
+        seen += len(folders) + len(files)
+        has_image = has_image or any(suffix.lower() in IMAGE_SUFFIXES for suffix in suffixes)
+        if not has_image:
+            _require_few(folder, seen)
+    return False
 
 
 def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
@@ -903,11 +964,13 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():  # Dataset.save_to_disk
         files = sorted(path.glob("*.arrow"))
     elif (path / "dataset_dict.json").is_file() and not streaming:  # DatasetDict.save_to_disk
+        _require_no_config(request)
         with naming_file(path, Exception):
             splits = datasets.load_from_disk(str(path))
         return _select_split(datasets, splits, request), request.split_or_default
     else:
         return _load_by_name(datasets, request, streaming), request.split_or_default
+    _require_no_config(request)
     if streaming:
         _require_no_split(request.split, path)
     with naming_file(path, Exception):  # the readers raise the errors of many libraries
@@ -919,6 +982,14 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     if request.split in _WHOLE:
         return rows, "all"
     return _select_split(datasets, {"train": rows}, request), request.split_or_default
+
+
+def _require_no_config(request: _Request) -> None:
+    if request.config:
+        raise InputError(
+            f"{request.location} has no configuration {request.config}: it is a single file, or was saved with "
+            "`save_to_disk`. Name the data that you want directly."
+        )
 
 
 def _select_split(datasets: ModuleType, splits: "Mapping[str, Dataset]", request: _Request) -> "Dataset":
@@ -940,6 +1011,13 @@ def _load_by_name(datasets: ModuleType, request: _Request, streaming: bool) -> "
             f"{location} has images {' and '.join(system_folders)}, folders of a network drive or desktop that the "
             "datasets library would read, too. Remove them, or read the folder with --train_data_dir, which ignores "
             "them."
+        )
+    if path.is_file():
+        kinds = ", ".join((".npz", ".zip", *_FILE_BUILDERS))
+        raise InputError(f"{location} is not a file of images that can be read ({kinds}): name one, or a folder.")
+    if not path.exists() and (problem := hub_problem(location, "dataset")):
+        raise InputError(
+            f"{location}: there is no such file or folder (looked for at {path.resolve()}), and {problem}"
         )
     try:
         return datasets.load_dataset(location, request.config, split=split, streaming=streaming)

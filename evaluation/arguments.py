@@ -35,6 +35,8 @@ NORM_GROUPS = 8  # of an `ImageClassifier`, which divide its widths
 def resolve_extractor(arguments: Any) -> None:
     """Check that `feature_extractor` of these arguments, if given, is the name of one or an existing folder.
 
+    `extractor_weights` must be those of one that takes weights.
+
     Raises:
         InputError: if it is not.
     """
@@ -46,3 +48,8 @@ def resolve_extractor(arguments: Any) -> None:
         raise InputError(
             f"{error} Name the folder of a classifier, or one of the extractors {', '.join(EXTRACTOR_NAMES)}."
         ) from None
+    if arguments.extractor_weights:
+        raise InputError(
+            f"--extractor_weights {arguments.extractor_weights} are for {INCEPTION} and {DINOV2}, but "
+            f"--feature_extractor {arguments.feature_extractor} is a classifier with weights of its own: omit it."
+        )

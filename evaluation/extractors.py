@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..core.errors import naming_file
 from ..core.extras import missing_extra
+from ..core.locations import hub_problem
 from ..data.images import RESIZE, resized, with_channels
 from ..sampling.loading import realign_parameters
 from .arguments import DINOV2, INCEPTION, PIXELS
@@ -141,17 +143,20 @@ def load_classifier(folder: str) -> ImageClassifier:
     """Load the `ImageClassifier` in a folder.
 
     Raises:
+        InputError: if it cannot be read.
         ValueError: if there is none.
     """
     config = Path(folder) / "config.json"
-    class_name = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
+    with naming_file(config, AttributeError):
+        class_name = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
     if class_name != ImageClassifier.__name__:
         raise ValueError(
             f"{folder} is neither one of the extractors {', '.join(EXTRACTORS)} nor the folder of a classifier that "
             "ddgan train-classifier wrote "
             f"({f'it holds a {class_name}' if class_name else f'there is no {config}'})."
         )
-    return ImageClassifier.from_pretrained(folder)
+    with naming_file(folder, Exception):  # damaged configs and weights make Diffusers raise almost anything
+        return ImageClassifier.from_pretrained(folder)
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -202,6 +207,11 @@ def _load_dinov2(weights: str | None) -> Dinov2:
     from transformers import Dinov2Model
 
     source = weights or DINOV2_WEIGHTS
+    if not Path(source).exists() and (problem := hub_problem(source)):
+        raise ValueError(
+            f"The DINOv2 model {source} cannot be loaded: there is no such folder, and {problem} Another model can be "
+            f"named with --extractor_weights; or use {PIXELS} or your own classifier."
+        )
     try:
         network = Dinov2Model.from_pretrained(source)
     except (OSError, ValueError) as error:

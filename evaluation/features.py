@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..core.files import replace_file
+from ..core.files import remove_temporary_files, replace_file
 from ..core.threads import run_in_threads
 from ..sampling.groups import split_into_groups
 
@@ -126,7 +126,9 @@ def cached_features(
     broadcast_object_list(is_cached)
     if is_cached[0]:
         return features
-    with _locked(path.with_suffix(".parts"), accelerator) as parts:
+    with locked_parts(path.with_suffix(".parts"), accelerator) as parts:
+        if parts:
+            remove_temporary_files(path.parent, f"*{path.name}")
         features = extract_features(count, batch_size, extract, accelerator, parts, description, threads=threads)
         if features is not None and parts:
             _cache(path, features, protocol)
@@ -135,8 +137,12 @@ def cached_features(
 
 
 @contextmanager
-def _locked(folder: Path, accelerator: Accelerator) -> Iterator[Path | None]:
-    """Yield the folder in the main process, unless another command holds its lock."""
+def locked_parts(folder: Path, accelerator: Accelerator) -> Iterator[Path | None]:
+    """Yield a folder for the intermediate results of `extract_features` in the main process; elsewhere None.
+
+    If another command holds its lock or it cannot be written, the main process gets None, too, so that it computes the
+    same without saving.
+    """
     lock = None
     if accelerator.is_main_process:
         try:
@@ -145,7 +151,7 @@ def _locked(folder: Path, accelerator: Accelerator) -> Iterator[Path | None]:
             lock.acquire()
         except (Timeout, FileNotFoundError):  # another command holds it, or has just removed the folder
             lock = None
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # it cannot be written, or the file system has no locks
             _warn_not_cached(folder, error)
             lock = None
     try:
@@ -178,18 +184,26 @@ def _warn_not_cached(folder: Path, error: Exception) -> None:
 
 def _read_features(path: Path) -> Features | None:
     """Read the features in a file; if it is damaged, remove it and return None."""
-    try:
-        with safe_open(path, "pt") as file:
-            digest = (file.metadata() or {}).get("digest")
-        features = load_file(path)
-    except (OSError, ValueError, SafetensorError):
-        digest, features = None, None
-    if features and digest in (None, _digest(features)):  # earlier versions wrote no digest
-        return features
+    with suppress(OSError, ValueError, SafetensorError):
+        return load_features(path)
     logger.warning("%s is damaged; its features are extracted again.", path)
     with suppress(OSError):  # in a cache that cannot be written
         path.unlink()
     return None
+
+
+def load_features(path: Path) -> Features:
+    """Load the features in a file.
+
+    Raises:
+        OSError, ValueError, SafetensorError: if it cannot be read, or its contents have changed.
+    """
+    with safe_open(path, "pt") as file:
+        digest = (file.metadata() or {}).get("digest")
+    features = load_file(path)
+    if not features or digest not in (None, _digest(features)):  # earlier versions wrote no digest
+        raise ValueError("its contents do not match their digest")
+    return features
 
 
 def _digest(features: Features) -> str:

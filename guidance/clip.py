@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -16,6 +17,7 @@ from torchvision.transforms.v2.functional import affine, horizontal_flip, pil_to
 
 from ..core.errors import InputError
 from ..core.extras import missing_extra
+from ..core.locations import hub_problem
 from ..sampling.loading import realign_parameters
 from .arguments import DEFAULT_MODEL
 from .losses import GuidanceLoss
@@ -143,6 +145,10 @@ def load_encoder(model: str, pretrained: str | None, device: str) -> "Encoder":
         InputError: If the model cannot be loaded, or does not embed both images and text.
     """
     is_open_clip = pretrained is not None or model.startswith(("hf-hub:", "local-dir:"))
+    repo_id = model.removeprefix("hf-hub:")
+    is_on_hub = repo_id != model or not (is_open_clip or Path(model).exists())
+    if is_on_hub and (problem := hub_problem(repo_id)):
+        raise InputError(f"The CLIP model {model} cannot be loaded: there is no such folder, and {problem}")
     try:
         if is_open_clip:
             return OpenClipEncoder(model, pretrained, torch.device(device))

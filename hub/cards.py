@@ -1,8 +1,9 @@
 """Model cards: written from the facts of a run or, where these are unknown, from the contents of a pipeline folder."""
 
+import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -40,9 +41,9 @@ _TEMPLATE = Template(
 {{ metadata }}
 ---
 
-# {{ facts.title }}
+# {{ one_line(facts.title) }}
 
-{{ facts.summary }}
+{{ one_line(facts.summary) }}
 
 {{ show(facts.samples) -}}
 ## Use
@@ -100,6 +101,7 @@ Made with {{ packages() }}.
 )
 # last line of an auto-generated card; its first words and the hash of the text above are the same in all versions
 _SIGNATURE = "<!-- Pushing this pipeline updates this auto-generated card, unless it was edited: {} -->\n"
+_LOADED = re.compile(r'(\w*\.?)from_pretrained\(("(?:[^"\\\n]|\\.)*")')
 _SIGNED = re.compile(r"\n<!-- Pushing .*: ([0-9a-f]{12}) -->\n$")
 
 
@@ -184,13 +186,37 @@ def card_text(facts: CardFacts) -> str:
         license_note=facts.license_note or _license_note(facts),
         packages=_packages,
         table=table,
+        one_line=_one_line,
         code_section=code_section,
     )
 
 
 def table(rows: Mapping[str, Any]) -> str:
     """Return a Markdown table of two columns without headings."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    cells = [[_one_line(str(cell)).replace("|", "\\|") for cell in row] for row in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
+
+
+def string_literal(text: str) -> str:
+    """Return Python's literal of a text, in double quotes, as in the code on model cards."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def replace_loaded(code: str, replace: Callable[[re.Match, str], str]) -> str:
+    """Rewrite the beginning of each `from_pretrained("...")` in Python code.
+
+    Args:
+        replace: takes a match, whose first group is the name before `from_pretrained`, and the text of the literal;
+            returns what to put in its place: code up to and including the literal.
+    """
+
+    def rewrite(call: re.Match) -> str:
+        try:
+            return replace(call, json.loads(call[2]))
+        except ValueError:  # an escape sequence that JSON does not have
+            return replace(call, call[2][1:-1])
+
+    return _LOADED.sub(rewrite, code)
 
 
 def code_section(code: dict[str, str]) -> str:
@@ -350,6 +376,10 @@ def is_repo_id(name: str | None) -> TypeGuard[str]:
 
 def _sign(text: str) -> str:
     return f"{text}\n{_SIGNATURE.format(content_hash(text))}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _packages() -> str:

@@ -328,9 +328,9 @@ class BackgroundUpload:
                     raise newest
                 self.outcome = self.repository.upload(Path(newest.name), message)
             except Exception as error:  # of any kind: the run continues
-                self.outcome = error
                 if not last:
                     logger.warning("The upload of this save failed; the next save will be uploaded: %s", error)
+                self.outcome = error
             for state, *_ in waiting:
                 if isinstance(state, TemporaryDirectory):
                     state.cleanup()

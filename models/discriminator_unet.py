@@ -43,8 +43,6 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
         unet_config (`dict`): arguments of the [`UNet2DModel`].
         num_heads (`int`, defaults to 3):
             Number of heads, counted from the lowest resolution; a UNet of fewer resolutions gets one at each.
-        pair (`bool`, defaults to `False`):
-            Whether the input is a pair of a less noisy and a noisier image instead of a single image.
         num_class_labels (`int`, *optional*):
             Number of classes, the null class included, where `unet_config["in_channels"]` counts the channels of a
             class embedding beside those of the image, as in `ClassConditionedUnet`.
@@ -59,7 +57,6 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
         self,
         unet_config: dict[str, Any],
         num_heads: int = 3,
-        pair: bool = False,
         num_class_labels: int | None = None,
         class_emb_size: int | None = None,
     ):
@@ -73,15 +70,10 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
         self.time_embedding = unet.time_embedding
         self.class_embedding = unet.class_embedding
         self.input_class_embedding = None
-        image_channels = unet.config.in_channels
         if num_class_labels is not None:
             assert class_emb_size is not None
             self.input_class_embedding = nn.Embedding(num_class_labels, class_emb_size)
-            image_channels -= class_emb_size
         self.conv_in = unet.conv_in
-        if pair:
-            in_channels = unet.config.in_channels + image_channels
-            self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
         self.down_blocks = unet.down_blocks
         self.mid_block = unet.mid_block
         self.heads = nn.ModuleList(
@@ -93,14 +85,12 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
                 module.set_processor(AttnProcessor())
 
     @classmethod
-    def from_unet(cls, unet: ModelMixin, num_heads: int = 3, pair: bool = False) -> "UNetDiscriminator":
+    def from_unet(cls, unet: ModelMixin, num_heads: int = 3) -> "UNetDiscriminator":
         """Builds a discriminator, in float32, whose encoder is a copy of a UNet's.
 
         Args:
             unet ([`UNet2DModel`] or `ClassConditionedUnet`): the network to copy, unconditional or class-conditional.
             num_heads (`int`, defaults to 3): number of heads at most, counted from the lowest resolution.
-            pair (`bool`, defaults to `False`):
-                Whether the input is a pair; the weights for the noisier image are zero before training.
         """
         inner = unet if isinstance(unet, UNet2DModel) else unet.unet
         arguments = inspect.signature(UNet2DModel.__init__).parameters
@@ -115,11 +105,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
             else:
                 class_emb_size = unet.config.class_emb_size
                 state["input_class_embedding.weight"] = unet.class_embedding.weight
-        model = cls(unet_config, num_heads, pair, num_class_labels, class_emb_size)
-        if pair:
-            weight = torch.zeros_like(model.conv_in.weight)
-            weight[:, : inner.config.in_channels] = state["conv_in.weight"]
-            state["conv_in.weight"] = weight
+        model = cls(unet_config, num_heads, num_class_labels, class_emb_size)
         model.load_state_dict(state, strict=False)  # the decoder of the UNet is left out, the heads are new
         return model.to(inner.device)  # pyright: ignore[reportArgumentType]
 
@@ -127,30 +113,23 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
-        noisy_sample: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Judges images, or pairs of a less noisy and a noisier image.
+        """Judges images.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                The image, or the less noisy one of a pair, real or generated.
+            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): The images, real or generated.
             timestep (`torch.Tensor`, `float` or `int`):
                 The noise level of `sample` as the UNet's timestep, one for all or of shape `(batch_size,)`; 0 for a
                 clean image.
-            noisy_sample (`torch.Tensor`, *optional*): the noisier image of a pair, of the shape of `sample`.
             class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): as the UNet takes them.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, heads)`: logits, positive for "real", from fine to coarse.
 
         Raises:
-            `ValueError`: if the noisier image or the class labels are missing, or are not what it was built for.
+            `ValueError`: if the class labels are missing, or the UNet is not class-conditional.
         """
-        if (noisy_sample is None) == self.config.pair:
-            raise ValueError(
-                f"`noisy_sample` must be passed exactly if `pair` is True, but `pair` is {self.config.pair}."
-            )
         class_conditional = self.class_embedding is not None or self.input_class_embedding is not None
         if (class_labels is None) == class_conditional:
             raise ValueError(
@@ -175,8 +154,6 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
             if self.input_class_embedding is not None:
                 class_emb = self.input_class_embedding(class_labels).to(sample.dtype)
                 inputs.append(class_emb[:, :, None, None].expand(-1, -1, *sample.shape[2:]))
-            if noisy_sample is not None:
-                inputs.append(2 * noisy_sample - 1.0 if self.center_input_sample else noisy_sample)
             hidden_states, skip_sample, features = self.conv_in(torch.cat(inputs, dim=1)), sample, []
             for block in self.down_blocks:
                 if hasattr(block, "skip_conv"):

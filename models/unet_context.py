@@ -1,5 +1,6 @@
 """A small UNet whose features are scaled by a context embedding and shifted by a time embedding."""
 
+import logging
 import math
 from typing import ClassVar
 
@@ -241,6 +242,20 @@ class ContextUnet(ModelMixin, ConfigMixin):
         if not return_dict:
             return (hidden_states,)
         return UNet2DOutput(sample=hidden_states)
+
+    def to(self, *args, **kwargs):
+        """Move or cast the network, see [`ModelMixin.to`]."""
+        logger = logging.getLogger(ModelMixin.__module__)
+
+        # Diffusers 0.42 warns of casts even if no module has to stay in float32
+        def is_justified(record: logging.LogRecord) -> bool:
+            return "in float32: []" not in record.getMessage()
+
+        logger.addFilter(is_justified)
+        try:
+            return super().to(*args, **kwargs)
+        finally:
+            logger.removeFilter(is_justified)
 
     def _run_block(self, block: nn.Module, *args: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:

@@ -1,5 +1,6 @@
 """NCSN++ as the generator of Denoising Diffusion GANs (Xiao, Kreis, Vahdat, ICLR 2022)."""
 
+import logging
 import math
 from functools import partial
 from itertools import pairwise
@@ -444,6 +445,8 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         # 1. embeddings of the timestep, of z and of the class
         base_channels = base_channels or block_out_channels[0]
         time_embed_dim = None
+        if not time_conditioning or time_embedding_type == "positional":
+            self._keep_in_fp32_modules = None  # no frequencies with weights
         if time_conditioning:
             time_embed_dim = 4 * base_channels
             if time_embedding_type == "fourier":
@@ -451,7 +454,6 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
                 self.time_embedding = TimestepEmbedding(2 * base_channels, time_embed_dim)
             else:
                 self.time_proj = Timesteps(base_channels, flip_sin_to_cos=False, downscale_freq_shift=1)
-                self._keep_in_fp32_modules = None  # `to` would warn, because `time_proj` has no weights
                 self.time_embedding = TimestepEmbedding(base_channels, time_embed_dim)
         widths = [latent_dim] + [latent_embed_dim] * (latent_mapping_layers + 1)
         self.latent_mapping = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
@@ -651,6 +653,20 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         if not return_dict:
             return (hidden_states,)
         return UNet2DOutput(sample=hidden_states)
+
+    def to(self, *args, **kwargs):
+        """Move or cast the network, see [`ModelMixin.to`]."""
+        logger = logging.getLogger(ModelMixin.__module__)
+
+        # Diffusers 0.42 warns of casts even if no module has to stay in float32
+        def is_justified(record: logging.LogRecord) -> bool:
+            return "in float32: []" not in record.getMessage()
+
+        logger.addFilter(is_justified)
+        try:
+            return super().to(*args, **kwargs)
+        finally:
+            logger.removeFilter(is_justified)
 
     def _run_block(self, block, *args):
         if torch.is_grad_enabled() and self.gradient_checkpointing:

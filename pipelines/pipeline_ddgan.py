@@ -49,16 +49,27 @@ class DDGANPipeline(DiffusionPipeline):
         return {name: int(label) for label, name in pairs}
 
     def check_inputs(
-        self, batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
+        self,
+        batch_size,
+        class_labels,
+        eta,
+        generator,
+        z_generator,
+        latents,
+        output_type,
+        callback_on_step_end_tensor_inputs,
     ):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta` is {eta}, but must be from 0 to 1.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` is a list of {len(generator)}, but must have one for each of the {batch_size} images."
-            )
+        for name, value in (("generator", generator), ("z_generator", z_generator)):
+            if isinstance(value, list) and len(value) != batch_size:
+                raise ValueError(
+                    f"`{name}` is a list of {len(value)}, but must have one for each of the {batch_size} images."
+                )
         shape = self._latents_shape(batch_size)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but must have shape {shape}.")
@@ -93,7 +104,9 @@ class DDGANPipeline(DiffusionPipeline):
         class_labels: int | str | list[int] | list[str] | list[int | str] | torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
+        eta: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        z_generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
@@ -102,8 +115,8 @@ class DDGANPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | torch.Tensor]:
         """The call function to the pipeline for generation.
 
-        Noise is generated in float32 in this order: x_T, then for each step z and, except at the last step, the noise
-        of the posterior. The sample stays in float32; only the network runs in its own dtype.
+        Noise is generated in float32 in this order: x_T, then for each step z and, except at the last step or with
+        `eta` 0, the noise of the posterior. The sample stays in float32; only the network runs in its own dtype.
 
         Args:
             batch_size (`int`, *optional*):
@@ -114,8 +127,14 @@ class DDGANPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*, defaults to the scheduler's `num_train_timesteps`):
                 Number of denoising steps.
             timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number of steps.
+            eta (`float`, defaults to 1.0):
+                Factor of the posterior's standard deviation, in [0, 1]; with 0, each step takes the posterior's mean,
+                and only x_T and z are random.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Generators for all noise; with a list of one per image, image i depends on generator i only.
+            z_generator (`torch.Generator` or `list[torch.Generator]`, *optional*, defaults to `generator`):
+                Generators for z instead, which leave x_T and the noise of the posterior to `generator`: with the same
+                `generator`, images then differ in z only, and with the same `z_generator`, in all other noise only.
             latents (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`, *optional*):
                 Standard normal noise to use as x_T instead of generating it.
             output_type (`str`, defaults to `"pil"`):
@@ -148,7 +167,14 @@ class DDGANPipeline(DiffusionPipeline):
                 self.labels.get(label, label) if isinstance(label, str) else label for label in class_labels
             ]
         self.check_inputs(
-            batch_size, class_labels, generator, latents, output_type, callback_on_step_end_tensor_inputs
+            batch_size,
+            class_labels,
+            eta,
+            generator,
+            z_generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
         )
         self._interrupt = False
         self.scheduler.set_timesteps(num_inference_steps, timesteps=timesteps)
@@ -161,15 +187,16 @@ class DDGANPipeline(DiffusionPipeline):
             shape = self._latents_shape(batch_size)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         sample = latents.to(device, torch.float32)
+        z_generator = generator if z_generator is None else z_generator
         z_shape = (batch_size, self.unet.config.latent_dim)
         device_timesteps = self.scheduler.timesteps.to(device)  # one copy, because each one waits for the device
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore[reportArgumentType, reportCallIssue]
             if self.interrupt:
                 continue
-            z = randn_tensor(z_shape, generator=generator, device=device, dtype=torch.float32)
+            z = randn_tensor(z_shape, generator=z_generator, device=device, dtype=torch.float32)
             x_0 = self.unet(sample.to(dtype), device_timesteps[i], z.to(dtype), class_labels=class_labels).sample
-            sample = self.scheduler.step(x_0, t, sample, generator=generator).prev_sample
+            sample = self.scheduler.step(x_0, t, sample, generator=generator, eta=eta).prev_sample
 
             if callback_on_step_end is not None:
                 available = {"latents": sample}

@@ -13,6 +13,7 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
+VARY_COLUMNS = 8  # images in a row with one fixed and one varied source of randomness
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -28,6 +29,13 @@ class SamplingArguments(Arguments):
         "denoising steps (default: as trained for a few-step pipeline, otherwise all for DDPM, 50 for other "
         "schedulers, or the pipeline's own default)",
         minimum=1,
+    )
+    eta: float | None = option(
+        None,
+        "scale of the noise that DDGAN and DDIM steps add; 0 is deterministic after the first noise and, for a DDGAN, "
+        "z (default: 1 for a DDGAN, 0 for DDIM)",
+        minimum=0,
+        maximum=1,
     )
     dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     trust_remote_code: bool = option(False, "run Python code that comes with the pipeline")

@@ -25,6 +25,8 @@ from .loading import with_scheduler
 from .spacing import changed_spacing, check_steps
 from .steps import default_steps, steps_warning, warn_once
 
+Z_STREAM = 1 << 31  # flips a bit of a seed, for other random numbers than those of the seed itself
+
 
 @torch.no_grad()
 def sample(
@@ -32,6 +34,7 @@ def sample(
     seeds: Sequence[int],
     num_inference_steps: int | None = None,
     class_labels: Sequence[int | str] | None = None,
+    z_seeds: Sequence[int] | None = None,
     **options: Any,
 ) -> list[Image.Image]:
     """Generate one image per seed: gray, RGB or RGBA, depending on the channels of the network.
@@ -48,25 +51,30 @@ def sample(
             pipeline, otherwise all timesteps of training for DDPM and at most 50 for other schedulers in these two
             pipelines, and the default in any other pipeline. A few-step pipeline warns once about other numbers.
         class_labels: One class per seed if the network is class-conditional: a label or, if there are names, a name.
-        options: Further arguments for the call of the pipeline, such as the loss of a guided one.
+        z_seeds: For a DDGAN, one seed per image for the latents z, which do not repeat the noise of the same seed in
+            `seeds`. By default they come from the generator of all other noise.
+        options: Further arguments for the call of the pipeline, such as the loss of a guided one. `eta`, the scale of
+            the noise in each step, is also for plain pipelines with a scheduler whose `step` takes it.
 
     Raises:
         InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, if a
             seed is not from 0 to 2^32 - 1, or if the pipeline does not accept an argument.
         RunError: If the values of an image are not finite.
     """
-    for seed in seeds:
+    for seed in (*seeds, *(z_seeds or ())):
         if seed not in range(1 << 32):  # a CPU generator takes 32 bits: others would repeat the image of another seed
             raise InputError(f"The seed {seed} is not from 0 to {(1 << 32) - 1}.")
     if num_inference_steps is not None:
         check_steps(pipe.scheduler, num_inference_steps)
+    if "eta" in options and "eta" not in inspect.signature(pipe.scheduler.step).parameters:
+        raise InputError(f"The steps of a {type(pipe.scheduler).__name__} take no eta.")
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     num_inference_steps = num_inference_steps or default_steps(pipe)
-    if type(pipe) in (DDPMPipeline, DDIMPipeline) and not options:
+    if type(pipe) in (DDPMPipeline, DDIMPipeline) and z_seeds is None and options.keys() <= {"eta"}:
         assert num_inference_steps is not None  # these pipelines have a default
         if warning := steps_warning(pipe, num_inference_steps):
             warn_once(warning)
-        samples = _denoise(pipe, generators, num_inference_steps, class_labels)
+        samples = _denoise(pipe, generators, num_inference_steps, class_labels, options)
         _check_finite(samples, seeds)
         return to_pil_images(samples)
 
@@ -80,7 +88,13 @@ def sample(
             f"A {type(pipe).__name__} is class-conditional, so each image needs a class label"
             + (f": one of {names}." if names else ".")
         )
-    arguments = {**options, "num_inference_steps": num_inference_steps, "class_labels": class_labels}
+    z_generators = z_seeds and [torch.Generator("cpu").manual_seed(seed ^ Z_STREAM) for seed in z_seeds]
+    arguments = {
+        **options,
+        "z_generator": z_generators,
+        "num_inference_steps": num_inference_steps,
+        "class_labels": class_labels,
+    }
     arguments = {name: value for name, value in arguments.items() if value is not None}
     for name in arguments:
         if name not in parameters:
@@ -246,6 +260,7 @@ def _denoise(
     generators: list[torch.Generator],
     num_inference_steps: int,
     class_labels: Sequence[int | str] | None,
+    step_options: Mapping[str, Any],
 ) -> torch.Tensor:
     """Sample like a `DDPMPipeline` or `DDIMPipeline`, but also with schedulers that scale the network's input."""
     unet, scheduler = pipe.unet, pipe.scheduler
@@ -253,7 +268,7 @@ def _denoise(
     size, channels = unet.config.sample_size, unet.config.in_channels
     height, width = (size, size) if isinstance(size, int) else size
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    step_kwargs: dict[str, Any] = {"generator": generators} if takes_generator else {}
+    step_kwargs = {**step_options, "generator": generators} if takes_generator else dict(step_options)
     scheduler.set_timesteps(num_inference_steps, device=unet.device)
     shape = (len(generators), channels, height, width)
     sample = randn_tensor(shape, generator=generators, device=unet.device) * scheduler.init_noise_sigma

@@ -7,12 +7,13 @@ always number 5 of the seeds 32 to 47. On a CPU each group is computed on one th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from .arguments import VARY_COLUMNS
 from .generation import sample
 from .loading import with_own_scheduler
 
@@ -34,6 +35,9 @@ class GroupSampler:
         num_inference_steps: As for `sample`.
         class_labels: Classes of the images, used in turn: image i has the class `class_labels[i % len(class_labels)]`.
         options: Further arguments, as for `sample`.
+        vary: For a DDGAN, what varies along each row of `VARY_COLUMNS` consecutive images: the latents z, or all other
+            noise. It has the seed `seed` + column, and the other one, fixed in a row, `seed` + row. Each row has one
+            class.
     """
 
     pipe: DiffusionPipeline
@@ -42,6 +46,7 @@ class GroupSampler:
     num_inference_steps: int | None = None
     class_labels: Sequence[int | str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    vary: Literal["z", "noise"] | None = None
 
     def __post_init__(self):
         # guided sampling freezes the network for the time of a call, which would affect the other threads
@@ -52,19 +57,31 @@ class GroupSampler:
     @property
     def offset(self) -> int:
         """The position of image 0 in its group."""
-        return self.seed % self.size
+        return 0 if self.vary else self.seed % self.size
 
     def class_label(self, i: int) -> int | str | None:
         """Return the class of image i."""
-        return self.class_labels[i % len(self.class_labels)] if self.class_labels else None
+        turn = i // VARY_COLUMNS if self.vary else i
+        return self.class_labels[turn % len(self.class_labels)] if self.class_labels else None
+
+    def seeds(self, i: int) -> dict[str, int]:
+        """Return the seeds of image i by the names of the arguments of `sample`."""
+        if not self.vary:
+            return {"seeds": self.seed + i}
+        row, column = divmod(i, VARY_COLUMNS)
+        seeds, z_seeds = (row, column) if self.vary == "z" else (column, row)
+        return {"seeds": self.seed + seeds, "z_seeds": self.seed + z_seeds}
 
     def __call__(self, indices: Sequence[int]) -> list[Image.Image]:
         """Generate images of one group; its other images are generated, too, and discarded."""
-        start = indices[0] - (self.seed + indices[0]) % self.size
+        start = indices[0] - (self.offset + indices[0]) % self.size
         group = range(start, start + self.size)
         labels: Any = [self.class_label(i) for i in group] if self.class_labels else None
         pipe = with_own_scheduler(self.pipe)
-        images = sample(pipe, [self.seed + i for i in group], self.num_inference_steps, labels, **self.options)
+        by_image = [self.seeds(i) for i in group]
+        seeds: dict[str, Any] = {name: [one[name] for one in by_image] for name in by_image[0]}
+        arguments = {**self.options, "num_inference_steps": self.num_inference_steps, "class_labels": labels}
+        images = sample(pipe, **seeds, **arguments)
         return [images[i - start] for i in indices]
 
 

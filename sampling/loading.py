@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..core.errors import InputError
-from ..core.locations import InMemory
+from ..core.locations import InMemory, hub_problem
 from ..hub.folders import parse_index
 from ..hub.installed import installed_class
 from . import arguments
@@ -107,6 +107,10 @@ def _pipeline_errors(path_or_repo: str) -> Iterator[None]:
             f"The folder {path_or_repo} holds no pipeline: it has no model_index.json. Pass a folder written by "
             "`save_pretrained` or a training run, not one of its subfolders."
         )
+    place = "" if folder.is_absolute() else f" in {Path.cwd()}"
+    missing = f"No pipeline {path_or_repo} was found: there is no such folder{place}, and "
+    if not folder.is_dir() and (problem := hub_problem(path_or_repo)):
+        raise InputError(missing + problem)
     try:
         yield
     except InputError:
@@ -128,11 +132,7 @@ def _pipeline_errors(path_or_repo: str) -> Iterator[None]:
             reason = f"{type(error).__name__}: {reason}"
         if folder.is_dir():
             raise InputError(f"The pipeline in the folder {path_or_repo} cannot be loaded: {reason}") from error
-        place = "" if folder.is_absolute() else f" in {Path.cwd()}"
-        raise InputError(
-            f"No pipeline {path_or_repo} was found: there is no such folder{place}, and "
-            f"{_hub_problem(error) or f'the Hugging Face Hub returned: {reason}'}"
-        ) from error
+        raise InputError(missing + (_hub_problem(error) or f"the Hugging Face Hub returned: {reason}")) from error
 
 
 def _hub_problem(error: BaseException) -> str | None:

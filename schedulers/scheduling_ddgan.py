@@ -1,10 +1,13 @@
 """The noise process of Denoising Diffusion GANs (Xiao, Kreis, Vahdat, ICLR 2022) and its Gaussian posterior."""
 
+import inspect
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -42,7 +45,8 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
     the level below t = 0 is the clean image. The schedule is computed and stored in float64.
 
     Args:
-        num_train_timesteps (`int`, defaults to 4): T, the number of denoising steps.
+        num_train_timesteps (`int`, defaults to 4):
+            T, the number of denoising steps; with `trained_betas`, their number.
         beta_min (`float`, defaults to 0.1): Start of the variance schedule, see above.
         beta_max (`float`, defaults to 20.0): End of the variance schedule, see above.
         variance_schedule (`"vp"` or `"geometric"`, defaults to `"vp"`): The variance schedule, see above.
@@ -50,9 +54,13 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         prediction_type (`"sample"`, `"epsilon"` or `"v_prediction"`, defaults to `"sample"`):
             Whether the network predicts x_0, the noise, or sqrt(alphas_cumprod) noise - sqrt(1 - alphas_cumprod) x_0.
         clip_sample (`bool`, defaults to `False`): Whether to clip the predicted x_0 to [-1, 1].
+        trained_betas (`list[float]` or `np.ndarray`, *optional*):
+            The T values of `betas`, each in (0, 1); the last may be 1, unless `prediction_type` is `"epsilon"`. They
+            replace the variance schedule, so that `beta_min`, `beta_max`, `variance_schedule` and `eps` are ignored.
 
     Raises:
-        `ValueError`: If the variance leaves (0, 1) or does not increase, or if an option has an unknown value.
+        `ValueError`: If the variance leaves (0, 1) or does not increase, if `trained_betas` are not T such values, or
+            if an option has an unknown value.
     """
 
     # a generator predicts samples of x_0, at a few noise levels: other schedulers would need their mean, at theirs
@@ -69,6 +77,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         eps: float = 1e-3,
         prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample",
         clip_sample: bool = False,
+        trained_betas: list[float] | np.ndarray | None = None,
     ):
         if num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` is {num_train_timesteps}, but must be at least 1.")
@@ -76,31 +85,53 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"`prediction_type` is {prediction_type!r}, but must be 'sample', 'epsilon' or 'v_prediction'."
             )
-        if variance_schedule not in ("vp", "geometric"):
-            raise ValueError(f"`variance_schedule` is {variance_schedule!r}, but must be 'vp' or 'geometric'.")
-        valid_values = {
-            "vp": "0 < eps < 1, beta_min >= 0, beta_max >= 0 and 0 < beta_min + beta_max < 60",
-            "geometric": "0 <= eps < 1 and 0 < beta_min < beta_max < 1",
-        }[variance_schedule]
-        message = (
-            f"The {variance_schedule!r} schedule with beta_min={beta_min}, beta_max={beta_max} and eps={eps} is "
-            f"invalid: its variance must increase within (0, 1). Possible values: {valid_values}."
-        )
-        if not 0 <= eps < 1 or (variance_schedule == "geometric" and not (beta_min > 0 and beta_max > 0)):
-            raise ValueError(message)
-
-        u = eps + (1 - eps) * torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
-        if variance_schedule == "vp":
-            variance = 1 - torch.exp(-0.5 * u**2 * (beta_max - beta_min) - u * beta_min)
+        if trained_betas is None:
+            self.betas = _variance_schedule_betas(num_train_timesteps, beta_min, beta_max, variance_schedule, eps)
         else:
-            variance = beta_min * (beta_max / beta_min) ** u
-        if not ((variance > 0) & (variance < 1)).all() or not (variance.diff() > 0).all():
-            raise ValueError(message)
+            self.betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+            if self.betas.shape != (num_train_timesteps,):
+                raise ValueError(
+                    f"`trained_betas` has shape {tuple(self.betas.shape)}, but must have a value for each of the "
+                    f"{num_train_timesteps} `num_train_timesteps`."
+                )
+            is_valid = (self.betas > 0) & (self.betas < 1)
+            is_valid[-1] |= self.betas[-1] == 1 and prediction_type != "epsilon"
+            if not is_valid.all():
+                raise ValueError(
+                    f"`trained_betas` has the values {self.betas[~is_valid].tolist()}, but must be in (0, 1); the "
+                    "last may be 1 unless `prediction_type` is 'epsilon'."
+                )
 
-        self.betas = 1 - (1 - variance[1:]) / (1 - variance[:-1])
         self.alphas_cumprod = (1 - self.betas).cumprod(0)
         self.init_noise_sigma = 1.0
         self.set_timesteps()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Create a scheduler from its config, or from that of [`DDPMScheduler`] or a scheduler compatible with it.
+
+        Of the other scheduler's process it has the T trailing levels, at which DDPM samples in T steps with
+        `timestep_spacing="trailing"`; they become `trained_betas`. `prediction_type` and `clip_sample` (to [-1, 1])
+        are those of the config. The network sees the timesteps 0 .. T-1, not those of the longer process.
+
+        Args:
+            config (`dict[str, Any]`): The config.
+            return_unused_kwargs (`bool`, defaults to `False`): Whether to return unused keyword arguments as well.
+            kwargs (*optional*):
+                Arguments that replace those of the config. With another scheduler's config, `num_train_timesteps` is
+                T, by default the number of timesteps of its process.
+
+        Raises:
+            `ValueError`: If it is the config of a scheduler that is not compatible with [`DDPMScheduler`], if T is
+                greater than its number of timesteps, or if an argument is invalid.
+        """
+        if isinstance(config, dict):
+            own_names = [base.__name__ for base in cls.__mro__]
+            if config.get("_class_name", cls.__name__) not in own_names or (
+                "_class_name" not in config and not _argument_names(config) <= set(inspect.signature(cls).parameters)
+            ):
+                config = _trailing_levels(config, kwargs.pop("num_train_timesteps", None))
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def set_timesteps(
         self,
@@ -108,7 +139,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: list[int] | None = None,
     ):
-        """Set the timesteps to sample with. `step` uses the exact posterior between neighboring levels.
+        """Set the timesteps of `step`, the exact posterior between neighboring levels, and of `add_noise_pair`.
 
         Args:
             num_inference_steps (`int`, *optional*, defaults to T):
@@ -141,15 +172,14 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         for s in reversed(timesteps):
             target[s + 1 :] = level[s]
         alpha = level / target
-        level_below = torch.cat([torch.ones_like(level[:1]), level[:-1]])
         self._tables = {
             "signal": level.sqrt(),
             "noise": (1 - level).sqrt(),
-            # neighbors in the chain of all T timesteps
-            "signal_below": level_below.sqrt(),
-            "noise_below": (1 - level_below).sqrt(),
-            "step_signal": (1 - self.betas).sqrt(),
-            "step_noise": self.betas.sqrt(),
+            # q(x_s | x_0) and q(x_t | x_s)
+            "target_signal": target.sqrt(),
+            "target_noise": (1 - target).sqrt(),
+            "step_signal": alpha.sqrt(),
+            "step_noise": (1 - alpha).sqrt(),
             # q(x_s | x_t, x_0) = N(original_coef x_0 + sample_coef x_t, std^2): equation (7) of arXiv 2006.11239
             "original_coef": target.sqrt() * (1 - alpha) / (1 - level),
             "sample_coef": alpha.sqrt() * (1 - target) / (1 - level),
@@ -169,6 +199,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         variance_noise: torch.Tensor | None = None,
+        eta: float = 1.0,
     ) -> DDGANSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """Sample x_s from the posterior q(x_s | x_t, x_0), where s is the next lower of `self.timesteps`.
 
@@ -182,11 +213,13 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Generators for the noise; with a list, the noise of sample i comes from generator i only. No random
                 numbers are used by the step to the clean image (`timestep` is one value, the last of
-                `self.timesteps`).
+                `self.timesteps`), nor with `eta` 0.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`DDGANSchedulerOutput`] instead of a plain tuple.
             variance_noise (`torch.Tensor`, *optional*):
                 Standard normal noise to use instead of generating it, of the same shape as `sample`.
+            eta (`float`, defaults to 1.0):
+                Factor of the posterior's standard deviation, in [0, 1]; with 0, x_s is the posterior's mean.
 
         Returns:
             [`DDGANSchedulerOutput`] or `tuple`: x_s and the predicted x_0.
@@ -207,10 +240,10 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             x_0 = x_0.clamp(-1, 1)
 
         x_s = at_t("original_coef") * x_0 + at_t("sample_coef") * x_t
-        if not _is_single(timestep) or at_t("std") > 0:
+        if eta > 0 and (not _is_single(timestep) or at_t("std") > 0):
             if variance_noise is None:
                 variance_noise = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=dtype)
-            x_s = x_s + at_t("std") * variance_noise.to(dtype)
+            x_s = x_s + eta * at_t("std") * variance_noise.to(dtype)
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         if not return_dict:
@@ -237,10 +270,11 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample neighbors (x_{t-1}, x_t) of the Markov chain: the real pair of arXiv 2112.07804, section 3.2.
+        """Sample neighbors (x_s, x_t) of the Markov chain: the real pair of arXiv 2112.07804, section 3.2.
 
-        The first noise turns x_0 into x_{t-1}, the second one is added on top of that:
-        x_t = sqrt(1 - betas[t]) x_{t-1} + sqrt(betas[t]) noise. At t = 0 the less noisy sample is x_0 itself.
+        As in `step`, s is the next lower of `self.timesteps`: t - 1, unless fewer timesteps were set. The first noise
+        turns x_0 into x_s, the second one is added on top of that: x_t = sqrt(a) x_s + sqrt(1 - a) noise with
+        a = alphas_cumprod[t] / alphas_cumprod[s]. At the last of `self.timesteps` the less noisy sample is x_0 itself.
 
         Args:
             original_samples (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): x_0.
@@ -251,7 +285,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
                 The first and the second noise to use instead of generating them.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: x_{t-1} and x_t, both of the same shape as `original_samples`.
+            `tuple[torch.Tensor, torch.Tensor]`: x_s and x_t, both of the same shape as `original_samples`.
         """
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         x_0 = original_samples.to(dtype)
@@ -261,8 +295,8 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             )
         else:
             first_noise, second_noise = (n.to(dtype) for n in noise)
-        less_noisy = self._at("signal_below", timesteps, x_0) * x_0
-        less_noisy = less_noisy + self._at("noise_below", timesteps, x_0) * first_noise
+        less_noisy = self._at("target_signal", timesteps, x_0) * x_0
+        less_noisy = less_noisy + self._at("target_noise", timesteps, x_0) * first_noise
         noisier = (
             self._at("step_signal", timesteps, x_0) * less_noisy
             + self._at("step_noise", timesteps, x_0) * second_noise
@@ -283,5 +317,63 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
 
+def _variance_schedule_betas(
+    num_train_timesteps: int, beta_min: float, beta_max: float, variance_schedule: str, eps: float
+) -> torch.Tensor:
+    """Return the betas of a variance schedule, in float64, for the arguments of [`DDGANScheduler`]."""
+    if variance_schedule not in ("vp", "geometric"):
+        raise ValueError(f"`variance_schedule` is {variance_schedule!r}, but must be 'vp' or 'geometric'.")
+    valid_values = {
+        "vp": "0 < eps < 1, beta_min >= 0, beta_max >= 0 and 0 < beta_min + beta_max < 60",
+        "geometric": "0 <= eps < 1 and 0 < beta_min < beta_max < 1",
+    }[variance_schedule]
+    message = (
+        f"The {variance_schedule!r} schedule with beta_min={beta_min}, beta_max={beta_max} and eps={eps} is "
+        f"invalid: its variance must increase within (0, 1). Possible values: {valid_values}."
+    )
+    if not 0 <= eps < 1 or (variance_schedule == "geometric" and not (beta_min > 0 and beta_max > 0)):
+        raise ValueError(message)
+
+    u = eps + (1 - eps) * torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    if variance_schedule == "vp":
+        variance = 1 - torch.exp(-0.5 * u**2 * (beta_max - beta_min) - u * beta_min)
+    else:
+        variance = beta_min * (beta_max / beta_min) ** u
+    if not ((variance > 0) & (variance < 1)).all() or not (variance.diff() > 0).all():
+        raise ValueError(message)
+
+    return 1 - (1 - variance[1:]) / (1 - variance[:-1])
+
+
 def _is_single(timestep: int | torch.Tensor) -> bool:
     return not torch.is_tensor(timestep) or timestep.ndim == 0
+
+
+def _argument_names(config: dict[str, Any]) -> set[str]:
+    return {name for name in config if not name.startswith("_")}
+
+
+def _trailing_levels(config: dict[str, Any], num_train_timesteps: int | None) -> dict[str, Any]:
+    """Return the config of the trailing levels of another scheduler's process, see `DDGANScheduler.from_config`."""
+    compatible = {name for kind in DDPMScheduler().compatibles for name in inspect.signature(kind).parameters}
+    if "beta_schedule" not in config or not _argument_names(config) <= compatible:
+        raise ValueError(
+            f"The config{' of ' + config['_class_name'] if '_class_name' in config else ''} with "
+            f"{', '.join(sorted(_argument_names(config)))} is neither that of a DDGANScheduler nor of a scheduler "
+            "that is compatible with DDPMScheduler."
+        )
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    process = {name: config[name] for name in (*names, "rescale_betas_zero_snr") if name in config}
+    levels = (1 - DDPMScheduler(**process).betas.double()).cumprod(0)
+    total = len(levels)
+    T = total if num_train_timesteps is None else num_train_timesteps
+    if not 1 <= T <= total:
+        raise ValueError(f"`num_train_timesteps` is {T}, but the process has {total} timesteps: use 1 to {total}.")
+    levels = levels[[round(total * (k + 1) / T) - 1 for k in range(T)]]
+    betas = 1 - levels / torch.cat([torch.ones(1), levels[:-1]])
+    return {
+        "num_train_timesteps": T,
+        "trained_betas": betas.tolist(),
+        "prediction_type": config.get("prediction_type", "epsilon"),
+        "clip_sample": config.get("clip_sample", False),
+    }

@@ -315,6 +315,7 @@ def test_a_few_step_model_is_neither_a_start_model_nor_resumed_for_other_numbers
             "half-life of 6931 optimizer steps .*--ema_decay 0.9999.* last stage .* 3 .*decay 0.0992",
         ),
         ("--mixed_precision fp16", "would use fp16 .*gradients.* bf16"),
+        ("--label_column x", "--label_column x: .* is not class-conditional"),
     ],
 )
 def test_settings_that_cannot_work_are_rejected_before_training(few_step, tmp_path, flags, message):
@@ -520,7 +521,7 @@ def test_two_processes_equal_one_also_if_one_has_no_image_left(few_step_classes,
     one = few_step_classes("one", *flags, prediction_type="epsilon")
     two = tmp_path / "two"
     arguments = few_step_flags(tmp_path / "class-model", images, two, *flags, "--batch_size", 4)
-    run_ranks(ROOT / "finetune_few_step.py", *arguments, output=tmp_path / "output.txt")
+    run_ranks(ROOT / "finetune_few_step.py", *arguments, output=tmp_path / "output.txt", machines=2)
     rows = [read_metrics(run / "metrics.csv") for run in (one, two)]
     for a, b in zip(*rows, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6, nan_ok=True), a["step"]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from huggingface_hub import ModelCard
@@ -32,6 +33,8 @@ from tiny import (
 from torch._dynamo.testing import CompileCounter
 
 from ddgan.core.errors import InputError, RunError, run_command
+from ddgan.hub.publication import snapshot
+from ddgan.training.checkpoints import Checkpoints
 from ddgan.training.loop import Trainer
 from ddgan.training.tracking import read_metrics
 
@@ -252,6 +255,25 @@ def test_compile_trains_the_same_network_and_saves_plain_names(finetune, monkeyp
     assert largest_difference(saved_weights(compiled), saved_weights(plain)) < 1e-6
 
 
+@pytest.mark.parametrize("how", ["flag", "accelerate"])
+def test_compiled_and_plain_runs_resume_each_other_bit_identically(finetune, monkeypatch, how):
+    # the graph is what is tested; compiled kernels would round differently from those of the plain network
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+    def run(name, is_compiled, *flags):
+        with monkeypatch.context() as patches:
+            if is_compiled and how == "accelerate":
+                patches.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+            compiled = ["--compile"] if is_compiled and how == "flag" else []
+            return finetune(name, "--lr_scheduler", "constant", *flags, *compiled)
+
+    whole = run("whole", False, "--max_train_steps", 3)
+    for step, is_compiled in enumerate((True, False, True), 1):
+        parts = run("parts", is_compiled, "--max_train_steps", step, "--resume_from_checkpoint", "latest")
+    assert largest_difference(saved_weights(whole), saved_weights(parts)) == 0
+    assert largest_difference(weights(whole), weights(parts)) == 0
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_models_of_other_channels_take_color_images(finetune, tmp_path, channels):
     model = tmp_path / "model"
@@ -307,6 +329,9 @@ def test_a_stream_is_trained_on_stopped_and_resumed_exactly(finetune, tmp_path):
     assert (straight / "metrics.csv").read_text() == (short / "metrics.csv").read_text()
     with pytest.raises(InputError, match="--max_train_steps"):
         finetune("endless", *flags)
+    checkpoints = Checkpoints(straight / "checkpoints", 0, Accelerator(), [], {"processes": 2})
+    with pytest.raises(InputError, match=r"processes = 1, but this run has 2, .* its own position in the stream"):
+        checkpoints.check(checkpoints.path(8), 8)
 
 
 # ---- clear errors
@@ -430,6 +455,15 @@ def test_grids_of_different_sizes_are_not_combined(finetune):
     before = (run / "before_after.png").read_bytes()
     finetune("run", "--max_train_steps", 3, "--num_samples", 9, "--resume_from_checkpoint", "latest")
     assert (run / "before_after.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG", None])
+def test_damaged_grids_do_not_end_a_run(finetune, caplog, content):
+    run = finetune("run", "--max_train_steps", 2)
+    before, grid = (run / "before_after.png").read_bytes(), run / "samples" / "step-00000000.png"
+    grid.write_bytes(grid.read_bytes()[:-50] if content is None else content)
+    finetune("run", "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    assert (run / "before_after.png").read_bytes() == before and f"{grid} is damaged" in caplog.text
 
 
 def test_a_resumed_run_uses_its_own_learning_rate(finetune):
@@ -602,3 +636,20 @@ def test_names_that_are_not_utf8_are_trained_in_and_written_to_the_card(finetune
     shutil.copytree(images, tmp_path / odd)
     run = finetune(f"{odd} run", "--train_data_dir", tmp_path / odd, "--max_train_steps", 1)
     assert "| data | caf?, 13 images |" in (run / "README.md").read_text()
+
+
+def test_the_code_on_cards_is_valid_whatever_the_names(finetune, images, tmp_path, monkeypatch):
+    odd = 'my "best"\n\\run|'
+    shutil.copytree(images, tmp_path / odd / "images")
+    evaluated = ("--eval_every", 1, "--feature_extractor", "pixels-8x8", "--eval_images", 12)
+    run = finetune(odd + "1", "--train_data_dir", tmp_path / odd, "--max_train_steps", 1, *evaluated)
+    card = (run / "README.md").read_text()
+    assert '# my "best" \\run|1\n' in card and '| data | my "best" \\run\\|, 13 images |' in card
+    for folder in (run, run / "best"):
+        monkeypatch.chdir(folder.parent)
+        code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+        names = {}
+        exec(code, names)
+        assert names["image"].size == (8, 8)
+    with snapshot(run, "ann/model") as copy:
+        assert 'DDPMPipeline.from_pretrained("ann/model")' in Path(copy, "README.md").read_text()

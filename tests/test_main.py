@@ -7,10 +7,12 @@ from importlib import import_module
 from unittest.mock import patch
 
 import pytest
+from huggingface_hub import constants
 from tiny import ROOT
 
 from ddgan import __version__
 from ddgan.__main__ import COMMANDS, dispatch, main
+from ddgan.core.errors import InputError
 from ddgan.core.launch import LaunchArguments, launch
 
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
@@ -23,8 +25,9 @@ FOLDERS = (
 
 
 @pytest.fixture(autouse=True)
-def environment():
-    """The environment of a shell: without the settings that launchers make, and unchanged by the test."""
+def environment(monkeypatch):
+    """The environment of a shell: without the settings of launchers and tests, and unchanged by the test."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with patch.dict(os.environ):
         for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
             os.environ.pop(name, None)
@@ -84,6 +87,15 @@ def test_one_process_is_this_one_with_the_configuration_of_accelerate():
     config = LaunchArguments(config_file="examples/accelerate/one_gpu.yaml")
     launch(config, ["demo"], lambda: calls.append(os.environ["ACCELERATE_MIXED_PRECISION"]))
     assert calls == ["no", "bf16"]
+
+
+@pytest.mark.parametrize("text", ["mixed_precision: [1", "num_processes: many", "- 1", "a: {}"])
+def test_a_damaged_configuration_of_accelerate_is_reported(tmp_path, text):
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=f"cannot start the processes with --config_file {file}: .") as error:
+        launch(LaunchArguments(config_file=str(file)), ["demo"], lambda: None)
+    assert "\n" not in str(error.value)
 
 
 def test_a_process_that_a_launcher_has_started_is_not_launched_again():

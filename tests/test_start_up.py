@@ -20,14 +20,23 @@ EVALUATION = [
     ("--best_metric fidelity", "it must be one of fid, kid"),
     ("--feature_extractor nowhere", "--feature_extractor nowhere does not exist"),
 ]
+DDGAN = [
+    ("--block_out_channels", "--block_out_channels needs at least one width"),
+    ("--beta_min 30", "--beta_min 30 is the lowest rate of the noise process, but greater than --beta_max 20"),
+    ("--image_size 99999", "--image_size is 99999; it must be at most 16384"),
+]
 MODEL = "--pipeline examples/models/mnist-28"
 WRONG = {  # command -> flags and the message about them
     "demo": [("--batch_size 0", "--batch_size is 0")],
     "finetune": [*TRAINING, *EVALUATION, ("--start_model nowhere", "--start_model nowhere: there is no such")],
     "few-step": [TRAINING[0], ("--start_model nowhere", "form user/name"), ("", "with --start_model")],
-    "train-ddgan": [*TRAINING, *EVALUATION, ("--diffaug blur", "choose from color")],
+    "train-ddgan": [*TRAINING, *EVALUATION, ("--diffaug blur", "choose from color"), *DDGAN],
     "train-class-conditional": [*TRAINING, *EVALUATION, ("--dataset cifar10", "choose from 'mnist'")],
-    "train-classifier": [*TRAINING[:4], ("--dataset_name user/labeled --widths 9", "multiples of 8")],
+    "train-classifier": [
+        *TRAINING[:4],
+        ("--train_data_dir . --widths 9", "multiples of 8"),
+        ("--train_data_dir . --widths", "least one"),
+    ],
     "generate": [
         ("--pipeline nowhere", "there is no such"),
         (f"{MODEL} --scheduler euller", "choose from 'as-saved'"),

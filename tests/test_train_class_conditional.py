@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import shutil
+import subprocess
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +16,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
-from tiny import largest_difference, make_dataset, weights, write_class_folders
+from tiny import ROOT, command, free_port, largest_difference, make_dataset, weights, write_class_folders
 from torchvision.datasets import MNIST
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, train_class_conditional
@@ -33,6 +35,7 @@ from ddgan.train_class_conditional import RECIPES
 from ddgan.training.arguments import DataArguments
 from ddgan.training.tracking import read_metrics
 
+SCRIPT = ROOT / "train_class_conditional.py"
 CLASS_CONDITIONED = "--block_out_channels 8 16 --layers_per_block 1 --attention_levels 1 --norm_num_groups 4"
 CONTEXT = "--unet context --block_out_channels 8"
 RUN = "--batch_size 4 --max_train_steps 6 --num_samples 4 --sample_steps 2 --report_to none --cache_images false"
@@ -146,6 +149,34 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(train, network):
     resumed = train("resumed", *GUIDED, "--random_flip", "--resume_from_checkpoint", "latest", network=network)
     assert largest_difference(state(straight), state(resumed)) == 0
     assert (straight / "metrics.csv").read_text() == (resumed / "metrics.csv").read_text()
+
+
+@pytest.mark.slow
+def test_two_machines_resume_the_run_of_one_and_train_the_same_weights(train, kinds, tmp_path):
+    """Also with a short global batch, of which one of them gets no image."""
+    flags = (*GUIDED, "--learning_rate", 1e-6, "--max_train_steps")
+    one = train("one", *flags, 3, "--batch_size", 6)  # global batches of 6, 6 and 1
+    two = Path(shutil.copytree(one, tmp_path / "two"))
+    flags = (*flags, 6, "--resume_from_checkpoint", "latest", "--batch_size")
+    train("one", *flags, 6)
+    data = ("--train_data_dir", kinds, "--output_dir", two, "--image_size", 8)
+    network = (*CLASS_CONDITIONED.split(), *RUN.split())
+    torchrun = ("torch.distributed.run", "--nnodes", 2, "--master_addr", "127.0.0.1", "--master_port", free_port())
+    nodes = []
+    for rank in range(2):
+        launcher = (*torchrun, "--node_rank", rank)
+        arguments, environment = command(SCRIPT, *data, *network, *flags, 3, launcher=launcher)
+        nodes.append(subprocess.Popen(arguments, env=environment, text=True, stderr=subprocess.PIPE))
+    for node in nodes:
+        _, printed = node.communicate(timeout=300)
+        assert node.returncode == 0, printed
+    a, b = state(one), state(two)
+    networks = [name for name in a if not name.startswith("optimizer")]
+    assert max((a[name] - b[name]).abs().max() for name in networks) < 1e-6
+    assert [row["loss"] for row in read_metrics(two / "metrics.csv")] == pytest.approx(
+        [row["loss"] for row in read_metrics(one / "metrics.csv")], abs=1e-6
+    )
+    assert "| global batch size | 6, 2 processes |" in (two / "README.md").read_text()
 
 
 def test_the_null_class_falls_on_the_same_images_however_a_batch_is_split(train):

@@ -188,7 +188,8 @@ def test_two_processes_equal_one_that_accumulates(train, tmp_path):
     one = train("one", *STARTED, data=images)
     shutil.copytree(one, tmp_path / "two")
     train("one", *GLOBAL_BATCH_8, *RESUME, *LOW_RATES, data=images)
-    run_ranks(SCRIPT, *flags(images, tmp_path / "two", *RESUME, *LOW_RATES), output=tmp_path / "output.txt")
+    two = flags(images, tmp_path / "two", *RESUME, *LOW_RATES)
+    run_ranks(SCRIPT, *two, output=tmp_path / "output.txt", machines=2)
     a, b = state(one), state(tmp_path / "two")
     networks = [name for name in a if name.startswith("model")]
     assert max((a[name] - b[name]).abs().max() for name in networks) < 1e-6

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -114,14 +115,16 @@ def finetune_flags(model: Path, images: Path, output: Path, *flags) -> list[str]
     return [str(flag) for flag in [*start, *flags]]
 
 
-def command(*args, processes: int = 1) -> tuple[list[str], dict[str, str]]:
-    """Return the command and the environment that run a script with Accelerate on the CPU."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    if processes == 1:
-        return [sys.executable, *map(str, args)], environment
-    launch = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
-    port = ["--main_process_port", "0", "--num_processes", str(processes)]
-    return [sys.executable, *launch.split(), *port, *map(str, args)], environment
+def command(*args, launcher: Sequence = ()) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the environment that run a script without a GPU.
+
+    Args:
+        args: the script and its arguments.
+        launcher: the module of a launcher, and its arguments.
+    """
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    module = ["-m", *launcher] if launcher else []
+    return [sys.executable, *map(str, [*module, *args])], environment
 
 
 def run_script(*args, **options) -> subprocess.CompletedProcess:
@@ -130,17 +133,24 @@ def run_script(*args, **options) -> subprocess.CompletedProcess:
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, **options)
 
 
-def run_ranks(script: Path, *args, output: Path) -> str:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_ranks(script: Path, *args, output: Path, machines: int = 1) -> str:
     """Run a script as two ranks without the launcher; write the output of both to `output` and return it.
+
+    Args:
+        machines: number of machines on which the ranks believe to be, 1 or 2.
 
     Raises:
         AssertionError: If a rank fails or they take more than five minutes; the message is their output.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     _, environment = command()
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    environment["LOCAL_WORLD_SIZE"] = str(2 // machines)
     arguments = [str(arg) for arg in (script, *args)]
     ranks = start_processes(_rank, (arguments, environment, output), 2, join=False, start_method="forkserver")
     end = time.monotonic() + 300
@@ -157,7 +167,7 @@ def run_ranks(script: Path, *args, output: Path) -> str:
 
 def _rank(rank: int, arguments: list[str], environment: dict[str, str], output: Path) -> None:
     os.environ.clear()
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank % int(environment["LOCAL_WORLD_SIZE"])))
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -11,6 +11,7 @@ from ..data.arguments import check_value_range
 from ..evaluation.arguments import METRIC_NAMES, MIN_IMAGES, resolve_extractor
 
 MAX_GRID_IMAGES = 10_000
+MAX_IMAGE_SIZE = 16_384  # pixels; far above what any network here can be trained at
 
 
 @dataclass
@@ -35,9 +36,14 @@ class DataArguments(Arguments):
         "MNIST-style folder in torchvision's layout",
     )
     image_size: int | None = option(
-        None, "train at this height and width (default: that of the start model or of the script)", minimum=1
+        None,
+        "train at this height and width (default: that of the start model or of the script)",
+        minimum=1,
+        maximum=MAX_IMAGE_SIZE,
     )
-    resolution: list[int] | None = option(None, "height and width, if they differ: --resolution 64 96", minimum=1)
+    resolution: list[int] | None = option(
+        None, "height and width, if they differ: --resolution 64 96", minimum=1, maximum=MAX_IMAGE_SIZE
+    )
     center_crop: bool = option(False, "crop to the aspect ratio at the center instead of at random")
     random_flip: bool = option(False, "flip images horizontally at random")
     value_range: list[float] | None = option(

@@ -45,6 +45,12 @@ _INVARIANTS = {
     "scaled gradients": "fp16 gradient scaling",
 }
 
+# of those whose number of processes must be the same
+_REASONS = {
+    "processes": "each process has its own position in the stream: start as many processes",
+    "shards": "with FSDP, each process saves its own shards: start as many processes, with or without FSDP as before",
+}
+
 logger = logging.getLogger(__name__)
 
 
@@ -244,11 +250,15 @@ class Checkpoints:
         state = load_state(checkpoint)
         for key, value in self.invariants.items():
             if state.get(key, value) != value:  # earlier versions saved fewer keys
+                advice = _REASONS.get(
+                    key,
+                    "use the same images, network, trained parameters, prediction type, --seed, --ema_decay, numbers "
+                    "of sampling steps, fp16 setting and global batch size (--batch_size x --grad_accumulation_steps "
+                    "x processes)",
+                )
                 raise InputError(
                     f"{checkpoint} was saved with {_INVARIANTS[key]} = {state[key]}, but this run has {value}, so it "
-                    "cannot resume exactly. Use the same images, network, trained parameters, prediction type, "
-                    "--seed, --ema_decay, numbers of sampling steps, fp16 setting and global batch size "
-                    "(--batch_size x --grad_accumulation_steps x processes), or start a new run in another folder."
+                    f"cannot resume exactly; {advice}, or start a new run in another folder."
                 )
         if state["step"] > total_steps:
             raise InputError(

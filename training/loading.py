@@ -20,10 +20,10 @@ from ..data.images import BrokenImageError
 from ..data.preprocessing import Preprocessing, low_contrast, read_image
 from ..data.sources import (
     EMBEDDED_DATASET,
-    DatasetImages,
     ImageSource,
     ImageStream,
     Labels,
+    check_dataset_options,
     file_name,
     locate,
     open_source,
@@ -32,6 +32,7 @@ from ..data.sources import (
 from .arguments import DataArguments, LabelArguments, RunArguments
 from .plan import BatchPlan
 from .randomness import fold_in
+from .stopping import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -416,11 +417,8 @@ def open_training_source(args: DataArguments) -> ImageSource:
         image_column=args.image_column,
         folder_as="images" if args.train_data_dir else "dataset",
     )
-    for flag in ("image_column", "dataset_config"):
-        if getattr(args, flag) and not isinstance(source, DatasetImages):
-            raise InputError(
-                f"--{flag} {getattr(args, flag)} is a setting of a dataset, and {_location(args)} is none: omit it."
-            )
+    options = {"image_column": args.image_column, "dataset_config": args.dataset_config}
+    check_dataset_options([(_location(args), source)], options)
     return source
 
 
@@ -429,8 +427,8 @@ def _location(args: DataArguments) -> str | InMemory:
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the main process, which finishes its step first."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Leave Ctrl-C and other requests to stop to the main process, which finishes its step first."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -28,6 +28,7 @@ from .model_card import (
     FinishedRun,
     RunFacts,
     collect_facts,
+    create_repository,
     describe_precision,
     finish_upload,
     write_best,
@@ -141,10 +142,10 @@ class Trainer:
         """Train to the last step, and save the pipeline, its samples and its card, with the run folder locked.
 
         Raises:
-            InputError: if another command is writing to the run folder, the run cannot resume from the checkpoint, or
-                a tracker does not start.
+            InputError: if another command is writing to the run folder, the run cannot resume from the checkpoint, a
+                tracker does not start, or the Hub refuses the repository.
             RunError: if a loss is not finite, an image is broken, or files cannot be read or written.
-            RunStopped: on SIGTERM or Ctrl-C, after saving a checkpoint.
+            RunStopped: on SIGTERM, SIGUSR1 or Ctrl-C, after saving a checkpoint.
         """
         with locked(self.folder.path, self.accelerator):
             return self._train()
@@ -214,9 +215,13 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         checkpoint = self.checkpoints.find(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
         step = self.checkpoints.check(checkpoint, self.total_steps) if checkpoint else 0
+        if args.resume_from_checkpoint and checkpoint is None:
+            logger.info(f"There is no checkpoint in {self.folder.checkpoints} yet: a new run starts.")
         if is_main:
             self.folder.remove_leftovers()
         start_trackers(self.accelerator, args, {k: v for part in self.job.arguments for k, v in vars(part).items()})
+        if self.repo_id:
+            create_repository(self.repo_id, args.hub_private)
         self.progress.clock.start(self.plan.images_seen(step))
         with self.progress.clock.paused():
             if step < self.total_steps and self.job.prepare:

@@ -2,9 +2,9 @@
 
 import logging
 import os
-import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import isnan
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..core.errors import InputError, RunError
 from ..core.files import link_or_copy, replace_file, replace_folder
 from ..core.run_files import PIPELINE_FILE
 from ..evaluation.reporting import format_value, measured_by, metric_title, model_index_entries
-from ..hub.cards import CardFacts, card_text, is_repo_id
+from ..hub.cards import CardFacts, card_text, is_repo_id, replace_loaded, string_literal
 from ..hub.folders import code_files, read_trained_steps
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
 from ..sampling.loading import load_pipeline
@@ -250,7 +250,8 @@ def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str,
 
 def write_best(folder: RunFolder, pipeline: DiffusionPipeline | ModelMixin, card: CardFacts, facts: RunFacts) -> None:
     """Replace `best/` of a run with this pipeline, the newest grid and a card of its own."""
-    usage = re.sub(r'from_pretrained\("[^"]*"', f'from_pretrained("{folder.best.name}"', card.usage)
+    best_name = string_literal(folder.best.name)
+    usage = replace_loaded(card.usage, lambda call, _: f"{call[1]}from_pretrained({best_name}")
     card = replace(card, title=f"{card.title}, best checkpoint", usage=usage)
 
     def write(temporary: Path) -> None:
@@ -301,23 +302,34 @@ def format_rows(rows: Mapping[str, Any]) -> list[str]:
     return [f"{name:<14} {value}" for name, value in rows.items()]
 
 
-def create_repository(args: RunArguments) -> str:
-    """Create the repository to upload a run to, before training, so that problems are reported early.
-
-    Returns:
-        its ID, `user/name`.
+def repository_id(args: RunArguments) -> str:
+    """Return the repository to upload a run to, `user/name`, which need not exist yet.
 
     Raises:
-        InputError: if no user is logged in, the Hub does not respond, or the repository cannot be created.
+        InputError: if no user is logged in, the Hub does not respond, or the name is not valid.
     """
-    try:
+    with _naming_flag():
         user = who_am_i()
         repo_id = args.hub_model_id or args.model_save_name
-        repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-        Repository(repo_id).open(args.hub_private)
+        return Repository(repo_id if "/" in repo_id else f"{user}/{repo_id}").repo_id
+
+
+def create_repository(repo_id: str, private: bool) -> None:
+    """Create the repository of a run if it does not exist, once everything else of the run has been checked.
+
+    Raises:
+        InputError: if the Hub does not respond, or the repository cannot be created.
+    """
+    with _naming_flag():
+        Repository(repo_id).open(private)
+
+
+@contextmanager
+def _naming_flag() -> Iterator[None]:
+    try:
+        yield
     except (InputError, RunError) as error:
         raise InputError(f"--push_to_hub: {error}") from error
-    return repo_id
 
 
 def finish_upload(background: BackgroundUpload, args: RunArguments) -> str:

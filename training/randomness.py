@@ -3,6 +3,12 @@
 Every sample of every optimizer step has a key made from (seed, step, its position in the step), which seeds the
 generators of all its random numbers. A step therefore has the same result however it is split into micro-batches
 and processes, and a run resumes without saved random state.
+
+PyTorch's generator on a CPU uses only the lower 32 bits of its seed, on a GPU all 64. On a CPU, two of the B samples
+of a step therefore share all their random numbers (timestep and noise, but not the crop and flip, whose generator uses
+all bits) with a probability of about B^2 / 2^33: 8e-6 for B = 256, so about 8 of a million steps have such a pair.
+Pairs of different steps, which are more frequent, are harmless: their images or weights differ. Wider seeds would
+change the random numbers of all runs on a CPU, so that checkpoints would no longer resume bit-identically.
 """
 
 from collections.abc import Sequence

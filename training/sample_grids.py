@@ -1,6 +1,8 @@
 """Grids of samples from fixed seeds, which show the progress of a run."""
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +15,8 @@ from .job import Sampler, TrainingJob
 from .run_folder import RunFolder
 
 ORDINARY_GRID = {"": ""}
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -50,6 +54,18 @@ def save_before_after(
     rows = []
     for grid_step, names in ((0, before), (step, after)):
         paths = {caption: folder.grid(grid_step, name) for caption, name in names.items()}
-        rows.append({caption: Image.open(path) for caption, path in paths.items() if path.exists()})
+        grids = {caption: _read_grid(path) for caption, path in paths.items() if path.exists()}
+        rows.append({caption: grid for caption, grid in grids.items() if grid is not None})
     if all(rows) and len({image.size for row in rows for image in row.values()}) == 1:  # or --num_samples has changed
         replace_file(folder.before_after, before_after(*rows).save)
+
+
+def _read_grid(path: Path) -> Image.Image | None:
+    """Read a grid; None, with a warning, if its file is damaged."""
+    try:
+        with Image.open(path) as grid:
+            grid.load()
+            return grid
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors for a damaged file
+        logger.warning(f"The sample grid {path} is damaged and not shown: {error}.")
+        return None

@@ -24,7 +24,7 @@ from .evaluator import Evaluator
 from .job import TrainingJob
 from .loading import TrainingData
 from .loop import Trainer
-from .model_card import FinishedRun, create_repository
+from .model_card import FinishedRun, repository_id
 from .run_folder import RunFolder
 from .tracking import tracker_names
 
@@ -47,7 +47,7 @@ class Session:
 
     @classmethod
     def open(cls, run: RunArguments, supports_fsdp: bool = False, supports_fp16: bool = True) -> "Session":
-        """Check that the run folder can be used, start Accelerate, and create the repository on the Hub.
+        """Check that the run folder can be used and the user is logged in to the Hub, and start Accelerate.
 
         Args:
             supports_fsdp: whether the network of the run can be sharded.
@@ -56,7 +56,7 @@ class Session:
         Raises:
             InputError: if the folder holds a run that is not being resumed, another command is writing to it, a
                 tracker is not installed, the configuration of Accelerate or the mixed precision is not supported, or
-                the Hub refuses the repository.
+                the Hub does not accept the user.
         """
         accelerator = _start(run, supports_fp16)
         if accelerator.is_fsdp2 and not supports_fsdp:
@@ -65,7 +65,7 @@ class Session:
                 "in one or several processes."
             )
         uploads = run.push_to_hub and not run.dry_run
-        repo_id = create_repository(run) if uploads and accelerator.is_main_process else None
+        repo_id = repository_id(run) if uploads and accelerator.is_main_process else None
         return cls(run, accelerator, repo_id)
 
     def load_data(

@@ -1,4 +1,4 @@
-"""Stopping a run cleanly on SIGTERM and Ctrl-C."""
+"""Stopping a run cleanly on SIGTERM, SIGUSR1 and Ctrl-C."""
 
 import signal
 import threading
@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+# clusters announce the end of a job with SIGTERM or SIGUSR1; Windows has no SIGUSR1
+STOP_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class RunStopped(SystemExit):
@@ -17,7 +20,7 @@ class RunStopped(SystemExit):
 
 
 class StopRequest:
-    """A context that turns SIGTERM and Ctrl-C into a request to stop, which all processes see at the same point.
+    """A context that turns `STOP_SIGNALS` into a request to stop, which all processes see at the same point.
 
     A second signal of the same kind ends the process at once. In a thread other than the main one, signals are left
     to the program.
@@ -31,7 +34,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         in_main_thread = threading.current_thread() is threading.main_thread()
         self.previous_handlers: dict[int, Any] = {
-            s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT) if in_main_thread
+            s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS if in_main_thread
         }
         return self
 

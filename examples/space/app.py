@@ -16,6 +16,7 @@ import random
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -220,6 +221,13 @@ def generation_tab(models: dict[str, Model]) -> SimpleNamespace:
                 info="Classifier-free guidance towards the class; 1 turns it off.",
                 visible=first.supports_class_guidance,
             )
+            vary = gr.Radio(
+                [("z and noise", "both"), ("z only", "z"), ("noise only", "noise")],
+                value="both",
+                label="What differs between the images",
+                info="The latents z, the noise (at the start and in each step), or both. If not both, in one class.",
+                visible=first.is_ddgan,
+            )
             button = gr.Button("Generate", variant="primary")
             with gr.Accordion("Settings", open=False):
                 settings = settings_controls(first)
@@ -229,15 +237,19 @@ def generation_tab(models: dict[str, Model]) -> SimpleNamespace:
     def select_model(name: str) -> dict:
         model = models[name]
         guidance = gr.update(visible=model.supports_class_guidance, value=model.class_guidance)
-        return {**update_model(model, choice, settings), class_guidance: guidance}
+        varied = gr.update(visible=model.is_ddgan, value="both")
+        return {**update_model(model, choice, settings), class_guidance: guidance, vary: varied}
 
     @show_errors
     def generate_plain(data, progress=PROGRESS):
         model, request = models[data[choice.name]], read_request(data, settings, choice)
+        if model.is_ddgan and data[vary] != "both":
+            request = replace(request, vary=data[vary])
         generated = generate(model, request, StepProgress(progress), data[class_guidance])
         return show(result, model, request, generated, caption(request, generated))
 
-    fields = {"model": choice.name, "class": choice.label, "class_guidance": class_guidance, **vars(settings)}
+    fields = {"model": choice.name, "class": choice.label, "class_guidance": class_guidance}
+    fields |= {"vary": vary, **vars(settings)}
     link = panel("generate", fields, choice, select_model)
     event = {"outputs": list(vars(result).values()), "show_progress_on": result.images, **ONE_AT_A_TIME}
     button.click(generate_plain, set(fields.values()), **event)

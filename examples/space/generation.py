@@ -7,10 +7,10 @@ import sys
 import time
 import traceback
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -160,6 +160,8 @@ class GenerationRequest:
         scheduler: a key of `SCHEDULERS`, or `as-saved`.
         seed: seed of the first image; image i is generated from `seed + i`.
         label: a class of the model, or `ALL_CLASSES`.
+        vary: for a DDGAN, what differs between the images, the latents z or all other noise; None for both. All images
+            then have one class, the first one for `ALL_CLASSES`.
 
     Raises:
         InputError: if a number was left empty.
@@ -170,6 +172,7 @@ class GenerationRequest:
     scheduler: str
     seed: int
     label: int | None = ALL_CLASSES
+    vary: Literal["z", "noise"] | None = None
 
     def __post_init__(self):
         numbers = (("number of images", self.num_images), ("number of steps", self.steps), ("seed", self.seed))
@@ -181,11 +184,22 @@ class GenerationRequest:
     def seeds(self) -> range:
         return range(self.seed, self.seed + self.num_images)
 
+    @property
+    def seed_arguments(self) -> dict[str, Sequence[int]]:
+        """The arguments of `sample` with the seeds."""
+        if self.vary is None:
+            return {"seeds": self.seeds}
+        fixed = [self.seed] * self.num_images
+        seeds, z_seeds = (fixed, self.seeds) if self.vary == "z" else (self.seeds, fixed)
+        return {"seeds": seeds, "z_seeds": z_seeds}
+
     def labels(self, model: Model) -> list[int] | None:
         """Return one class per image, or None if the model is not class-conditional."""
         if not model.classes:
             return None
         if self.label in (ALL_CLASSES, None):
+            if self.vary:
+                return [0] * self.num_images
             return [i % len(model.classes) for i in range(self.num_images)]
         return [self.label] * self.num_images
 
@@ -396,7 +410,8 @@ def _generate(
 
     start = time.perf_counter()
     with trace_steps(pipe, on_step):
-        images = sample(pipe, request.seeds, request.steps, request.labels(model), **options)
+        arguments = {"num_inference_steps": request.steps, "class_labels": request.labels(model), **options}
+        images = sample(pipe, **request.seed_arguments, **arguments)
     seconds = time.perf_counter() - start
     strip = steps_strip(trace.timesteps, trace.noisy, trace.clean)
     return GenerationResult(images, strip, seconds, steps_warning(pipe, request.steps))

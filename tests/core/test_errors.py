@@ -2,9 +2,14 @@
 
 import errno
 import logging
+import multiprocessing
+import os
 import re
+import signal
+import sys
 
 import pytest
+from torch import distributed
 
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
 
@@ -65,6 +70,25 @@ def test_bad_input_of_another_process_alone_is_reported(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         run_command(main)
     assert capsys.readouterr().err == "\nerror in process 1: bad\n"
+
+
+def run_rank(rank, folder):
+    os.environ["RANK"] = str(rank)
+    distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=2)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stderr = (folder / "stderr").open("w")
+    run_command(distributed.barrier)
+
+
+def test_a_killed_process_of_several_is_reported_by_the_others(tmp_path):
+    processes = [multiprocessing.get_context("fork").Process(target=run_rank, args=(r, tmp_path)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [1, -signal.SIGKILL]
+    assert re.fullmatch("\nerror in process 0: the connection .* was killed.*\n", (tmp_path / "stderr").read_text())
 
 
 @pytest.mark.parametrize(

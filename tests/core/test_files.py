@@ -13,6 +13,7 @@ from ddgan.core.files import (
     fingerprint,
     fingerprint_bytes,
     location_name,
+    remove_temporary_files,
     replace_file,
     replace_folder,
     replace_tree,
@@ -113,3 +114,25 @@ def test_a_local_folder_goes_by_its_own_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "cats")
     assert location_name(".") == location_name(str(tmp_path / "cats")) == "cats"
     assert location_name("user/cats") == "user/cats"
+
+
+def test_files_written_twice_at_the_same_time_are_whole(tmp_path):
+    path = tmp_path / "file.txt"
+
+    def write(temporary):
+        temporary.write_text("first")
+        replace_file(path, lambda other: other.write_text("second"))  # another command writes the same file
+
+    replace_file(path, write)
+    assert path.read_text() == "first"
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
+    for name in (".tmp-0123abcd-a.png", ".tmp-0123abcd-b.png", "c.png"):
+        (tmp_path / name).touch()
+    (tmp_path / ".tmp-folder").mkdir()
+    remove_temporary_files(tmp_path, "*-a.png")
+    assert not (tmp_path / ".tmp-0123abcd-a.png").exists() and (tmp_path / ".tmp-0123abcd-b.png").exists()
+    remove_temporary_files(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-folder", "c.png"]

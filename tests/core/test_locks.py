@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 
+from ddgan.core import locks
 from ddgan.core.errors import InputError
 from ddgan.core.locks import check_unlocked, locked
 
@@ -60,6 +63,16 @@ def test_a_lock_of_another_host_can_be_removed(tmp_path):
         check_unlocked(tmp_path, Accelerator())
 
 
+def test_a_folder_that_cannot_be_created_is_reported_with_its_flag(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", Path("/proc/nowhere")):
+        with (
+            pytest.raises(InputError, match=rf"The folder {folder} cannot be created: .* with --save_images"),
+            locked(folder, flag="--save_images"),
+        ):
+            pass
+
+
 def write_outcome(folder, output):
     accelerator = Accelerator()
     try:
@@ -95,3 +108,20 @@ def test_a_file_system_without_locks_can_be_used(tmp_path, monkeypatch, caplog, 
             refused(tmp_path, f"process {os.getpid()} on")
         else:
             assert "is on a file system without locks (" in caplog.text
+
+
+def lock_own_folder(folders: Path) -> None:
+    """Lock a folder that has the same name on two machines."""
+    os.chdir(folders / str(torch.distributed.get_rank()))
+    message = "run is not the same folder on .* --output_dir on a file system that all machines share"
+    with pytest.raises(InputError, match=message), locked(Path("run"), Accelerator()):
+        raise AssertionError("not reached")
+
+
+def test_machines_that_do_not_share_the_folder_are_reported(tmp_path, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(locks, "_VISIBLE_SECONDS", 0.1)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1" / "run").mkdir(parents=True)
+    debug_launcher(lock_own_folder, (tmp_path,), num_processes=2)
+    assert not list((tmp_path / "0").iterdir()) and not list((tmp_path / "1" / "run").iterdir())

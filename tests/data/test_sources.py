@@ -437,10 +437,17 @@ def test_a_dataset_without_images_names_its_columns(tmp_path):
         open_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("open_kind", [open_dataset, open_folder, open_stream])
+def test_a_file_of_another_kind_is_refused(tmp_path, open_kind):
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"rows\.csv is not a file of images that can be read \(\.npz, \.zip, \.parq"):
+        open_kind(str(tmp_path / "rows.csv"))
+
+
 def test_a_missing_source_is_reported_with_the_places_that_were_tried(tmp_path):
     with pytest.raises(
         InputError,
-        match=r"nobody/nothing .*could not be loaded from the Hugging Face Hub, since there is no local folder /",
+        match=r"nobody/nothing: there is no such file or folder \(looked for at /.*\), and the .* Hub is not",
     ):
         open_dataset("nobody/nothing")
     with pytest.raises(InputError, match="no such folder"):
@@ -685,3 +692,24 @@ def test_labels_beyond_the_classes_are_refused(tmp_path):
     parquet.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(InputError, match=r"the label 5, but names 2 classes, whose labels are 0 to 1"):
         open_dataset(tmp_path).labels(None)
+
+
+@pytest.mark.parametrize("open_kind", [open_folder, open_dataset, open_stream])
+def test_the_home_folder_and_those_above_it_are_refused(tmp_path, monkeypatch, open_kind):
+    write_images(tmp_path / "home" / "photos", 2)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in (tmp_path / "home", tmp_path, Path("/")):
+        with pytest.raises(InputError, match=f"{folder} contains your home folder"):
+            open_kind(str(folder))
+    assert len(open_folder(tmp_path / "home" / "photos")) == 2
+
+
+@pytest.mark.parametrize("open_kind", [open_folder, open_dataset])
+def test_the_search_for_images_ends_after_many_other_files(tmp_path, monkeypatch, open_kind):
+    monkeypatch.setattr("ddgan.data.sources._MAX_OTHER_FILES", 20)
+    for i in range(21):
+        (tmp_path / f"{i}.txt").touch()
+    with pytest.raises(InputError, match=f"no image among the first 20 files and folders in {tmp_path}"):
+        open_kind(tmp_path)
+    write_images(tmp_path, 30)
+    assert len(open_kind(tmp_path)) == 30

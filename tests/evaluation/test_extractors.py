@@ -132,6 +132,18 @@ def test_code_in_a_file_of_weights_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff" * 50, None])
+@pytest.mark.parametrize("file", ["config.json", "diffusion_pytorch_model.safetensors"])
+def test_a_damaged_classifier_is_reported(tmp_path, file, content):
+    ImageClassifier(sample_size=8, in_channels=3, num_classes=2, widths=(8,)).save_pretrained(tmp_path)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=str(tmp_path)) as error:
+        load_extractor(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def test_unavailable_extractors_are_reported(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"there is no nowhere/config\.json"):
         load_extractor("nowhere")

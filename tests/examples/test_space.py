@@ -241,6 +241,19 @@ def test_class_buttons_select_the_class(browser, address, models):
         page.wait_for_url("**class_guidance=1&*")
 
 
+def test_images_of_a_ddgan_may_differ_in_z_only(browser, address):
+    pipe = DDGANPipeline.from_pretrained(DDGAN)
+    pipe.set_progress_bar_config(disable=True)
+    with open_page(browser, address) as page:
+        assert not page.get_by_role("radio", name="z only").is_visible()
+        choose(page, "ddgan-mnist-16")
+        choose(page, "5")
+        choose(page, "z only")
+        click(page, "Generate")
+        expected = [image.resize((8, 8), 0) for image in sample(pipe, [0] * 4, 4, [5] * 4, z_seeds=range(4))]
+        assert same_images(images_in(page, "images"), expected)
+
+
 def test_only_settings_with_an_effect_are_shown(browser, address):
     with open_page(browser, address) as page:
         choose(page, "ddgan-mnist-16")
@@ -440,6 +453,13 @@ def test_a_guided_pipeline_also_generates_without_guidance(generation, models):
     progress = generation["StepProgress"](lambda *_: None)
     expected = generation["generate"](generation["Model"]("plain", plain), request, progress)
     assert same_images(generation["generate"](guided, request, progress).images, expected.images)
+
+
+def test_one_class_of_a_ddgan_is_varied(generation):
+    model = generation["load_model"](str(DDGAN), "ddgan")
+    request = generation["GenerationRequest"](num_images=2, steps=4, scheduler="as-saved", seed=7, vary="noise")
+    generated = generation["generate"](model, request, generation["StepProgress"](lambda *_: None))
+    assert same_images(generated.images, sample(model.pipe, [7, 8], 4, [0, 0], z_seeds=[7, 7]))
 
 
 def test_a_few_step_model_offers_the_steps_it_was_trained_for(generation, tmp_path):

@@ -37,9 +37,9 @@ def tiny_unet(**changes):
     return UNet2DModel(**{**TINY, **changes})
 
 
-def tiny(num_heads=2, pair=False, **changes):
+def tiny(num_heads=2, **changes):
     """A discriminator whose heads matter (fresh ones give zero)."""
-    return with_heads(UNetDiscriminator.from_unet(tiny_unet(**changes), num_heads, pair))
+    return with_heads(UNetDiscriminator.from_unet(tiny_unet(**changes), num_heads))
 
 
 def with_heads(model):
@@ -76,7 +76,7 @@ def test_encoder_has_the_features_of_the_unet(name):
     sample, t = inputs()
     labels = labels_of(changes)
     expected = recorded_encoder_output(unet, sample, t, labels)
-    torch.testing.assert_close(recorded_encoder_output(model, sample, t, None, labels), expected)
+    torch.testing.assert_close(recorded_encoder_output(model, sample, t, labels), expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -139,34 +139,22 @@ def test_noise_level_matters():
     assert not torch.allclose(model(sample, 0), model(sample, 500))
 
 
-def test_noisier_image_of_a_pair_is_ignored_at_first_and_then_matters():
-    plain, pair = tiny(), tiny(pair=True)
-    pair.heads.load_state_dict(plain.heads.state_dict())
-    sample, t = inputs()
-    noisy = sample.flip(0)
-    torch.testing.assert_close(pair(sample, t, noisy), plain(sample, t))
-    nn.init.normal_(pair.conv_in.weight)
-    assert not torch.allclose(pair(sample, t, noisy), pair(noisy, t, sample))
-
-
 @pytest.mark.parametrize(("class_emb_size", "class_dropout"), [(2, 0.0), (2, 0.1), (None, 0.1)])
-@pytest.mark.parametrize("pair", [False, True])
-def test_class_conditioned_unet_keeps_its_features_and_classes(class_emb_size, class_dropout, pair):
+def test_class_conditioned_unet_keeps_its_features_and_classes(class_emb_size, class_dropout):
     names = ("sample_size", "layers_per_block", "block_out_channels", "down_block_types", "up_block_types")
     config = {name: TINY[name] for name in (*names, "attention_head_dim", "norm_num_groups")}
     torch.manual_seed(0)
     unet = ClassConditionedUnet(**config, num_classes=3, class_emb_size=class_emb_size, class_dropout=class_dropout)
-    model = with_heads(UNetDiscriminator.from_unet(unet, num_heads=2, pair=pair))
+    model = with_heads(UNetDiscriminator.from_unet(unet, num_heads=2))
     sample, t = inputs(channels=1)
-    noisy = sample.flip(0) if pair else None
     labels = torch.tensor([0, 2, unet.num_labels - 1])
     recorded = []
     for network in (unet.unet, model):
         network.mid_block.register_forward_hook(lambda module, args, output: recorded.append(output))
     unet(sample, t, labels)
-    logits = model(sample, t, noisy, labels)
+    logits = model(sample, t, labels)
     torch.testing.assert_close(recorded[1], recorded[0])
-    assert not torch.allclose(logits[0], model(sample, t, noisy, torch.tensor([1, 2, 0]))[0])
+    assert not torch.allclose(logits[0], model(sample, t, torch.tensor([1, 2, 0]))[0])
 
 
 def test_training_the_discriminator_leaves_the_unet_alone():
@@ -181,10 +169,6 @@ def test_training_the_discriminator_leaves_the_unet_alone():
 
 def test_wrong_arguments_are_refused():
     sample, t = inputs()
-    with pytest.raises(ValueError, match="`pair` is False"):
-        tiny()(sample, t, sample)
-    with pytest.raises(ValueError, match="`pair` is True"):
-        tiny(pair=True)(sample, t)
     with pytest.raises(ValueError, match="not class-conditional"):
         tiny()(sample, t, class_labels=t - 1)
     with pytest.raises(ValueError, match="it is class-conditional"):
@@ -207,15 +191,15 @@ def test_gradient_checkpointing_changes_no_number_not_even_of_the_penalty():
 
 
 def test_saved_network_loads_the_same_with_variant_and_dtype(tmp_path):
-    model = tiny(pair=True, num_class_embeds=3)
+    model = tiny(num_class_embeds=3)
     sample, t = inputs()
     labels = torch.tensor([0, 1, 2])
-    arguments = sample, t, sample.flip(0), labels
+    arguments = sample, t, labels
     model.save_pretrained(tmp_path, variant="fp32")
     loaded = UNetDiscriminator.from_pretrained(tmp_path, variant="fp32")
     assert torch.equal(loaded(*arguments), model(*arguments))
     half = UNetDiscriminator.from_pretrained(tmp_path, variant="fp32", torch_dtype=torch.bfloat16)
-    logits = half(sample.bfloat16(), t, sample.flip(0).bfloat16(), labels)
+    logits = half(sample.bfloat16(), t, labels)
     assert logits.dtype == torch.bfloat16
 
 

@@ -222,3 +222,9 @@ def test_invalid_labels_are_refused(labels, message):
 def test_invalid_configurations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
+
+
+def test_casting_does_not_warn(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    assert tiny().to("cpu", torch.float16).dtype == torch.float16
+    assert caplog.text == ""

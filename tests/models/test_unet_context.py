@@ -290,3 +290,9 @@ def test_images_of_another_size_are_refused():
 def test_invalid_configurations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
+
+
+def test_casting_does_not_warn(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    assert tiny().to("cpu", torch.float16).dtype == torch.float16
+    assert caplog.text == ""

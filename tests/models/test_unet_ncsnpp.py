@@ -1,6 +1,7 @@
 """The generator: recorded outputs and gradients, every option and size, and the conventions of Diffusers."""
 
 import itertools
+import logging
 
 import pytest
 import torch
@@ -232,6 +233,17 @@ def test_saved_network_loads_the_same_with_variant_and_dtype(tmp_path):
     assert half.dtype == output.dtype == torch.bfloat16
     assert torch.equal(half.time_proj.weight, model.time_proj.weight)  # frequencies stay in float32
     torch.testing.assert_close(output.float(), model(sample, t, z, labels).sample, rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_warned"),
+    [({}, False), ({"time_conditioning": False}, False), ({"time_embedding_type": "fourier"}, True)],
+    ids=str,
+)
+def test_casting_warns_only_of_frequencies_with_weights(changes, is_warned, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    assert tiny(**changes).to(torch.float16).dtype == torch.float16
+    assert ("['time_proj']" in caplog.text) == bool(caplog.text) == is_warned
 
 
 def test_autocast_trains_in_bfloat16_near_the_float32_result():

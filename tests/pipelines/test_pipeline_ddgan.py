@@ -81,6 +81,37 @@ def test_a_generator_provides_x_T_then_z_and_noise_of_each_step_but_the_last():
     assert torch.equal(used.get_state(), generator.get_state())
 
 
+def test_with_eta_0_only_x_T_and_z_are_random():
+    pipe = pipeline()
+    generator = seeded(5)
+    x = torch.randn(2, 3, 8, 12, generator=generator)
+    for t in (3, 2, 1, 0):
+        z = torch.randn(2, 5, generator=generator)
+        with torch.no_grad():
+            x_0 = pipe.unet(x, t, z).sample
+        x = pipe.scheduler.step(x_0, t, x, variance_noise=torch.zeros_like(x)).prev_sample
+    assert torch.equal(latents(pipe, batch_size=2, eta=0, generator=seeded(5)), x)
+    assert (latents(pipe, batch_size=2, eta=0.5, generator=seeded(5)) - x).abs().max() > 0.01
+
+
+def test_z_generator_provides_only_z():
+    pipe = pipeline()
+    generator, z_generator = seeded(5), seeded(6)
+    x = torch.randn(2, 3, 8, 12, generator=generator)
+    for t in (3, 2, 1, 0):
+        z = torch.randn(2, 5, generator=z_generator)
+        with torch.no_grad():
+            x_0 = pipe.unet(x, t, z).sample
+        x = pipe.scheduler.step(x_0, t, x, generator=generator).prev_sample
+    samples = latents(pipe, batch_size=2, generator=seeded(5), z_generator=seeded(6))
+    assert torch.equal(samples, x)
+    for seeds in ((5, 7), (7, 6)):
+        other = latents(pipe, batch_size=2, generator=seeded(seeds[0]), z_generator=seeded(seeds[1]))
+        assert (other - samples).abs().max() > 0.05
+    one_by_one = latents(pipe, batch_size=2, generator=seeded(5, 5), z_generator=seeded(6, 7))
+    torch.testing.assert_close(latents(pipe, generator=seeded(5), z_generator=seeded(7))[0], one_by_one[1], **ROUNDING)
+
+
 def test_with_a_list_of_generators_images_are_independent():
     pipe = pipeline()
     three = latents(pipe, batch_size=3, generator=seeded(5, 6, 7))
@@ -263,6 +294,9 @@ def test_images_on_a_gpu_match_the_cpu_also_when_offloaded(offload):
         ({"class_labels": ["a", "b"]}, r"`class_labels` is \['a', 'b'\]"),
         ({"class_labels": "01"}, "`class_labels` is \\['01', '01'\\]"),
         ({"generator": [torch.Generator()] * 3}, "list of 3, .* 2 images"),
+        ({"z_generator": [torch.Generator()] * 3}, "`z_generator` is a list of 3, .* 2 images"),
+        ({"eta": 1.5}, "`eta` is 1.5, but must be from 0 to 1"),
+        ({"eta": -0.1}, "`eta` is -0.1"),
         ({"latents": torch.zeros(2, 3, 12, 8)}, r"\(2, 3, 12, 8\), but must have shape \(2, 3, 8, 12\)"),
         ({"output_type": "jpg"}, "'jpg', but must be 'pil', 'np', 'pt' or 'latent'"),
         ({"callback_on_step_end_tensor_inputs": ["z"]}, r"only \['latents'\]"),

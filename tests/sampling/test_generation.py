@@ -43,6 +43,17 @@ def test_images_are_those_of_the_pipeline_itself(name):
     assert [level_difference(a, b) for a, b in zip(sample(pipe, [3, 4], 6), expected, strict=True)] == [0, 0]
 
 
+def test_eta_scales_the_noise_of_ddim_steps():
+    pipe = with_scheduler(tiny_pipeline(), "ddim")
+    default, deterministic, noisy = (sample(pipe, [3], 6, **eta)[0] for eta in ({}, {"eta": 0.0}, {"eta": 0.5}))
+    ddim = DDIMPipeline(pipe.unet, pipe.scheduler)
+    (expected,) = ddim(generator=torch.Generator().manual_seed(3), num_inference_steps=6, eta=0.5).images
+    assert level_difference(deterministic, default) == level_difference(noisy, expected) == 0
+    assert level_difference(noisy, default) > ONE_LEVEL
+    with pytest.raises(InputError, match="The steps of a DDPMScheduler take no eta"):
+        sample(tiny_pipeline(), [3], 6, eta=0.5)
+
+
 def test_deterministic_schedulers_converge_to_the_same_image():
     pipe = tiny_pipeline(DDPMScheduler(clip_sample=False))
     expected, *others = (

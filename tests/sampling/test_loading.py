@@ -1,6 +1,7 @@
 """Loading of pipelines and exchange of schedulers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,11 +94,12 @@ def test_a_missing_pipeline_is_reported_with_the_places_searched(name):
     assert "\n" not in str(error.value)
 
 
-def test_a_hub_that_cannot_be_reached_is_reported_as_such(local_hub, monkeypatch):
+def test_files_missing_in_the_cache_are_reported_with_the_reason(local_hub, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
+    Path(constants.HF_HUB_CACHE, "models--ann--half").mkdir(parents=True)
     local_hub.stop()
-    with pytest.raises(InputError, match=r"No pipeline ann/model was found: .*the Hugging Face Hub cannot be reached"):
-        load_pipeline("ann/model")
+    with pytest.raises(InputError, match=r"No pipeline ann/half was found: .*the Hugging Face Hub cannot be reached"):
+        load_pipeline("ann/half")
 
 
 def test_offline_mode_is_named_as_the_reason(monkeypatch):

@@ -7,6 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from ddgan import DDGANScheduler, DDGANSchedulerOutput
 from ddgan.schedulers import scheduling_ddgan
@@ -143,6 +151,99 @@ def test_unknown_options_and_zero_timesteps_are_refused(kwargs):
         DDGANScheduler(**kwargs)
 
 
+def test_trained_betas_replace_the_schedule_and_are_saved(tmp_path):
+    vp = DDGANScheduler()
+    for betas in (vp.betas.tolist(), vp.betas.numpy()):
+        scheduler = DDGANScheduler(trained_betas=betas, beta_max=500.0, variance_schedule="geometric")
+        scheduler.save_pretrained(tmp_path)
+        for same in (
+            scheduler,
+            DDGANScheduler.from_pretrained(tmp_path),
+            DDGANScheduler.from_config(scheduler.config),
+        ):
+            assert torch.equal(same.betas, vp.betas) and torch.equal(same.alphas_cumprod, vp.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"trained_betas": [0.1, 0.2, 0.3]}, r"has shape \(3,\), but must have a value for each of the 4"),
+        ({"trained_betas": [[0.1, 0.2, 0.3, 0.4]]}, r"has shape \(1, 4\)"),
+        ({"trained_betas": [0.0, 0.2, 0.3, 0.4]}, r"must be in \(0, 1\)"),
+        ({"trained_betas": [0.1, 1.0, 0.3, 0.4]}, r"must be in \(0, 1\)"),
+        ({"trained_betas": [0.1, 0.2, 0.3, float("nan")]}, r"must be in \(0, 1\)"),
+        ({"trained_betas": [0.1, 0.2, 0.3, 1.0], "prediction_type": "epsilon"}, "unless `prediction_type` is 'eps"),
+    ],
+    ids=str,
+)
+def test_invalid_trained_betas_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DDGANScheduler(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "prediction_type": "v_prediction",
+        },
+        {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "num_train_timesteps": 100},
+        {"rescale_betas_zero_snr": True, "prediction_type": "sample"},
+        {"trained_betas": [0.01, 0.2, 0.3, 0.1, 0.05, 0.2, 0.3, 0.7], "num_train_timesteps": 8},
+    ],
+    ids=str,
+)
+def test_config_of_a_ddpm_process_gives_its_trailing_levels(kwargs, tmp_path):
+    ddpm = DDPMScheduler(timestep_spacing="trailing", **kwargs)
+    ddpm.save_pretrained(tmp_path)
+    for T in (1, 3, 4, 8):
+        ddpm.set_timesteps(T)
+        assert len(ddpm.timesteps) == T
+        scheduler = DDGANScheduler.from_config(ddpm.config, num_train_timesteps=T)
+        levels = ddpm.alphas_cumprod[ddpm.timesteps].flip(0).double()
+        torch.testing.assert_close(scheduler.alphas_cumprod, levels, rtol=1e-5, atol=1e-7)  # DDPM's are float32
+        assert scheduler.config.num_train_timesteps == T
+        assert scheduler.config.prediction_type == ddpm.config.prediction_type
+        assert scheduler.config.clip_sample == ddpm.config.clip_sample
+        scheduler.save_pretrained(tmp_path / "ddgan")
+        loaded = DDGANScheduler.from_pretrained(tmp_path / "ddgan")
+        from_file = DDGANScheduler.from_pretrained(tmp_path, num_train_timesteps=T)
+        assert torch.equal(loaded.betas, scheduler.betas) and torch.equal(from_file.betas, scheduler.betas)
+    sample_prediction = DDGANScheduler.from_config(ddpm.config, num_train_timesteps=2, prediction_type="sample")
+    assert sample_prediction.config.prediction_type == "sample"
+    for T in (0, 1001):
+        with pytest.raises(ValueError, match=f"`num_train_timesteps` is {T}, but the process has"):
+            DDGANScheduler.from_config(ddpm.config, num_train_timesteps=T)
+
+
+def test_config_of_a_whole_process_gives_all_its_levels():
+    for other in (DDPMScheduler(), DDIMScheduler(), EulerDiscreteScheduler()):
+        scheduler = DDGANScheduler.from_config(other.config)
+        assert len(scheduler) == 1000
+        torch.testing.assert_close(scheduler.betas, other.betas.double(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    "kind", [CMStochasticIterativeScheduler, FlowMatchEulerDiscreteScheduler, CogVideoXDDIMScheduler]
+)
+def test_config_of_another_kind_of_process_is_refused(kind, tmp_path):
+    kind().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither that of a DDGANScheduler nor"):
+        DDGANScheduler.from_config(kind().config, num_train_timesteps=4)
+    with pytest.raises(ValueError, match=f"The config of {kind.__name__} with "):
+        DDGANScheduler.from_pretrained(tmp_path, num_train_timesteps=4)
+
+
+def test_own_config_may_be_partial_or_changed():
+    assert len(DDGANScheduler.from_config({"num_train_timesteps": 8})) == 8
+    changed = DDGANScheduler.from_config(DDGANScheduler(2, beta_max=5.0).config, num_train_timesteps=3)
+    assert torch.equal(changed.betas, DDGANScheduler(3, beta_max=5.0).betas)
+
+
 def test_schedule_is_float64_and_follows_its_formula():
     scheduler = DDGANScheduler(num_train_timesteps=3, beta_min=0.3, beta_max=7.0, eps=0.01)
     u = [0.01 + 0.99 * k / 3 for k in range(4)]
@@ -238,17 +339,22 @@ def test_set_timesteps_without_arguments_resets_a_sub_sequence(use_noises):
     assert [posterior(use_noises, scheduler, t) for t in range(4)] == full
 
 
-def test_noise_pair_is_markov_and_its_noisier_sample_is_the_network_input():
-    """x_t follows q(x_t | x_0), and its covariance with x_{t-1} is that of the Markov chain."""
+@pytest.mark.parametrize(("timesteps", "t", "s"), [(None, 2, 1), ([3, 0], 3, 0), ([3, 2], 2, None)], ids=str)
+def test_noise_pair_is_markov_and_its_noisier_sample_is_the_network_input(timesteps, t, s):
+    """x_t follows q(x_t | x_0), and its covariance with its neighbor x_s is that of the Markov chain."""
     scheduler = DDGANScheduler(beta_max=5.0)
-    n, t = 200_000, 2
+    scheduler.set_timesteps(timesteps=timesteps)
+    n = 200_000
     x_0 = torch.full((n, 1, 1, 1), 0.5, dtype=torch.float64)
     less, more = scheduler.add_noise_pair(x_0, torch.full((n,), t), generator=seeded(0))
-    level, level_below = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[t - 1]
-    assert abs(more.mean() - 0.5 * level.sqrt()) < 5 * ((1 - level) / n).sqrt()
-    assert abs(more.var() / (1 - level) - 1) < 5 * (2 / n) ** 0.5
+    level = scheduler.alphas_cumprod[t]
+    level_below = torch.tensor(1.0) if s is None else scheduler.alphas_cumprod[s]
+    for x, a in ((less, level_below), (more, level)):
+        assert abs(x.mean() - 0.5 * a.sqrt()) <= 5 * ((1 - a) / n).sqrt()
+        assert abs(x.var() - (1 - a)) <= 5 * (1 - a) * (2 / n) ** 0.5
     covariance = ((less - less.mean()) * (more - more.mean())).mean()
-    assert abs(covariance - (1 - scheduler.betas[t]).sqrt() * (1 - level_below)) < 5 / n**0.5
+    assert abs(covariance - (level / level_below).sqrt() * (1 - level_below)) < 5 / n**0.5
+    assert torch.equal(less, x_0) == (s is None)
 
 
 def test_add_noise_follows_its_formula_and_the_pair_at_0_holds_the_image():
@@ -328,6 +434,26 @@ def test_last_step_uses_no_random_numbers():
     assert torch.equal(generator.get_state(), before)
     scheduler.step(x, 3, x, generator=generator)
     assert not torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("timestep", [2, torch.tensor([1, 0, 3])], ids=["one", "per sample"])
+def test_eta_scales_the_noise_and_0_is_the_mean_without_random_numbers(timestep):
+    scheduler = DDGANScheduler(beta_max=5.0)
+    x_0, x_t, noise = torch.randn(3, 3, 1, 4, 4).double()
+
+    def step(**arguments):
+        return scheduler.step(x_0, timestep, x_t, **arguments).prev_sample
+
+    generator = seeded(0)
+    before = generator.get_state()
+    mean = step(eta=0.0, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(mean, step(variance_noise=torch.zeros_like(noise)))
+    assert torch.equal(mean, step(variance_noise=noise, eta=0))
+    full, half = step(variance_noise=noise), step(variance_noise=noise, eta=0.5)
+    torch.testing.assert_close(half - mean, (full - mean) / 2)
+    assert (full - mean)[0].abs().max() > 0.1
+    assert torch.equal(step(eta=1.0, generator=seeded(0)), step(generator=seeded(0)))
 
 
 def test_timestep_may_be_a_number_a_tensor_or_one_per_sample():

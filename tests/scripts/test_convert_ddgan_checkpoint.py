@@ -11,7 +11,10 @@ from huggingface_hub import ModelCard
 from PIL import Image, ImageChops
 
 from ddgan import DDGANDiscriminator, DDGANPipeline
+from ddgan.commands.arguments import ConvertArguments
+from ddgan.commands.convert import convert
 from ddgan.core.errors import InputError
+from ddgan.core.locks import locked
 from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import image_grid
 from ddgan.sampling.loading import load_pipeline
@@ -108,3 +111,10 @@ def test_invalid_input_is_refused_before_anything_is_written(tmp_path, golden):
         run("--checkpoint_path", tmp_path / "missing.pth", "--output_dir", tmp_path / "out")
     with pytest.raises(InputError, match="not empty"):
         run("--checkpoint_path", path, "--output_dir", tmp_path)
+    arguments = ConvertArguments(str(path), output_dir=str(tmp_path / "out"))
+    with locked(tmp_path / "out"), pytest.raises(InputError, match=r"out is in use"):
+        convert(arguments)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / ".tmp-files").mkdir(parents=True)  # as a killed command leaves them
+    (tmp_path / "out" / ".lock").touch()
+    ConvertArguments(str(path), output_dir=str(tmp_path / "out"))

@@ -18,12 +18,20 @@ from diffusers import (
     ScoreSdeVeScheduler,
 )
 from PIL import Image
-from tiny import ROOT, few_step_scheduler, run_ranks, run_script, tiny_unet
+from tiny import ROOT, few_step_scheduler, level_difference, run_ranks, run_script, tiny_unet
 from tiny_clip import save_clip
 
-from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
+from ddgan import (
+    ClassConditionalPipeline,
+    ClassConditionedUnet,
+    DDGANPipeline,
+    DDGANScheduler,
+    GuidedPipeline,
+    NCSNpp,
+)
 from ddgan.core.errors import InputError
 from ddgan.core.locks import locked
+from ddgan.sampling.generation import sample
 from ddgan.scripts import generate
 
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -88,7 +96,7 @@ def test_an_error_in_a_thread_is_reported(tiny_model, two_threads, tmp_path):
 def test_two_processes_write_the_same_files_as_one(wide_model, wide_images, tmp_path):
     output = tmp_path / "two"
     more = ("--seed", 12, "--grid", "--intermediates", 2)
-    printed = run_ranks(SCRIPT, *flags(wide_model, output, *more), output=tmp_path / "output.txt")
+    printed = run_ranks(SCRIPT, *flags(wide_model, output, *more), output=tmp_path / "output.txt", machines=2)
     assert images(output) == wide_images
     assert printed.count(str(output / "images")) == 1
     assert (output / "grid.png").exists() and (output / "intermediates.png").exists()
@@ -118,6 +126,7 @@ def test_an_interrupted_run_continues(tiny_model, whole):
     kept = (folder / "000000.png").stat().st_mtime_ns
     generate.main(flags(tiny_model, whole))
     assert images(whole) == expected
+    assert not list(folder.glob(".tmp-*"))
     assert (folder / "000000.png").stat().st_mtime_ns == kept
 
 
@@ -158,6 +167,7 @@ def test_more_images_are_added_to_existing_ones(tiny_model, whole):
         (["--seed", 1], "seed was 0, is 1"),
         (["--scheduler", "euler"], "scheduler was ddim, is euler"),
         (["--num_inference_steps", 4], "num_inference_steps was 3, is 4"),
+        (["--eta", 0.5], r"eta was None, is 0\.5"),
         (["--dtype", "bf16"], "dtype was fp32, is bf16"),
         (["--class_labels", 1], "class_labels was None, is \\[1\\]"),
     ],
@@ -382,6 +392,69 @@ def test_a_run_of_a_version_without_towards_continues(tiny_model, whole):
     assert len(images(whole)) == 9
 
 
+def test_eta_scales_the_noise_of_the_steps(tiny_model, whole, tmp_path):
+    for eta in (0, 1):
+        generate.main(flags(tiny_model, tmp_path / str(eta), "--eta", eta))
+    assert images(tmp_path / "0") == images(whole)
+    assert not set(images(tmp_path / "1").values()) & set(images(whole).values())
+    assert json.loads((tmp_path / "1" / "generate.json").read_text())["eta"] == 1
+
+
+@pytest.fixture(scope="module")
+def ddgan(tmp_path_factory) -> Path:
+    """A DDGAN of two classes whose images depend on all its inputs; it generates images in groups of 32."""
+    torch.manual_seed(0)
+    latent = {"latent_dim": 5, "latent_embed_dim": 8, "latent_mapping_layers": 1}
+    unet = NCSNpp(8, 3, 3, (8,), layers_per_block=1, attention_resolutions=(), num_class_embeds=2, **latent)
+    unet.register_to_config(id2label=["ant", "bee"])
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    folder = tmp_path_factory.mktemp("models") / "ddgan"
+    DDGANPipeline(unet, DDGANScheduler()).save_pretrained(folder)
+    return folder
+
+
+def generate_with_ddgan(ddgan: Path, output: Path, *more) -> list[Image.Image]:
+    generate.main([str(flag) for flag in ("--pipeline", ddgan, "--output_dir", output, "--seed", 3, *more)])
+    return [Image.open(output / "images" / name) for name in images(output)]
+
+
+@pytest.mark.parametrize("vary", ["z", "noise"])
+def test_rows_vary_z_or_noise_only(ddgan, tmp_path, vary):
+    varied = ("--vary", vary, "--class_labels", "bee", "ant")
+    grid = generate_with_ddgan(ddgan, tmp_path / "whole", *varied, "--num_images", 35)
+    pipe = DDGANPipeline.from_pretrained(ddgan)
+    pipe.set_progress_bar_config(disable=True)
+    for i in (0, 1, 8, 34):
+        row, column = divmod(i, 8)
+        noise, z = (row, column) if vary == "z" else (column, row)
+        (expected,) = sample(pipe, [3 + noise], None, [1 - row % 2], [3 + z])
+        assert level_difference(grid[i], expected) <= 1  # another batch size
+    differences = [level_difference(grid[0], grid[i]) for i in range(1, 35)]
+    assert min(differences) > 5
+    settings = json.loads((tmp_path / "whole" / "generate.json").read_text())
+    assert (settings["vary"], settings["class_labels"]) == (vary, ["bee", "ant"])
+
+    generate_with_ddgan(ddgan, tmp_path / "parts", *varied, "--num_images", 9)
+    few = Image.open(tmp_path / "parts" / "grid.png")
+    generate_with_ddgan(ddgan, tmp_path / "parts", *varied, "--num_images", 35, "--intermediates", 2)
+    assert images(tmp_path / "parts") == images(tmp_path / "whole")
+    whole, strip = (Image.open(tmp_path / "parts" / name) for name in ("grid.png", "intermediates.png"))
+    assert (whole.width, whole.height - few.height) == (few.width, 3 * 100)  # five rows instead of two
+    corner = (whole.width - 8 * 100, 28)
+    first = whole.crop((*corner, corner[0] + 96, corner[1] + 96))
+    assert first.tobytes() == grid[0].resize((96, 96), Image.Resampling.NEAREST).tobytes()
+    last = strip.crop((strip.width - 100, strip.height - 100, strip.width - 4, strip.height - 4))
+    assert level_difference(last.resize((8, 8), Image.Resampling.NEAREST), grid[0]) <= 1
+
+
+def test_varied_images_are_not_added_to_others(ddgan, tmp_path):
+    flags = ("--class_labels", "bee", "--num_images", 1)
+    generate_with_ddgan(ddgan, tmp_path, *flags)
+    with pytest.raises(InputError, match="vary was None, is z"):
+        generate_with_ddgan(ddgan, tmp_path, *flags, "--vary", "z")
+
+
 def test_settings_are_saved(whole):
     settings = json.loads((whole / "generate.json").read_text())
     assert (settings["scheduler"], settings["num_inference_steps"], settings["seed"]) == ("ddim", 3, 0)
@@ -406,6 +479,10 @@ def test_settings_are_saved(whole):
         (["--clip_prompt", "a rose", "--clip_model", "a", "b", "c"], "one name"),
         (["--clip_prompt", "a rose", "--clip_model", "./nowhere"], "nowhere cannot be loaded"),
         (["--color", "teal", "--class_labels", 1], "class"),
+        (["--vary", "z"], "--vary z needs a DDGAN, because a DDPMPipeline has no latents z"),
+        (["--vary", "noise", "--color", "teal"], "--vary does not work with guidance: omit --color"),
+        (["--eta", 1.5], "--eta is 1.5"),
+        (["--scheduler", "ddpm", "--eta", 0.5], "The steps of a DDPMScheduler take no eta"),
     ],
 )
 def test_invalid_arguments_are_refused(tiny_model, tmp_path, wrong, message):

@@ -1,6 +1,7 @@
 """Claims about scripts/train_classifier.py, through its command line."""
 
 import math
+import re
 from pathlib import Path
 
 import datasets
@@ -136,7 +137,7 @@ def test_augmentation_changes_each_image_within_the_value_range_unless_disabled(
     assert all(a != b for a, b in zip(is_flipped, is_same, strict=True)) and any(is_flipped) and any(is_same)
 
 
-def test_the_card_has_the_accuracy_and_the_command(tmp_path):
+def test_the_card_has_the_accuracy_the_command_and_code_that_runs(tmp_path, monkeypatch):
     data = write_classes(tmp_path / "sides", 10)
     train(("--train_data_dir", data), tmp_path / "my-classifier", "--num_epochs", "1")
     card = ModelCard.load(tmp_path / "my-classifier" / "README.md")
@@ -145,6 +146,10 @@ def test_the_card_has_the_accuracy_and_the_command(tmp_path):
     command = "ddgan train-classifier --train_data_dir sides --output_dir my-classifier "
     assert command in card.text and "--widths 8 16" in card.text
     assert str(tmp_path) not in card.content
+    names = {"images": torch.zeros(2, 3, 8, 8)}
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], names)
+    assert names["logits"].shape == (2, 2)
 
 
 def test_the_test_accuracy_is_on_the_card_and_in_metrics_csv(tmp_path):
@@ -196,7 +201,7 @@ def test_two_processes_equal_one(tmp_path):
     flags = ("--learning_rate", 1e-6, "--num_epochs", 2)
     one = train(data, tmp_path / "one", *flags)
     two = (*data, "--output_dir", tmp_path / "two", *SHORT, *flags, "--batch_size", 4, "--report_to", "none")
-    run_ranks(ROOT / "scripts" / "train_classifier.py", *two, output=tmp_path / "output.txt")
+    run_ranks(ROOT / "scripts" / "train_classifier.py", *two, output=tmp_path / "output.txt", machines=2)
     two = ImageClassifier.from_pretrained(tmp_path / "two")
     assert largest_difference(one.state_dict(), two.state_dict()) < 1e-6
     card = (tmp_path / "two" / "README.md").read_text()

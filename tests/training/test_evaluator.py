@@ -207,7 +207,7 @@ def test_two_processes_measure_what_one_measures(finetune, classifier, tiny_mode
     still = ("--learning_rate", 0, "--batch_size", 4, "--max_train_steps", 2, *every(1, classifier))
     one, two = finetune("one", *still), tmp_path / "two"
     script, flags = ROOT / "finetune_model.py", finetune_flags(tiny_model, images, two, *still)
-    output = run_ranks(script, *flags, output=tmp_path / "output.txt")
+    output = run_ranks(script, *flags, output=tmp_path / "output.txt", machines=2)
     assert evaluated(two) == evaluated(one)
     assert DDPMPipeline.from_pretrained(two / "best")
     assert output.count("step 2: FID@13") == 1

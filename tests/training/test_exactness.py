@@ -5,13 +5,26 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
-from tiny import ROOT, command, finetune_flags, largest_difference, run_ranks, tiny_unet, weights, write_images
+from tiny import (
+    ROOT,
+    command,
+    finetune_flags,
+    free_port,
+    largest_difference,
+    run_ranks,
+    tiny_unet,
+    weights,
+    write_images,
+)
 
 from ddgan.training.tracking import read_metrics
 
@@ -38,11 +51,23 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert largest_difference(load_file(a / unet), load_file(b / unet)) == 0
 
 
-def start(model: Path, images: Path, output: Path, *flags, processes: int = 1) -> subprocess.Popen:
-    arguments, environment = command(SCRIPT, *finetune_flags(model, images, output, *flags), processes=processes)
+def start(model: Path, images: Path, output: Path, *flags, launcher: Sequence = ()) -> subprocess.Popen:
+    arguments, environment = command(SCRIPT, *finetune_flags(model, images, output, *flags), launcher=launcher)
     return subprocess.Popen(
         arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
+
+
+def wait_for_rank(launcher: subprocess.Popen, rank: int, killed: int = 0) -> int:
+    """Return the process id of a rank, once the launcher has started it, again if its earlier process was killed."""
+    end = time.monotonic() + 240
+    while time.monotonic() < end and launcher.poll() is None:
+        for process in psutil.Process(launcher.pid).children():
+            with suppress(psutil.Error):
+                if process.environ().get("RANK") == str(rank) and process.pid != killed:
+                    return process.pid
+        time.sleep(0.1)
+    raise AssertionError(f"rank {rank} was not started")
 
 
 def wait_for_steps(run: Path, steps: int) -> None:
@@ -94,9 +119,14 @@ def test_two_processes_equal_one_also_if_one_has_no_image_left(finetune, model, 
     flags = ("--start_model", model, "--train_data_dir", images, *LOW_RATE)
     one = finetune("one", *flags, "--batch_size", 8)
     two = tmp_path / "two"
-    process = start(model, images, two, *LOW_RATE, "--batch_size", 4, processes=2)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    several_nodes = ("accelerate.commands.launch", "--config_file", "examples/accelerate/several_nodes.yaml")
+    sizes = ("--num_machines", 2, "--num_processes", 2, "--mixed_precision", "no")
+    address = ("--main_process_ip", "127.0.0.1", "--main_process_port", free_port())
+    launcher = (*several_nodes, *sizes, *address, "--machine_rank")
+    nodes = [start(model, images, two, *LOW_RATE, "--batch_size", 4, launcher=(*launcher, i)) for i in range(2)]
+    for node in nodes:
+        output, _ = node.communicate(timeout=300)
+        assert node.returncode == 0, output
     assert losses(two) == pytest.approx(losses(one), abs=1e-6)
     assert largest_difference(weights(one), weights(two)) < 1e-6
     norms = [[row["grad_norm"] for row in read_metrics(run / "metrics.csv")] for run in (one, two)]
@@ -141,13 +171,14 @@ def test_a_signal_finishes_the_step_and_the_resumed_run_ends_bit_identical(finet
     flags = ("--num_epochs", 80, "--dataloader_num_workers", 1)
     straight = finetune("straight", *flags)
     run, resume = tmp_path / "stopped", ("--resume_from_checkpoint", "latest")
-    for number, reached in ((signal.SIGTERM, 11), (signal.SIGINT, 71)):
+    for number, reached in ((signal.SIGUSR1, 11), (signal.SIGINT, 71)):
         process = start(tiny_model, images, run, *flags, *resume)
         wait_for_steps(run, reached)
         os.killpg(process.pid, number)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 128 + number, output
         assert f"Stopped by {number.name} after step" in output
+        assert ("There is no checkpoint in" in output) == (reached == 11)
         assert "--resume_from_checkpoint latest" in output
         assert "Traceback" not in output
         assert 0 < len(losses(run)) < 160
@@ -177,17 +208,29 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_end(finetune
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_resume_bit_identical(tiny_model, images, tmp_path):
-    flags = ("--num_epochs", 30, "--batch_size", 4)
+def test_two_processes_restart_stop_together_and_resume_bit_identical(tiny_model, images, tmp_path, monkeypatch):
+    """One of them is killed twice, restarted by torchrun with the other, and then both get a signal."""
+    flags = ("--num_epochs", 30, "--batch_size", 4, "--checkpointing_steps", 4)
     straight, run = tmp_path / "straight", tmp_path / "stopped"
     run_ranks(SCRIPT, *finetune_flags(tiny_model, images, straight, *flags), output=tmp_path / "output.txt")
-    process = start(tiny_model, images, run, *flags, processes=2)
-    wait_for_steps(run, 11)
-    os.killpg(process.pid, signal.SIGTERM)
+    flags = (*flags, "--resume_from_checkpoint", "latest")
+    # otherwise the processes of the second restart read the addresses of the first
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max_restarts", 3)
+    process, killed = start(tiny_model, images, run, *flags, launcher=launcher), 0
+    for reached in (5, 15):
+        rank = wait_for_rank(process, 1, killed)
+        wait_for_steps(run, reached)
+        os.kill(rank, signal.SIGKILL)
+        killed = rank
+    wait_for_rank(process, 1, killed)
+    wait_for_steps(run, 25)
+    os.kill(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
     assert "Stopped by SIGTERM after step" in output
-    assert 0 < len(losses(run)) < 60
-    again = finetune_flags(tiny_model, images, run, *flags, "--resume_from_checkpoint", "latest")
+    assert output.count("Resuming from") == 2
+    assert 25 <= len(losses(run)) < 60
+    again = finetune_flags(tiny_model, images, run, *flags)
     run_ranks(SCRIPT, *again, output=tmp_path / "output.txt")
     assert_same_run(straight, run)
 

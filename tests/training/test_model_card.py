@@ -154,6 +154,15 @@ def test_failed_uploads_do_not_harm_a_run_that_prints_how_to_finish_them(local_h
 def test_problems_with_the_hub_are_reported_before_training(local_hub, finetune, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"--push_to_hub: You have no write access to bob/mine"):
         finetune("run", "--push_to_hub", "--hub_model_id", "bob/mine")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    (tmp_path / "empty").mkdir()
+    for flags in (
+        ["--start_model", tmp_path / "empty"],
+        ["--eval_every", 1, "--feature_extractor", tmp_path / "empty"],
+    ):
+        with pytest.raises(InputError, match="empty"):
+            finetune("run", "--push_to_hub", *flags)
+    assert not local_hub.repos, "a repository was created before the arguments were checked"
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(InputError, match="--push_to_hub: The Hub rejects this token"):
         finetune("run", "--push_to_hub")

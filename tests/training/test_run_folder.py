@@ -97,6 +97,9 @@ def test_latest_skips_a_checkpoint_in_which_any_file_is_damaged(finetune, tmp_pa
     good, newest = (run / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
     checkpoints, original = Checkpoints(run / "checkpoints", 0, Accelerator(), [], {}), tmp_path / "original"
     assert checkpoints.find("latest") == newest and not checkpoints.damaged
+    checkpoints.invariants = {"shards": 2}
+    with pytest.raises(InputError, match=r"FSDP shards = 1, but this run has 2, .* start as many processes"):
+        checkpoints.check(newest, 2)
     newest.rename(original)
     names = {path.relative_to(original).as_posix() for path in original.rglob("*") if path.is_file()}
     assert {"state.json", "model.safetensors", "ema.safetensors", "optimizer.bin", "random_states_0.pkl"} < names

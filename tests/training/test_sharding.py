@@ -20,7 +20,9 @@ PartialState(cpu=True)
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 from ddgan import finetune_model
+from ddgan.core import accelerator
 
+accelerator._device_count = lambda: 2
 finetune_model.main()
 """
 FSDP = {
