@@ -93,7 +93,7 @@ def convert_checkpoint(args: ConvertArguments, output: Path) -> None:
         "network evaluations.",
         usage=USAGE.format(model=string_literal(output.resolve().name)),
         training_heading="Conversion",
-        images={"samples.png": f"Seeds 0 to {len(images) - 1}, nothing left out."} if images else {},
+        samples={"samples.png": f"Seeds 0 to {len(images) - 1}, nothing left out."} if images else {},
         training={
             "checkpoint": Path(args.checkpoint_path).name,
             "weights": "EMA, from the state of the optimizer" if checkpoint.is_ema else "those of the checkpoint",

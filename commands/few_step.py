@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from .. import ClassConditionalPipeline, UNetDiscriminator
 from ..core.errors import InputError
 from ..core.files import location_name
-from ..hub.cards import CardFacts, license_of, string_literal
+from ..hub.cards import CardFacts, carry_over_license, string_literal
 from ..sampling.generation import PipelineSampler
 from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments
 from ..training.ema import EMA, half_life
@@ -157,7 +157,7 @@ def finetune_few_step(
         finish=finish,
         monitor=DiscriminatorAccuracyMonitor(),
         evaluation_monitor=DiversityMonitor(),
-        card=describe(args, start, data, arguments, adversarial=discriminator is not None),
+        card=describe(args, start, data, arguments, discriminator is not None, *captions),
         arguments=arguments,
     )
     return session.train(job, data, evaluation)
@@ -277,13 +277,20 @@ def compared_samples(
 
 
 def describe(
-    args: FewStepArguments, start: DiffusionPipeline, data: TrainingData, arguments: tuple, adversarial: bool
+    args: FewStepArguments,
+    start: DiffusionPipeline,
+    data: TrainingData,
+    arguments: tuple,
+    adversarial: bool,
+    before: dict[str, str],
+    after: dict[str, str],
 ) -> CardFacts:
     """Return the facts for the model card of a run.
 
     Args:
         arguments: all its arguments, those of the run first.
         adversarial: whether it has an adversarial stage.
+        before, after: the names of the grids before and after training by number of steps; see `compared_samples`.
     """
     run, steps = arguments[0], args.num_inference_steps[0]
     evaluations = "one network evaluation" if steps == 1 else f"{steps} network evaluations"
@@ -306,7 +313,9 @@ def describe(
         base_model=location_name(args.start_model),
         dataset=data.name,
         tags=tags,
-        **license_of(args.start_model),
+        grids_before={name: f"The start model in {steps}, from the same seeds." for steps, name in before.items()},
+        grids_after={name: f"In {steps}, from the same seeds." for steps, name in after.items() if name},
+        **carry_over_license(args.start_model),
     )
 
 

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 
 from ..core.errors import InputError
 from ..core.files import location_name
-from ..hub.cards import CardFacts, license_of, string_literal
+from ..hub.cards import CardFacts, carry_over_license, string_literal
 from ..sampling.generation import PipelineSampler
 from ..sampling.loading import ddim_usage
 from ..training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
@@ -47,7 +47,8 @@ def finetune(
             args.start_model, data_args.size, args.prediction_type, trust_remote_code=args.trust_remote_code
         )
         facts = {"tags": ["ddpm", "fine-tuned"], "base_model": location_name(args.start_model)}
-        facts |= license_of(args.start_model)
+        facts |= carry_over_license(args.start_model)
+        facts["grids_before"] = {"": "The start model, from the same seeds."}
     unet = pipeline.unet
     data = session.load_data(data_args, unet.config.in_channels, image_size(unet))
     trained_parameters = freeze(unet, args)

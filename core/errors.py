@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -62,8 +63,9 @@ def _naming_missing_packages() -> Iterator[None]:
 def run_command(main: Callable[[], None]) -> None:
     """Run the `main` of a script and print its user-facing errors as one paragraph.
 
-    The exit code is 2 after an `InputError` and when a package of an extra is not installed, and 1 after a `RunError`,
-    when the file system rejects a file or folder, and when another process of the command has ended.
+    The exit code is 2 after an `InputError` and when a package of an extra is not installed, 1 after a `RunError`,
+    when the file system rejects a file or folder, and when another process of the command has ended, and 130 after
+    Ctrl-C, which prints one line.
     """
     logging.basicConfig(format="%(message)s")
     rank = os.environ.get("RANK", "0")
@@ -71,6 +73,10 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         with _naming_missing_packages():
             main()
+    except KeyboardInterrupt:
+        if rank == "0":
+            print("\nStopped by Ctrl-C.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (InputError, RunError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
             raise

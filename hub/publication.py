@@ -150,7 +150,9 @@ def space_snapshot(folder: Path, repo_id: str) -> TemporaryDirectory:
         shutil.copyfile(file, target)
     card = SpaceCard.load(folder / CARD_NAME)
     card.data.models = [repo_id]
-    card.data.title = repo_id.rpartition("/")[2]
+    card.data.title = title = repo_id.rpartition("/")[2]
+    card.data.short_description = "Generate images with this model"
+    card.text = f"\n# {title}\n\nGenerate images with the model `{repo_id}`. Made with diffusers-ddgan.\n"
     card.save(Path(copy.name, CARD_NAME))
     return copy
 

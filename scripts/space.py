@@ -32,7 +32,8 @@ def run(args: SpaceArguments) -> None:
     if args.clip_model:
         os.environ["DDGAN_CLIP"] = args.clip_model
     app = EXAMPLES / "space" / "app.py"
-    sys.path.insert(0, str(app.parent))  # as if the app had been started
+    sys.path.insert(0, str(app.parent))  # as if the app had been started, without arguments
+    sys.argv[1:] = []
     runpy.run_path(str(app), run_name="__main__")
 
 

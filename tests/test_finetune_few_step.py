@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from tiny import (
 )
 
 from ddgan import ClassConditionalPipeline, ContextUnet, finetune_few_step
-from ddgan.core.errors import InputError
+from ddgan.core.errors import InputError, run_command
 from ddgan.core.files import replace_file
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.metrics import MetricValue
@@ -76,6 +77,11 @@ def test_the_result_is_a_plain_pipeline_with_a_scheduler_for_its_steps(few_step)
     card = (run / "README.md").read_text()
     assert "pipe(num_inference_steps=2)" in card
     assert "in 2 network evaluations" in card
+    images = re.findall(r"!\[.*?\]\((.*?)\)", card)
+    names = ("step-00000004.png", "step-00000000-ddim.png", "step-00000000.png")
+    assert images == [*(f"samples/{name}" for name in names), "loss.png"]  # each grid once
+    assert card.index(images[0]) < card.index("```python") < card.index("## License") < card.index(images[1])
+    assert all((run / image).is_file() for image in images)
 
 
 @pytest.mark.slow
@@ -266,6 +272,14 @@ def test_a_killed_run_samples_the_start_model_only_until_it_has_done_so(few_step
         run = few_step("run", *flags, "--resume_from_checkpoint", "latest")
         assert_same(last_state(run), straight)
         assert not (run / "teacher.safetensors").exists()
+
+
+def test_ctrl_c_while_the_start_model_is_sampled_prints_one_line(few_step, monkeypatch, capsys):
+    monkeypatch.setattr(Teacher, "sample", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: few_step("run", *STAGES))
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.endswith("\nStopped by Ctrl-C.\n")
 
 
 # ---- rejected input

@@ -194,15 +194,22 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
         training["evaluations"] = f"{evaluations.count}, {evaluations.seconds / 60:.1f} minutes in total"
         card = replace(card, **_evaluation_for_card(evaluations, facts.step))
     captions = {
-        folder.before_after: "The same seeds before and after training.",
-        **_grid_for_card(folder, facts.step),
+        **{folder.grid(facts.step, name): caption for name, caption in card.grids_after.items()},
+        **{folder.grid(0, name): caption for name, caption in card.grids_before.items()},
         folder.loss_plot: "Training loss.",
         folder.eval_plot: "Evaluations during training.",
     }
-    images = {path.relative_to(folder.path).as_posix(): caption for path, caption in captions.items() if path.exists()}
-    text = card_text(replace(card, training=training, images=images, code=code_files(folder.path)))
+    samples = _existing(folder, _grid_for_card(folder, facts.step))
+    images = {name: caption for name, caption in _existing(folder, captions).items() if name not in samples}
+    card = replace(card, training=training, samples=samples, images=images, code=code_files(folder.path))
+    text = card_text(card)
     # names of files and folders may have bytes that are not UTF-8
     replace_file(folder.card, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
+
+
+def _existing(folder: RunFolder, captions: Mapping[Path, str]) -> dict[str, str]:
+    """Return the captions of the existing images by their names relative to the folder."""
+    return {path.relative_to(folder.path).as_posix(): caption for path, caption in captions.items() if path.exists()}
 
 
 def _grid_for_card(folder: RunFolder, step: int) -> dict[Path, str]:

@@ -1,6 +1,8 @@
 """Models, generation and limits of the Space, independent of its page in app.py."""
 
+import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -12,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -20,6 +22,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from ddgan import ClassConditionalPipeline, CLIPLoss, ColorLoss, DDGANPipeline, GuidanceLoss, GuidedPipeline
 from ddgan.core.errors import InputError, RunError
 from ddgan.guidance.arguments import DEFAULT_MODEL
+from ddgan.hub.arguments import CARD_NAME
 from ddgan.hub.upload import SPACE_VARIABLE
 from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import steps_strip
@@ -37,7 +40,8 @@ MAX_SEED = 2**31 - 1
 MAX_PROMPT_LENGTH = 200  # characters
 MAX_SECONDS = 120  # for one request
 DEFAULT_STEPS = 40
-DEFAULT_CLASS_GUIDANCE = 1.5
+DEFAULT_CLASS_GUIDANCE = 1.5  # best on digits, see docs/class_conditional.md
+MAX_CLASS_GUIDANCE = 10.0
 STRIP_STEPS = 8
 MIN_DISPLAY_SIDE = 256  # pixels; smaller images are enlarged
 
@@ -46,10 +50,18 @@ ALL_CLASSES = -1  # the choice that cycles through the classes
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline that visitors can choose, listed on the page as `name`."""
+    """A pipeline that visitors can choose.
+
+    Attributes:
+        name: its name on the page.
+        card: the text of its model card without the metadata; empty if it has none.
+        repo_id: its repository on the Hub, if it was loaded from there.
+    """
 
     name: str
     pipe: DiffusionPipeline
+    card: str = ""
+    repo_id: str | None = None
 
     @property
     def channels(self) -> int:
@@ -62,6 +74,25 @@ class Model:
     @property
     def is_ddgan(self) -> bool:
         return isinstance(self.pipe, DDGANPipeline)
+
+    @property
+    def is_few_step(self) -> bool:
+        return self.is_ddgan or bool(trained_steps(self.pipe))
+
+    @property
+    def few_step_counts(self) -> list[int]:
+        """The numbers of steps that a few-step model was trained for, the default first."""
+        return trained_steps(self.pipe) or [self.max_steps]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its images in pixels."""
+        size = self.pipe.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.pipe.unet.parameters())
 
     @property
     def classes(self) -> list[str]:
@@ -77,6 +108,13 @@ class Model:
     @property
     def supports_class_guidance(self) -> bool:
         return isinstance(self.pipe, ClassConditionalPipeline) and self.pipe.has_null_class
+
+    @property
+    def class_guidance(self) -> float:
+        """The scale of classifier-free guidance in the example on its card, or else 1.5, for a few-step model 1."""
+        if scale := re.search(r"\bguidance_scale=(\d+(?:\.\d+)?)", self.card):
+            return min(max(float(scale[1]), 1.0), MAX_CLASS_GUIDANCE)
+        return 1.0 if self.is_few_step else DEFAULT_CLASS_GUIDANCE
 
     @property
     def schedulers(self) -> list[str]:
@@ -96,16 +134,20 @@ class Model:
 
     def describe(self) -> str:
         """Return one line for the page: kind, timesteps, steps it was trained for, image size, classes, parameters."""
-        size = self.pipe.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = self.size
         colors = {1: "grayscale", 3: "color", 4: "color with alpha"}.get(self.channels, f"{self.channels} channels")
-        parameters = sum(parameter.numel() for parameter in self.pipe.unet.parameters()) / 1e6
         classes = f" · {len(self.classes)} classes" if self.classes else ""
         kind = "Denoising Diffusion GAN" if self.is_ddgan else "Diffusion model"
         timesteps = f"{self.pipe.scheduler.config.num_train_timesteps} timesteps"
         if trained := trained_steps(self.pipe):
             timesteps += f", few-step sampling ({' or '.join(map(str, trained))})"
-        return f"{kind}, {timesteps} · {width}×{height}, {colors}{classes} · {parameters:.1f} M parameters"
+        return f"{kind}, {timesteps} · {width}×{height}, {colors}{classes} · {self.parameters / 1e6:.1f} M parameters"
+
+    def summary(self) -> str:
+        """Return the first paragraph of its card without links, or an empty string."""
+        paragraphs = re.split(r"\n\s*\n", self.card.strip())
+        text = next((" ".join(paragraph.split()) for paragraph in paragraphs if paragraph[:1].isalpha()), "")
+        return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
 
 
 @dataclass(frozen=True)
@@ -209,7 +251,7 @@ def load_models() -> dict[str, Model]:
     The variable holds comma-separated folders or Hub repositories.
 
     Returns:
-        The models by name, color models first.
+        The models by name: color models before others, and among these few-step models, which are fast, first.
 
     Raises:
         InputError: if no pipeline is found, or one of them cannot be used here.
@@ -222,7 +264,11 @@ def load_models() -> dict[str, Model]:
             "on the Hub."
         )
     models = [load_model(path_or_repo, name) for name, path_or_repo in unique_names(paths_or_repos).items()]
-    return {model.name: model for model in sorted(models, key=lambda model: not model.is_color)}
+    return {model.name: model for model in sorted(models, key=_rank)}
+
+
+def _rank(model: Model) -> tuple[bool, bool]:
+    return not model.is_color, not model.is_few_step
 
 
 def unique_names(paths_or_repos: list[str]) -> dict[str, str]:
@@ -240,7 +286,9 @@ def load_model(path_or_repo: str, name: str) -> Model:
     Raises:
         InputError: if it cannot be loaded or does not support guidance.
     """
-    model = Model(name, load_pipeline(path_or_repo, device=DEVICE))
+    is_folder = Path(path_or_repo).is_dir()
+    pipe = load_pipeline(path_or_repo, device=DEVICE)
+    model = Model(name, pipe, load_card(path_or_repo), None if is_folder else path_or_repo)
     try:
         GuidedPipeline.from_pipe(with_scheduler(model.pipe, model.schedulers[0]))
     except (AttributeError, ValueError) as error:
@@ -250,6 +298,15 @@ def load_model(path_or_repo: str, name: str) -> Model:
     request = GenerationRequest(num_images=1, steps=steps, scheduler=model.schedulers[0], seed=0)
     generate(model, request, StepProgress(lambda *_: None))
     return model
+
+
+def load_card(path_or_repo: str) -> str:
+    """Return the text of the model card of a folder or repository without its metadata; empty if it has none."""
+    file = Path(path_or_repo, CARD_NAME)
+    try:
+        return ModelCard.load(file if file.parent.is_dir() else path_or_repo).text
+    except Exception:  # no card or metadata that cannot be read: the page does without it
+        return ""
 
 
 def find_clip() -> tuple[str | None, str]:
@@ -391,10 +448,12 @@ def save_zip(path: Path, model: Model, request: GenerationRequest, result: Gener
             result.strip.save(file, "PNG")
 
 
-def most_similar(ddgan: Model, others: list[Model]) -> Model:
-    """Return the most similar model to a DDGAN: preferably with the same classes, the same channels and many steps."""
+def most_similar(few_step: Model, others: list[Model]) -> Model:
+    """Return the model to compare a few-step model with: the same classes, channels and sizes if possible."""
 
-    def similarity(model: Model) -> tuple[bool, bool, bool]:
-        return model.classes == ddgan.classes, model.channels == ddgan.channels, not trained_steps(model.pipe)
+    def similarity(model: Model) -> tuple[bool, bool, bool, float]:
+        difference = abs(math.log(model.parameters / few_step.parameters))
+        same_classes, same_size = model.classes == few_step.classes, model.size == few_step.size
+        return same_classes, model.channels == few_step.channels, same_size, -difference
 
     return max(others, key=similarity)

@@ -53,6 +53,9 @@ def save_models(folder: Path) -> list[Path]:
     for parameter in unet.parameters():  # with freshly initialized weights the class has hardly any effect
         torch.nn.init.normal_(parameter, std=0.2)
     ClassConditionalPipeline(unet.eval(), DDPMScheduler()).save_pretrained(folder / "class-conditional")
+    (folder / "class-conditional" / "README.md").write_text(
+        "# animals\n\n    pipe(class_labels=0, guidance_scale=3.0)\n"
+    )
     return [folder / "rgb-model", folder / "class-conditional"]
 
 
@@ -79,6 +82,7 @@ def serve(command: list, log_file: Path | None = None, **environment):
 def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     save_models(folder)
+    DDPMPipeline(tiny_unet(), few_step_scheduler(4, 2)).save_pretrained(folder / "few-step")
     torch.manual_seed(0)
     save_clip(folder / "clip")
     return folder
@@ -86,7 +90,9 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(models):
-    pipelines = ",".join(map(str, (models / "rgb-model", models / "class-conditional", DDGAN)))
+    pipelines = ",".join(
+        map(str, (*(models / name for name in ("rgb-model", "class-conditional", "few-step")), DDGAN))
+    )
     command = [sys.executable, SPACE / "app.py"]
     environment = {"DDGAN_PIPELINE": pipelines, "DDGAN_CLIP": str(models / "clip")}
     with serve(command, models / "log.txt", **environment) as address:
@@ -127,8 +133,12 @@ def choose(page, name: str) -> None:
 
 
 def set_steps(page, count: int) -> None:
-    page.get_by_role("button", name="Settings").first.click()
-    page.get_by_label("number input for Steps").first.fill(str(count))
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("number input for Steps").fill(str(count))
+
+
+def open_guidance(page) -> None:
+    page.get_by_role("tab", name="Guidance").click()
 
 
 def images_in(page, gallery: str) -> list[Image.Image]:
@@ -160,18 +170,19 @@ def fits_window_width(page) -> bool:
 
 def test_color_guidance_moves_the_images_to_the_chosen_color(browser, address):
     with open_page(browser, address) as page:
+        open_guidance(page)
         page.get_by_role("button", name="Color", exact=True).click()
         page.locator(".picker input").fill("#11aa44")
         page.locator(".picker input").press("Enter")
-        page.get_by_role("heading", name="Guided diffusion").click()
+        page.get_by_role("heading", name="Diffusion models").click()
         page.get_by_label("number input for Guidance scale").fill("60")
         click(page, "Generate")
-        guided, unguided = images_in(page, "images"), images_in(page, "unguided")
+        guided, unguided = images_in(page, "guided-images"), images_in(page, "guided-unguided")
         assert len(guided) == len(unguided) == 4
         assert color_distance(guided, "#11aa44") < 20 < 50 < color_distance(unguided, "#11aa44")
-        losses = re.search(r"color: ([\d.]+), unguided ([\d.]+)", page.locator("#caption").inner_text())
+        losses = re.search(r"color: ([\d.]+), unguided ([\d.]+)", page.locator("#guided-caption").inner_text())
         assert float(losses[1]) < float(losses[2]) / 2
-        page.locator("#strip img").wait_for()
+        page.locator("#guided-strip img").wait_for()
 
         with page.expect_download() as download:
             click(page, "Download images")
@@ -183,6 +194,7 @@ def test_color_guidance_moves_the_images_to_the_chosen_color(browser, address):
 
 def test_example_buttons_fill_in_the_fields(browser, address):
     with open_page(browser, address) as page:
+        open_guidance(page)
         scale, swatch = page.get_by_label("number input for Guidance scale"), page.locator(".picker .dialog-button")
         for color, value in (("#BB2266", "3"), ("#44CCAA", "5")):
             page.get_by_text(f"{color} at scale {value}").click()
@@ -194,20 +206,22 @@ def test_example_buttons_fill_in_the_fields(browser, address):
         with page.expect_request("**/queue/join*") as request:  # right after, with the filled-in values
             click(page, "Generate")
         assert {"#44CCAA", 5} <= {x for x in request.value.post_data_json["data"] if isinstance(x, str | int)}
-        guided, unguided = images_in(page, "images"), images_in(page, "unguided")
+        guided, unguided = images_in(page, "guided-images"), images_in(page, "guided-unguided")
         assert color_distance(guided, "#44CCAA") < color_distance(unguided, "#44CCAA") - 3
 
 
 def test_prompt_guidance_changes_the_images(browser, address):
     with open_page(browser, address) as page:
-        page.get_by_role("tab", name="Text prompt").click()
+        open_guidance(page)
+        choose(page, "Text prompt")
+        assert not page.locator(".picker").is_visible()
         click(page, "Generate")
         page.get_by_text("The prompt is empty").wait_for()
         page.get_by_label("Prompt", exact=True).fill("a red rose")
         set_steps(page, 8)
         click(page, "Generate")
-        assert not same_images(images_in(page, "images"), images_in(page, "unguided"))
-        assert "Distance to the prompt" in page.locator("#caption").inner_text()
+        assert not same_images(images_in(page, "guided-images"), images_in(page, "guided-unguided"))
+        assert "Distance to the prompt" in page.locator("#guided-caption").inner_text()
 
 
 def test_class_buttons_select_the_class(browser, address, models):
@@ -218,19 +232,13 @@ def test_class_buttons_select_the_class(browser, address, models):
         assert not page.get_by_role("radio", name="wolf").is_visible()
         choose(page, "class-conditional")
         choose(page, "wolf")
-        page.get_by_label("number input for Class guidance scale").fill("3")
-        click(page, "Generate")
+        click(page, "Generate")  # with the class guidance of the model's card
         expected = sample(pipe, range(4), 40, ["wolf"] * 4, guidance_scale=3.0)
         assert same_images(images_in(page, "images"), expected)
-
-
-def test_a_grayscale_model_offers_no_color_guidance(browser, address):
-    with open_page(browser, address) as page:
-        choose(page, "ddgan-mnist-16")
-        page.get_by_text("Denoising Diffusion GAN, 4 timesteps").first.wait_for()
-        page.get_by_role("tab", name="Color").click()
-        assert page.get_by_text("generates grayscale images").is_visible()
-        assert not page.get_by_role("button", name="Generate").is_visible()
+        page.get_by_label("number input for Class guidance scale").fill("1")
+        click(page, "Generate")
+        page.get_by_text("seeds 0 to 3").wait_for()
+        page.wait_for_url("**class_guidance=1&*")
 
 
 def test_images_of_a_ddgan_may_differ_in_z_only(browser, address):
@@ -246,24 +254,77 @@ def test_images_of_a_ddgan_may_differ_in_z_only(browser, address):
         assert same_images(images_in(page, "images"), expected)
 
 
-def test_a_ddgan_is_compared_with_a_diffusion_model(browser, address):
+def test_only_settings_with_an_effect_are_shown(browser, address):
     with open_page(browser, address) as page:
-        page.get_by_role("tab", name="Compare").click()
+        choose(page, "ddgan-mnist-16")
+        page.get_by_text("Denoising Diffusion GAN, 4 timesteps").wait_for()
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("number input for Steps").wait_for()
+        assert not page.get_by_label("Scheduler").is_visible()  # there is one only
+        assert not page.get_by_text("Class guidance scale").is_visible()
+        assert not page.get_by_text("Guidance gradient").is_visible()
+        open_guidance(page)
+        page.get_by_role("radio", name="Text prompt").wait_for()
+        choose(page, "ddgan-mnist-16")  # grayscale
+        page.get_by_label("Prompt", exact=True).wait_for()
+        assert not page.get_by_role("radio", name="Color").is_visible()
+        assert not page.locator(".picker").is_visible()
+
+
+def test_a_link_restores_the_settings(browser, address):
+    with open_page(browser, address) as page:
+        open_guidance(page)
+        choose(page, "class-conditional")
+        choose(page, "dog")
+        page.get_by_label("Prompt", exact=True).fill("a dog & a wolf")
+        set_steps(page, 3)
+        page.get_by_label("Seed of the first image").fill("7")
+        page.get_by_label("Also generate the same seeds without guidance").uncheck()
+        click(page, "Generate")
+        images, link = images_in(page, "guided-images"), page.url
+        caption = page.locator("#guided-caption").inner_text()
+        assert "3 steps" in caption and "seeds 7 to 10" in caption
+    with open_page(browser, address) as page:
+        page.goto(link)
+        page.get_by_role("radio", name="dog").wait_for()
+        assert page.get_by_label("Prompt", exact=True).input_value() == "a dog & a wolf"
+        click(page, "Generate")
+        assert same_images(images_in(page, "guided-images"), images)
+        assert not page.locator("#guided-unguided").is_visible()
+        page.goto(
+            f"{address}/?tab=generate&model=gone&steps=99999&seed=x&images=2&class=7"
+        )  # what is unusable is ignored
+        page.get_by_role("button", name="Settings").click()
+        page.wait_for_function("document.querySelector('[aria-label=\"number input for Images\"]')?.value == '2'")
+        click(page, "Generate")
+        page.get_by_text("4 steps in").wait_for()
+        assert len(images_in(page, "images")) == 2
+
+
+def test_a_few_step_model_is_compared_with_the_most_similar_model(browser, address):
+    with open_page(browser, address) as page:
+        page.get_by_role("tab", name="Few steps vs. many").click()
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_role("radio", name="2", exact=True).click()
         click(page, "Generate with both")
         few = page.locator("#few .grid-container img")
         few.first.wait_for()
         assert few.count() == page.locator("#many .grid-container img").count() == 10
-        assert re.match(r"[\d.]+ s\s+4 steps of ddgan-mnist-16", page.locator("#few-time").inner_text())
-        assert re.match(r"[\d.]+ s\s+40 steps of class-conditional", page.locator("#many-time").inner_text())
+        assert re.match(r"[\d.]+ s\s+2 steps of few-step", page.locator("#few-time").inner_text())
+        assert re.match(r"[\d.]+ s\s+40 steps of rgb-model", page.locator("#many-time").inner_text())
+        page.get_by_label("Few-step model").click()
+        page.get_by_role("option", name="ddgan-mnist-16").click()
+        page.wait_for_function("document.body.innerText.includes('3 classes')")
+        assert page.get_by_label("Diffusion model", exact=True).input_value() == "class-conditional"
 
 
 def test_errors_are_shown_without_paths(browser, address, models):
     with open_page(browser, address) as page:
-        page.get_by_role("button", name="Settings").first.click()
-        page.get_by_label("Seed of the first image").first.fill("")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Seed of the first image").fill("")
         click(page, "Generate")
         page.get_by_text("The seed is empty. Enter a whole number.").wait_for()
-        page.get_by_label("Seed of the first image").first.fill("99999999999")
+        page.get_by_label("Seed of the first image").fill("99999999999")
         click(page, "Generate")
         page.get_by_text("Value 99999999999 is greater than maximum value 2147483647").wait_for()
         config = page.request.get(f"{address}/config").text() + page.content()
@@ -281,7 +342,8 @@ def test_the_page_fits_a_phone(browser, address):
         for image in page.locator("#images .grid-container img, #strip img").all():
             box = image.bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= 390
-        page.get_by_role("tab", name="Compare").click()
+        page.locator(".overflow-menu button").first.click()
+        page.get_by_text("Few steps vs. many").last.click()
         page.get_by_role("button", name="Generate with both").wait_for()
         assert fits_window_width(page)
 
@@ -315,33 +377,47 @@ STANDALONE_APP = """
 import importlib.util, runpy, sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 assert importlib.util.find_spec("ddgan") is None
-sys.path.insert(0, sys.argv[1])
-runpy.run_path(sys.argv[1] + "/app.py", run_name="__main__")
+folder = sys.argv.pop()
+sys.path.insert(0, folder)
+runpy.run_path(folder + "/app.py", run_name="__main__")
 """
 
 
 @pytest.mark.slow
 def test_an_uploaded_space_is_self_contained(local_hub, browser, tmp_path):
     model, _ = save_models(tmp_path / "models")
+    (model / "README.md").write_text(
+        "---\nlicense: mit\n---\n\n# model\n\n![a](a.png)\n\nSmall [emoji](x.md)\nof ours.\n\nMore.\n"
+    )
     repository = Repository("ann/emoji")
     repository.open()
     repository.upload(model, "model")
     upload_space(SPACE, "ann/emoji")
     folder = snapshot_download("ann/emoji", repo_type="space", local_dir=tmp_path / "space")
     variables = {name: variable["value"] for name, variable in local_hub.repos["space", "ann/emoji"].variables.items()}
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "home" / "hub")}
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "home" / "hub"), "PYTHONPATH": ""}
     with (
         serve([sys.executable, "-P", "-c", STANDALONE_APP, folder], **variables, **home) as address,
         open_page(browser, address) as page,
     ):
-        page.get_by_role("tab", name="Text prompt").click()
-        page.get_by_text("Text guidance needs a CLIP model, and none is available here.").wait_for()
-        assert page.get_by_role("tab").count() == 4, "nothing to compare: expected no comparison tab"
-        page.get_by_role("tab", name="Plain sampling").click()
+        assert page.get_by_role("heading", level=1).inner_text() == page.title() == "emoji"
+        page.get_by_text("Small emoji of ours.").wait_for()
+        assert page.get_by_role("link", name="Model card").get_attribute("href").endswith("/ann/emoji")
+        assert not page.get_by_text("ann/emoji").is_visible(), "nothing to choose: expected no choice of a model"
+        assert page.get_by_role("tab").count() == 2, "nothing to compare: expected no comparison tab"
         click(page, "Generate")
         pipe = DDPMPipeline.from_pretrained(model)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         assert same_images(images_in(page, "images"), sample(pipe, range(4), 40))
+        open_guidance(page)
+        page.get_by_text("Text guidance needs a CLIP model, and none is available here.").wait_for()
+
+
+def test_the_app_prints_help_instead_of_starting():
+    command = [sys.executable, SPACE / "app.py", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.returncode == 0, result.stderr
+    assert "usage: app.py" in result.stdout and "DDGAN_PIPELINE" in result.stdout
 
 
 def test_its_card_and_requirements_match_the_package():
@@ -400,13 +476,20 @@ def test_a_few_step_model_offers_the_steps_it_was_trained_for(generation, tmp_pa
     assert "num_inference_steps=2 with DDIMScheduler may give worse images" in warning(steps=2, scheduler="ddim")
 
 
-def test_the_embedded_models_are_the_default_color_models_first(generation, monkeypatch):
+def test_the_embedded_models_are_the_default_with_few_steps_and_color_first(generation, monkeypatch):
     monkeypatch.delenv("DDGAN_PIPELINE", raising=False)
     models = generation["load_models"]()
     assert set(models) == {index.parent.name for index in (ROOT / "examples" / "models").glob("*/model_index.json")}
-    is_color = [model.is_color for model in models.values()]
-    assert is_color == sorted(is_color, reverse=True) and is_color[0]
+    ranks = [(model.is_color, model.is_few_step) for model in models.values()]
+    assert ranks == sorted(ranks, reverse=True) and ranks[0] == (True, True)
     assert isinstance(models["ddgan-mnist-16"].pipe, DDGANPipeline)
+    # the measured scales of guidance, and pairs of the same images and size
+    assert models["mnist-28"].class_guidance == 1.5 and models["noto-emoji-classes-32"].class_guidance == 3
+    many = [model for model in models.values() if not model.is_few_step]
+    pairs = {
+        model.name: generation["most_similar"](model, many).name for model in models.values() if model.is_few_step
+    }
+    assert pairs == {"twemoji-few-steps": "noto-emoji-32", "ddgan-mnist-16": "mnist-28"}
 
 
 def test_folders_with_the_same_name_are_listed_with_their_parents(generation, monkeypatch, models, tmp_path):

@@ -113,7 +113,7 @@ def test_every_save_is_uploaded_and_the_last_one_is_complete(local_hub, finetune
     files = local_hub.files("ann/run")
     assert repo.private and 2 <= len(repo.refs["main"]) - 1 <= 4
     assert f"uploaded       {local_hub.url}/ann/run/commit/{repo.refs['main'][-1]}" in output
-    assert files.keys() - {".gitattributes"} >= set(pipeline_files(run)) >= {"before_after.png", "README.md"}
+    assert files.keys() - {".gitattributes"} >= set(pipeline_files(run)) >= {"samples/step-00000000.png", "README.md"}
     card = (run / "README.md").read_text()
     assert files.pop("README.md").decode() == card.replace('from_pretrained("run")', 'from_pretrained("ann/run")')
     assert all(files[name] == (run / name).read_bytes() for name in pipeline_files(run) if name != "README.md")
