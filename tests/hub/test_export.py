@@ -327,7 +327,7 @@ def test_a_pushed_card_shows_samples_of_the_pipeline(saved, local_hub, monkeypat
 
     # a card that somebody changed stays, and what it shows is of the weights beside it
     head = local_hub.repos["model", "ann/model"]
-    local_hub.commit(head, "main", {**there, "README.md": card.replace("look them up", "ask Ann").encode()})
+    local_hub.commit(head, "main", {**there, "README.md": card.replace("## Limits", "## Limits (ask Ann)").encode()})
     pipeline(seed=5).push_to_hub("ann/model")
     again = local_hub.files("ann/model")
     assert b"ask Ann" in again["README.md"] and again["card_samples.png"] != there["card_samples.png"]
@@ -376,7 +376,7 @@ def test_a_card_is_replaced_until_somebody_edits_it(saved, tmp_path, local_hub, 
     push(GuidedPipeline.from_pretrained(saved / "guided"), how, tmp_path)
     assert "`DDGANPipeline` of" in first and "`GuidedPipeline` of" in card() and "pipeline_ddgan" not in card()
 
-    written = card().replace("look them up", "ask Ann")
+    written = card().replace("## Limits", "## Limits (ask Ann)")
     head = local_hub.repos["model", "ann/model"]
     local_hub.commit(head, "main", {**local_hub.files("ann/model"), "README.md": written.encode()})
     push(DDGANPipeline.from_pretrained(saved / "ddgan"), how, tmp_path)

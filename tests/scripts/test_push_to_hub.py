@@ -165,7 +165,7 @@ def test_sample_images_are_uploaded_where_the_card_shows_them(local_hub, folder,
     first = local_hub.files("ann/model")
     assert "](card_samples.png)" in first["README.md"].decode()
 
-    changed = first["README.md"].decode().replace("look them up", "ask Ann")
+    changed = first["README.md"].decode().replace("## Limits", "## Limits (ask Ann)")
     local_hub.commit(local_hub.repos["model", "ann/model"], "main", {**first, "README.md": changed.encode()})
     pipe = DDGANPipeline.from_pretrained(folder)
     torch.nn.init.normal_(pipe.unet.conv_out.weight)
