@@ -50,7 +50,7 @@ def locked(folder: Path, accelerator: Any = None, flag: str = "--output_dir") ->
     is_new = not folder.exists()
     lock = _in_main_process(accelerator, lambda: _acquire(folder, flag))
     try:
-        if accelerator.num_processes > 1:
+        if accelerator and accelerator.num_processes > 1:
             _check_shared(folder)
         yield
     finally:
