@@ -344,6 +344,8 @@ def _read_config(
 ) -> list[str]:
     """Convert a YAML file to command-line tokens, leaving out flags whose alternatives are among `overriding`."""
     file = Path(find(expand_user(path)) or path)
+    if path and file.is_dir():
+        raise InputError(f"--config {path} is a folder: name a YAML file, such as the config.yaml of a run folder.")
     if not file.is_file():
         raise InputError(f"--config {path} does not exist.")
     if file.stat().st_size > _MAX_CONFIG_SIZE:
