@@ -14,7 +14,7 @@ from ..core.cli import Arguments, option
 from ..core.errors import InputError
 from ..core.files import contains_files
 from ..core.locations import resolve_locations, resolve_paths
-from ..data.arguments import check_value_range
+from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import (
     CACHE_DIR,
     EXTRACTOR_NAMES,
@@ -86,6 +86,7 @@ class FinetuneArguments(Arguments):
         None,
         "pipeline folder or Hub repository of an unconditional UNet2DModel to start from (default: the embedded model "
         "of emoji)",
+        objects="a DiffusionPipeline",
     )
     model_config: str | None = option(
         None, "train from scratch instead: config.json of a UNet2DModel, or the folder that contains it"
@@ -126,6 +127,7 @@ class FewStepArguments(Arguments):
     start_model: str = option(  # __post_init__ refuses None
         None,
         "pipeline folder or Hub repository of an unconditional UNet2DModel or a ClassConditionedUnet to start from",
+        objects="a DiffusionPipeline",
     )
     trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
     num_inference_steps: list[int] = option(
@@ -382,6 +384,7 @@ class ClassifierDataArguments(DataArguments):
         None,
         "labeled dataset on the Hub, or a local one: a folder, or a .parquet, .arrow, .tar, .zip or .npz file; this "
         "or --train_data_dir is required",
+        objects=IMAGE_OBJECTS,
     )
     image_size: int | None = option(
         None,
@@ -519,7 +522,9 @@ class EvaluateArguments(SamplingArguments):
     """The samples to measure, the reference images and the features."""
 
     images: str | None = option(
-        None, "existing images to measure instead of --pipeline: folder, .parquet, or .npz with arr_0"
+        None,
+        "existing images to measure instead of --pipeline: folder, .parquet, or .npz with arr_0",
+        objects=IMAGE_OBJECTS,
     )
     num_images: int | None = option(
         None,
@@ -531,6 +536,7 @@ class EvaluateArguments(SamplingArguments):
         None,
         "images to measure against: folder, MNIST-style folder, dataset folder or Hub dataset, .npz, .parquet, or "
         "statistics: an .npz with mu and sigma, or a .safetensors file of cached features",
+        objects=IMAGE_OBJECTS,
     )
     reference_split: str | None = option(None, "split of the reference (default: train, if it has splits)")
     reference_config: str | None = option(None, "configuration of a reference dataset, if it has several")
@@ -538,7 +544,9 @@ class EvaluateArguments(SamplingArguments):
         None, "size of a random subset of the reference (default: all images)", minimum=MIN_IMAGES
     )
     held_out: str | None = option(
-        None, "images not used in training, to detect memorization; --reference must be the training images"
+        None,
+        "images not used in training, to detect memorization; --reference must be the training images",
+        objects=IMAGE_OBJECTS,
     )
     held_out_split: str | None = option(None, "split of the held-out images (default: test, if they have splits)")
     image_column: str | None = option(None, "column with the images (default: the first image column)")

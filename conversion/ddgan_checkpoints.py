@@ -62,6 +62,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         InputError: if there is no such file, it contains more than tensors and plain values, or has no generator.
     """
+    if path.is_dir():
+        raise InputError(f"The checkpoint {path} is a folder: name the file in it, netG_*.pth or content.pth.")
     if not path.is_file():
         raise InputError(f"The checkpoint {path} does not exist.")
     try:

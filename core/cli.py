@@ -26,7 +26,7 @@ _BOOLEANS: dict[str, bool] = {
     **dict.fromkeys(("false", "f", "no", "n", "0"), False),
 }
 
-_RANGE = "range"  # key in the metadata of a field
+_RANGE, _OBJECTS = "range", "objects"  # keys in the metadata of a field
 _LARGEST_INT = 2**31 - 1
 _EMPTY = "Pass a value, or omit it (is a variable of your shell not set?)."
 _NOT_SAVED = ("resume_from_checkpoint", "dry_run")  # a repeated run starts from step 0
@@ -63,6 +63,7 @@ def option(
     help: str,
     *,
     choices: Iterable[str] | None = None,
+    objects: str | None = None,
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
@@ -72,10 +73,11 @@ def option(
 
     Args:
         choices: the allowed texts.
+        objects: description of the objects that Python may pass instead of a text, such as "a DiffusionPipeline".
         minimum, above, maximum, below: the range of a number, or of each number in a list; `Arguments` checks it.
             Numbers must be finite in any case, and integers at most 2^31 - 1.
     """
-    metadata: dict[str, Any] = {"help": help, _RANGE: _Range(minimum, above, maximum, below)}
+    metadata: dict[str, Any] = {"help": help, _OBJECTS: objects, _RANGE: _Range(minimum, above, maximum, below)}
     if choices is not None:
         metadata["choices"] = choices
     if isinstance(default, list):
@@ -108,7 +110,7 @@ class Arguments:
 def _of_type(argument: dataclasses.Field, annotation: Any, value: Any) -> Any:
     """Return a value, or list of values, converted to the type of its field; see `Arguments`.
 
-    Where a text is expected, other objects are left to the dataclass: some stand for paths and names.
+    Where a text is expected, paths are left to `_checked`, and the objects that `option` allows to the dataclass.
     """
     kind, is_list = _value_type(annotation)
     choices = argument.metadata.get("choices")
@@ -117,6 +119,8 @@ def _of_type(argument: dataclasses.Field, annotation: Any, value: Any) -> Any:
     if is_list and not isinstance(value, (list, tuple)):
         raise InputError(f"--{argument.name} is {value!r}; it must be a list.")
     for item in value if is_list else [value]:
+        if kind is str:
+            _check_text(argument, item)
         if choices is not None and item not in choices:
             raise InputError(f"--{argument.name} is {item!r}; choose from {', '.join(map(str, choices))}.")
         expected = {int: Integral, float: Real}.get(kind, kind)
@@ -126,6 +130,15 @@ def _of_type(argument: dataclasses.Field, annotation: Any, value: Any) -> Any:
     if kind is str:
         return list(value) if is_list else value
     return [kind(item) for item in value] if is_list else kind(value)
+
+
+def _check_text(argument: dataclasses.Field, value: Any) -> None:
+    """Check that a value is a text or path, or may be one of the objects that the argument takes instead."""
+    objects = argument.metadata.get(_OBJECTS)
+    never = value is None or isinstance(value, (bytes, Real)) or hasattr(value, "__array__")
+    if not isinstance(value, (str, os.PathLike)) and (never or not objects):
+        kinds = f"a string, a path or {objects}" if objects else "a string or a path"
+        raise InputError(f"--{argument.name} has the type {type(value).__name__}; it must be {kinds}.")
 
 
 def _value_type(annotation: Any) -> tuple[Any, bool]:
@@ -331,6 +344,8 @@ def _read_config(
 ) -> list[str]:
     """Convert a YAML file to command-line tokens, leaving out flags whose alternatives are among `overriding`."""
     file = Path(find(expand_user(path)) or path)
+    if path and file.is_dir():
+        raise InputError(f"--config {path} is a folder: name a YAML file, such as the config.yaml of a run folder.")
     if not file.is_file():
         raise InputError(f"--config {path} does not exist.")
     if file.stat().st_size > _MAX_CONFIG_SIZE:

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from ..core.errors import InputError
 
+# what Python may pass where the command line names images, for messages
+IMAGE_OBJECTS = "a list of PIL images, a datasets.Dataset or a datasets.DatasetDict"
+
 
 def check_value_range(values: Sequence[float] | None) -> tuple[float, float] | None:
     """Return the values of black and white in the form that `Preprocessing` takes.

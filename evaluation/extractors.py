@@ -14,7 +14,7 @@ from ..core.errors import naming_file
 from ..core.extras import missing_extra
 from ..core.locations import hub_problem
 from ..data.images import RESIZE, resized, with_channels
-from ..sampling.loading import realign_parameters
+from ..sampling.loading import check_complete, realign_parameters
 from .arguments import DINOV2, INCEPTION, PIXELS
 from .classifier import ImageClassifier
 from .facts import ExtractorFacts
@@ -156,7 +156,9 @@ def load_classifier(folder: str) -> ImageClassifier:
             f"({f'it holds a {class_name}' if class_name else f'there is no {config}'})."
         )
     with naming_file(folder, Exception):  # damaged configs and weights make Diffusers raise almost anything
-        return ImageClassifier.from_pretrained(folder)
+        classifier = ImageClassifier.from_pretrained(folder)
+    check_complete(classifier, f"The classifier in {folder}")
+    return classifier
 
 
 def weights_digest(network: nn.Module) -> str:

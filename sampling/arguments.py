@@ -21,7 +21,9 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class SamplingArguments(Arguments):
     """The pipeline, and how to sample from it."""
 
-    pipeline: str | None = option(None, "pipeline folder or Hub repository to sample from")
+    pipeline: str | None = option(
+        None, "pipeline folder or Hub repository to sample from", objects="a DiffusionPipeline"
+    )
     seed: int = option(0, "seed of the first image; image i uses seed + i", minimum=0)
     scheduler: str = option("as-saved", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
     num_inference_steps: int | None = option(

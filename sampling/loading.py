@@ -16,7 +16,8 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Offl
 
 from ..core.errors import InputError
 from ..core.locations import InMemory, hub_problem
-from ..hub.folders import parse_index
+from ..core.run_files import PIPELINE_FILE
+from ..hub.folders import parse_index, read_json
 from ..hub.installed import installed_class
 from . import arguments
 from .spacing import changed_spacing, with_usable_spacing
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {flag: getattr(torch, name) for flag, name in arguments.DTYPES.items()}
 SCHEDULERS = {flag: getattr(diffusers, name) for flag, name in arguments.SCHEDULERS.items()}
+
+_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction", "original_sample", "trigflow")
 
 
 def load_pipeline(
@@ -55,6 +58,7 @@ def load_pipeline(
             parameters = component.parameters() if isinstance(component, torch.nn.Module) else ()
             if dtype and any(parameter.dtype != dtype for parameter in parameters):
                 component.to(dtype)
+        _check_components(pipe, path_or_repo)
         return pipe.to(device)
     with _pipeline_errors(path_or_repo):
         pipeline_class = installed_class(path_or_repo)
@@ -69,12 +73,44 @@ def load_pipeline(
             except (OSError, ValueError):
                 raise error from None
             logger.info(f"{path_or_repo} has only weights in half precision (fp16), which are loaded.")
+    _check_components(pipe, path_or_repo)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             realign_parameters(component)
     return pipe
+
+
+def _check_components(pipe: DiffusionPipeline, location: str | InMemory) -> None:
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            check_complete(component, f"The {name} of the pipeline {location}")
+        # schedulers of other packages may have more prediction types, and check them
+        elif isinstance(component, SchedulerMixin) and type(component).__module__.startswith("diffusers."):
+            prediction_type = component.config.get("prediction_type", "epsilon")
+            if prediction_type not in _PREDICTION_TYPES:
+                raise InputError(
+                    f"The prediction_type in the config of the {name} of the pipeline {location} is "
+                    f"{prediction_type!r}; it must be one of {', '.join(_PREDICTION_TYPES)}."
+                )
+
+
+def check_complete(network: torch.nn.Module, description: str) -> None:
+    """Check that a network that Diffusers loaded has values for all its tensors.
+
+    Diffusers leaves tensors that are not in the file of the weights on the meta device.
+
+    Args:
+        description: The network in the message, such as "The unet of the pipeline FOLDER".
+
+    Raises:
+        InputError: If a tensor is missing.
+    """
+    missing = [name for name, tensor in network.state_dict().items() if tensor.is_meta]
+    if missing:
+        names = missing[0] + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        raise InputError(f"{description} is incomplete: its weights lack {names}. Save or download it again.")
 
 
 def read_components(path_or_repo: str | InMemory) -> tuple[str, dict[str, str]]:
@@ -131,8 +167,16 @@ def _pipeline_errors(path_or_repo: str) -> Iterator[None]:
         if not isinstance(error, (OSError, ValueError)) or not reason:
             reason = f"{type(error).__name__}: {reason}"
         if folder.is_dir():
+            _check_configs(folder)
             raise InputError(f"The pipeline in the folder {path_or_repo} cannot be loaded: {reason}") from error
         raise InputError(missing + (_hub_problem(error) or f"the Hugging Face Hub returned: {reason}")) from error
+
+
+def _check_configs(folder: Path) -> None:
+    """Check that the configs of a pipeline are JSON objects; Diffusers takes other values for repositories."""
+    for pattern in (PIPELINE_FILE, "*/config.json", "*/scheduler_config.json"):
+        for file in sorted(folder.glob(pattern)):
+            read_json(file)
 
 
 def _hub_problem(error: BaseException) -> str | None:

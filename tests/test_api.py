@@ -8,6 +8,7 @@ import threading
 from functools import partial
 
 import datasets
+import numpy as np
 import pytest
 import yaml
 from accelerate import notebook_launcher
@@ -17,7 +18,7 @@ from PIL import Image
 from tiny import largest_difference, tiny_pipeline, weights
 
 from ddgan import ClassConditionalPipeline
-from ddgan.api import InputError, evaluate, finetune, generate, train_class_conditional
+from ddgan.api import InputError, evaluate, finetune, generate, push, train_class_conditional
 from ddgan.training.loop import Trainer
 
 SHORT = {"report_to": "none", "sample_steps": 2, "num_samples": 2, "batch_size": 8, "max_train_steps": 2}
@@ -175,8 +176,11 @@ def test_generate_and_evaluate_take_and_return_objects(tiny_model, pil_images, t
         ({"freeze": "all"}, "--freeze is 'all'; choose from none"),
         ({"report_to": "mlflow"}, "--report_to is 'mlflow'; choose from tensorboard"),
         ({"batch_size": None}, "--batch_size is None; it must be an integer"),
-        ({"start_model": 5}, "a int (in memory) is not a pipeline"),
-        ({"train_data": 5}, "A int is not a set of images"),
+        ({"start_model": 5}, "--start_model has the type int; it must be a string, a path or a DiffusionPipeline"),
+        ({"start_model": {"a": 1}}, "a dict (in memory) is not a pipeline"),
+        ({"train_data": 5}, "--train_data_dir has the type int; it must be a string, a path or a list of PIL images"),
+        ({"train_data": {}}, "A dict is not a set of images"),
+        ({"freeze": ["none"]}, "--freeze has the type list; it must be a string or a path"),
         ({"train_data": []}, "--train_data_dir is empty"),
         ({"train_data": "a", "train_data_dir": "b"}, "train_data and train_data_dir both name the images"),
         ({"hub_model_id": "ann/model"}, "--hub_model_id ann/model has no effect without --push_to_hub"),
@@ -188,6 +192,28 @@ def test_wrong_arguments_are_refused(tiny_model, tmp_path, flags, message):
         finetune(**{"start_model": tiny_model, "output_dir": tmp_path / "run", **flags})
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "flags", "message"),
+    [
+        (generate, {"color": (1, 2, 3)}, "--color has the type list; it must be a string or a path"),
+        (generate, {"output_dir": None}, "--output_dir has the type NoneType; it must be a string or a path"),
+        (generate, {"output_dir": b"x"}, "--output_dir has the type bytes; it must be a string or a path"),
+        (generate, {"class_labels": [0]}, "--class_labels has the type int; it must be a string or a path"),
+        (
+            evaluate,
+            {"images": np.zeros((12, 8, 8, 3))},
+            "--images has the type ndarray; it must be a string, a path or",
+        ),
+        (evaluate, {"classifier": 5}, "--classifier has the type int; it must be a string or a path"),
+        (push, {"repo_id": 5}, "--repo_id has the type int; it must be a string or a path"),
+    ],
+)
+def test_a_value_of_another_type_than_text_is_refused(call, flags, message):
+    with pytest.raises(InputError) as error:
+        call(**flags)
+    assert message in str(error.value)
 
 
 def test_a_config_sets_values_which_keywords_and_their_alternatives_override(tiny_model, images, tmp_path):

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from ..core.cli import Arguments, option
 from ..core.errors import InputError
 from ..core.locations import resolve_locations, resolve_paths
-from ..data.arguments import check_value_range
+from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import METRIC_NAMES, MIN_IMAGES, resolve_extractor
 
 MAX_GRID_IMAGES = 10_000
@@ -25,6 +25,7 @@ class DataArguments(Arguments):
         None,
         "dataset on the Hub, or a local one: a folder, or a .parquet, .arrow, .tar, .zip or .npz file (default: the "
         "embedded emoji, unless the script states otherwise)",
+        objects=IMAGE_OBJECTS,
     )
     dataset_config: str | None = option(None, "configuration of that dataset, if it has several")
     split: str | None = option(None, "split of the images (default: train, if they are divided into splits)")
@@ -34,6 +35,7 @@ class DataArguments(Arguments):
         None,
         "folder of images, including subfolders (hidden ones and run folders excepted), .zip or .npz file, or "
         "MNIST-style folder in torchvision's layout",
+        objects=IMAGE_OBJECTS,
     )
     image_size: int | None = option(
         None,

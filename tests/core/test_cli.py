@@ -91,6 +91,7 @@ def test_a_written_config_is_read_back_without_what_resumes_a_run(tmp_path):
         (["--channels", "2"], r"--channels: invalid choice: 2 \(choose from 1, 3\)"),
         (["--size", "tiny"], "--size: invalid choice: 'tiny'"),
         (["--config", "missing.yaml"], r"missing\.yaml does not exist"),
+        (["--config", "."], r"--config \. is a folder: name a YAML file"),
         (["--config", "key.yaml"], r"key\.yaml: Unknown flag --epoch\. Did you mean --epochs\?"),
         (["--config", "list.yaml"], "must contain one `flag: value` per line"),
         (["--config", "broken.yaml"], "is not valid YAML"),

@@ -10,6 +10,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchvision.transforms.v2 import functional as TF
 from transformers import Dinov2Config, Dinov2Model
 
+from ddgan.core.errors import InputError
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import load_extractor
 from ddgan.evaluation.metrics import Gaussian, frechet_distance
@@ -142,6 +143,15 @@ def test_a_damaged_classifier_is_reported(tmp_path, file, content):
     with pytest.raises(ValueError, match=str(tmp_path)) as error:
         load_extractor(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_tensor_missing_in_a_classifier_is_named(classifier):
+    file = f"{classifier}/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name, _ = tensors.popitem()
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match=f"classifier in {classifier} is incomplete: its weights lack {name}"):
+        load_extractor(classifier)
 
 
 def test_unavailable_extractors_are_reported(tmp_path, monkeypatch):

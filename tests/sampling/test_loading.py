@@ -8,10 +8,12 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from tiny import level_difference, tiny_pipeline, tiny_unet
 
 from ddgan import DDGANScheduler
 from ddgan.core.errors import InputError
+from ddgan.core.locations import InMemory
 from ddgan.sampling.generation import sample
 from ddgan.sampling.loading import load_pipeline, with_scheduler
 from ddgan.training.start_model import load_start_model
@@ -126,10 +128,42 @@ def test_offline_mode_is_named_as_the_reason(monkeypatch):
 def test_damaged_pipeline_folders_are_reported_in_one_paragraph(tmp_path, file, content):
     tiny_pipeline().save_pretrained(tmp_path)
     (tmp_path / file).write_text(content)
-    with pytest.raises(InputError, match=f"{tmp_path} (cannot be loaded: .|is not a pipeline folder)"):
+    damaged = "/[a-z/]+_?[a-z]+.json is damaged: it is not (a JSON object|valid JSON)"
+    with pytest.raises(InputError, match=f"{tmp_path}( cannot be loaded: .| is not a pipeline folder|{damaged})"):
         load_pipeline(str(tmp_path))
-    with pytest.raises(InputError, match=f"{tmp_path} (cannot be loaded|is not a pipeline folder|is a )"):
+    with pytest.raises(InputError, match=f"{tmp_path}( cannot be loaded| is not a pipeline folder| is a |{damaged})"):
         load_start_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_config_that_is_not_a_json_object_is_named(tmp_path, file):
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / file).write_text("[]")
+    with pytest.raises(InputError, match=f"{tmp_path}/{file} is damaged: it is not a JSON object"):
+        load_pipeline(str(tmp_path))
+
+
+def test_tensors_missing_in_the_weights_are_named(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    for name in ("conv_in.bias", "conv_out.bias"):
+        del tensors[name]
+        save_file(tensors, file, {"format": "pt"})
+        more = "" if name == "conv_in.bias" else " and 1 more"
+        match = rf"unet of the pipeline {tmp_path} is incomplete: its weights lack conv_in\.bias{more}\."
+        with pytest.raises(InputError, match=match):
+            load_pipeline(str(tmp_path))
+
+
+def test_an_unknown_prediction_type_is_refused(tmp_path):
+    tiny_pipeline(DDPMScheduler(prediction_type="zzz")).save_pretrained(tmp_path)
+    message = "prediction_type in the config of the scheduler of the pipeline {} is 'zzz'; it must be one of epsilon"
+    with pytest.raises(InputError, match=message.format(tmp_path)):
+        load_pipeline(str(tmp_path))
+    in_memory = InMemory(tiny_pipeline(DDPMScheduler(prediction_type="zzz")))
+    with pytest.raises(InputError, match=message.format(r".*\(in memory\)")):
+        load_pipeline(in_memory)
 
 
 def test_a_broken_pipeline_folder_is_not_looked_for_on_the_hub(tmp_path):

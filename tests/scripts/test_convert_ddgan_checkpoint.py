@@ -109,6 +109,8 @@ def test_invalid_input_is_refused_before_anything_is_written(tmp_path, golden):
             run("--checkpoint_path", path, "--recipe", "cifar10", "--output_dir", tmp_path / "out")
     with pytest.raises(InputError, match="does not exist"):
         run("--checkpoint_path", tmp_path / "missing.pth", "--output_dir", tmp_path / "out")
+    with pytest.raises(InputError, match="is a folder: name the file in it"):
+        run("--checkpoint_path", tmp_path, "--output_dir", tmp_path / "out")
     with pytest.raises(InputError, match="not empty"):
         run("--checkpoint_path", path, "--output_dir", tmp_path)
     arguments = ConvertArguments(str(path), output_dir=str(tmp_path / "out"))
