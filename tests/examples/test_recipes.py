@@ -3,6 +3,7 @@
 from types import ModuleType
 
 import pytest
+from huggingface_hub import constants
 from tiny import ROOT
 
 from ddgan import finetune_few_step, finetune_model, train_class_conditional, train_ddgan
@@ -21,6 +22,7 @@ def read(script: ModuleType, *flags) -> dict:
 def after_the_demo(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the recipes name models and datasets of the Hub
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

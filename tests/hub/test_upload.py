@@ -546,11 +546,8 @@ def test_a_space_shows_the_model(local_hub, tmp_path):
     assert space.private and space.settings["sdk"] == "gradio"
     assert space.variables == {"DDGAN_PIPELINE": {"value": "ann/model"}}
     card = SpaceCard(files["README.md"].decode())
-    assert (
-        (card.data.title, card.data.models) == ("model", ["ann/model"])
-        and card.data.app_file == "app.py"
-        and "Shows samples." in card.text
-    )
+    assert (card.data.title, card.data.models, card.data.app_file) == ("model", ["ann/model"], "app.py")
+    assert "Generate images with the model `ann/model`." in card.text and "Shows samples." not in card.text
     assert "models" not in (tmp_path / "README.md").read_text()
 
 
