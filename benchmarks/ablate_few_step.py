@@ -159,12 +159,14 @@ class Losses:
 
 def build_discriminator(unet: UNet2DModel, setting: Setting) -> UNetDiscriminator:
     """Return a discriminator from the encoder of a UNet; that of a pair ignores the noisier image before training."""
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     if not setting.pretrained:
-        unet = UNet2DModel.from_config(unet.config)
+        unet = UNet2DModel(**config)
     if setting.pair:
-        weight = unet.conv_in.weight.detach()
-        unet = UNet2DModel.from_config(unet.config, in_channels=2 * unet.config.in_channels)
-        state = unet.state_dict() | {"conv_in.weight": torch.cat([weight, torch.zeros_like(weight)], dim=1)}
+        state = unet.state_dict()
+        weight = state["conv_in.weight"]
+        state["conv_in.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+        unet = UNet2DModel(**config | {"in_channels": 2 * unet.config.in_channels})
         unet.load_state_dict(state)
     return UNetDiscriminator.from_unet(unet)
 
@@ -208,7 +210,9 @@ class Ablation:
             steps = range(DISTILLATION_STEPS)
             setup = FewStepSetup(copy.deepcopy(self.unet), None, self.process)
             self.train(Losses(Setting(), setup, self.teacher), steps, DISTILLATION_LR).save_pretrained(folder)
-        return UNet2DModel.from_pretrained(folder)
+        unet = UNet2DModel.from_pretrained(folder)
+        assert isinstance(unet, UNet2DModel)
+        return unet
 
     def train(self, losses: Losses, steps: range, lr: float) -> UNet2DModel:
         """Train both networks and return the generator with its EMA weights.
@@ -241,6 +245,7 @@ class Ablation:
                 with torch.no_grad():
                     for average, parameter in zip(ema.parameters(), generator.parameters(), strict=True):
                         average.lerp_(parameter, 1 - decay)
+        assert isinstance(ema, UNet2DModel)
         return ema.eval()
 
     @staticmethod

@@ -36,6 +36,7 @@ def convert(args: ConvertArguments) -> Path:
     output = Path(args.output_dir)
     with locked(output):
         convert_checkpoint(args, output)
+    return output
 
 
 def convert_checkpoint(args: ConvertArguments, output: Path) -> None:
@@ -116,7 +117,6 @@ def convert_checkpoint(args: ConvertArguments, output: Path) -> None:
     if discriminator is not None:
         print(f"discriminator  {output / 'discriminator'}")
     print(f"load with      pipe = ddgan.DDGANPipeline.from_pretrained({str(output)!r})")
-    return output
 
 
 def read_config(path: Path) -> dict[str, Any]:

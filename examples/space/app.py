@@ -138,7 +138,7 @@ def build(models: dict[str, Model], clip: str | None, why_no_clip: str) -> gr.Bl
             return {tabs: gr.update(selected=tab), **panels[tab].restore(request.query_params)}
 
         fields = {field for panel in panels.values() for field in panel.outputs}
-        page.load(open_link, None, {tabs, *fields}, **SILENT)
+        page.load(open_link, None, {tabs, *fields}, **SILENT)  # pyright: ignore[reportArgumentType]
     return page.queue(max_size=MAX_QUEUE)
 
 

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image, ImageChops
 
-from ddgan import DDGANDiscriminator, DDGANPipeline
+from ddgan import DDGANDiscriminator, DDGANPipeline, api
 from ddgan.commands.arguments import ConvertArguments
 from ddgan.commands.convert import convert
 from ddgan.core.errors import InputError
@@ -45,8 +45,8 @@ def test_a_checkpoint_becomes_a_pipeline_folder(tmp_path, golden, training_state
     else:
         torch.save(generator, path)
         (tmp_path / "args.json").write_text(json.dumps(config))
-        config_path = ("--config_path", tmp_path / "args.json")
-        run("--checkpoint_path", path, *config_path, "--output_dir", output, "--num_samples", 0)
+        paths = {"checkpoint_path": path, "config_path": tmp_path / "args.json", "output_dir": output}
+        assert api.convert(**paths, num_samples=0) == output
 
     pipe = DDGANPipeline.from_pretrained(output)
     recorded, _, _ = golden("generator_a")
