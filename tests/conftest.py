@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def pytest_xdist_make_scheduler(config, log) -> Scheduler:
 def pytest_collection_modifyitems(items: list) -> None:
     """Run slow tests first, so that none of them is left for the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Restore the handlers that a launcher in this process has replaced."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
