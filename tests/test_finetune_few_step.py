@@ -276,6 +276,7 @@ def test_a_killed_run_samples_the_start_model_only_until_it_has_done_so(few_step
 
 def test_ctrl_c_while_the_start_model_is_sampled_prints_one_line(few_step, monkeypatch, capsys):
     monkeypatch.setattr(Teacher, "sample", lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a launcher of torch may have run in this process
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: few_step("run", *STAGES))
     assert stopped.value.code == 130
