@@ -46,7 +46,7 @@ LAZY_INTERVAL = 8
 
 @dataclass
 class Setting:
-    """What differs between the rows: the discriminator, its loss, and the weight of distillation.
+    """A row of the table: the discriminator, its loss, and the weight of distillation.
 
     Attributes:
         gamma: weight of the gradient penalties.

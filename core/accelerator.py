@@ -139,7 +139,7 @@ def _launched_processes() -> int:
     if variable is None:
         if {"MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
             raise InputError(
-                "`accelerate launch` was asked for several processes, but has started one: on the CPU it starts "
+                "`accelerate launch` has started one process instead of several: on the CPU it starts "
                 f"several only with --multi_gpu, without --cpu. {_HOW_TO_START} If one is enough, set WORLD_SIZE=1."
             )
         return 1

@@ -70,8 +70,8 @@ def resolve_locations(arguments: Any, *names: str, datasets: bool = False) -> No
         datasets: whether the repositories are datasets, some of which have no user in their name.
 
     Raises:
-        InputError: if one neither exists nor has the form of a repository's name, or the Hub may not be asked for it;
-            the message names its flag.
+        InputError: if one neither exists nor has the form of a repository's name, or cannot be looked up on the
+            Hub; the message names its flag.
     """
     for name in names:
         value = getattr(arguments, name)
@@ -100,11 +100,11 @@ def find(text: str) -> str | None:
 
 
 def hub_problem(repo_id: str, repo_type: Literal["model", "dataset"] = "model") -> str | None:
-    """Return why the Hub cannot be asked for a repository.
+    """Return why a repository cannot be looked up on the Hub.
 
     None if it answers, if the repository is cached, or if the name is not that of a repository.
 
-    It is asked once, without the retries of its client, which take half a minute.
+    The Hub gets one request, without the retries of its client, which take half a minute.
     """
     if problem := _offline_problem(repo_id, repo_type):
         return problem

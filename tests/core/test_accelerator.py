@@ -50,7 +50,7 @@ RANK_1 = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_I
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        (LAUNCHED, "`accelerate launch` was asked for several processes, but has started one.*torchrun"),
+        (LAUNCHED, "`accelerate launch` has started one process instead of several.*torchrun"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set.*ddgan <command> --num_processes N"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS is 2, but RANK is not set.*examples/slurm"),
     ],

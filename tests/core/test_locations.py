@@ -1,4 +1,4 @@
-"""Names of repositories on the Hub are refused at once where it cannot be asked for them."""
+"""Names of repositories on the Hub are refused at once where they cannot be looked up."""
 
 from pathlib import Path
 

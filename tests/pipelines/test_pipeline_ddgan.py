@@ -67,15 +67,21 @@ def test_a_recorded_run_is_reproduced_with_its_noise_in_the_documented_order(gol
     torch.testing.assert_close(samples, run["output"], rtol=0, atol=2e-5)
 
 
+def four_steps(pipe, generator, z_generator, **step) -> torch.Tensor:
+    """Sample two images step by step: x_T and the posterior noise from one generator, z from the other."""
+    x = torch.randn(2, 3, 8, 12, generator=generator)
+    for t in (3, 2, 1, 0):
+        z = torch.randn(2, 5, generator=z_generator)
+        with torch.no_grad():
+            x_0 = pipe.unet(x, t, z).sample
+        x = pipe.scheduler.step(x_0, t, x, generator=generator, **step).prev_sample
+    return x
+
+
 def test_a_generator_provides_x_T_then_z_and_noise_of_each_step_but_the_last():
     pipe = pipeline()
     generator = seeded(5)
-    x = torch.randn(2, 3, 8, 12, generator=generator)
-    for t in (3, 2, 1, 0):
-        z = torch.randn(2, 5, generator=generator)
-        with torch.no_grad():
-            x_0 = pipe.unet(x, t, z).sample
-        x = pipe.scheduler.step(x_0, t, x, generator=generator).prev_sample
+    x = four_steps(pipe, generator, generator)
     used = seeded(5)
     assert torch.equal(latents(pipe, batch_size=2, generator=used), x)
     assert torch.equal(used.get_state(), generator.get_state())
@@ -84,25 +90,14 @@ def test_a_generator_provides_x_T_then_z_and_noise_of_each_step_but_the_last():
 def test_with_eta_0_only_x_T_and_z_are_random():
     pipe = pipeline()
     generator = seeded(5)
-    x = torch.randn(2, 3, 8, 12, generator=generator)
-    for t in (3, 2, 1, 0):
-        z = torch.randn(2, 5, generator=generator)
-        with torch.no_grad():
-            x_0 = pipe.unet(x, t, z).sample
-        x = pipe.scheduler.step(x_0, t, x, variance_noise=torch.zeros_like(x)).prev_sample
+    x = four_steps(pipe, generator, generator, variance_noise=torch.zeros(2, 3, 8, 12))
     assert torch.equal(latents(pipe, batch_size=2, eta=0, generator=seeded(5)), x)
     assert (latents(pipe, batch_size=2, eta=0.5, generator=seeded(5)) - x).abs().max() > 0.01
 
 
 def test_z_generator_provides_only_z():
     pipe = pipeline()
-    generator, z_generator = seeded(5), seeded(6)
-    x = torch.randn(2, 3, 8, 12, generator=generator)
-    for t in (3, 2, 1, 0):
-        z = torch.randn(2, 5, generator=z_generator)
-        with torch.no_grad():
-            x_0 = pipe.unet(x, t, z).sample
-        x = pipe.scheduler.step(x_0, t, x, generator=generator).prev_sample
+    x = four_steps(pipe, seeded(5), seeded(6))
     samples = latents(pipe, batch_size=2, generator=seeded(5), z_generator=seeded(6))
     assert torch.equal(samples, x)
     for seeds in ((5, 7), (7, 6)):
