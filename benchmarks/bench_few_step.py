@@ -1,9 +1,10 @@
-"""Cost of the optimizer steps of few-step fine-tuning, relative to those of plain fine-tuning.
+"""Cost of the optimizer steps of few-step fine-tuning, relative to those of plain fine-tuning, and of its samples.
 
     python benchmarks/bench_few_step.py
 
 The network is the UNet of `examples/models/noto-emoji-32`, in float32. All kinds of steps alternate, and each ratio is
-taken between neighboring measurements, so that other load on the machine affects them alike.
+taken between neighboring measurements, so that other load on the machine affects them alike. The time of an image does
+not depend on the weights: the network of a start model and that of its few-step model take the same time per step.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from statistics import median
 
 import torch
 from common import DEVICE, MODELS, hardware, synchronized_time
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from ddgan import UNetDiscriminator
 from ddgan.training.objectives.denoising import DenoisingObjective
@@ -28,6 +29,7 @@ from ddgan.training.randomness import PerSampleRNG
 from ddgan.training.teacher import Teacher
 
 STEPS = 4  # sampling steps to train for
+DDIM_STEPS = 40
 TEACHER_STEPS = 20
 
 
@@ -44,6 +46,10 @@ class Networks:
         channels, size = self.generator.config.in_channels, self.generator.config.sample_size
         self.images = torch.rand(batch_size, channels, size, size, device=DEVICE) * 2 - 1
         self.teacher = Teacher(pipeline, process, TEACHER_STEPS)
+        self.start = DDIMPipeline(pipeline.unet, DDIMScheduler.from_config(scheduler.config))
+        self.few_step = DDPMPipeline(pipeline.unet, scheduler)  # pyright: ignore[reportArgumentType]
+        self.start.set_progress_bar_config(disable=True)
+        self.few_step.set_progress_bar_config(disable=True)
         self.plain = DenoisingObjective(scheduler)  # pyright: ignore[reportArgumentType]
         self.distillation = GeneratorObjective(setup, distillation_steps=1, distillation_weight=0)
         self.adversarial = GeneratorObjective(setup, distillation_steps=0, distillation_weight=1)
@@ -72,6 +78,8 @@ class Networks:
             "distillation": lambda: self.step(self.generator, self.distillation),
             "adversarial (both networks)": self.adversarial_step,
             "teacher samples, a batch": lambda: self.teacher.sample(range(self.batch_size), 0, self.images.device),
+            f"one image in {DDIM_STEPS} DDIM steps": lambda: self.start(num_inference_steps=DDIM_STEPS),
+            f"one image in {STEPS} posterior steps": lambda: self.few_step(num_inference_steps=STEPS),
         }
 
     def adversarial_step(self) -> None:
