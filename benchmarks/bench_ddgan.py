@@ -6,13 +6,16 @@ The reference is a UNet2DModel: one forward and backward pass for training, four
 reference alternate, and each ratio is taken between neighboring measurements, so that other load on the machine
 affects both. Peak memory is measured in a separate process for each variant. Utilization is the rate of
 floating-point operations of an iteration, as a fraction of that of one large matrix product at the same precision.
+A second table compares networks on wavelet sub-bands with those on pixels.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -21,6 +24,7 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
+from ddgan.commands.arguments import DISCRIMINATORS
 from ddgan.training.objectives.adversarial import (
     DiscriminatorObjective,
     GANSetup,
@@ -30,13 +34,41 @@ from ddgan.training.objectives.adversarial import (
 from ddgan.training.objectives.micro_batch import MicroBatch
 from ddgan.training.randomness import PerSampleRNG
 
-# channels, widths of the reference and the generator, batch size, width of the discriminator
+
+@dataclass
+class Configuration:
+    """The networks and their batch size; the paper's for CIFAR-10 by default.
+
+    Attributes:
+        size: height and width of the images.
+        channels: of the images.
+        widths: channels of the levels of the generator, and of the reference.
+        batch_size: images per iteration.
+        discriminator_width: width that the blocks of the discriminator multiply.
+        large: use the paper's discriminator for 256x256 instead of that for 32x32.
+        limits: upper limits of the ratios on a CPU: iteration, iteration with R1, sampling in four steps.
+    """
+
+    size: int = 32
+    channels: int = 3
+    widths: tuple[int, ...] = (128, 256, 256, 256)
+    batch_size: int = 4 if DEVICE == "cpu" else 64
+    discriminator_width: int = 64
+    large: bool = False
+    limits: tuple[float, float, float] | None = None
+
+
 CONFIGURATIONS = {
-    "cifar10": (3, (128, 256, 256, 256), 4 if DEVICE == "cpu" else 64, 64),
-    "small": (1, (32, 64, 64), 32, 32),
+    "cifar10": Configuration(limits=(2.3, 2.9, 1.15)),
+    "small": Configuration(
+        channels=1, widths=(32, 64, 64), batch_size=32, discriminator_width=32, limits=(3.0, 4.2, 1.2)
+    ),
+    "64x64": Configuration(64, widths=(64, 128, 128, 128), batch_size=4 if DEVICE == "cpu" else 64),
+    "celebahq_256": Configuration(256, 3, (64, 64, 128, 128, 256, 256), 1 if DEVICE == "cpu" else 8, large=True),
 }
-# upper limits of the ratios on a CPU: iteration, iteration with R1, sampling in four steps
-TARGETS = {"cifar10": (2.3, 2.9, 1.15), "small": (3.0, 4.2, 1.2)}
+COMPARED_TO_UNET = ("cifar10", "small")
+COMPARED_WITH_WAVELETS = ("cifar10", "64x64", "celebahq_256")
+WAVELET_TARGETS = (0.5, 0.4, 0.6)  # upper limits of the ratios: iteration, sampling, peak memory in training
 
 VARIANTS = {
     "float32": {},
@@ -62,14 +94,21 @@ class DDGAN:
         channels_last: bool = False,
         autocast: bool = False,
         compiled: bool = False,
+        wavelet_levels: int = 0,
     ):
-        channels, widths, self.batch_size, width = CONFIGURATIONS[name]
+        configuration = CONFIGURATIONS[name]
+        size, channels, self.batch_size = configuration.size, configuration.channels, configuration.batch_size
+        multiples, down_blocks = DISCRIMINATORS["large" if configuration.large else "small"]
         torch.manual_seed(0)
-        generator = NCSNpp(in_channels=channels, out_channels=channels, block_out_channels=widths)
+        generator = NCSNpp(size, channels, channels, configuration.widths, wavelet_levels=wavelet_levels)
         discriminator = DDGANDiscriminator(
-            in_channels=channels,
-            base_channels=2 * width,
-            block_out_channels=[multiple * width for multiple in (2, 4, 8, 8)],
+            size,
+            channels,
+            base_channels=2 * configuration.discriminator_width,
+            block_out_channels=[multiple * configuration.discriminator_width for multiple in multiples],
+            down_blocks=down_blocks,
+            near_zero_conv_out=not configuration.large,
+            wavelet_levels=wavelet_levels,
         )
         self.tf32, self.autocast = tf32, autocast
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -83,7 +122,7 @@ class DDGAN:
         self.optimizers = [
             torch.optim.Adam(network.parameters(), 1e-4, (0.5, 0.9), fused=True) for network in self.networks
         ]
-        images = torch.rand(self.batch_size, channels, 32, 32, device=DEVICE) * 2 - 1
+        images = torch.rand(self.batch_size, channels, size, size, device=DEVICE) * 2 - 1
         self.images = images.contiguous(memory_format=self.memory_format)
         self.pipeline = DDGANPipeline(generator, DDGANScheduler())
         self.pipeline.set_progress_bar_config(disable=True)
@@ -127,11 +166,12 @@ class ReferenceUNet:
     """A fixed workload to compare with, at the same batch size."""
 
     def __init__(self, name: str):
-        channels, widths, batch_size, _ = CONFIGURATIONS[name]
+        configuration = CONFIGURATIONS[name]
+        channels, widths, size = configuration.channels, configuration.widths, configuration.size
         levels = len(widths)
         torch.manual_seed(0)
         self.unet = UNet2DModel(
-            sample_size=32,
+            sample_size=size,
             in_channels=channels,
             out_channels=channels,
             layers_per_block=2,
@@ -141,8 +181,8 @@ class ReferenceUNet:
             downsample_padding=0,
             attention_head_dim=None,
         ).to(DEVICE)  # pyright: ignore[reportArgumentType]
-        self.x = torch.randn(batch_size, channels, 32, 32, device=DEVICE)
-        self.t = torch.randint(0, 1000, (batch_size,), device=DEVICE)
+        self.x = torch.randn(configuration.batch_size, channels, size, size, device=DEVICE)
+        self.t = torch.randint(0, 1000, (configuration.batch_size,), device=DEVICE)
 
     def forward_backward(self) -> None:
         self.unet(self.x, self.t).sample.pow(2).mean().backward()
@@ -166,23 +206,27 @@ def seconds(work: Callable[[], object]) -> float:
     return synchronized_time() - start
 
 
+def peaks(ddgan: DDGAN) -> dict[str, float]:
+    """Return the peak memory of sampling and of training, in a process that has not done more than that."""
+    ddgan.sample()
+    result = {"sampling GiB": peak_memory() / 2**30}
+    for _ in range(2):  # from the second iteration on, optimizer states and gradients exist
+        ddgan.iteration(True)
+        ddgan.iteration(False)
+    return result | {"training GiB": peak_memory() / 2**30}
+
+
 def measure(name: str, variant: str, rounds: int) -> dict[str, float]:
     """Return ratios to the reference (medians over neighboring pairs), and absolute times and memory of the DDGAN."""
     set_float32_precision("ieee")
     ddgan = DDGAN(name, **VARIANTS[variant])
-    ddgan.sample()
-    sampling_peak = peak_memory() / 2**30
-    for _ in range(2):  # from the second iteration on, optimizer states and gradients exist
-        ddgan.iteration(True)
-        ddgan.iteration(False)
-    training_peak = peak_memory() / 2**30
+    result = peaks(ddgan)
     reference = ReferenceUNet(name)
     pairs = {
         "iteration": (lambda: ddgan.iteration(False), reference.forward_backward),
         "iteration with R1": (lambda: ddgan.iteration(True), reference.forward_backward),
         "sample": (ddgan.sample, reference.four_forwards),
     }
-    result = {"training GiB": training_peak, "sampling GiB": sampling_peak}
     plain = DDGAN(name)  # FlopCounterMode does not see compiled modules
     with FlopCounterMode(display=False) as counter:
         plain.iteration(False)
@@ -204,7 +248,8 @@ def compare(rounds: int) -> None:
         "| images/s, sampling |"
     )
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for name, (_, _, batch_size, _) in CONFIGURATIONS.items():
+    for name in COMPARED_TO_UNET:
+        batch_size, limits = CONFIGURATIONS[name].batch_size, CONFIGURATIONS[name].limits
         for variant in COMPARED:
             flags = ["--rounds", str(rounds), "--threads", str(torch.get_num_threads())]
             result = run_in_subprocess(__file__, "--variant", name, variant, *flags)
@@ -213,8 +258,33 @@ def compare(rounds: int) -> None:
             speed = f"{1 / result['iteration, s']:.2f} | {result['utilization']:.0%}"
             speed += f" | {batch_size / result['sample, s']:.1f}"
             print(f"| {name}, batch {batch_size}, {variant} | {ratios} | {memory} | {speed} |", flush=True)
-        if DEVICE == "cpu":
-            print(f"| *target, at most* | {' | '.join(f'*{limit}*' for limit in TARGETS[name])} | *2.1* | | | | |")
+        if DEVICE == "cpu" and limits:
+            print(f"| *target, at most* | {' | '.join(f'*{limit}*' for limit in limits)} | *2.1* | | | | |")
+
+
+def compare_wavelets(names: Sequence[str], rounds: int) -> None:
+    """Print the time and memory of networks on sub-bands, relative to the same networks on pixels."""
+    print(f"\n{hardware()}; sub-bands relative to pixels, float32, medians of {rounds} rounds\n")
+    print("| | levels | iteration | with R1 | sample | peak GiB, training |\n|---|--:|--:|--:|--:|--:|")
+    set_float32_precision("ieee")
+    works = (lambda ddgan: ddgan.iteration(False), lambda ddgan: ddgan.iteration(True), DDGAN.sample)
+    for name in names:
+        size, batch_size = CONFIGURATIONS[name].size, CONFIGURATIONS[name].batch_size
+        memory = [run_in_subprocess(__file__, "--peaks", name, str(levels))["training GiB"] for levels in (0, 1, 2)]
+        on_pixels = DDGAN(name)
+        for levels in (1, 2):
+            on_bands = DDGAN(name, wavelet_levels=levels)
+            ratios = []
+            for work in works:
+                for ddgan in (on_bands, on_pixels):
+                    work(ddgan)
+                pairs = [[seconds(partial(work, ddgan)) for ddgan in (on_bands, on_pixels)] for _ in range(rounds)]
+                ratios.append(f"{median(bands / pixels for bands, pixels in pairs):.2f}")
+            peak = f"{memory[levels]:.2f} instead of {memory[0]:.2f}"
+            label = f"{name}, {size}x{size}, batch {batch_size}"
+            print(f"| {label} | {levels} | {' | '.join(ratios)} | {peak} |", flush=True)
+    iteration, sample, peak = WAVELET_TARGETS
+    print(f"| *target, at most* | 1 | *{iteration}* | | *{sample}* | *{peak} of it* |")
 
 
 if __name__ == "__main__":
@@ -223,11 +293,20 @@ if __name__ == "__main__":
     parser.add_argument(
         "--variant", nargs=2, metavar=("CONFIGURATION", "VARIANT"), help="measure only this variant, in this process"
     )
+    parser.add_argument(
+        "--wavelets", nargs="*", metavar="CONFIGURATION", help="compare only wavelet networks with those on pixels"
+    )
+    parser.add_argument("--peaks", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="number of CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.variant:
+    if args.peaks:
+        name, level = args.peaks
+        print(json.dumps(peaks(DDGAN(name, wavelet_levels=int(level)))))
+    elif args.variant:
         name, variant = args.variant
         print(json.dumps(measure(name, variant, args.rounds)))
     else:
-        compare(args.rounds)
+        if args.wavelets is None:
+            compare(args.rounds)
+        compare_wavelets(args.wavelets or COMPARED_WITH_WAVELETS, args.rounds)

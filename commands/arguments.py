@@ -212,6 +212,9 @@ class DDGANArguments(Arguments):
     discriminator_channels: int = option(
         64, "discriminator: base width, which its blocks multiply", minimum=1, maximum=MAX_WIDTH
     )
+    wavelet_levels: int = option(
+        0, "both networks work on wavelet sub-bands at 1/2, 1/4, ... of the resolution", minimum=0, maximum=4
+    )
 
     lr_g: float = option(1.6e-4, "learning rate of the generator (Adam with betas 0.5 and 0.9)", above=0)
     lr_d: float = option(1.25e-4, "learning rate of the discriminator", above=0)

@@ -111,12 +111,6 @@ def build(
     """
     square = size[0] if size[0] == size[1] else tuple(size)
     multiples, down_blocks = DISCRIMINATORS[args.discriminator]
-    heights = [size[0] >> level for level in range(len(args.block_out_channels))]
-    if others := [height for height in args.attention_resolutions if height not in heights]:
-        raise InputError(
-            f"--attention_resolutions {others[0]}: at {size[0]}x{size[1]} pixels the feature maps of the "
-            f"{len(heights)} levels (--block_out_channels) have heights {', '.join(map(str, heights))}."
-        )
     num_class_embeds = len(classes) if classes else None
     try:
         scheduler = DDGANScheduler(
@@ -143,6 +137,7 @@ def build(
             block_out_channels=[multiple * args.discriminator_channels for multiple in multiples],
             down_blocks=down_blocks,
             near_zero_conv_out=args.discriminator == "small",
+            wavelet_levels=args.wavelet_levels,
             num_class_embeds=num_class_embeds,
         )
     except ValueError as error:
@@ -152,7 +147,14 @@ def build(
 
 USAGE = """
 from diffusers import DiffusionPipeline
+            wavelet_levels=args.wavelet_levels,
 
 pipe = DiffusionPipeline.from_pretrained({model}, trust_remote_code=True)
 image = pipe({inputs}).images[0]
+    heights = [size[0] >> args.wavelet_levels + level for level in range(len(args.block_out_channels))]
+    if others := [height for height in args.attention_resolutions if height not in heights]:
+        raise InputError(
+            f"--attention_resolutions {others[0]}: at {size[0]}x{size[1]} pixels the feature maps of the "
+            f"{len(heights)} levels (--block_out_channels) have heights {', '.join(map(str, heights))}."
+        )
 """

@@ -10,6 +10,8 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from .unet_ncsnpp import check_wavelet_levels, haar_transform
+
 
 class DDGANDiscriminatorBlock(nn.Module):
     """Residual block with a time embedding. With `down` it halves height and width, rounding down."""
@@ -62,6 +64,8 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         near_zero_conv_out (`bool`, defaults to `True`): Whether to initialize the last convolution near zero.
         num_class_embeds (`int`, *optional*):
             Number of classes. Class embeddings condition the logits by projection (arXiv 1802.05637).
+        wavelet_levels (`int`, defaults to 0):
+            Number of levels of a Haar wavelet transform of both images, as in [`NCSNpp`].
 
     Raises:
         `ValueError`: If `down_blocks` and `block_out_channels` differ in length, or if `sample_size` is too small for
@@ -83,17 +87,21 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         time_embed_dim: int = 256,
         near_zero_conv_out: bool = True,
         num_class_embeds: int | None = None,
+        wavelet_levels: int = 0,
     ):
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        check_wavelet_levels(wavelet_levels, height, width)
+        height, width = height >> wavelet_levels, width >> wavelet_levels
         if len(down_blocks) != len(block_out_channels):
             raise ValueError(
                 f"`down_blocks` has {len(down_blocks)} entries, but must have one for each of the "
                 f"{len(block_out_channels)} entries of `block_out_channels`."
             )
         if min(height, width) >> sum(down_blocks) == 0:
+            inputs = "sub-bands of a wavelet transform" if wavelet_levels else "images"
             raise ValueError(
-                f"`down_blocks` halves the resolution {sum(down_blocks)} times, which is too often for images of "
+                f"`down_blocks` halves the resolution {sum(down_blocks)} times, which is too often for {inputs} of "
                 f"{height}x{width} pixels: use fewer downsampling blocks or larger images."
             )
         self.gradient_checkpointing = False
@@ -101,7 +109,7 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         self.time_proj = Timesteps(time_embed_dim, flip_sin_to_cos=False, downscale_freq_shift=1)
         self.time_linear_1 = nn.Linear(time_embed_dim, time_embed_dim)
         self.time_linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
-        self.conv_in = nn.Conv2d(2 * in_channels, base_channels, 1)
+        self.conv_in = nn.Conv2d(2 * in_channels * 4**wavelet_levels, base_channels, 1)
         self.blocks = nn.ModuleList()
         channels = base_channels
         for out_channels, down in zip(block_out_channels, down_blocks, strict=True):
@@ -160,7 +168,8 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         temb = F.leaky_relu(self.time_linear_2(temb), 0.2)
 
         # 2. features of the pair
-        hidden_states = self.conv_in(torch.cat([sample, noisy_sample], dim=1))
+        pair = torch.cat([sample, noisy_sample], dim=1)
+        hidden_states = self.conv_in(haar_transform(pair, self.config.wavelet_levels))
         if hidden_states.device.type == "cpu":  # faster there, depthwise convolutions several times
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:

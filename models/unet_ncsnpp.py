@@ -17,6 +17,52 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 
+def haar_transform(images: torch.Tensor, levels: int) -> torch.Tensor:
+    """Return the sub-bands of an orthonormal Haar wavelet packet transform.
+
+    Each level replaces every channel by four of half the height and width: the average of each 2x2 square, times two
+    to preserve norms, and its horizontal, vertical and diagonal differences. The next level splits all four.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            Height and width must be divisible by 2**levels.
+        levels (`int`): Number of levels; 0 returns the images.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, 4**levels * channels, height / 2**levels, width / 2**levels)`.
+    """
+    for _ in range(levels):
+        images = _hadamard(F.pixel_unshuffle(images, 2))
+    return images
+
+
+def inverse_haar_transform(bands: torch.Tensor, levels: int) -> torch.Tensor:
+    """Return the images with these sub-bands, see [`haar_transform`]."""
+    for _ in range(levels):
+        bands = F.pixel_shuffle(_hadamard(bands), 2)
+    return bands
+
+
+def _hadamard(channels: torch.Tensor) -> torch.Tensor:
+    """Multiply each four consecutive channels by the orthonormal Hadamard matrix, which is its own inverse."""
+    a, b, c, d = channels.unflatten(1, (-1, 4)).unbind(2)
+    bands = a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d
+    return torch.stack(bands, dim=2).flatten(1, 2) / 2
+
+
+def check_wavelet_levels(levels: int, height: int, width: int) -> None:
+    """Check that `haar_transform` can be applied to images of this size.
+
+    Raises:
+        `ValueError`: If not.
+    """
+    if levels < 0 or height % 2**levels or width % 2**levels:
+        raise ValueError(
+            f"`wavelet_levels` is {levels}, but images of {height}x{width} pixels can be halved that many times only "
+            f"if height and width are divisible by {2 ** max(levels, 0)}."
+        )
+
+
 def num_groups(channels: int) -> int:
     """Return the largest divisor of `channels` that is at most min(channels // 4, 32)."""
     groups = max(min(channels // 4, 32), 1)
@@ -344,8 +390,8 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
             Width of the first convolution and number of sinusoids of the time embedding.
         layers_per_block (`int`, defaults to 2): Residual blocks per down block; up blocks have one more.
         attention_resolutions (`tuple[int, ...]`, defaults to `(16,)`):
-            Levels whose height `sample_size // 2**level` is listed here have attention: after every residual block
-            in the encoder, after the last one in the decoder.
+            Levels whose height `sample_size // 2**(wavelet_levels + level)` is listed here have attention: after every
+            residual block in the encoder, after the last one in the decoder.
         latent_dim (`int`, defaults to 100): Length of z.
         latent_embed_dim (`int`, defaults to 256): Width of the network that maps z.
         latent_mapping_layers (`int`, defaults to 4): Number of layers of that network after the first one.
@@ -374,6 +420,9 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         center_input_sample (`bool`, defaults to `False`): Whether to map inputs from [0, 1] to [-1, 1].
         tanh_output (`bool`, defaults to `True`): Whether to end in a tanh, which keeps the image within [-1, 1].
         dropout (`float`, defaults to 0.0): Dropout probability in the residual blocks.
+        wavelet_levels (`int`, defaults to 0):
+            Number of levels of a Haar wavelet transform ([arXiv 2211.16152](https://arxiv.org/abs/2211.16152)): the
+            network sees and predicts sub-bands, at 1/2**wavelet_levels of the resolution, instead of pixels.
 
     Raises:
         `ValueError`: If an option has an unknown value, or `sample_size` is too small for the number of levels.
@@ -414,6 +463,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         center_input_sample: bool = False,
         tanh_output: bool = True,
         dropout: float = 0.0,
+        wavelet_levels: int = 0,
     ):
         super().__init__()
         for name, value, known in (
@@ -426,10 +476,14 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
             if value not in known:
                 raise ValueError(f"`{name}` is {value!r}, but must be one of {', '.join(map(repr, known))}.")
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        check_wavelet_levels(wavelet_levels, height, width)
+        in_channels, out_channels = (channels * 4**wavelet_levels for channels in (in_channels, out_channels))
+        height, width = height >> wavelet_levels, width >> wavelet_levels
         levels = len(block_out_channels)
         if min(height, width) >> (levels - 1) == 0:
+            inputs = "sub-bands of a wavelet transform" if wavelet_levels else "images"
             raise ValueError(
-                f"`block_out_channels` has {levels} levels, too many to halve images of {height}x{width} pixels "
+                f"`block_out_channels` has {levels} levels, too many to halve {inputs} of {height}x{width} pixels "
                 f"{levels - 1} times: use fewer levels or larger images."
             )
 
@@ -601,7 +655,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
 
         Raises:
             `ValueError`: If `class_labels` are passed to an unconditional network, or missing for a class-conditional
-                one.
+                one, or if the wavelet transform does not fit the size of the images.
         """
         if (class_labels is None) != (self.class_embedding is None):
             raise ValueError(
@@ -625,6 +679,10 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         # 2. down
         if self.config.center_input_sample:
             sample = 2 * sample - 1
+        wavelet_levels = self.config.wavelet_levels
+        if wavelet_levels:
+            check_wavelet_levels(wavelet_levels, *sample.shape[2:])
+            sample = haar_transform(sample, wavelet_levels)
         hidden_states = self.conv_in(sample)
         skips, pyramid = [hidden_states], sample
         for block in self.down_blocks:
@@ -647,6 +705,7 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         else:
             assert pyramid is not None
             hidden_states = pyramid
+        hidden_states = inverse_haar_transform(hidden_states, wavelet_levels)
         if self.config.tanh_output:
             hidden_states = hidden_states.tanh()
 

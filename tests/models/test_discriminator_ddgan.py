@@ -7,6 +7,7 @@ from torch import nn
 
 from ddgan import DDGANDiscriminator
 from ddgan.conversion.ddgan_checkpoints import convert_discriminator
+from ddgan.models.unet_ncsnpp import haar_transform
 
 TINY = {
     "sample_size": 8,
@@ -88,6 +89,18 @@ def test_unsupported_configurations_are_refused():
         tiny(sample_size=(64, 3), down_blocks=(True, True))
     with pytest.raises(ValueError, match="one for each"):
         tiny(down_blocks=(True,))
+    with pytest.raises(ValueError, match="are divisible by"):
+        tiny(sample_size=(16, 18), wavelet_levels=2)
+    with pytest.raises(ValueError, match="sub-bands of a wavelet transform of 2x2 pixels"):
+        tiny(sample_size=8, wavelet_levels=2, down_blocks=(True, True))
+
+
+def test_wavelet_network_sees_the_sub_bands_of_both_images():
+    model = tiny(wavelet_levels=1)
+    plain = tiny(in_channels=4 * model.config.in_channels, sample_size=8)
+    plain.load_state_dict(model.state_dict())
+    sample, t, noisy = inputs()
+    torch.testing.assert_close(model(sample, t, noisy), plain(haar_transform(sample, 1), t, haar_transform(noisy, 1)))
 
 
 def test_pair_order_and_timestep_matter():

@@ -134,12 +134,61 @@ def test_any_number_of_channels_is_divided_into_groups(width):
         {"progressive_combine": "add"},
         {"time_embedding_type": "learned"},
         {"sample_size": (64, 7), "block_out_channels": (8, 8, 8, 8)},
+        {"wavelet_levels": 4},
+        {"wavelet_levels": -1},
+        {"wavelet_levels": 1, "sample_size": (16, 18), "block_out_channels": (8,) * 5},
+        {"wavelet_levels": 2, "sample_size": (16, 18)},
     ],
     ids=str,
 )
 def test_unsupported_configurations_are_refused(changes):
-    with pytest.raises(ValueError, match=r"must be one of|too many to halve"):
+    with pytest.raises(ValueError, match=r"must be one of|too many to halve|are divisible by"):
         NCSNpp(**{**TINY, **changes})
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_haar_transform_is_orthonormal_and_inverted(levels):
+    images = torch.randn(2, 3, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    bands = unet_ncsnpp.haar_transform(images, levels)
+    assert bands.shape == (2, 3 * 4**levels, 8 >> levels, 12 >> levels)
+    torch.testing.assert_close(unet_ncsnpp.inverse_haar_transform(bands, levels), images)
+    torch.testing.assert_close(bands.square().sum(dim=(1, 2, 3)), images.square().sum(dim=(1, 2, 3)))
+    averages = bands[:, :: 4**levels] / 2**levels  # the first sub-band of each channel
+    torch.testing.assert_close(averages, nn.functional.avg_pool2d(images, 2**levels))
+
+
+def test_haar_transform_separates_directions():
+    """Stripes and a checkerboard each fill one of the three difference bands."""
+    x, y = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy")
+    for band, pattern in ((1, x), (2, y), (3, x + y)):
+        bands = unet_ncsnpp.haar_transform((-1.0) ** pattern[None, None], 1)
+        assert [bool(b.any()) for b in bands[0]] == [i == band for i in range(4)]
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_wavelet_network_works_at_reduced_resolution(levels):
+    model = tiny(wavelet_levels=levels, attention_resolutions=(16 >> levels,), tanh_output=False)
+    seen = []
+    model.down_blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    sample, t, z = inputs()
+    output = model(sample, t, z).sample
+    assert output.shape == sample.shape
+    assert seen[0][2:] == (16 >> levels, 16 >> levels)
+    assert model.down_blocks[0].attentions is not None
+    assert model(*inputs(height=24, width=8)).sample.shape == (2, 3, 24, 8)
+    with pytest.raises(ValueError, match="are divisible by"):
+        model(*inputs(height=17))
+    # its layers see sub-bands and predict sub-bands: the same layers without the transforms agree
+    plain = tiny(
+        in_channels=3 * 4**levels,
+        out_channels=3 * 4**levels,
+        sample_size=16 >> levels,
+        attention_resolutions=(16 >> levels,),
+        tanh_output=False,
+    )
+    plain.load_state_dict(model.state_dict())
+    bands = plain(unet_ncsnpp.haar_transform(sample, levels), t, z).sample
+    torch.testing.assert_close(unet_ncsnpp.inverse_haar_transform(bands, levels), output)
 
 
 def test_attention_is_at_the_listed_resolutions():
