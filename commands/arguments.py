@@ -216,8 +216,10 @@ class DDGANArguments(Arguments):
         0, "both networks work on wavelet sub-bands at 1/2, 1/4, ... of the resolution", minimum=0, maximum=4
     )
 
-    lr_g: float = option(1.6e-4, "learning rate of the generator (Adam with betas 0.5 and 0.9)", above=0)
+    lr_g: float = option(1.6e-4, "learning rate of the generator", above=0)
     lr_d: float = option(1.25e-4, "learning rate of the discriminator", above=0)
+    adam_beta1: float = option(0.5, "Adam: decay of the mean of the gradients", minimum=0, below=1)
+    adam_beta2: float = option(0.9, "Adam: decay of the mean of their squares", minimum=0, below=1)
     lr_min: float = option(
         1e-5, "final learning rate of both, after a cosine decay that is constant within an epoch", minimum=0
     )
@@ -232,6 +234,9 @@ class DDGANArguments(Arguments):
     )
     instance_noise: float = option(
         0.0, "standard deviation of noise on clean images, real and generated, for the discriminator", minimum=0
+    )
+    reconstruction_weight: float = option(
+        0.0, "weight of the squared error of the predicted clean image; speeds up training on small data", minimum=0
     )
     diffaug: list[str] = option(
         [], "differentiable augmentations, for small datasets: any of color,translation,cutout"

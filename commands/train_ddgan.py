@@ -52,11 +52,19 @@ def train_ddgan(
         generator.enable_gradient_checkpointing()
         discriminator.enable_gradient_checkpointing()
 
-    gan = GANSetup(generator, discriminator, scheduler, args.diffaug, args.gan_loss, args.instance_noise)
+    gan = GANSetup(
+        generator,
+        discriminator,
+        scheduler,
+        args.diffaug,
+        args.gan_loss,
+        args.instance_noise,
+        args.reconstruction_weight,
+    )
     finite_differences = args.gradient_penalty == "finite_differences"
     penalties = GradientPenalties(args.r1_gamma, args.r2_gamma, args.lazy_reg, finite_differences)
     cosine = partial(cosine_by_epoch, lowest=args.lr_min, steps_per_epoch=data.plan.steps_per_epoch)
-    adam = partial(torch.optim.Adam, betas=(0.5, 0.9), fused=True)
+    adam = partial(torch.optim.Adam, betas=(args.adam_beta1, args.adam_beta2), fused=True)
     networks = [
         TrainedNetwork(
             name="d",
@@ -129,6 +137,7 @@ def build(
             num_class_embeds=num_class_embeds,
             id2label=dict(enumerate(classes)) if classes else None,
             dropout=args.dropout,
+            wavelet_levels=args.wavelet_levels,
         )
         discriminator = DDGANDiscriminator(
             sample_size=square,
@@ -137,24 +146,23 @@ def build(
             block_out_channels=[multiple * args.discriminator_channels for multiple in multiples],
             down_blocks=down_blocks,
             near_zero_conv_out=args.discriminator == "small",
-            wavelet_levels=args.wavelet_levels,
             num_class_embeds=num_class_embeds,
+            wavelet_levels=args.wavelet_levels,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-    return generator, discriminator, scheduler
-
-
-USAGE = """
-from diffusers import DiffusionPipeline
-            wavelet_levels=args.wavelet_levels,
-
-pipe = DiffusionPipeline.from_pretrained({model}, trust_remote_code=True)
-image = pipe({inputs}).images[0]
     heights = [size[0] >> args.wavelet_levels + level for level in range(len(args.block_out_channels))]
     if others := [height for height in args.attention_resolutions if height not in heights]:
         raise InputError(
             f"--attention_resolutions {others[0]}: at {size[0]}x{size[1]} pixels the feature maps of the "
             f"{len(heights)} levels (--block_out_channels) have heights {', '.join(map(str, heights))}."
         )
+    return generator, discriminator, scheduler
+
+
+USAGE = """
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({model}, trust_remote_code=True)
+image = pipe({inputs}).images[0]
 """

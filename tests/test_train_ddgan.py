@@ -213,6 +213,20 @@ def test_the_loss_and_the_penalties_are_those_of_the_flags(train):
     first, second = read_metrics(run / "metrics.csv")
     assert first["d_loss"] == pytest.approx(math.log(2) + first["d_r1"] + first["d_r2"], abs=1e-3)
     assert second["g_loss"] == pytest.approx(math.log(2), abs=0.05)
+    assert "g_reconstruction" not in first
+    run = train("reconstruction", "--reconstruction_weight", 20, "--max_train_steps", 1)
+    (row,) = read_metrics(run / "metrics.csv")
+    assert row["g_reconstruction"] > 0
+    assert row["g_loss"] == pytest.approx(math.log(2) + row["g_reconstruction"], abs=1e-3)
+
+
+def test_networks_on_wavelet_sub_bands_train_and_are_saved(train):
+    run = train("run", "--image_size", 16, "--wavelet_levels", 1, "--max_train_steps", 2)
+    networks = [load_file(run / "checkpoints" / "step-00000002" / f"model{i}.safetensors") for i in ("", "_1")]
+    assert sorted(weights["conv_in.weight"].shape[1] for weights in networks) == [3 * 4, 2 * 3 * 4]
+    pipe = DDGANPipeline.from_pretrained(run)
+    assert pipe.unet.config.wavelet_levels == 1
+    assert pipe(batch_size=1).images[0].size == (16, 16)
 
 
 def test_mixed_precision_stays_near_and_keeps_r1_in_float32(train, started):
@@ -248,6 +262,8 @@ def test_a_class_conditional_run_generates_each_class(train, kinds):
         (["--variance_schedule", "geometric"], "Possible values: 0 <= eps < 1 and 0 < beta_min"),
         (["--block_out_channels", "8", "8", "8", "8", "8"], "too many to halve images of 8x8"),
         (["--discriminator", "large"], "too often for images of 8x8"),
+        (["--wavelet_levels", "1"], "too often for sub-bands of a wavelet transform of 4x4"),
+        (["--wavelet_levels", "4"], "images of 8x8 pixels can be halved that many times only if"),
         (["--class_conditional"], "is not in a subfolder"),
         (["--attention_resolutions", "5"], "--attention_resolutions 5: .* of the 2 levels .* have heights 8, 4"),
         (["--lr_g", "0"], "--lr_g is 0.0; it must be greater than 0"),

@@ -144,11 +144,24 @@ def gradient_norms(gan, batch):
     """Return the squared norms of D's gradient at the real and at the generated images of a batch."""
     t, less_noisy, noisier = gan.real_pair(batch)
     norms = []
-    for images in (less_noisy, gan.fake(gan.generator, batch, t, noisier).detach()):
+    for images in (less_noisy, gan.fake(gan.generator, batch, t, noisier)[0].detach()):
         images.requires_grad_()
         (gradient,) = torch.autograd.grad(gan.discriminator(images, t, noisier).sum(), images)
         norms.append(gradient.flatten(1).square().sum(1))
     return norms
+
+
+def test_reconstruction_is_the_error_of_the_clean_image_weighted_by_the_signal():
+    gan, plain = tiny_gan(reconstruction_weight=3.0), tiny_gan()
+    values = GeneratorObjective(gan)(gan.generator, micro_batch())
+    batch = micro_batch()
+    t, _, noisier = gan.real_pair(batch)
+    predicted = gan.predict(gan.generator, batch, t, noisier)
+    error = F.mse_loss(predicted, batch.images, reduction="none").mean(dim=(1, 2, 3))
+    torch.testing.assert_close(values["reconstruction"], 3.0 * gan.scheduler.alphas_cumprod[t] * error)
+    without = GeneratorObjective(plain)(plain.generator, micro_batch())
+    assert list(without) == ["loss"]
+    torch.testing.assert_close(values["loss"], without["loss"] + values["reconstruction"])
 
 
 def test_r2_is_the_penalty_of_generated_images():

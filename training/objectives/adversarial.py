@@ -33,6 +33,8 @@ class GANSetup:
             generated pair with the same noisier image (arXiv 1807.00734).
         instance_noise: standard deviation of noise that is added to clean images, real and generated ones, before the
             discriminator (arXiv 1610.04490).
+        reconstruction_weight: weight of the mean squared error of the predicted clean image, times the signal level
+            `alphas_cumprod[t]` of the noisier image, in the loss of the generator.
     """
 
     generator: NCSNpp
@@ -41,6 +43,7 @@ class GANSetup:
     augment: Sequence[str] = ()
     loss: GANLoss = "non_saturating"
     instance_noise: float = 0.0
+    reconstruction_weight: float = 0.0
 
     def discriminator_loss(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         """Return the loss (B,) of the discriminator from its logits (B,)."""
@@ -68,11 +71,22 @@ class GANSetup:
 
     def fake(
         self, generator: torch.nn.Module, batch: MicroBatch, t: torch.Tensor, noisier: torch.Tensor
-    ) -> torch.Tensor:
-        """Return a generated less noisy image, sampled from the posterior given the predicted clean image."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a generated less noisy image, sampled from the posterior, and the predicted clean image."""
         predicted = self.predict(generator, batch, t, noisier)
         noise = batch.rng.normal(*noisier.shape[1:])
-        return self.scheduler.step(predicted, t, noisier, variance_noise=noise, return_dict=False)[0]
+        less_noisy = self.scheduler.step(predicted, t, noisier, variance_noise=noise, return_dict=False)[0]
+        return less_noisy, predicted
+
+    def reconstruction_loss(self, predicted: torch.Tensor, batch: MicroBatch, t: torch.Tensor) -> torch.Tensor:
+        """Return the weighted squared error (B,) of predicted clean images.
+
+        The weight falls with the noise, because where the image is not determined by its noisy version, the best
+        prediction is blurred.
+        """
+        signal = self.scheduler.alphas_cumprod.to(t.device)[t]
+        error = (predicted.float() - batch.images).square().mean(dim=(1, 2, 3))
+        return self.reconstruction_weight * signal * error
 
     def add_instance_noise(self, batch: MicroBatch, t: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Return less noisy images of pairs; those without noise, at t = 0, get instance noise."""
@@ -174,7 +188,7 @@ class DiscriminatorObjective:
         gan = self.gan
         t, less_noisy, noisier = gan.real_pair(batch)
         with torch.no_grad():
-            fake_image = gan.fake(gan.generator, batch, t, noisier)
+            fake_image, _ = gan.fake(gan.generator, batch, t, noisier)
         logits, values = [], {}
         for name, images, gamma in zip(
             ("r1", "r2"), (less_noisy, fake_image), self.penalties.gammas(batch.step), strict=True
@@ -205,13 +219,18 @@ class GeneratorObjective:
         self.gan = gan
 
     def __call__(self, generator: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Return `loss`, (B,)."""
+        """Return `loss`, and with a reconstruction loss also its term `reconstruction`, each (B,)."""
         gan = self.gan
         t, less_noisy, noisier = gan.real_pair(batch)
-        fake_image = gan.add_instance_noise(batch, t, gan.fake(generator, batch, t, noisier))
+        fake_image, predicted = gan.fake(generator, batch, t, noisier)
+        fake_image = gan.add_instance_noise(batch, t, fake_image)
         fake, real = gan.discriminate(gan.discriminator, batch, t, fake_image, noisier), None
         if gan.loss == "relativistic":
             with torch.no_grad():
                 less_noisy = gan.add_instance_noise(batch, t, less_noisy)
                 real = gan.discriminate(gan.discriminator, batch, t, less_noisy, noisier)
-        return {"loss": gan.generator_loss(real, fake)}
+        loss = gan.generator_loss(real, fake)
+        if not gan.reconstruction_weight:
+            return {"loss": loss}
+        reconstruction = gan.reconstruction_loss(predicted, batch, t)
+        return {"loss": loss + reconstruction, "reconstruction": reconstruction}
