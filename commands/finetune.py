@@ -11,7 +11,13 @@ from ..core.files import location_name
 from ..hub.cards import CardFacts, carry_over_license, string_literal
 from ..sampling.generation import PipelineSampler
 from ..sampling.loading import ddim_usage
-from ..training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
+from ..training.arguments import (
+    DataArguments,
+    EvaluationArguments,
+    LearningRateArguments,
+    RunArguments,
+    ValidationArguments,
+)
 from ..training.ema import EMA
 from ..training.job import TrainedNetwork, TrainingJob
 from ..training.lr_schedules import adamw, lr_schedule
@@ -28,6 +34,7 @@ def finetune(
     learning_rate: LearningRateArguments,
     data_args: DataArguments,
     evaluation: EvaluationArguments,
+    validation: ValidationArguments,
     args: FinetuneArguments,
 ) -> FinishedRun:
     """Fine-tune a pretrained UNet, or train a new one, on images with the denoising loss and AdamW.
@@ -50,12 +57,12 @@ def finetune(
         facts |= carry_over_license(args.start_model)
         facts["grids_before"] = {"": "The start model, from the same seeds."}
     unet = pipeline.unet
-    data = session.load_data(data_args, unet.config.in_channels, image_size(unet))
+    data = session.load_data(data_args, unet.config.in_channels, image_size(unet), validation=validation)
     trained_parameters = freeze(unet, args)
     if run.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
 
-    arguments = (run, learning_rate, data_args, evaluation, args)
+    arguments = (run, learning_rate, data_args, evaluation, validation, args)
     card = CardFacts(
         title=run.model_save_name,
         summary=f"An unconditional diffusion model trained from scratch on {data.name}."

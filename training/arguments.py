@@ -180,6 +180,20 @@ class EvaluationArguments(Arguments):
 
 
 @dataclass
+class ValidationArguments(Arguments):
+    """The validation loss: the training loss on held-out images, at fixed noise and timesteps."""
+
+    _argument_group_name = "validation"
+
+    validation_fraction: float = option(
+        0.0, "share of the images to hold out from training for the validation loss; 0: none", minimum=0, below=1
+    )
+    validation_every: int = option(
+        200, "optimizer steps between computations of the validation loss; it is always computed at the end", minimum=1
+    )
+
+
+@dataclass
 class LabelArguments(Arguments):
     """The class labels of the images."""
 

@@ -252,9 +252,9 @@ class Checkpoints:
             if state.get(key, value) != value:  # earlier versions saved fewer keys
                 advice = _REASONS.get(
                     key,
-                    "use the same images, network, trained parameters, prediction type, --seed, --ema_decay, numbers "
-                    "of sampling steps, fp16 setting and global batch size (--batch_size x --grad_accumulation_steps "
-                    "x processes)",
+                    "use the same images, --validation_fraction, network, trained parameters, prediction type, "
+                    "--seed, --ema_decay, numbers of sampling steps, fp16 setting and global batch "
+                    "size (--batch_size x --grad_accumulation_steps x processes)",
                 )
                 raise InputError(
                     f"{checkpoint} was saved with {_INVARIANTS[key]} = {state[key]}, but this run has {value}, so it "

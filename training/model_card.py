@@ -28,7 +28,7 @@ from .evaluator import EvaluationHistory
 from .plan import BatchPlan
 from .progress import RunProgress
 from .run_folder import RunFolder, step_of_grid
-from .tracking import read_metrics
+from .tracking import VALIDATION_LOSS, lowest_validation_loss, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class RunFacts:
         precision: arithmetic precision of the training.
         hardware: name of the device.
         losses: by column, the means over the last `loss_steps` steps.
+        validation: the newest validation loss and the lowest, if the run has any.
         seconds: total time, including the time before the run was resumed.
         waiting_share: share of the training time spent waiting for data.
         broken_images: images skipped because they cannot be read.
@@ -71,6 +72,7 @@ class RunFacts:
     hardware: str
     losses: dict[str, float]
     loss_steps: int
+    validation: str | None
     seconds: float
     waiting_share: float
     broken_images: int
@@ -119,11 +121,19 @@ def collect_facts(
     accelerator: Accelerator,
     network: str,
     image_size: str,
+    held_out: int | None,
 ) -> RunFacts:
-    """Return the facts of a run so far; only the main process has its metrics."""
+    """Return the facts of a run so far; only the main process has its metrics.
+
+    Args:
+        network: class and size of the network that is saved.
+        image_size: size and channels of the images.
+        held_out: number of images held out for the validation loss.
+    """
     step = progress.step
-    rows = read_metrics(folder.metrics)[-_LOSS_STEPS:]
-    columns = rows[0] if rows else {}
+    all_rows = read_metrics(folder.metrics)
+    rows = all_rows[-_LOSS_STEPS:]
+    columns = [name for name in (rows[0] if rows else {}) if name.endswith("loss") and name != VALIDATION_LOSS]
     return RunFacts(
         network=network,
         image_size=image_size,
@@ -136,16 +146,27 @@ def collect_facts(
         precision=describe_precision(accelerator),
         hardware=describe_hardware(accelerator),
         losses={
-            name: fmean(values)
-            for name in columns
-            if name.endswith("loss") and (values := [row[name] for row in rows if not isnan(row[name])])
+            name: fmean(values) for name in columns if (values := [row[name] for row in rows if not isnan(row[name])])
         },
         loss_steps=len(rows),
+        validation=_describe_validation(all_rows, held_out) if held_out else None,
         seconds=progress.clock.total_seconds,
         waiting_share=progress.clock.waiting_share,
         broken_images=len(progress.broken),
         evaluations=progress.evaluations,
     )
+
+
+def _describe_validation(rows: list[dict[str, float]], held_out: int) -> str | None:
+    """Describe the newest validation loss in metrics.csv and the lowest; None if there is none."""
+    lowest = lowest_validation_loss(rows)
+    if lowest is None:
+        return None
+    newest = next(row for row in reversed(rows) if not isnan(row[VALIDATION_LOSS]))
+    value, step = newest[VALIDATION_LOSS], int(newest["step"])
+    more = "the lowest" if step == lowest[1] else f"lowest {lowest[0]:.4f} at step {lowest[1]:,}"
+    images = "1 held-out image" if held_out == 1 else f"{held_out:,} held-out images"
+    return f"{value:.4f} at step {step:,}, {more}; of {images}"
 
 
 def describe_hardware(accelerator: Accelerator) -> str:
@@ -184,6 +205,7 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
         + (f", {facts.epochs:.1f} epochs" if facts.num_images else ""),
         "global batch size": f"{facts.global_batch_size}, {processes}",
         **{name: f"{loss:.4f}, mean of the last {facts.loss_steps} steps" for name, loss in facts.losses.items()},
+        **({"validation loss": facts.validation} if facts.validation else {}),
         "hardware": f"{facts.hardware}, {facts.precision}",
         "time": f"{facts.seconds / 60:.1f} minutes",
     }

@@ -21,6 +21,8 @@ def opening(
     """Return the data, the length and the size of a run, in two sentences."""
     plan = data.plan
     images = f"{plan.num_images:,} images" if plan.num_images else "a stream of images"
+    if data.validation_plan:
+        images += f" ({data.validation_plan.num_images:,} more are held out)"
     precision = describe_precision(accelerator)
     return (
         f"Training on {images}: {describe_length(plan, total_steps)}, {describe_batch(plan)}. "
@@ -46,10 +48,12 @@ def overview(
     plan, preprocessing = data.plan, data.preprocessing
     count = f"{plan.num_images:,} images" if plan.num_images else "a stream"
     length = describe_length(plan, total_steps)
+    held_out = data.validation_plan and data.validation_plan.num_images
     return {
         "trained": describe_parameters(job),
         "images": f"{data.name}: {count}, used at {preprocessing.width}x{preprocessing.height} with "
         f"{preprocessing.channels} channels",
+        **({"validation": f"{held_out:,} more, every {data.validation_every:,} steps"} if held_out else {}),
         "length": length + (f", of which {first_step:,} are done" if first_step else ""),
         "batch": describe_batch(plan),
         "hardware": f"{describe_hardware(accelerator)}, {describe_precision(accelerator)}",

@@ -19,7 +19,7 @@ from ..data.arguments import check_value_range
 from ..data.preprocessing import Preprocessing
 from ..data.sources import ImageSource
 from ..sampling.grids import image_grid, rows_by_class
-from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
+from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments, ValidationArguments
 from .evaluator import Evaluator
 from .job import TrainingJob
 from .loading import TrainingData
@@ -76,8 +76,9 @@ class Session:
         labels: LabelArguments | None = None,
         source: ImageSource | None = None,
         classes: Sequence[str] | None = None,
+        validation: ValidationArguments | None = None,
     ) -> TrainingData:
-        """Open the training images.
+        """Open the training images, and those for the validation loss.
 
         Args:
             channels: channels of the images that the network takes, 1 to 4.
@@ -85,6 +86,7 @@ class Session:
             labels: where the class labels are, if the run uses them.
             source: the images, if they are only a subset of those in `args`.
             classes: class names of the start model, which the labels must fit.
+            validation: which images to hold out, if the run can have a validation loss: that of its first network.
         """
         height, width = size
         return TrainingData(
@@ -101,6 +103,7 @@ class Session:
             labels,
             source,
             classes,
+            validation,
             batch_size=self.run.batch_size,
             accumulation=self.run.grad_accumulation_steps,
             processes=self.accelerator.num_processes,
