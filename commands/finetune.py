@@ -20,9 +20,10 @@ from ..training.arguments import (
 )
 from ..training.ema import EMA
 from ..training.job import TrainedNetwork, TrainingJob
-from ..training.lr_schedules import adamw, lr_schedule
+from ..training.lr_schedules import lr_schedule
 from ..training.model_card import FinishedRun, settings_for_card
 from ..training.objectives.denoising import DenoisingObjective
+from ..training.optimizers import adamw
 from ..training.sample_grids import save_before_after
 from ..training.session import Session
 from ..training.start_model import image_size, load_start_model, new_model
@@ -43,7 +44,7 @@ def finetune(
         InputError: if the arguments are invalid.
         RunError: if the run fails after it has started.
     """
-    session = Session.open(run, supports_fsdp=True)
+    session = Session.open(run, supports_fsdp=not learning_rate.use_8bit_adam)
     if args.model_config:
         torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
         pipeline = new_model(args.model_config, data_args.size, args.prediction_type)

@@ -16,9 +16,10 @@ from ..sampling.loading import ddim_usage
 from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments, ValidationArguments
 from ..training.ema import EMA
 from ..training.job import TrainedNetwork, TrainingJob
-from ..training.lr_schedules import adamw, lr_schedule
+from ..training.lr_schedules import lr_schedule
 from ..training.model_card import FinishedRun, settings_for_card
 from ..training.objectives.denoising import ClassConditionalObjective
+from ..training.optimizers import adamw
 from ..training.session import Session
 from .arguments import (
     ClassConditionalArguments,

@@ -20,9 +20,10 @@ from ..training.arguments import LabelArguments
 from ..training.ema import EMA
 from ..training.job import TrainedNetwork, TrainingJob
 from ..training.loading import hold_out, open_training_source
-from ..training.lr_schedules import adamw, lr_schedule
+from ..training.lr_schedules import lr_schedule
 from ..training.model_card import FinishedRun, settings_for_card
 from ..training.objectives.classification import NOISE, ROTATION, SCALING, SHIFT, ClassificationObjective
+from ..training.optimizers import adamw
 from ..training.run_folder import RunFolder
 from ..training.session import Session
 from ..training.tracking import MetricsFile

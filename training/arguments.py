@@ -1,11 +1,13 @@
 """Arguments shared by the training commands; nothing here imports PyTorch."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from ..core.cli import Arguments, option
 from ..core.errors import InputError
+from ..core.extras import missing_extra
 from ..core.locations import resolve_locations, resolve_paths
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import METRIC_NAMES, MIN_IMAGES, resolve_extractor
@@ -219,3 +221,11 @@ class LearningRateArguments(Arguments):
     adam_beta2: float = option(0.999, "AdamW: decay of the mean of their squares", minimum=0, below=1)
     adam_weight_decay: float = option(1e-2, "AdamW: weight decay, times the learning rate", minimum=0)
     adam_epsilon: float = option(1e-8, "AdamW: added to the root of the mean of the squares", above=0)
+    use_8bit_adam: bool = option(
+        False, "AdamW: keep both means in 8 bits (bitsandbytes), with about a quarter of the memory"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.use_8bit_adam and not find_spec("bitsandbytes"):
+            raise InputError(f"--use_8bit_adam needs a package: {missing_extra('bitsandbytes', 'bitsandbytes')}.")

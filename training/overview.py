@@ -12,6 +12,7 @@ from .arguments import RunArguments
 from .job import TrainingJob
 from .loading import TrainingData
 from .model_card import describe_hardware, describe_precision
+from .optimizers import state_bytes
 from .plan import BatchPlan
 
 
@@ -86,7 +87,7 @@ def _memory(job: TrainingJob, args: RunArguments, activations: Sequence[int] | N
     parts = {
         "weights": sum(_bytes(spec.network.parameters()) for spec in job.networks),
         "gradients": trained,
-        "optimizer": 2 * trained,  # Adam: two moments
+        "optimizer": sum(state_bytes(spec.optimizer) for spec in job.networks),
         "EMA": _bytes(job.ema.weights()),
     }
     more = ", and activations"
@@ -100,9 +101,9 @@ def _memory(job: TrainingJob, args: RunArguments, activations: Sequence[int] | N
 def _disk(job: TrainingJob, args: RunArguments, total_steps: int) -> str:
     """Describe the disk space for the pipeline and the checkpoints; one is removed after the next is written."""
     weights = sum(_bytes(spec.network.parameters()) for spec in job.networks)
-    trained = sum(_trained_bytes(spec.network) for spec in job.networks)
+    optimizers = sum(state_bytes(spec.optimizer) for spec in job.networks)
     pipeline = _bytes(job.ema.network.parameters())
-    checkpoint = weights + 2 * trained + _bytes(job.ema.weights())
+    checkpoint = weights + optimizers + _bytes(job.ema.weights())
     saves = -(-total_steps // args.checkpointing_steps) if args.checkpointing_steps else 1
     kept = min(saves, args.checkpoints_total_limit + 1) if args.checkpoints_total_limit else saves
     folder = Path(args.output_dir).absolute()

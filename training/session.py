@@ -50,7 +50,7 @@ class Session:
         """Check that the run folder can be used and the user is logged in to the Hub, and start Accelerate.
 
         Args:
-            supports_fsdp: whether the network of the run can be sharded.
+            supports_fsdp: whether the network of the run and its optimizer can be sharded.
             supports_fp16: whether the losses of the run can be computed in fp16.
 
         Raises:
@@ -61,8 +61,8 @@ class Session:
         accelerator = _start(run, supports_fp16)
         if accelerator.is_fsdp2 and not supports_fsdp:
             raise InputError(
-                "Only ddgan finetune trains with FSDP; this network is small enough to be trained without sharding, "
-                "in one or several processes."
+                "FSDP is supported by ddgan finetune alone, and not with --use_8bit_adam, which bitsandbytes cannot "
+                "shard. Train without sharding, in one or several processes, or omit --use_8bit_adam."
             )
         uploads = run.push_to_hub and not run.dry_run
         repo_id = repository_id(run) if uploads and accelerator.is_main_process else None
