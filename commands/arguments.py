@@ -51,6 +51,7 @@ DISCRIMINATORS = {
     "large": ((4, 8, 8, 8, 8, 8), (True, True, True, True, True, True)),
 }
 AUGMENTATIONS = ("color", "translation", "cutout")
+MAX_ATTENTION_HEIGHT = 16  # of the feature maps with attention by default, as in all recipes of the paper
 
 MAX_WIDTH, MAX_LAYERS = 16_384, 100  # far above any network that can be trained
 
@@ -199,7 +200,12 @@ class DDGANArguments(Arguments):
         maximum=MAX_WIDTH,
     )
     layers_per_block: int = option(2, "generator: residual blocks per level", minimum=1, maximum=MAX_LAYERS)
-    attention_resolutions: list[int] = option([16], "generator: feature map heights with attention", minimum=1)
+    attention_resolutions: list[int] | None = option(
+        None,
+        "generator: feature map heights with attention, besides the lowest level; 0: none (default: the largest of at "
+        "most 16)",
+        minimum=0,
+    )
     latent_dim: int = option(100, "generator: length of the latent z", minimum=1, maximum=MAX_WIDTH)
     latent_embed_dim: int = option(256, "generator: width of the mapping network of z", minimum=1, maximum=MAX_WIDTH)
     latent_mapping_layers: int = option(
