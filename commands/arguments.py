@@ -21,6 +21,7 @@ from ..evaluation.arguments import (
     INCEPTION,
     MIN_IMAGES,
     NORM_GROUPS,
+    PIXELS,
     STACKED_MNIST_SAMPLES,
     resolve_extractor,
 )
@@ -563,7 +564,8 @@ class EvaluateArguments(SamplingArguments):
     )
     feature_extractor: str | None = option(
         None,
-        f"{', '.join(EXTRACTOR_NAMES)} (default: {INCEPTION}), or a classifier folder from ddgan train-classifier",
+        f"{', '.join(EXTRACTOR_NAMES)} (default: {INCEPTION}), or a classifier folder from ddgan train-classifier; "
+        f"the first two download their weights, {PIXELS} needs none",
     )
     extractor_weights: str | None = option(None, "file (inception-v3-compat) or folder (dinov2) with its weights")
     classifier: str | None = option(

@@ -165,7 +165,9 @@ class EvaluationArguments(Arguments):
     )
     eval_images: int = option(1000, "samples in an evaluation", minimum=MIN_IMAGES)
     feature_extractor: str | None = option(
-        None, "inception-v3-compat (default), dinov2, pixels-8x8, or a classifier folder (ddgan train-classifier)"
+        None,
+        "inception-v3-compat (default) and dinov2, which download their weights, pixels-8x8, which needs none, or a "
+        "classifier folder (ddgan train-classifier)",
     )
     extractor_weights: str | None = option(
         None, "file (inception-v3-compat) or folder (dinov2) with the weights of the extractor"
