@@ -30,6 +30,7 @@ from ..guidance.arguments import (
     DEFAULT_MODEL,
     TOWARDS_HELP,
     clip_model_names,
+    default_guidance_scale,
     parse_color,
     split_loss,
 )
@@ -60,7 +61,6 @@ CLASS_DATASETS = ("mnist", "fashion_mnist")
 MIN_WIDTH = 8  # channels of one attention head in the blocks of Diffusers
 
 GRID_IMAGES = 64
-DEFAULT_GUIDANCE_SCALE = 40.0
 
 DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline to evaluate; with fewer the bias of FID is large
 
@@ -477,7 +477,8 @@ class GenerateArguments(SamplingArguments):
     guidance_scale: float | None = option(
         None,
         "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one (default: "
-        f"{DEFAULT_GUIDANCE_SCALE:g}). Without these, classifier-free guidance towards --class_labels",
+        f"{default_guidance_scale(1):g} / number of steps). Without these, classifier-free guidance towards "
+        "--class_labels",
     )
     guidance_gradient: Literal["sample", "model"] | None = option(
         None, "model: differentiate through the network too, which takes more time and memory (default: sample)"
@@ -499,7 +500,6 @@ class GenerateArguments(SamplingArguments):
         elif self.clip_model:
             raise InputError("--clip_model needs a --clip_prompt, or a CLIP loss in --towards.")
         if self.is_guided:
-            self.guidance_scale = DEFAULT_GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
             self.guidance_gradient = self.guidance_gradient or "sample"
         elif self.guidance_gradient or (self.guidance_scale is not None and not self.class_labels):
             raise InputError(
