@@ -115,7 +115,7 @@ def test_a_run_saves_a_pipeline_that_generates_images(train):
         assert tracked.Scalars(name)[-1].value == pytest.approx(newest)
     card = (run / "README.md").read_text()
     assert "trained from scratch" in card.lower()
-    assert "| d_loss |" in card
+    assert "| discriminator loss |" in card and "| generator loss |" in card
     assert (run / "loss.png").exists()
 
 

@@ -35,7 +35,7 @@ from .model_card import (
     write_card,
 )
 from .objectives.micro_batch import MicroBatch
-from .overview import count_parameters, format_duration, opening, overview, saved_bytes
+from .overview import count_parameters, describe_size, format_duration, opening, overview, saved_bytes
 from .progress import RunProgress
 from .randomness import PerSampleRNG, fold_in
 from .run_folder import RunFolder
@@ -584,7 +584,7 @@ class Trainer:
         replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))
 
     def _facts(self) -> RunFacts:
-        preprocessing, network = self.data.preprocessing, self.job.ema.network
+        network = self.job.ema.network
         return collect_facts(
             self.folder,
             self.progress,
@@ -592,7 +592,7 @@ class Trainer:
             self.total_steps,
             self.accelerator,
             network=f"{type(network).__name__}, {count_parameters(network)[1]:,} parameters",
-            image_size=f"{preprocessing.width}x{preprocessing.height}, {preprocessing.channels} channels",
+            image_size=describe_size(self.data.preprocessing),
             held_out=self.data.validation_plan and self.data.validation_plan.num_images,
         )
 

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _PRIVATE = {"output_dir", "train_data_dir", "resume_from_checkpoint", "hub_model_id", "hub_private", "push_to_hub"}
 _PRIVATE |= {"dry_run"}
 _LOSS_STEPS = 100  # newest steps over which the losses on the card are averaged
+# columns of metrics.csv as rows of the card
+_LOSS_NAMES = {"loss": "training loss", "g_loss": "generator loss", "d_loss": "discriminator loss"}
 
 
 @dataclass(frozen=True)
@@ -202,9 +204,12 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
         "image size": facts.image_size,
         "data": f"{card.dataset}, {data}",
         "trained for": f"{facts.step:,} of {facts.total_steps:,} optimizer steps"
-        + (f", {facts.epochs:.1f} epochs" if facts.num_images else ""),
+        + (f", {_significant(facts.epochs)} epochs" if facts.num_images else ""),
         "global batch size": f"{facts.global_batch_size}, {processes}",
-        **{name: f"{loss:.4f}, mean of the last {facts.loss_steps} steps" for name, loss in facts.losses.items()},
+        **{
+            _LOSS_NAMES.get(name, name): f"{loss:.4f}, mean of the last {facts.loss_steps} steps"
+            for name, loss in facts.losses.items()
+        },
         **({"validation loss": facts.validation} if facts.validation else {}),
         "hardware": f"{facts.hardware}, {facts.precision}",
         "time": f"{facts.seconds / 60:.1f} minutes",
@@ -229,6 +234,10 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
     replace_file(folder.card, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
 
 
+def _significant(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
+
+
 def _existing(folder: RunFolder, captions: Mapping[Path, str]) -> dict[str, str]:
     """Return the captions of the existing images by their names relative to the folder."""
     return {path.relative_to(folder.path).as_posix(): caption for path, caption in captions.items() if path.exists()}
@@ -240,7 +249,7 @@ def _grid_for_card(folder: RunFolder, step: int) -> dict[Path, str]:
     if grid is None:
         return {}
     grid_step = step_of_grid(grid)
-    caption = f"Samples after {grid_step:,} steps" if grid_step else "Samples before training"
+    caption = f"Samples after {grid_step:,} optimizer steps" if grid_step else "Samples before training"
     if grid_step != step:
         caption += f"; these weights are from step {step:,}"
     return {grid: f"{caption}."}

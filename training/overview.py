@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..core.files import format_size
+from ..data.preprocessing import Preprocessing
 from .arguments import RunArguments
 from .job import TrainingJob
 from .loading import TrainingData
@@ -46,14 +47,13 @@ def overview(
         first_step: the step from which it starts or resumes.
         activations: bytes that each network keeps for the backward pass, for one image; None if unknown.
     """
-    plan, preprocessing = data.plan, data.preprocessing
+    plan = data.plan
     count = f"{plan.num_images:,} images" if plan.num_images else "a stream"
     length = describe_length(plan, total_steps)
     held_out = data.validation_plan and data.validation_plan.num_images
     return {
         "trained": describe_parameters(job),
-        "images": f"{data.name}: {count}, used at {preprocessing.width}x{preprocessing.height} with "
-        f"{preprocessing.channels} channels",
+        "images": f"{data.name}: {count}, used at {describe_size(data.preprocessing)}",
         **({"validation": f"{held_out:,} more, every {data.validation_every:,} steps"} if held_out else {}),
         "length": length + (f", of which {first_step:,} are done" if first_step else ""),
         "batch": describe_batch(plan),
@@ -123,6 +123,12 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def _trained_bytes(network: torch.nn.Module) -> int:
     return _bytes(parameter for parameter in network.parameters() if parameter.requires_grad)
+
+
+def describe_size(preprocessing: Preprocessing) -> str:
+    """Return the width, height and channels of the images that the network takes."""
+    channels = "1 channel" if preprocessing.channels == 1 else f"{preprocessing.channels} channels"
+    return f"{preprocessing.width}x{preprocessing.height}, {channels}"
 
 
 def describe_length(plan: BatchPlan, total_steps: int) -> str:

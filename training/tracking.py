@@ -215,7 +215,8 @@ def plot_losses(metrics_path: Path, plot_path: Path) -> None:
         losses.plot(steps, values, color=f"C{color}", alpha=0.25, linewidth=0.8)
         width = min(len(values), max(1, len(values) // 20))
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        losses.plot(steps[width - 1 :], smooth, color=f"C{color}", label=f"{name}, mean of the last {width} steps")
+        mean = f", mean of the last {width} steps" if width > 1 else ""
+        losses.plot(steps[width - 1 :], smooth, color=f"C{color}", label=f"{name}{mean}")
     if validated := [row for row in rows if not isnan(row.get(VALIDATION_LOSS, nan))]:
         values = [row[VALIDATION_LOSS] for row in validated]
         losses.plot([row["step"] for row in validated], values, "ko-", markersize=3, label=VALIDATION_LOSS)
