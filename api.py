@@ -46,6 +46,7 @@ from .training.arguments import (
     LabelArguments,
     LearningRateArguments,
     RunArguments,
+    ValidationArguments,
 )
 
 if TYPE_CHECKING:
@@ -143,7 +144,14 @@ def _nothing_left_behind() -> Iterator[None]:
             raise
 
 
-@_takes_flags_of(RunArguments, LearningRateArguments, DataArguments, EvaluationArguments, FinetuneArguments)
+@_takes_flags_of(
+    RunArguments,
+    LearningRateArguments,
+    DataArguments,
+    EvaluationArguments,
+    ValidationArguments,
+    FinetuneArguments,
+)
 def finetune(*arguments: Any) -> "FinishedRun":
     """Fine-tune an unconditional pipeline on images.
 
@@ -193,6 +201,7 @@ def train_ddgan(*arguments: Any) -> "FinishedRun":
     DataArguments,
     LabelArguments,
     EvaluationArguments,
+    ValidationArguments,
     ClassConditionalArguments,
     config=str(EXAMPLES / "recipes" / "class_conditional_tutorial.yaml"),
 )

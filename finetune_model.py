@@ -13,7 +13,13 @@ from ddgan.commands.arguments import FinetuneArguments
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import run_command
 from ddgan.core.locations import EXAMPLES
-from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
+from ddgan.training.arguments import (
+    DataArguments,
+    EvaluationArguments,
+    LearningRateArguments,
+    RunArguments,
+    ValidationArguments,
+)
 
 # flags that name a model, data or settings; a command without any of them runs the demo
 NOT_THE_DEMO = {"--config", "--start_model", "--model_config", "--dataset_name", "--train_data_dir"}
@@ -28,8 +34,16 @@ def parse(argv: list[str] | None = None, *more: type) -> tuple:
     argv = sys.argv[1:] if argv is None else argv
     if not any(flag.split("=")[0] in NOT_THE_DEMO for flag in argv):
         argv = ["--config", str(EXAMPLES / "demo.yaml"), *argv]
-    kinds = (RunArguments, LearningRateArguments, DataArguments, EvaluationArguments, FinetuneArguments)
-    return parse_arguments(*kinds, *more, argv=argv)
+    return parse_arguments(
+        RunArguments,
+        LearningRateArguments,
+        DataArguments,
+        EvaluationArguments,
+        ValidationArguments,
+        FinetuneArguments,
+        *more,
+        argv=argv,
+    )
 
 
 def run(*arguments) -> None:

@@ -16,7 +16,7 @@ from ddgan.commands.arguments import (
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import run_command
 from ddgan.core.locations import EXAMPLES
-from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments
+from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments, ValidationArguments
 
 RECIPES = {name: EXAMPLES / "recipes" / f"class_conditional_{name}.yaml" for name in ("tutorial", "fast", "emoji_32")}
 
@@ -36,6 +36,7 @@ def parse(argv: list[str] | None = None, *more: type) -> tuple:
         DataArguments,
         LabelArguments,
         EvaluationArguments,
+        ValidationArguments,
         ClassConditionalArguments,
         *more,
         argv=argv,

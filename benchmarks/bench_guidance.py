@@ -29,11 +29,13 @@ from ddgan import (
 )
 from ddgan.data.images import to_bytes
 from ddgan.evaluation.extractors import ClassifierFeatures, load_extractor
+from ddgan.guidance.arguments import default_guidance_scale
 from ddgan.pipelines.pipeline_guided import SCALE_SCHEDULES
 from ddgan.sampling.grids import image_grid
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 
 EMOJI, CLASSES, DIGITS = MODELS / "noto-emoji-32", MODELS / "noto-emoji-classes-32", MODELS / "mnist-28"
+FEW_STEPS = MODELS / "twemoji-few-steps"
 GREEN = ColorLoss((0.1, 0.9, 0.5))
 SCALES = (5, 20, 40, 100)
 STEPS = 40
@@ -89,6 +91,21 @@ def compare_scales(
             rows += sample(pipe, loss, scale, classifier=classifier, gradient=gradient)
             labels.append(f"{gradient} {scale}")
     save(rows, labels, folder, name)
+
+
+def compare_steps(folder: Path | None) -> None:
+    """Print losses at the default scale in fewer steps, also of a few-step model, and save images of the latter."""
+    for model, scheduler, counts in ((EMOJI, "ddim", (10, 20)), (FEW_STEPS, "as-saved", (4, 2, 1))):
+        pipe = load(scheduler, model)
+        for steps in counts:
+            rows, labels = [], []
+            default = default_guidance_scale(steps)
+            for gradient, scale in (("sample", 0.0), ("sample", default), ("model", default)):
+                print(f"{model.name}, {steps} steps, gradient {gradient}, scale {scale:g}", end=": ")
+                rows += sample(pipe, GREEN, scale, num_inference_steps=steps, gradient=gradient)
+                labels.append(f"{gradient} {scale:g}" if scale else "unguided")
+            if steps == 4:
+                save(rows, labels, folder, "guidance_few_steps.png")
 
 
 def compare_losses(folder: Path | None) -> None:
@@ -187,3 +204,4 @@ if __name__ == "__main__":
         print(hardware())
         compare_costs(args.rounds)
         compare_losses(args.pictures)
+        compare_steps(args.pictures)

@@ -21,6 +21,7 @@ from ..evaluation.arguments import (
     INCEPTION,
     MIN_IMAGES,
     NORM_GROUPS,
+    PIXELS,
     STACKED_MNIST_SAMPLES,
     resolve_extractor,
 )
@@ -29,6 +30,7 @@ from ..guidance.arguments import (
     DEFAULT_MODEL,
     TOWARDS_HELP,
     clip_model_names,
+    default_guidance_scale,
     parse_color,
     split_loss,
 )
@@ -51,6 +53,7 @@ DISCRIMINATORS = {
     "large": ((4, 8, 8, 8, 8, 8), (True, True, True, True, True, True)),
 }
 AUGMENTATIONS = ("color", "translation", "cutout")
+MAX_ATTENTION_HEIGHT = 16  # of the feature maps with attention by default, as in all recipes of the paper
 
 MAX_WIDTH, MAX_LAYERS = 16_384, 100  # far above any network that can be trained
 
@@ -58,7 +61,6 @@ CLASS_DATASETS = ("mnist", "fashion_mnist")
 MIN_WIDTH = 8  # channels of one attention head in the blocks of Diffusers
 
 GRID_IMAGES = 64
-DEFAULT_GUIDANCE_SCALE = 40.0
 
 DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline to evaluate; with fewer the bias of FID is large
 
@@ -199,7 +201,12 @@ class DDGANArguments(Arguments):
         maximum=MAX_WIDTH,
     )
     layers_per_block: int = option(2, "generator: residual blocks per level", minimum=1, maximum=MAX_LAYERS)
-    attention_resolutions: list[int] = option([16], "generator: feature map heights with attention", minimum=1)
+    attention_resolutions: list[int] | None = option(
+        None,
+        "generator: feature map heights with attention, besides the lowest level; 0: none (default: the largest of at "
+        "most 16)",
+        minimum=0,
+    )
     latent_dim: int = option(100, "generator: length of the latent z", minimum=1, maximum=MAX_WIDTH)
     latent_embed_dim: int = option(256, "generator: width of the mapping network of z", minimum=1, maximum=MAX_WIDTH)
     latent_mapping_layers: int = option(
@@ -478,7 +485,8 @@ class GenerateArguments(SamplingArguments):
     guidance_scale: float | None = option(
         None,
         "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one (default: "
-        f"{DEFAULT_GUIDANCE_SCALE:g}). Without these, classifier-free guidance towards --class_labels",
+        f"{default_guidance_scale(1):g} / number of steps). Without these, classifier-free guidance towards "
+        "--class_labels",
     )
     guidance_gradient: Literal["sample", "model"] | None = option(
         None, "model: differentiate through the network too, which takes more time and memory (default: sample)"
@@ -500,7 +508,6 @@ class GenerateArguments(SamplingArguments):
         elif self.clip_model:
             raise InputError("--clip_model needs a --clip_prompt, or a CLIP loss in --towards.")
         if self.is_guided:
-            self.guidance_scale = DEFAULT_GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
             self.guidance_gradient = self.guidance_gradient or "sample"
         elif self.guidance_gradient or (self.guidance_scale is not None and not self.class_labels):
             raise InputError(
@@ -565,7 +572,8 @@ class EvaluateArguments(SamplingArguments):
     )
     feature_extractor: str | None = option(
         None,
-        f"{', '.join(EXTRACTOR_NAMES)} (default: {INCEPTION}), or a classifier folder from ddgan train-classifier",
+        f"{', '.join(EXTRACTOR_NAMES)} (default: {INCEPTION}), or a classifier folder from ddgan train-classifier; "
+        f"the first two download their weights, {PIXELS} needs none",
     )
     extractor_weights: str | None = option(None, "file (inception-v3-compat) or folder (dinov2) with its weights")
     classifier: str | None = option(

@@ -96,6 +96,8 @@ def convert_checkpoint(args: ConvertArguments, output: Path) -> None:
         training_heading="Conversion",
         samples={"samples.png": f"Seeds 0 to {len(images) - 1}, nothing left out."} if images else {},
         training={
+            "network": f"{type(generator).__name__}, {generator.num_parameters():,} parameters",
+            "image size": f"{size}x{size}, {generator.config.in_channels} channels",
             "checkpoint": Path(args.checkpoint_path).name,
             "weights": "EMA, from the state of the optimizer" if checkpoint.is_ema else "those of the checkpoint",
             "discriminator": "yes" if discriminator else "no",

@@ -11,12 +11,19 @@ from ..core.files import location_name
 from ..hub.cards import CardFacts, carry_over_license, string_literal
 from ..sampling.generation import PipelineSampler
 from ..sampling.loading import ddim_usage
-from ..training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
+from ..training.arguments import (
+    DataArguments,
+    EvaluationArguments,
+    LearningRateArguments,
+    RunArguments,
+    ValidationArguments,
+)
 from ..training.ema import EMA
 from ..training.job import TrainedNetwork, TrainingJob
-from ..training.lr_schedules import adamw, lr_schedule
+from ..training.lr_schedules import lr_schedule
 from ..training.model_card import FinishedRun, settings_for_card
 from ..training.objectives.denoising import DenoisingObjective
+from ..training.optimizers import adamw
 from ..training.sample_grids import save_before_after
 from ..training.session import Session
 from ..training.start_model import image_size, load_start_model, new_model
@@ -28,6 +35,7 @@ def finetune(
     learning_rate: LearningRateArguments,
     data_args: DataArguments,
     evaluation: EvaluationArguments,
+    validation: ValidationArguments,
     args: FinetuneArguments,
 ) -> FinishedRun:
     """Fine-tune a pretrained UNet, or train a new one, on images with the denoising loss and AdamW.
@@ -36,7 +44,7 @@ def finetune(
         InputError: if the arguments are invalid.
         RunError: if the run fails after it has started.
     """
-    session = Session.open(run, supports_fsdp=True)
+    session = Session.open(run, supports_fsdp=not learning_rate.use_8bit_adam)
     if args.model_config:
         torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
         pipeline = new_model(args.model_config, data_args.size, args.prediction_type)
@@ -50,12 +58,12 @@ def finetune(
         facts |= carry_over_license(args.start_model)
         facts["grids_before"] = {"": "The start model, from the same seeds."}
     unet = pipeline.unet
-    data = session.load_data(data_args, unet.config.in_channels, image_size(unet))
+    data = session.load_data(data_args, unet.config.in_channels, image_size(unet), validation=validation)
     trained_parameters = freeze(unet, args)
     if run.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
 
-    arguments = (run, learning_rate, data_args, evaluation, args)
+    arguments = (run, learning_rate, data_args, evaluation, validation, args)
     card = CardFacts(
         title=run.model_save_name,
         summary=f"An unconditional diffusion model trained from scratch on {data.name}."

@@ -25,7 +25,9 @@ from ..core.errors import InputError
 from ..core.files import remove_temporary_files, replace_file
 from ..core.locks import locked
 from ..core.threads import one_thread_per_operation, run_in_threads
+from ..guidance.arguments import default_guidance_scale
 from ..guidance.registry import includes_clip, parse_loss, sum_losses
+from ..pipelines.pipeline_guided import DEFAULT_STEPS
 from ..sampling.arguments import VARY_COLUMNS
 from ..sampling.generation import check_call, class_label_ids, class_names, parse_class_labels
 from ..sampling.grids import image_grid, steps_strip
@@ -86,16 +88,21 @@ def generate(args: GenerateArguments) -> GeneratedImages:
 
 def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: int) -> None:
     """Generate the images that are missing in the output folder, in this number of threads."""
-    options = {name: value for name in ("guidance_scale", "eta") if (value := getattr(args, name)) is not None}
     loss = guidance_loss(args, accelerator.device) if args.is_guided else None
-    if loss:
-        options |= {"loss": loss, "gradient": args.guidance_gradient}
     assert args.pipeline is not None
     pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
     size = group_size(pipe, args.batch_size)
     if loss and includes_clip(loss) and accelerator.device.type == "cpu":
         size = 1  # the CLIP model takes most of the time, and much memory for each image
     num_inference_steps = args.num_inference_steps or next(iter(trained_steps(pipe)), None)
+    guidance_scale = args.guidance_scale
+    if args.is_guided and guidance_scale is None:
+        timesteps = pipe.scheduler.config.num_train_timesteps
+        guidance_scale = default_guidance_scale(num_inference_steps or min(DEFAULT_STEPS, timesteps))
+    options = {"guidance_scale": guidance_scale, "eta": args.eta}
+    options = {name: value for name, value in options.items() if value is not None}
+    if loss:
+        options |= {"loss": loss, "gradient": args.guidance_gradient}
     class_labels = None
     if args.class_labels:
         class_labels = parse_class_labels(args.class_labels, class_names(getattr(pipe, "unet", None)))
@@ -116,7 +123,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         "clip_prompt": args.clip_prompt,
         "towards": args.towards,
         "clip_model": args.clip_model,
-        "guidance_scale": args.guidance_scale,
+        "guidance_scale": guidance_scale,
         "guidance_gradient": args.guidance_gradient,
     }
     if not args.overwrite:

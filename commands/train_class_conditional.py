@@ -13,12 +13,13 @@ from ..core.errors import InputError
 from ..hub.cards import CardFacts, string_literal
 from ..sampling.generation import PipelineSampler
 from ..sampling.loading import ddim_usage
-from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments
+from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments, ValidationArguments
 from ..training.ema import EMA
 from ..training.job import TrainedNetwork, TrainingJob
-from ..training.lr_schedules import adamw, lr_schedule
+from ..training.lr_schedules import lr_schedule
 from ..training.model_card import FinishedRun, settings_for_card
 from ..training.objectives.denoising import ClassConditionalObjective
+from ..training.optimizers import adamw
 from ..training.session import Session
 from .arguments import (
     ClassConditionalArguments,
@@ -36,6 +37,7 @@ def train_class_conditional(
     data_args: DataArguments,
     label_args: LabelArguments,
     evaluation: EvaluationArguments,
+    validation: ValidationArguments,
     args: ClassConditionalArguments,
 ) -> FinishedRun:
     """Train a class-conditional network from scratch with the denoising loss and AdamW.
@@ -48,7 +50,7 @@ def train_class_conditional(
     with session.accelerator.main_process_first():  # the other processes find the downloaded files
         chosen_data = choose_data(args, data_args)
     size = data_args.size or [28, 28]
-    data = session.load_data(chosen_data, args.image_channels, size, label_args)
+    data = session.load_data(chosen_data, args.image_channels, size, label_args, validation=validation)
     classes = data.classes
     assert classes is not None  # images without labels raise an error
     labels, grid = session.plan_grid(classes)
@@ -69,7 +71,7 @@ def train_class_conditional(
 
     pipeline = ClassConditionalPipeline(unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    arguments = (session.run, learning_rate, data_args, label_args, evaluation, args)
+    arguments = (session.run, learning_rate, data_args, label_args, evaluation, validation, args)
     card = CardFacts(
         title=run.model_save_name,
         summary=f"A class-conditional diffusion model trained on {data.name}, for images of {size[0]}x{size[1]} "

@@ -12,17 +12,18 @@ from tqdm.auto import tqdm
 
 from ..core.errors import InputError, RunError
 from ..data.arguments import check_value_range
-from ..data.sources import ImageSource, ImageSubset, Labels, MissingSplitError
+from ..data.sources import ImageSource, Labels, MissingSplitError
 from ..evaluation.classifier import ImageClassifier
 from ..evaluation.references import ReferenceImages, describe_images, evenly_spaced
 from ..hub.cards import CardFacts, string_literal
 from ..training.arguments import LabelArguments
 from ..training.ema import EMA
 from ..training.job import TrainedNetwork, TrainingJob
-from ..training.loading import open_training_source
-from ..training.lr_schedules import adamw, lr_schedule
+from ..training.loading import hold_out, open_training_source
+from ..training.lr_schedules import lr_schedule
 from ..training.model_card import FinishedRun, settings_for_card
 from ..training.objectives.classification import NOISE, ROTATION, SCALING, SHIFT, ClassificationObjective
+from ..training.optimizers import adamw
 from ..training.run_folder import RunFolder
 from ..training.session import Session
 from ..training.tracking import MetricsFile
@@ -119,7 +120,7 @@ def open_splits(
     """Open the images to train on and those to test on; the third value describes the latter.
 
     Raises:
-        InputError: if the images are not found, or there is no split `test_split`.
+        InputError: if the images are not found, there is no split `test_split`, or too few images to hold some out.
     """
     source = open_training_source(args)
     if test_split or source.split != "all":
@@ -132,9 +133,7 @@ def open_splits(
         except MissingSplitError:
             if test_split:
                 raise
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = max(1, round(HELD_OUT * len(source)))
-    return ImageSubset(source, sorted(order[held_out:])), ImageSubset(source, sorted(order[:held_out])), "held out"
+    return *hold_out(source, HELD_OUT, seed), "held out"
 
 
 def input_shape(source: ImageSource, args: ClassifierDataArguments) -> tuple[int, int]:

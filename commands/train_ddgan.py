@@ -1,5 +1,6 @@
 """Train a Denoising Diffusion GAN (Xiao, Kreis, Vahdat, ICLR 2022)."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from .. import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
 from ..core.errors import InputError
 from ..hub.cards import CardFacts, string_literal
+from ..models.unet_ncsnpp import check_wavelet_levels
 from ..sampling.generation import PipelineSampler
 from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments
 from ..training.ema import EMA
@@ -21,7 +23,7 @@ from ..training.objectives.adversarial import (
     GradientPenalties,
 )
 from ..training.session import Session
-from .arguments import DISCRIMINATORS, DDGANArguments, DDGANRunArguments
+from .arguments import DISCRIMINATORS, MAX_ATTENTION_HEIGHT, DDGANArguments, DDGANRunArguments
 
 
 def train_ddgan(
@@ -46,6 +48,7 @@ def train_ddgan(
     size = data_args.size or [32, 32]
     data = session.load_data(data_args, args.image_channels, size, label_args if args.class_conditional else None)
     labels, grid = session.plan_grid(data.classes)
+    args = replace(args, attention_resolutions=attention_resolutions(args, size))
     torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
     generator, discriminator, scheduler = build(args, size, data.classes)
     if run.gradient_checkpointing:
@@ -109,6 +112,27 @@ def train_ddgan(
     return session.train(job, data, evaluation)
 
 
+def attention_resolutions(args: DDGANArguments, size: list[int]) -> list[int]:
+    """Return the heights of the generator's feature maps with attention, [0] for none.
+
+    Raises:
+        InputError: if `args` names a height that no level has, or the wavelet transform does not fit the size.
+    """
+    try:
+        check_wavelet_levels(args.wavelet_levels, *size)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    heights = [size[0] >> args.wavelet_levels + level for level in range(len(args.block_out_channels))]
+    if args.attention_resolutions is None:
+        return [height for height in heights if 0 < height <= MAX_ATTENTION_HEIGHT][:1] or [0]
+    if others := [height for height in args.attention_resolutions if height not in (0, *heights)]:
+        raise InputError(
+            f"--attention_resolutions {others[0]}: at {size[0]}x{size[1]} pixels the feature maps of the "
+            f"{len(heights)} levels (--block_out_channels) have heights {', '.join(map(str, heights))}."
+        )
+    return args.attention_resolutions
+
+
 def build(
     args: DDGANArguments, size: list[int], classes: list[str] | None
 ) -> tuple[NCSNpp, DDGANDiscriminator, DDGANScheduler]:
@@ -130,7 +154,7 @@ def build(
             out_channels=args.image_channels,
             block_out_channels=args.block_out_channels,
             layers_per_block=args.layers_per_block,
-            attention_resolutions=args.attention_resolutions,
+            attention_resolutions=attention_resolutions(args, size),
             latent_dim=args.latent_dim,
             latent_embed_dim=args.latent_embed_dim,
             latent_mapping_layers=args.latent_mapping_layers,
@@ -151,12 +175,6 @@ def build(
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-    heights = [size[0] >> args.wavelet_levels + level for level in range(len(args.block_out_channels))]
-    if others := [height for height in args.attention_resolutions if height not in heights]:
-        raise InputError(
-            f"--attention_resolutions {others[0]}: at {size[0]}x{size[1]} pixels the feature maps of the "
-            f"{len(heights)} levels (--block_out_channels) have heights {', '.join(map(str, heights))}."
-        )
     return generator, discriminator, scheduler
 
 

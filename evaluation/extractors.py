@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DINOV2_WEIGHTS = "facebook/dinov2-large"  # the model of arXiv 2306.04675
+_OFFLINE = (
+    f"or use --feature_extractor {PIXELS}, which needs no weights, or the folder of a classifier, such as "
+    "examples/classifiers/mnist or one of your own images (ddgan train-classifier)."
+)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -192,7 +196,7 @@ def _load_inception(weights: str | None) -> InceptionV3Compat:
             raise ValueError(
                 f"The weights of {INCEPTION} could not be downloaded: {reason}. Download "
                 "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases on a machine with network "
-                f"access and pass the file with --extractor_weights; or use {PIXELS} or your own classifier."
+                f"access and pass the file with --extractor_weights; {_OFFLINE}"
             ) from error
         raise ValueError(f"The file {weights} does not hold the weights of {INCEPTION}: {reason}") from error
 
@@ -212,7 +216,7 @@ def _load_dinov2(weights: str | None) -> Dinov2:
     if not Path(source).exists() and (problem := hub_problem(source)):
         raise ValueError(
             f"The DINOv2 model {source} cannot be loaded: there is no such folder, and {problem} Another model can be "
-            f"named with --extractor_weights; or use {PIXELS} or your own classifier."
+            f"named with --extractor_weights; {_OFFLINE}"
         )
     try:
         network = Dinov2Model.from_pretrained(source)
@@ -220,7 +224,7 @@ def _load_dinov2(weights: str | None) -> Dinov2:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"The DINOv2 model {source} could not be loaded: {reason}. Pass the folder or repository of one with "
-            f"--extractor_weights; or use {PIXELS} or your own classifier."
+            f"--extractor_weights; {_OFFLINE}"
         ) from error
     return Dinov2(network, Path(source).name)
 

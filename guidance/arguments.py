@@ -8,6 +8,8 @@ from typing import NamedTuple
 from ..core.errors import InputError
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
+# default guidance scales times the number of sampling steps, see `default_guidance_scale`
+_DEFAULT_STRENGTH = 40.0 * 40
 # the losses of `registry.parse_loss`, and how --help shows them
 LOSS_FORMS = {
     "color": "color:#BB2266",
@@ -31,6 +33,15 @@ class LossText(NamedTuple):
     weight: float | None
     name: str
     argument: str | None
+
+
+def default_guidance_scale(num_inference_steps: int) -> float:
+    """Return the default scale of guidance with a loss: 40 in 40 steps.
+
+    Each step moves the sample by the scale times a gradient, so for the same effect in fewer steps the scale grows in
+    inverse proportion to their number.
+    """
+    return _DEFAULT_STRENGTH / num_inference_steps
 
 
 def split_loss(text: str) -> LossText:

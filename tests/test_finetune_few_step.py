@@ -163,7 +163,7 @@ def test_each_column_of_the_metrics_begins_with_its_stage(few_step, monkeypatch)
     assert all(0 <= row["d_accuracy"] <= 1 for row in rows[1:])
     assert Image.open(run / "loss.png").width > 500
     card = (run / "README.md").read_text()
-    assert "| d_loss | " in card and "nan" not in card
+    assert "| discriminator loss | " in card and "nan" not in card
 
 
 def test_a_run_that_ends_with_the_first_stage_has_no_discriminator(few_step):

@@ -103,7 +103,7 @@ def test_the_card_describes_the_run_and_its_snippet_works(finetune, monkeypatch)
     assert card.data.base_model is None  # a local folder is not a model on the Hub
     for text in (
         "| data | thirteen, 13 images |",
-        "4 of 4 optimizer steps, 2.0 epochs",
+        "4 of 4 optimizer steps, 2 epochs",
         "| network | UNet2DModel, 45,259 parameters |",
         "| image size | 8x8, 3 channels |",
         "| min_snr_gamma | 5.0 |",

@@ -115,7 +115,7 @@ def test_a_run_saves_a_pipeline_that_generates_images(train):
         assert tracked.Scalars(name)[-1].value == pytest.approx(newest)
     card = (run / "README.md").read_text()
     assert "trained from scratch" in card.lower()
-    assert "| d_loss |" in card
+    assert "| discriminator loss |" in card and "| generator loss |" in card
     assert (run / "loss.png").exists()
 
 
@@ -253,6 +253,27 @@ def test_a_class_conditional_run_generates_each_class(train, kinds):
     assert "class_labels=[0]" in (run / "README.md").read_text()
     with pytest.raises(ValueError, match="from 0 to 2"):
         pipe(batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("size", "levels", "expected"),
+    [([32, 32], 3, [16]), ([24, 24], 3, [12]), ([20, 36], 3, [10]), ([8, 8], 1, [8]), ([64, 64], 2, [0])],
+)
+def test_attention_is_by_default_at_the_largest_feature_map_of_at_most_16(size, levels, expected):
+    small = {"layers_per_block": 1, "discriminator_channels": 2, "latent_embed_dim": 8, "latent_mapping_layers": 1}
+    generator, *_ = build(DDGANArguments(block_out_channels=[8] * levels, **small), size, None)
+    assert list(generator.config.attention_resolutions) == expected
+    found = [size[0] >> level for level, block in enumerate(generator.down_blocks) if block.attentions]
+    assert found == [height for height in expected if height]
+
+
+def test_an_image_size_without_a_feature_map_of_16_is_trained_by_default(images, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    other_flags = flags(images, tmp_path / "run", "--image_size", 24, "--max_train_steps", 1)
+    start = other_flags.index("--attention_resolutions")
+    train_ddgan.main(other_flags[:start] + other_flags[start + 2 :])
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["attention_resolutions"] == [12]
+    assert DDGANPipeline.from_pretrained(tmp_path / "run").unet.config.attention_resolutions == [12]
 
 
 @pytest.mark.parametrize(

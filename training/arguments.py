@@ -1,11 +1,13 @@
 """Arguments shared by the training commands; nothing here imports PyTorch."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from ..core.cli import Arguments, option
 from ..core.errors import InputError
+from ..core.extras import missing_extra
 from ..core.locations import resolve_locations, resolve_paths
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import METRIC_NAMES, MIN_IMAGES, resolve_extractor
@@ -163,7 +165,9 @@ class EvaluationArguments(Arguments):
     )
     eval_images: int = option(1000, "samples in an evaluation", minimum=MIN_IMAGES)
     feature_extractor: str | None = option(
-        None, "inception-v3-compat (default), dinov2, pixels-8x8, or a classifier folder (ddgan train-classifier)"
+        None,
+        "inception-v3-compat (default) and dinov2, which download their weights, pixels-8x8, which needs none, or a "
+        "classifier folder (ddgan train-classifier)",
     )
     extractor_weights: str | None = option(
         None, "file (inception-v3-compat) or folder (dinov2) with the weights of the extractor"
@@ -177,6 +181,20 @@ class EvaluationArguments(Arguments):
         if self.best_metric not in METRIC_NAMES:
             raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRIC_NAMES)}.")
         resolve_extractor(self)
+
+
+@dataclass
+class ValidationArguments(Arguments):
+    """The validation loss: the training loss on held-out images, at fixed noise and timesteps."""
+
+    _argument_group_name = "validation"
+
+    validation_fraction: float = option(
+        0.0, "share of the images to hold out from training for the validation loss; 0: none", minimum=0, below=1
+    )
+    validation_every: int = option(
+        200, "optimizer steps between computations of the validation loss; it is always computed at the end", minimum=1
+    )
 
 
 @dataclass
@@ -205,3 +223,11 @@ class LearningRateArguments(Arguments):
     adam_beta2: float = option(0.999, "AdamW: decay of the mean of their squares", minimum=0, below=1)
     adam_weight_decay: float = option(1e-2, "AdamW: weight decay, times the learning rate", minimum=0)
     adam_epsilon: float = option(1e-8, "AdamW: added to the root of the mean of the squares", above=0)
+    use_8bit_adam: bool = option(
+        False, "AdamW: keep both means in 8 bits (bitsandbytes), with about a quarter of the memory"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.use_8bit_adam and not find_spec("bitsandbytes"):
+            raise InputError(f"--use_8bit_adam needs a package: {missing_extra('bitsandbytes', 'bitsandbytes')}.")

@@ -18,6 +18,7 @@ from ..core.errors import InputError, RunError
 from ..core.files import copy_folder, digest_files, fingerprint, replace_folder, sync, unused_path
 from .job import TrainingJob
 from .lr_schedules import set_peak_rates
+from .optimizers import has_8bit_state
 from .plan import BatchPlan
 from .progress import RunProgress
 from .run_folder import RunFolder
@@ -43,6 +44,7 @@ _INVARIANTS = {
     "prediction type": "prediction type",
     "sampling steps": "numbers of sampling steps",
     "scaled gradients": "fp16 gradient scaling",
+    "8-bit optimizer": "--use_8bit_adam",
 }
 
 # of those whose number of processes must be the same
@@ -252,9 +254,9 @@ class Checkpoints:
             if state.get(key, value) != value:  # earlier versions saved fewer keys
                 advice = _REASONS.get(
                     key,
-                    "use the same images, network, trained parameters, prediction type, --seed, --ema_decay, numbers "
-                    "of sampling steps, fp16 setting and global batch size (--batch_size x --grad_accumulation_steps "
-                    "x processes)",
+                    "use the same images, --validation_fraction, network, trained parameters, prediction type, "
+                    "--seed, --ema_decay, --use_8bit_adam, numbers of sampling steps, fp16 setting and global batch "
+                    "size (--batch_size x --grad_accumulation_steps x processes)",
                 )
                 raise InputError(
                     f"{checkpoint} was saved with {_INVARIANTS[key]} = {state[key]}, but this run has {value}, so it "
@@ -391,4 +393,5 @@ def resume_invariants(job: TrainingJob, plan: BatchPlan, accelerator: Accelerato
         **({"prediction type": scheduler.config.prediction_type} if scheduler else {}),
         **({"sampling steps": steps} if scheduler and (steps := scheduler.config.get("_num_inference_steps")) else {}),
         "scaled gradients": accelerator.scaler is not None,
+        "8-bit optimizer": any(has_8bit_state(trained.optimizer) for trained in job.networks),
     }

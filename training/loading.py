@@ -3,6 +3,7 @@
 import logging
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice
@@ -22,6 +23,7 @@ from ..data.sources import (
     EMBEDDED_DATASET,
     ImageSource,
     ImageStream,
+    ImageSubset,
     Labels,
     check_dataset_options,
     file_name,
@@ -29,8 +31,8 @@ from ..data.sources import (
     open_source,
     open_stream,
 )
-from .arguments import DataArguments, LabelArguments, RunArguments
-from .plan import BatchPlan
+from .arguments import DataArguments, LabelArguments, RunArguments, ValidationArguments
+from .plan import BatchPlan, ValidationPlan
 from .randomness import fold_in
 from .stopping import STOP_SIGNALS
 
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 _SHUFFLE_BLOCK = 1000  # stream rows that are shuffled together, held in memory undecoded
 _CHECKED_IMAGES = 1000  # images read once before training starts, to find broken ones early
+_MIN_VALIDATION_SAMPLES = 256  # in a validation loss; fewer held-out images are used with several timesteps and noises
+_FIXED_SEED = 0  # of what must be the same in all runs: the held-out images, and the random numbers of their loss
 _REMEDY = "Repair or replace it, or pass --skip_broken_images to skip and count such images."
 
 
@@ -238,7 +242,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
 
 
 class TrainingData:
-    """The training images of a run, in micro-batches.
+    """The training images of a run, in micro-batches, and the images held out for its validation loss.
 
     Args:
         args: the images to use.
@@ -248,14 +252,17 @@ class TrainingData:
         source: the images, if they are only a subset of those in `args`; not for a stream.
         classes: class names of a pretrained model, in the order of its labels. The labels of the images are converted
             to those of the model.
+        validation: which share of the images to hold out, and how often they are used.
         plan: the batch_size, accumulation, processes and seed of the `BatchPlan`.
 
     Attributes:
-        source: the images; None for a stream.
+        source: the images to train on; None for a stream.
+        validation_plan: which held-out images make up each batch of a validation loss; None if none are held out.
+        validation_every: optimizer steps between validation losses.
 
     Raises:
-        InputError: if there are no such images or labels, the classes are not those of the pretrained model, or an
-            image cannot be read.
+        InputError: if there are no such images or labels, the classes are not those of the pretrained model, an
+            image cannot be read, or images are to be held out from a stream.
     """
 
     def __init__(
@@ -266,25 +273,50 @@ class TrainingData:
         label_args: LabelArguments | None = None,
         source: ImageSource | None = None,
         classes: Sequence[str] | None = None,
+        validation: ValidationArguments | None = None,
         **plan: int,
     ):
         self.args, self.preprocessing, self.rank = args, preprocessing, rank
         self.source: ImageSource | None = None
         self.labels: Labels | None = None
+        self.validation_plan: ValidationPlan | None = None
+        self.validation_every = validation.validation_every if validation else 0
+        fraction = validation.validation_fraction if validation else 0.0
         if args.streaming:
+            if fraction:
+                raise InputError(
+                    f"--validation_fraction {fraction:g} holds out a share of the images, and a stream has no known "
+                    "number of images. Omit it, or train without --streaming."
+                )
             self.plan = BatchPlan(None, **plan)
             self.images = self._stream(label_args, rank, classes)
-        else:
-            self.source = open_training_source(args) if source is None else source
-            self.plan = BatchPlan(len(self.source), **plan)
-            if label_args:
-                labels = self.source.labels(label_args.label_column)
-                names, class_of = match_classes(labels.classes, classes, self.name)
-                assert labels.numbers is not None  # only streams have none
-                self.labels = Labels(names, [class_of[number] for number in labels.numbers])
+            return
+        self.source = open_training_source(args) if source is None else source
+        held_out = None
+        if fraction:
+            self.source, held_out = hold_out(self.source, fraction)
+        self.plan = BatchPlan(len(self.source), **plan)
+        self.labels = self._labels(self.source, label_args, classes)
+        if rank == 0 and not args.skip_broken_images:
+            _check_readable(self.source, preprocessing)
+        self.images = TrainingImages(self.source, self.labels, preprocessing, self.plan, rank, args)
+        if held_out:
+            labels = self._labels(held_out, label_args, classes)
             if rank == 0 and not args.skip_broken_images:
-                _check_readable(self.source, preprocessing)
-            self.images = TrainingImages(self.source, self.labels, preprocessing, self.plan, rank, args)
+                _check_readable(held_out, preprocessing)
+            preprocessing = replace(preprocessing, center_crop=True, random_flip=False)
+            self.validation_plan = ValidationPlan(len(held_out), **{**plan, "seed": _FIXED_SEED})
+            self.validation_images = TrainingImages(held_out, labels, preprocessing, self.validation_plan, rank, args)
+
+    def _labels(
+        self, source: ImageSource, label_args: LabelArguments | None, classes: Sequence[str] | None
+    ) -> Labels | None:
+        if not label_args:
+            return None
+        labels = source.labels(label_args.label_column)
+        names, class_of = match_classes(labels.classes, classes, self.name)
+        assert labels.numbers is not None  # only streams have none
+        return Labels(names, [class_of[number] for number in labels.numbers])
 
     def _stream(self, label_args: LabelArguments | None, rank: int, classes: Sequence[str] | None) -> StreamedImages:
         args, label_column, class_of = self.args, None, []
@@ -331,30 +363,62 @@ class TrainingData:
             sampler, workers = None, min(workers, 1)  # only one worker keeps the rows of a stream in order
         else:
             sampler = MicroBatchSampler(self.plan, start, stop)
-        loader = torch.utils.data.DataLoader(
-            self.images,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_signals,
-        )
-        iterator, unseen = iter(loader), self.rank == 0
-        processes = getattr(iterator, "_workers", [])
-        try:
-            for batch in iterator:
-                if batch.error:
-                    raise RunError(batch.error)
+        unseen = self.rank == 0
+        with closing(_load(self.images, sampler, workers)) as batches:
+            for batch in batches:
                 if unseen and batch.images is not None and (warning := low_contrast(batch.images)):
                     logger.warning(warning)
                 unseen = False
                 yield batch
-        finally:
-            if processes:
-                iterator._shutdown_workers()  # otherwise torch reports the workers killed below as crashed
-            for process in processes:
-                if process.is_alive():
-                    process.kill()  # it ignores SIGTERM
+
+    @property
+    def validation_samples(self) -> int:
+        """Number of samples in a validation loss: the held-out images, several times if they are few."""
+        assert self.validation_plan is not None and self.validation_plan.num_images is not None
+        count = self.validation_plan.num_images
+        return count * ceil(_MIN_VALIDATION_SAMPLES / count)
+
+    def validation_batches(self) -> Generator[Batch, None, None]:
+        """Iterate over the micro-batches of this process for a validation loss, as many in every process.
+
+        Raises:
+            RunError: at an image that cannot be read, unless broken images are skipped.
+        """
+        plan = self.validation_plan
+        assert plan is not None and plan.num_images is not None and plan.steps_per_epoch is not None
+        steps = self.validation_samples // plan.num_images * plan.steps_per_epoch
+        yield from _load(self.validation_images, MicroBatchSampler(plan, 0, steps), self.args.dataloader_num_workers)
+
+
+def _load(
+    images: torch.utils.data.Dataset, sampler: "MicroBatchSampler | None", workers: int
+) -> Generator[Batch, None, None]:
+    """Iterate over micro-batches; closing the generator ends the workers.
+
+    Raises:
+        RunError: if a batch carries an error.
+    """
+    loader = torch.utils.data.DataLoader(
+        images,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_signals,
+    )
+    iterator = iter(loader)
+    processes = getattr(iterator, "_workers", [])
+    try:
+        for batch in iterator:
+            if batch.error:
+                raise RunError(batch.error)
+            yield batch
+    finally:
+        if processes:
+            iterator._shutdown_workers()  # otherwise torch reports the workers killed below as crashed
+        for process in processes:
+            if process.is_alive():
+                process.kill()  # it ignores SIGTERM
 
 
 def match_classes(found: list[str], expected: Sequence[str] | None, name: str) -> tuple[list[str], list[int] | range]:
@@ -420,6 +484,19 @@ def open_training_source(args: DataArguments) -> ImageSource:
     options = {"image_column": args.image_column, "dataset_config": args.dataset_config}
     check_dataset_options([(_location(args), source)], options)
     return source
+
+
+def hold_out(source: ImageSource, fraction: float, seed: int = _FIXED_SEED) -> tuple[ImageSubset, ImageSubset]:
+    """Divide images at random into those to train on and a held-out share, by default alike in all runs on them.
+
+    Raises:
+        InputError: if there is no image to train on.
+    """
+    count = max(1, round(fraction * len(source)))
+    if count >= len(source):
+        raise InputError(f"Holding out {count} of {len(source)} images leaves none to train on.")
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ImageSubset(source, sorted(order[count:])), ImageSubset(source, sorted(order[:count]))
 
 
 def _location(args: DataArguments) -> str | InMemory:

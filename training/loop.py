@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ from .model_card import (
     write_card,
 )
 from .objectives.micro_batch import MicroBatch
-from .overview import count_parameters, format_duration, opening, overview, saved_bytes
+from .overview import count_parameters, describe_size, format_duration, opening, overview, saved_bytes
 from .progress import RunProgress
 from .randomness import PerSampleRNG, fold_in
 from .run_folder import RunFolder
@@ -43,7 +43,16 @@ from .sample_grids import sample_grid
 from .sharding import full_tensor, gather_pipeline, local_shards
 from .step_log import StepLog
 from .stopping import RunStopped, StopRequest
-from .tracking import MetricsFile, log_image, plot_evaluations, plot_losses, read_metrics, start_trackers
+from .tracking import (
+    VALIDATION_LOSS,
+    MetricsFile,
+    log_image,
+    lowest_validation_loss,
+    plot_evaluations,
+    plot_losses,
+    read_metrics,
+    start_trackers,
+)
 
 _LOG_EVERY = 10  # optimizer steps whose numbers are read back from the device together
 
@@ -131,6 +140,7 @@ class Trainer:
         self.checked_step: int | None = None  # whose weights are known to be finite
         # opened by `train`, the first two only in the main process
         self.metrics: MetricsFile | None = None
+        self.lowest_validation: tuple[float, int] | None = None  # the value, and its step
         self.upload: BackgroundUpload | None = None
         self.stop: StopRequest
         self.bar: tqdm
@@ -236,6 +246,7 @@ class Trainer:
             self.checkpoints.remove_after(step)
             self._write_config()
             self.metrics = MetricsFile(self.folder.metrics, step)
+            self.lowest_validation = lowest_validation_loss(read_metrics(self.folder.metrics))
         self.upload = BackgroundUpload(self.folder.path, self.repo_id) if self.repo_id else None
         logger.info(opening(self.job, self.data, args, self.total_steps, self.accelerator))
 
@@ -252,7 +263,10 @@ class Trainer:
         # closing ends the data loader workers; messages are printed above the progress bar
         with closing(batches), self._progress_bar() as self.bar, logging_redirect_tqdm(tqdm_class=tqdm):
             try:
-                if self._evaluation_due():  # the run was stopped at this step, before or during its evaluation
+                # the run may have been stopped at this step, before or during these two
+                if self._validation_due():
+                    self._validate()
+                if self._evaluation_due():
                     self._evaluate()
                 while self.progress.step < self.total_steps:
                     self._train_step(batches)
@@ -260,6 +274,8 @@ class Trainer:
                     self.stop.raise_if_requested()
                     if self._due(_LOG_EVERY):
                         self._log()
+                    if self._validation_due():
+                        self._validate()
                     # before the evaluation, whose best pipeline is shown with this grid
                     self._save_samples(self._samplers_due())
                     if self._evaluation_due():
@@ -329,16 +345,21 @@ class Trainer:
 
     def _read_global_batch(self, batches: Iterator[Batch]) -> list[Batch]:
         """Return this process's micro-batches of the next step."""
-        try:
-            with self.progress.clock.waiting():
-                global_batch = [next(batches) for _ in range(self.plan.micro_batches(self.progress.step))]
-        except RunError:  # an image cannot be read
-            if self.accelerator.num_processes == 1:  # the other processes would not join the save
-                self._save_checkpoint()
-            raise
+        with self._saved_before_failing(), self.progress.clock.waiting():
+            global_batch = [next(batches) for _ in range(self.plan.micro_batches(self.progress.step))]
         self.position.value = global_batch[-1].position
         self.progress.broken.update(name for batch in global_batch for name in batch.broken)
         return global_batch
+
+    @contextmanager
+    def _saved_before_failing(self) -> Iterator[None]:
+        """Save a checkpoint if an image cannot be read within the context."""
+        try:
+            yield
+        except RunError:
+            if self.accelerator.num_processes == 1:  # the other processes would not join the save
+                self._save_checkpoint()
+            raise
 
     def _log(self) -> None:
         """Read back the numbers of the steps since the last call, check them, and log them."""
@@ -373,8 +394,12 @@ class Trainer:
         if self.time_is_estimated or steps < _LOG_EVERY or not remaining:
             return
         self.time_is_estimated = True
-        more = "sample grids and saves" if self.evaluator is None else "sample grids, evaluations and saves"
-        logger.info(f"The remaining steps will take about {format_duration(remaining / speed)}, without {more}.")
+        validation = ", validation losses" if self.data.validation_plan else ""
+        evaluations = ", evaluations" if self.evaluator else ""
+        logger.info(
+            f"The remaining steps will take about {format_duration(remaining / speed)}, without sample "
+            f"grids{validation}{evaluations} and saves."
+        )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Cadence
@@ -397,13 +422,18 @@ class Trainer:
             return ordinary | job.final_samplers
         return ordinary if self._due(self.args.log_samples_every) else {}
 
+    def _validation_due(self) -> bool:
+        if self.data.validation_plan is None or self.progress.step == 0:
+            return False
+        return self._due(self.data.validation_every) or self._is_last_step()
+
     def _evaluation_due(self) -> bool:
         if self.evaluator is None:
             return False
         return self.evaluator.due(self.progress.step, self.total_steps, self.progress.evaluations)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Samples, evaluations and saves
+    # Samples, validation losses, evaluations and saves
 
     def _save_samples(self, samplers: dict[str, Sampler]) -> None:
         """Sample the fixed seeds of the run with the EMA weights, then save and log a grid for each sampler."""
@@ -418,6 +448,44 @@ class Trainer:
                 if grid is not None:
                     replace_file(self.folder.grid(step, name), grid.save)
                     log_image(self.accelerator, f"samples{name and f'_{name}'}", grid, step)
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Compute the loss of the EMA weights on the held-out images, with the same random numbers each time.
+
+        Raises:
+            RunStopped: if a stop was requested; the resumed run repeats the computation.
+        """
+        self._check_weights()
+        step = self.progress.step
+        with (
+            self.progress.clock.paused(),
+            self._saved_before_failing(),
+            self.job.ema.applied(),
+            closing(self.data.validation_batches()) as batches,
+        ):
+            loss = self.accelerator.reduce(sum(self._validation_losses(batches)), reduction="sum")
+        value = loss.item() / self.data.validation_samples  # pyright: ignore[reportAttributeAccessIssue]
+        self.accelerator.log({VALIDATION_LOSS: value}, step=step)
+        if self.metrics:
+            self.metrics.amend({VALIDATION_LOSS: value})
+            if self.lowest_validation is None or value < self.lowest_validation[0]:
+                self.lowest_validation = value, step
+            lowest, at = self.lowest_validation
+            best = ", the lowest so far" if at == step else f" (lowest: {lowest:.4f}, step {at})"
+            self.bar.write(f"step {step}: validation loss {value:.4f}{best}")
+
+    def _validation_losses(self, batches: Generator[Batch, None, None]) -> Iterator[torch.Tensor]:
+        """Iterate over the sums of the losses of this process's micro-batches."""
+        network, device = self.networks[0], self.accelerator.device
+        for batch in batches:
+            self.stop.raise_if_requested()
+            assert batch.images is not None
+            images = batch.images.to(device, non_blocking=True).contiguous(memory_format=self.memory_format)
+            labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+            micro_batch = MicroBatch(images, labels, PerSampleRNG(batch.keys, device), self.progress.step)
+            self.progress.broken.update(batch.broken)
+            yield network.spec.objective(network.model, micro_batch)["loss"].sum() * batch.weight
 
     def _evaluate(self) -> None:
         """Measure samples of the EMA weights, log the results, and keep the pipeline if it is the best so far.
@@ -516,7 +584,7 @@ class Trainer:
         replace_file(self.folder.config, lambda path: write_config(path, *self.job.arguments))
 
     def _facts(self) -> RunFacts:
-        preprocessing, network = self.data.preprocessing, self.job.ema.network
+        network = self.job.ema.network
         return collect_facts(
             self.folder,
             self.progress,
@@ -524,7 +592,8 @@ class Trainer:
             self.total_steps,
             self.accelerator,
             network=f"{type(network).__name__}, {count_parameters(network)[1]:,} parameters",
-            image_size=f"{preprocessing.width}x{preprocessing.height}, {preprocessing.channels} channels",
+            image_size=describe_size(self.data.preprocessing),
+            held_out=self.data.validation_plan and self.data.validation_plan.num_images,
         )
 
     def _progress_bar(self) -> tqdm:

@@ -1,10 +1,8 @@
-"""The optimizer AdamW, and learning-rate schedules over the optimizer steps of a run."""
+"""Learning-rate schedules over the optimizer steps of a run."""
 
 import math
-from collections.abc import Iterable
 from functools import partial
 
-import torch
 from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -13,18 +11,6 @@ from ..core.errors import InputError
 from .arguments import LearningRateArguments
 
 _WARMUP_STEPS = 20  # of `two_stage_schedule`
-
-
-def adamw(parameters: Iterable[torch.nn.Parameter], args: LearningRateArguments) -> torch.optim.AdamW:
-    """Return the optimizer with these settings."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.adam_weight_decay,
-        fused=True,
-    )
 
 
 def lr_schedule(optimizer: Optimizer, total_steps: int, args: LearningRateArguments) -> LambdaLR:

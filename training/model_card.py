@@ -28,7 +28,7 @@ from .evaluator import EvaluationHistory
 from .plan import BatchPlan
 from .progress import RunProgress
 from .run_folder import RunFolder, step_of_grid
-from .tracking import read_metrics
+from .tracking import VALIDATION_LOSS, lowest_validation_loss, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _PRIVATE = {"output_dir", "train_data_dir", "resume_from_checkpoint", "hub_model_id", "hub_private", "push_to_hub"}
 _PRIVATE |= {"dry_run"}
 _LOSS_STEPS = 100  # newest steps over which the losses on the card are averaged
+# columns of metrics.csv as rows of the card
+_LOSS_NAMES = {"loss": "training loss", "g_loss": "generator loss", "d_loss": "discriminator loss"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class RunFacts:
         precision: arithmetic precision of the training.
         hardware: name of the device.
         losses: by column, the means over the last `loss_steps` steps.
+        validation: the newest validation loss and the lowest, if the run has any.
         seconds: total time, including the time before the run was resumed.
         waiting_share: share of the training time spent waiting for data.
         broken_images: images skipped because they cannot be read.
@@ -71,6 +74,7 @@ class RunFacts:
     hardware: str
     losses: dict[str, float]
     loss_steps: int
+    validation: str | None
     seconds: float
     waiting_share: float
     broken_images: int
@@ -119,11 +123,19 @@ def collect_facts(
     accelerator: Accelerator,
     network: str,
     image_size: str,
+    held_out: int | None,
 ) -> RunFacts:
-    """Return the facts of a run so far; only the main process has its metrics."""
+    """Return the facts of a run so far; only the main process has its metrics.
+
+    Args:
+        network: class and size of the network that is saved.
+        image_size: size and channels of the images.
+        held_out: number of images held out for the validation loss.
+    """
     step = progress.step
-    rows = read_metrics(folder.metrics)[-_LOSS_STEPS:]
-    columns = rows[0] if rows else {}
+    all_rows = read_metrics(folder.metrics)
+    rows = all_rows[-_LOSS_STEPS:]
+    columns = [name for name in (rows[0] if rows else {}) if name.endswith("loss") and name != VALIDATION_LOSS]
     return RunFacts(
         network=network,
         image_size=image_size,
@@ -136,16 +148,27 @@ def collect_facts(
         precision=describe_precision(accelerator),
         hardware=describe_hardware(accelerator),
         losses={
-            name: fmean(values)
-            for name in columns
-            if name.endswith("loss") and (values := [row[name] for row in rows if not isnan(row[name])])
+            name: fmean(values) for name in columns if (values := [row[name] for row in rows if not isnan(row[name])])
         },
         loss_steps=len(rows),
+        validation=_describe_validation(all_rows, held_out) if held_out else None,
         seconds=progress.clock.total_seconds,
         waiting_share=progress.clock.waiting_share,
         broken_images=len(progress.broken),
         evaluations=progress.evaluations,
     )
+
+
+def _describe_validation(rows: list[dict[str, float]], held_out: int) -> str | None:
+    """Describe the newest validation loss in metrics.csv and the lowest; None if there is none."""
+    lowest = lowest_validation_loss(rows)
+    if lowest is None:
+        return None
+    newest = next(row for row in reversed(rows) if not isnan(row[VALIDATION_LOSS]))
+    value, step = newest[VALIDATION_LOSS], int(newest["step"])
+    more = "the lowest" if step == lowest[1] else f"lowest {lowest[0]:.4f} at step {lowest[1]:,}"
+    images = "1 held-out image" if held_out == 1 else f"{held_out:,} held-out images"
+    return f"{value:.4f} at step {step:,}, {more}; of {images}"
 
 
 def describe_hardware(accelerator: Accelerator) -> str:
@@ -181,9 +204,13 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
         "image size": facts.image_size,
         "data": f"{card.dataset}, {data}",
         "trained for": f"{facts.step:,} of {facts.total_steps:,} optimizer steps"
-        + (f", {facts.epochs:.1f} epochs" if facts.num_images else ""),
+        + (f", {_significant(facts.epochs)} epochs" if facts.num_images else ""),
         "global batch size": f"{facts.global_batch_size}, {processes}",
-        **{name: f"{loss:.4f}, mean of the last {facts.loss_steps} steps" for name, loss in facts.losses.items()},
+        **{
+            _LOSS_NAMES.get(name, name): f"{loss:.4f}, mean of the last {facts.loss_steps} steps"
+            for name, loss in facts.losses.items()
+        },
+        **({"validation loss": facts.validation} if facts.validation else {}),
         "hardware": f"{facts.hardware}, {facts.precision}",
         "time": f"{facts.seconds / 60:.1f} minutes",
     }
@@ -207,6 +234,10 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
     replace_file(folder.card, lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
 
 
+def _significant(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
+
+
 def _existing(folder: RunFolder, captions: Mapping[Path, str]) -> dict[str, str]:
     """Return the captions of the existing images by their names relative to the folder."""
     return {path.relative_to(folder.path).as_posix(): caption for path, caption in captions.items() if path.exists()}
@@ -218,7 +249,7 @@ def _grid_for_card(folder: RunFolder, step: int) -> dict[Path, str]:
     if grid is None:
         return {}
     grid_step = step_of_grid(grid)
-    caption = f"Samples after {grid_step:,} steps" if grid_step else "Samples before training"
+    caption = f"Samples after {grid_step:,} optimizer steps" if grid_step else "Samples before training"
     if grid_step != step:
         caption += f"; these weights are from step {step:,}"
     return {grid: f"{caption}."}

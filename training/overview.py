@@ -8,10 +8,12 @@ import torch
 from accelerate import Accelerator
 
 from ..core.files import format_size
+from ..data.preprocessing import Preprocessing
 from .arguments import RunArguments
 from .job import TrainingJob
 from .loading import TrainingData
 from .model_card import describe_hardware, describe_precision
+from .optimizers import state_bytes
 from .plan import BatchPlan
 
 
@@ -21,6 +23,8 @@ def opening(
     """Return the data, the length and the size of a run, in two sentences."""
     plan = data.plan
     images = f"{plan.num_images:,} images" if plan.num_images else "a stream of images"
+    if data.validation_plan:
+        images += f" ({data.validation_plan.num_images:,} more are held out)"
     precision = describe_precision(accelerator)
     return (
         f"Training on {images}: {describe_length(plan, total_steps)}, {describe_batch(plan)}. "
@@ -43,13 +47,14 @@ def overview(
         first_step: the step from which it starts or resumes.
         activations: bytes that each network keeps for the backward pass, for one image; None if unknown.
     """
-    plan, preprocessing = data.plan, data.preprocessing
+    plan = data.plan
     count = f"{plan.num_images:,} images" if plan.num_images else "a stream"
     length = describe_length(plan, total_steps)
+    held_out = data.validation_plan and data.validation_plan.num_images
     return {
         "trained": describe_parameters(job),
-        "images": f"{data.name}: {count}, used at {preprocessing.width}x{preprocessing.height} with "
-        f"{preprocessing.channels} channels",
+        "images": f"{data.name}: {count}, used at {describe_size(data.preprocessing)}",
+        **({"validation": f"{held_out:,} more, every {data.validation_every:,} steps"} if held_out else {}),
         "length": length + (f", of which {first_step:,} are done" if first_step else ""),
         "batch": describe_batch(plan),
         "hardware": f"{describe_hardware(accelerator)}, {describe_precision(accelerator)}",
@@ -82,7 +87,7 @@ def _memory(job: TrainingJob, args: RunArguments, activations: Sequence[int] | N
     parts = {
         "weights": sum(_bytes(spec.network.parameters()) for spec in job.networks),
         "gradients": trained,
-        "optimizer": 2 * trained,  # Adam: two moments
+        "optimizer": sum(state_bytes(spec.optimizer) for spec in job.networks),
         "EMA": _bytes(job.ema.weights()),
     }
     more = ", and activations"
@@ -96,9 +101,9 @@ def _memory(job: TrainingJob, args: RunArguments, activations: Sequence[int] | N
 def _disk(job: TrainingJob, args: RunArguments, total_steps: int) -> str:
     """Describe the disk space for the pipeline and the checkpoints; one is removed after the next is written."""
     weights = sum(_bytes(spec.network.parameters()) for spec in job.networks)
-    trained = sum(_trained_bytes(spec.network) for spec in job.networks)
+    optimizers = sum(state_bytes(spec.optimizer) for spec in job.networks)
     pipeline = _bytes(job.ema.network.parameters())
-    checkpoint = weights + 2 * trained + _bytes(job.ema.weights())
+    checkpoint = weights + optimizers + _bytes(job.ema.weights())
     saves = -(-total_steps // args.checkpointing_steps) if args.checkpointing_steps else 1
     kept = min(saves, args.checkpoints_total_limit + 1) if args.checkpoints_total_limit else saves
     folder = Path(args.output_dir).absolute()
@@ -118,6 +123,12 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def _trained_bytes(network: torch.nn.Module) -> int:
     return _bytes(parameter for parameter in network.parameters() if parameter.requires_grad)
+
+
+def describe_size(preprocessing: Preprocessing) -> str:
+    """Return the width, height and channels of the images that the network takes."""
+    channels = "1 channel" if preprocessing.channels == 1 else f"{preprocessing.channels} channels"
+    return f"{preprocessing.width}x{preprocessing.height}, {channels}"
 
 
 def describe_length(plan: BatchPlan, total_steps: int) -> str:

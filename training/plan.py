@@ -83,6 +83,15 @@ class BatchPlan:
         return int(_permutation(self.num_images, fold_in(self.seed, epoch))[start + position])
 
 
-@lru_cache(maxsize=2)
+class ValidationPlan(BatchPlan):
+    """The plan of passes over held-out images, whose random numbers are the same for every batch size."""
+
+    def sample_key(self, step: int, position: int) -> int:
+        """Return the key of an image in its pass, which does not depend on the global batch that contains it."""
+        epoch, _, size = self.global_batch(step)
+        return fold_in(self.seed, epoch, self.image_index(step, min(position, size - 1)))
+
+
+@lru_cache(maxsize=4)
 def _permutation(length: int, seed: int) -> torch.Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))

@@ -19,7 +19,7 @@ from ..data.arguments import check_value_range
 from ..data.preprocessing import Preprocessing
 from ..data.sources import ImageSource
 from ..sampling.grids import image_grid, rows_by_class
-from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments
+from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments, ValidationArguments
 from .evaluator import Evaluator
 from .job import TrainingJob
 from .loading import TrainingData
@@ -50,7 +50,7 @@ class Session:
         """Check that the run folder can be used and the user is logged in to the Hub, and start Accelerate.
 
         Args:
-            supports_fsdp: whether the network of the run can be sharded.
+            supports_fsdp: whether the network of the run and its optimizer can be sharded.
             supports_fp16: whether the losses of the run can be computed in fp16.
 
         Raises:
@@ -61,8 +61,8 @@ class Session:
         accelerator = _start(run, supports_fp16)
         if accelerator.is_fsdp2 and not supports_fsdp:
             raise InputError(
-                "Only ddgan finetune trains with FSDP; this network is small enough to be trained without sharding, "
-                "in one or several processes."
+                "FSDP is supported by ddgan finetune alone, and not with --use_8bit_adam, which bitsandbytes cannot "
+                "shard. Train without sharding, in one or several processes, or omit --use_8bit_adam."
             )
         uploads = run.push_to_hub and not run.dry_run
         repo_id = repository_id(run) if uploads and accelerator.is_main_process else None
@@ -76,8 +76,9 @@ class Session:
         labels: LabelArguments | None = None,
         source: ImageSource | None = None,
         classes: Sequence[str] | None = None,
+        validation: ValidationArguments | None = None,
     ) -> TrainingData:
-        """Open the training images.
+        """Open the training images, and those for the validation loss.
 
         Args:
             channels: channels of the images that the network takes, 1 to 4.
@@ -85,6 +86,7 @@ class Session:
             labels: where the class labels are, if the run uses them.
             source: the images, if they are only a subset of those in `args`.
             classes: class names of the start model, which the labels must fit.
+            validation: which images to hold out, if the run can have a validation loss: that of its first network.
         """
         height, width = size
         return TrainingData(
@@ -101,6 +103,7 @@ class Session:
             labels,
             source,
             classes,
+            validation,
             batch_size=self.run.batch_size,
             accumulation=self.run.grad_accumulation_steps,
             processes=self.accelerator.num_processes,

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
+
+VALIDATION_LOSS = "validation_loss"  # column of metrics.csv
 
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -118,20 +121,26 @@ class MetricsFile:
             logger.warning(f"{path} lacks the rows of {lost} of the {resumed_step} steps so far.{kept}")
         self._replace(rows)
         if self.newest["step"] != resumed_step:
-            self.newest = {"step": resumed_step}
+            self.newest, self.newest_line = {"step": resumed_step}, 0
 
     def append(self, rows: list[dict[str, float]]) -> None:
         """Append rows; columns that a row lacks stay empty in it."""
         if self._is_unchanged() and not any(row.keys() - set(self.columns) for row in rows):
-            _write(self.path, self.columns, rows, "a")
+            self._write(self.path, rows, "a")
             self.newest, self.size = rows[-1], self.path.stat().st_size
         else:
             self._replace([*self._rows(), *rows])
 
     def amend(self, values: dict[str, float]) -> None:
         """Add values to the newest row."""
+        row = self.newest | values
+        if self.newest_line and self._is_unchanged() and not values.keys() - set(self.columns):
+            os.truncate(self.path, self.size - self.newest_line)  # only the last line, for runs of many steps
+            self.size -= self.newest_line
+            self.append([row])
+            return
         rows = [row for row in self._rows() if row["step"] != self.newest["step"]]
-        self._replace([*rows, self.newest | values])
+        self._replace([*rows, row])
 
     def _is_unchanged(self) -> bool:
         """Return whether the file is as this object has written it."""
@@ -144,20 +153,21 @@ class MetricsFile:
 
     def _replace(self, rows: list[dict[str, float]]) -> None:
         self.columns = list(dict.fromkeys(name for row in rows for name in row))
-        self.size = 0
+        self.size = self.newest_line = 0
         if rows:
-            replace_file(self.path, lambda temporary: _write(temporary, self.columns, rows, "w"))
+            replace_file(self.path, lambda temporary: self._write(temporary, rows, "w"))
             self.newest, self.size = rows[-1], self.path.stat().st_size
         else:
             self.path.unlink(missing_ok=True)
 
-
-def _write(path: Path, columns: list[str], rows: list[dict[str, float]], mode: str) -> None:
-    with open(path, mode, newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        if mode == "w":
-            writer.writeheader()
-        writer.writerows({name: "" if isnan(value) else value for name, value in row.items()} for row in rows)
+    def _write(self, path: Path, rows: list[dict[str, float]], mode: str) -> None:
+        """Write rows, and remember the length of the last line in bytes."""
+        with open(path, mode, newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if mode == "w":
+                writer.writeheader()
+            for row in rows:
+                self.newest_line = writer.writerow({k: "" if isnan(value) else value for k, value in row.items()})
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -182,20 +192,34 @@ def _read(path: Path) -> tuple[list[dict[str, float]], bool]:
     return rows, len(rows) < len(lines) or bool(text and not header)
 
 
+def lowest_validation_loss(rows: list[dict[str, float]]) -> tuple[float, int] | None:
+    """Return the lowest validation loss in rows of metrics.csv and its step, None if there is none."""
+    values = [(value, int(row["step"])) for row in rows if not isnan(value := row.get(VALIDATION_LOSS, nan))]
+    return min(values, default=None)
+
+
 def plot_losses(metrics_path: Path, plot_path: Path) -> None:
-    """Plot every column whose name ends in `loss`, as logged and smoothed, and the learning rates below."""
+    """Plot every column whose name ends in `loss`, as logged and smoothed, and the learning rates below.
+
+    The validation loss, which few steps have, is plotted as it is.
+    """
     rows = read_metrics(metrics_path)
     if not rows:  # somebody has removed the file
         return
     steps = [row["step"] for row in rows]
     figure = _new_figure(height=5.5)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for color, name in enumerate(name for name in rows[0] if name.endswith("loss")):
+    names = [name for name in rows[0] if name.endswith("loss") and name != VALIDATION_LOSS]
+    for color, name in enumerate(names):
         values = np.array([row[name] for row in rows])
         losses.plot(steps, values, color=f"C{color}", alpha=0.25, linewidth=0.8)
         width = min(len(values), max(1, len(values) // 20))
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        losses.plot(steps[width - 1 :], smooth, color=f"C{color}", label=f"{name}, mean of the last {width} steps")
+        mean = f", mean of the last {width} steps" if width > 1 else ""
+        losses.plot(steps[width - 1 :], smooth, color=f"C{color}", label=f"{name}{mean}")
+    if validated := [row for row in rows if not isnan(row.get(VALIDATION_LOSS, nan))]:
+        values = [row[VALIDATION_LOSS] for row in validated]
+        losses.plot([row["step"] for row in validated], values, "ko-", markersize=3, label=VALIDATION_LOSS)
     losses.set_yscale("log")
     losses.set_ylabel("loss")
     losses.grid(alpha=0.3, which="both")

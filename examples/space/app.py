@@ -27,6 +27,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read by the next i
 import gradio as gr
 from generation import (
     ALL_CLASSES,
+    DEFAULT_STEPS,
     MAX_CLASS_GUIDANCE,
     MAX_IMAGES,
     MAX_PROMPT_LENGTH,
@@ -55,7 +56,7 @@ HEADLINE = """
 # Diffusion models
 Generate images in many steps or in few, and guide them towards a color, a text prompt or a class.
 """
-COURSE_EXAMPLES = [["#BB2266", 3], ["#44CCAA", 5]]
+COLOR_EXAMPLES = [["#BB2266", 20], ["#44CCAA", 40]]
 # JavaScript: put the settings of a tab into the address of the page, and of the Hub's page around it
 LINK = """(...values) => {{
     const kept = [...new URLSearchParams(location.search)].filter(([name]) => name.startsWith("__"));
@@ -283,16 +284,17 @@ def guidance_tab(models: dict[str, Model], clip: str | None, why_no_clip: str) -
                 visible=first_kind == "prompt",
             )
             scale = gr.Slider(
-                *(0, 100, 5),
+                *(0, 100, first.guidance),
                 step=0.5,
                 precision=1,
                 label="Guidance scale",
-                info="Strength of the guidance; 0 turns it off.",
+                info=f"Strength of the guidance in any number of steps, as a scale at {DEFAULT_STEPS} steps; "
+                "0 turns it off.",
             )
             button = gr.Button("Generate", variant="primary", elem_id="generate-guided")
             with gr.Row(visible=first_kind == "color") as examples:
                 # filled in by the browser, so that a click on Generate right afterwards uses the new values
-                for example in COURSE_EXAMPLES:
+                for example in COLOR_EXAMPLES:
                     example_button = gr.Button("{} at scale {}".format(*example), size="sm")
                     script = f"() => {json.dumps(example)}"
                     example_button.click(None, None, [color, scale], js=script, api_visibility="private")
@@ -319,7 +321,8 @@ def guidance_tab(models: dict[str, Model], clip: str | None, why_no_clip: str) -
         model = models[name]
         kinds = guidance_kinds(model, clip)
         update = gr.update(choices=kinds, value=kinds[0][1], visible=len(kinds) > 1)
-        return {**update_model(model, choice, settings), kind: update, **select_kind(kinds[0][1])}
+        updates = {kind: update, scale: gr.update(value=model.guidance), **select_kind(kinds[0][1])}
+        return {**update_model(model, choice, settings), **updates}
 
     @show_errors
     def generate_with_guidance(data, progress=PROGRESS):

@@ -40,6 +40,9 @@ MAX_SEED = 2**31 - 1
 MAX_PROMPT_LENGTH = 200  # characters
 MAX_SECONDS = 120  # for one request
 DEFAULT_STEPS = 40
+# guidance scales at that number of steps, with the gradient through the network; few-step models follow it less, see
+# docs/guidance.md
+DEFAULT_GUIDANCE, FEW_STEP_GUIDANCE = 20.0, 40.0
 DEFAULT_CLASS_GUIDANCE = 1.5  # best on digits, see docs/class_conditional.md
 MAX_CLASS_GUIDANCE = 10.0
 STRIP_STEPS = 8
@@ -115,6 +118,11 @@ class Model:
         if scale := re.search(r"\bguidance_scale=(\d+(?:\.\d+)?)", self.card):
             return min(max(float(scale[1]), 1.0), MAX_CLASS_GUIDANCE)
         return 1.0 if self.is_few_step else DEFAULT_CLASS_GUIDANCE
+
+    @property
+    def guidance(self) -> float:
+        """The default scale of guidance towards a color or a prompt."""
+        return FEW_STEP_GUIDANCE if self.is_few_step else DEFAULT_GUIDANCE
 
     @property
     def schedulers(self) -> list[str]:
@@ -380,7 +388,10 @@ def generate_guided(
     gradient: str,
     description: str = "guided",
 ) -> GenerationResult:
-    """Generate images guided by a loss; for `loss`, `scale` and `gradient` see `GuidedPipeline`.
+    """Generate images guided by a loss; for `loss` and `gradient` see `GuidedPipeline`.
+
+    Args:
+        scale: guidance scale at 40 steps; with fewer steps, each moves the sample by more, for the same effect.
 
     Raises:
         InputError, RunError: see `generate`.
@@ -390,7 +401,8 @@ def generate_guided(
     except ValueError as error:
         raise InputError(str(error)) from error
     pipe.set_progress_bar_config(disable=True)
-    options = {"loss": loss, "guidance_scale": scale, "gradient": gradient}
+    scale_per_step = scale * DEFAULT_STEPS / request.steps
+    options = {"loss": loss, "guidance_scale": scale_per_step, "gradient": gradient}
     return _generate(model, pipe, request, progress, description, **options)
 
 

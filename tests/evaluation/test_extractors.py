@@ -160,12 +160,14 @@ def test_unavailable_extractors_are_reported(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(ValueError, match="it holds a UNet2DModel"):
         load_extractor(str(tmp_path))
-    with pytest.raises(ValueError, match=r"DINOv2 model .* could not be loaded"):
+    with pytest.raises(ValueError, match=r"DINOv2 model .* could not be loaded.*--feature_extractor pixels-8x8"):
         load_extractor("dinov2", weights=str(tmp_path / "none"))
 
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
     monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", no_network)
-    with pytest.raises(ValueError, match=r"could not be downloaded: no network.*--extractor_weights"):
+    with pytest.raises(
+        ValueError, match=r"downloaded: no network.*--extractor_weights; or use --feature_extractor pixels-8x8"
+    ):
         load_extractor("inception-v3-compat")

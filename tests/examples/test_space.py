@@ -28,10 +28,11 @@ from PIL import Image, ImageColor
 from tiny import ROOT, few_step_scheduler, tiny_unet
 from tiny_clip import save_clip
 
-from ddgan import ClassConditionalPipeline, ClassConditionedUnet, DDGANPipeline, GuidedPipeline
+from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ColorLoss, DDGANPipeline, GuidedPipeline
 from ddgan.core.errors import InputError, RunError
 from ddgan.hub.upload import Repository, upload_space
 from ddgan.sampling.generation import sample
+from ddgan.sampling.loading import with_scheduler
 
 SPACE = ROOT / "examples" / "space"
 DDGAN = ROOT / "examples" / "models" / "ddgan-mnist-16"
@@ -196,16 +197,16 @@ def test_example_buttons_fill_in_the_fields(browser, address):
     with open_page(browser, address) as page:
         open_guidance(page)
         scale, swatch = page.get_by_label("number input for Guidance scale"), page.locator(".picker .dialog-button")
-        for color, value in (("#BB2266", "3"), ("#44CCAA", "5")):
+        for color, value in (("#BB2266", "20"), ("#44CCAA", "40")):
             page.get_by_text(f"{color} at scale {value}").click()
             page.wait_for_function("([field, value]) => field.value == value", arg=[scale.element_handle(), value])
             assert swatch.evaluate("e => e.style.background") == "rgb({}, {}, {})".format(*ImageColor.getrgb(color))
         set_steps(page, 8)
-        click(page, "#BB2266 at scale 3")
-        click(page, "#44CCAA at scale 5")
+        click(page, "#BB2266 at scale 20")
+        click(page, "#44CCAA at scale 40")
         with page.expect_request("**/queue/join*") as request:  # right after, with the filled-in values
             click(page, "Generate")
-        assert {"#44CCAA", 5} <= {x for x in request.value.post_data_json["data"] if isinstance(x, str | int)}
+        assert {"#44CCAA", 40} <= {x for x in request.value.post_data_json["data"] if isinstance(x, str | int)}
         guided, unguided = images_in(page, "guided-images"), images_in(page, "guided-unguided")
         assert color_distance(guided, "#44CCAA") < color_distance(unguided, "#44CCAA") - 3
 
@@ -455,6 +456,17 @@ def test_a_guided_pipeline_also_generates_without_guidance(generation, models):
     assert same_images(generation["generate"](guided, request, progress).images, expected.images)
 
 
+def test_the_scale_of_guidance_is_that_of_40_steps(generation, models):
+    model = generation["load_model"](str(models / "rgb-model"), "rgb-model")
+    request = generation["GenerationRequest"](num_images=2, steps=8, scheduler="ddim", seed=0)
+    loss, progress = ColorLoss("teal"), generation["StepProgress"](lambda *_: None)
+    guided = generation["generate_guided"](model, request, progress, loss, 20.0, "sample")
+    pipe = GuidedPipeline.from_pipe(with_scheduler(model.pipe, "ddim", 8))
+    expected = sample(pipe, [0, 1], 8, loss=loss, guidance_scale=100.0)
+    assert same_images(guided.images, expected)
+    assert not same_images(guided.images, sample(pipe, [0, 1], 8, loss=loss, guidance_scale=20.0))
+
+
 def test_one_class_of_a_ddgan_is_varied(generation):
     model = generation["load_model"](str(DDGAN), "ddgan")
     request = generation["GenerationRequest"](num_images=2, steps=4, scheduler="as-saved", seed=7, vary="noise")
@@ -484,6 +496,7 @@ def test_the_embedded_models_are_the_default_with_few_steps_and_color_first(gene
     assert ranks == sorted(ranks, reverse=True) and ranks[0] == (True, True)
     assert isinstance(models["ddgan-mnist-16"].pipe, DDGANPipeline)
     # the measured scales of guidance, and pairs of the same images and size
+    assert models["twemoji-few-steps"].guidance == 2 * models["noto-emoji-32"].guidance
     assert models["mnist-28"].class_guidance == 1.5 and models["noto-emoji-classes-32"].class_guidance == 3
     many = [model for model in models.values() if not model.is_few_step]
     pairs = {

@@ -66,6 +66,8 @@ def test_a_checkpoint_becomes_a_pipeline_folder(tmp_path, golden, training_state
     assert metadata.license_link.startswith("https://") and "non-commercial" in metadata.tags
     card = (output / "README.md").read_text()
     assert "for non-commercial use (research or evaluation) only" in card
+    assert f"| network | NCSNpp, {pipe.unet.num_parameters():,} parameters |" in card
+    assert f"| image size | {config['image_size']}x{config['image_size']}, " in card
     assert f"Made with diffusers-ddgan {version('diffusers-ddgan')}, diffusers " in card
     assert ("](samples.png)\n\n*Seeds 0 to 1, nothing left out.*" in card) == training_state
     assert (output / "samples.png").exists() == training_state

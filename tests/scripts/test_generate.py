@@ -163,7 +163,8 @@ def test_more_images_are_added_to_existing_ones(tiny_model, whole):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--color", "teal"], "color was None, is teal; guidance_scale was None, is 40.0"),
+        # 40 in 40 steps, and in inverse proportion
+        (["--color", "teal"], r"color was None, is teal; guidance_scale was None, is 533\.3"),
         (["--seed", 1], "seed was 0, is 1"),
         (["--scheduler", "euler"], "scheduler was ddim, is euler"),
         (["--num_inference_steps", 4], "num_inference_steps was 3, is 4"),
@@ -291,7 +292,7 @@ def distance(output: Path, color: tuple[int, int, int]) -> float:
 
 
 def test_guided_images_are_closer_to_the_color(tiny_model, tmp_path):
-    color = ["--color", "#BB2266"]
+    color = ["--color", "#BB2266", "--guidance_scale", 40]
     for name, more in (("unguided", []), ("guided", color), ("stronger", [*color, "--guidance_scale", 80])):
         generate.main(flags(tiny_model, tmp_path / name, *more))
     names = ("unguided", "guided", "stronger")
@@ -300,9 +301,9 @@ def test_guided_images_are_closer_to_the_color(tiny_model, tmp_path):
 
 
 def test_towards_guides_like_the_other_flags(tiny_model, tmp_path):
-    generate.main(flags(tiny_model, tmp_path / "color", "--color", "teal"))
-    generate.main(flags(tiny_model, tmp_path / "towards", "--towards", "color:teal"))
-    generate.main(flags(tiny_model, tmp_path / "twice", "--towards", "2*color:teal"))
+    for name, more in (("color", ["--color", "teal"]), ("towards", ["--towards", "color:teal"])):
+        generate.main(flags(tiny_model, tmp_path / name, *more, "--guidance_scale", 40))
+    generate.main(flags(tiny_model, tmp_path / "twice", "--towards", "2*color:teal", "--guidance_scale", 40))
     assert images(tmp_path / "towards") == images(tmp_path / "color") != images(tmp_path / "twice")
     settings = json.loads((tmp_path / "towards" / "generate.json").read_text())
     assert settings["towards"] == ["color:teal"]

@@ -262,7 +262,7 @@ def test_the_cards_have_the_numbers_with_their_protocol(run, classifier):
     best_card = (run / "best" / "README.md").read_text()
     assert "# run, best checkpoint" in best_card and 'from_pretrained("best")' in best_card
     assert f"{best} of 6 optimizer steps" in best_card
-    assert f"![Samples after {best} steps.](samples/step-{best:08d}.png)" in best_card
+    assert f"![Samples after {best} optimizer steps.](samples/step-{best:08d}.png)" in best_card
     assert Image.open(run / "eval.png").width > 500
 
 

@@ -71,12 +71,12 @@ def test_a_card_shows_the_newest_grid_and_names_its_step(finetune, measured):
     best = (run / "best" / "README.md").read_text()
     step = re.search(r"\| trained for \| (\d) of 4", best)[1]
     caption, grid = {
-        "3": ("Samples after 2 steps; these weights are from step 3.", "samples/step-00000002.png"),
-        "4": ("Samples after 4 steps.", "samples/step-00000004.png"),
+        "3": ("Samples after 2 optimizer steps; these weights are from step 3.", "samples/step-00000002.png"),
+        "4": ("Samples after 4 optimizer steps.", "samples/step-00000004.png"),
     }[step]
     assert f"![{caption}]({grid})\n\n*{caption}*" in best
     assert grid in pipeline_files(run / "best")
-    assert "![Samples after 4 steps.](samples/step-00000004.png)" in (run / "README.md").read_text()
+    assert "![Samples after 4 optimizer steps.](samples/step-00000004.png)" in (run / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_a_dry_run_prints_the_sizes_of_the_run_and_writes_nothing(finetune, tmp_
     run = finetune("dry/run", "--dry_run", "--push_to_hub", "--eval_every", 1, *short)
     assert not run.parent.exists()
     table = dict(re.split("  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines() if "  " in line)
-    assert table["images"] == "thirteen: 13 images, used at 8x8 with 3 channels"
+    assert table["images"] == "thirteen: 13 images, used at 8x8, 3 channels"
     assert table["length"] == "4 steps (2 epochs of 2)"
     assert table["batch"] == "global batch size 8 (4 per micro-batch x 2 accumulated)"
     assert "181.0 kB weights, 181.0 kB gradients, 362.1 kB optimizer, 181.0 kB EMA" in table["memory"]

@@ -57,6 +57,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes_bit_identical(finetune):
     assert list(state) == [
         *("step", "seconds", "broken", "evaluations", "images", "images_per_step", "seed"),
         *("averaged weights", "shards", "trained parameters", "prediction type", "scaled gradients"),
+        "8-bit optimizer",
         *("files", "checksum"),
     ]
     kept = ("step", "seconds", "broken", "images", "images_per_step", "seed", "averaged weights")

@@ -11,7 +11,13 @@ from tiny import largest_difference, weights
 
 from ddgan.commands.arguments import FinetuneArguments
 from ddgan.commands.finetune import finetune as finetune_function
-from ddgan.training.arguments import DataArguments, EvaluationArguments, LearningRateArguments, RunArguments
+from ddgan.training.arguments import (
+    DataArguments,
+    EvaluationArguments,
+    LearningRateArguments,
+    RunArguments,
+    ValidationArguments,
+)
 from ddgan.training.tracking import read_metrics
 
 
@@ -22,6 +28,7 @@ def arguments(model: Path, images: Path, output: Path, **run) -> tuple:
         LearningRateArguments(learning_rate=1e-2),
         DataArguments(train_data_dir=str(images)),
         EvaluationArguments(),
+        ValidationArguments(),
         FinetuneArguments(start_model=str(model), sample_steps=2),
     )
 
