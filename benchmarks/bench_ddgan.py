@@ -267,10 +267,15 @@ def compare_wavelets(names: Sequence[str], rounds: int) -> None:
     print(f"\n{hardware()}; sub-bands relative to pixels, float32, medians of {rounds} rounds\n")
     print("| | levels | iteration | with R1 | sample | peak GiB, training |\n|---|--:|--:|--:|--:|--:|")
     set_float32_precision("ieee")
+    # first of all, since the peak of a subprocess is at least the memory of this process when it starts
+    peak_gib = {
+        (name, levels): run_in_subprocess(__file__, "--peaks", name, str(levels))["training GiB"]
+        for name in names
+        for levels in (0, 1, 2)
+    }
     works = (lambda ddgan: ddgan.iteration(False), lambda ddgan: ddgan.iteration(True), DDGAN.sample)
     for name in names:
         size, batch_size = CONFIGURATIONS[name].size, CONFIGURATIONS[name].batch_size
-        memory = [run_in_subprocess(__file__, "--peaks", name, str(levels))["training GiB"] for levels in (0, 1, 2)]
         on_pixels = DDGAN(name)
         for levels in (1, 2):
             on_bands = DDGAN(name, wavelet_levels=levels)
@@ -280,7 +285,7 @@ def compare_wavelets(names: Sequence[str], rounds: int) -> None:
                     work(ddgan)
                 pairs = [[seconds(partial(work, ddgan)) for ddgan in (on_bands, on_pixels)] for _ in range(rounds)]
                 ratios.append(f"{median(bands / pixels for bands, pixels in pairs):.2f}")
-            peak = f"{memory[levels]:.2f} instead of {memory[0]:.2f}"
+            peak = f"{peak_gib[name, levels]:.2f} instead of {peak_gib[name, 0]:.2f}"
             label = f"{name}, {size}x{size}, batch {batch_size}"
             print(f"| {label} | {levels} | {' | '.join(ratios)} | {peak} |", flush=True)
     iteration, sample, peak = WAVELET_TARGETS
