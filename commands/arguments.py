@@ -27,6 +27,7 @@ from ..evaluation.arguments import (
 from ..guidance.arguments import (
     CLIP_MODEL_HELP,
     DEFAULT_MODEL,
+    MAX_GUIDANCE_SCALE,
     TOWARDS_HELP,
     clip_model_names,
     parse_color,
@@ -59,6 +60,7 @@ MIN_WIDTH = 8  # channels of one attention head in the blocks of Diffusers
 
 GRID_IMAGES = 64
 DEFAULT_GUIDANCE_SCALE = 40.0
+MAX_CLASS_GUIDANCE_SCALE = 100  # of classifier-free guidance; scales above 10 are hardly ever useful
 
 DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline to evaluate; with fewer the bias of FID is large
 
@@ -148,7 +150,8 @@ class FewStepArguments(Arguments):
     teacher_guidance_scale: float = option(
         1.0,
         "classifier-free guidance of these samples, for a class-conditional model with a null class; 1: none",
-        above=0,
+        minimum=1,
+        maximum=MAX_CLASS_GUIDANCE_SCALE,
     )
     lr_g: float = option(5e-5, "peak learning rate of the network in the adversarial steps", above=0)
     lr_d: float = option(2e-4, "peak learning rate of the discriminator", above=0)
@@ -311,7 +314,10 @@ class ClassConditionalArguments(Arguments):
     )
     sample_steps: int = option(50, "DDIM steps for the sample grids", minimum=1)
     guidance_scale: float = option(
-        1.0, "classifier-free guidance scale for these grids; above 1 needs --class_dropout"
+        1.0,
+        "classifier-free guidance scale for these grids; above 1 needs --class_dropout",
+        minimum=1,
+        maximum=MAX_CLASS_GUIDANCE_SCALE,
     )
 
     def __post_init__(self):
@@ -469,8 +475,11 @@ class GenerateArguments(SamplingArguments):
     clip_model: list[str] | None = option(None, CLIP_MODEL_HELP)
     guidance_scale: float | None = option(
         None,
-        "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one (default: "
-        f"{DEFAULT_GUIDANCE_SCALE:g}). Without these, classifier-free guidance towards --class_labels",
+        "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one, and a negative one "
+        f"guides away from them (default: {DEFAULT_GUIDANCE_SCALE:g}). Without these, that of classifier-free "
+        f"guidance towards --class_labels, from 1 (none) to {MAX_CLASS_GUIDANCE_SCALE}",
+        minimum=-MAX_GUIDANCE_SCALE,
+        maximum=MAX_GUIDANCE_SCALE,
     )
     guidance_gradient: Literal["sample", "model"] | None = option(
         None, "model: differentiate through the network too, which takes more time and memory (default: sample)"
@@ -494,10 +503,17 @@ class GenerateArguments(SamplingArguments):
         if self.is_guided:
             self.guidance_scale = DEFAULT_GUIDANCE_SCALE if self.guidance_scale is None else self.guidance_scale
             self.guidance_gradient = self.guidance_gradient or "sample"
+            if self.guidance_scale == 0:
+                raise InputError("With --guidance_scale 0 the guidance has no effect: omit its target.")
         elif self.guidance_gradient or (self.guidance_scale is not None and not self.class_labels):
             raise InputError(
                 "Guidance needs a target: pass --color, --clip_prompt or --towards, or for classifier-free guidance "
                 "--class_labels."
+            )
+        elif self.guidance_scale is not None and not 1 <= self.guidance_scale <= MAX_CLASS_GUIDANCE_SCALE:
+            raise InputError(
+                f"--guidance_scale is {self.guidance_scale:g}; for classifier-free guidance it must be from 1 (none) "
+                f"to {MAX_CLASS_GUIDANCE_SCALE}."
             )
 
     @property
@@ -571,7 +587,10 @@ class EvaluateArguments(SamplingArguments):
         None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
     guidance_scale: float | None = option(
-        None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
+        None,
+        "classifier-free guidance of a class-conditional pipeline (default: 1, which is none)",
+        minimum=1,
+        maximum=MAX_CLASS_GUIDANCE_SCALE,
     )
     output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
     save_images: str | None = option(None, "save the samples in this folder")

@@ -19,7 +19,7 @@ from ddgan import GuidanceLoss, GuidedPipeline
 from ddgan.core import cli
 from ddgan.core.cli import option, parse_arguments
 from ddgan.core.errors import InputError, run_command
-from ddgan.guidance.arguments import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names
+from ddgan.guidance.arguments import CLIP_MODEL_HELP, MAX_GUIDANCE_SCALE, TOWARDS_HELP, clip_model_names
 from ddgan.guidance.registry import parse_loss, sum_losses
 from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
 from ddgan.sampling.generation import class_names, parse_class_labels
@@ -38,7 +38,12 @@ class Arguments(cli.Arguments):
     pipeline: str = option(str(EMBEDDED_MODEL), "pipeline folder or Hub repository")
     towards: list[str] | None = option(None, f"{TOWARDS_HELP} (default: {DEFAULT_LOSS})")
     clip_model: list[str] | None = option(None, CLIP_MODEL_HELP)
-    guidance_scale: float = option(40.0, "guidance scale; larger images need a larger one")
+    guidance_scale: float = option(
+        40.0,
+        "guidance scale; larger images need a larger one, and a negative one guides away from the target",
+        minimum=-MAX_GUIDANCE_SCALE,
+        maximum=MAX_GUIDANCE_SCALE,
+    )
     gradient: Literal["sample", "model"] = option("sample", "model: differentiate through the network too")
     scale_schedule: str = option(
         "constant", "factor of the guidance scale as a function of the noise level", choices=SCALE_SCHEDULES
