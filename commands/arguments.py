@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from ..conversion.published_models import PUBLISHED_MODELS
 from ..core.cli import Arguments, option
 from ..core.errors import InputError
-from ..core.files import contains_files
+from ..core.files import check_can_write, contains_files
 from ..core.locations import resolve_locations, resolve_paths
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import (
@@ -489,6 +489,7 @@ class GenerateArguments(SamplingArguments):
         super().__post_init__()
         if not self.pipeline:
             raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
+        check_can_write(self.output_dir, "--output_dir")
         if self.vary and self.is_guided:
             raise InputError("--vary does not work with guidance: omit --color, --clip_prompt and --towards.")
         self.grid = self.grid or self.vary is not None
@@ -625,6 +626,9 @@ class EvaluateArguments(SamplingArguments):
         resolve_paths(self, "classifier")
         resolve_extractor(self)
         check_value_range(self.value_range)
+        check_can_write(self.output, "--output", is_folder=False)
+        if self.save_images:
+            check_can_write(self.save_images, "--save_images")
         if Path(self.output).is_dir():
             raise InputError(f"--output {self.output} is a folder: name a file.")
         if Path(self.output).exists() and not _is_evaluation(Path(self.output)):
@@ -685,6 +689,7 @@ class ConvertArguments(Arguments):
         if self.config_path and self.recipe:
             raise InputError("Pass only one of --config_path and --recipe: both define the training arguments.")
         resolve_paths(self, "checkpoint_path", "config_path")
+        check_can_write(self.output_dir, "--output_dir")
         output = Path(self.output_dir)
         if output.exists() and (not output.is_dir() or contains_files(output)):
             raise InputError(f"--output_dir {output} already exists and is not empty: choose another folder.")

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from ..core.accelerator import start_accelerate
-from ..core.errors import InputError, RunError, naming_file
+from ..core.errors import InputError, RunError, naming_file, write_problem
 from ..core.files import contains_files, fingerprint, location_name, remove_temporary_files, replace_file
 from ..core.locations import InMemory
 from ..core.locks import locked
@@ -110,8 +110,8 @@ def naming_output(args: EvaluateArguments) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"The results cannot be written to {args.output}: {error}. Repeat the command with another --output: the "
-            "samples that were measured are cached."
+            f"The results cannot be written to {args.output}: {write_problem(error)}. Repeat the command with another "
+            "--output: the samples that were measured are cached."
         ) from error
 
 

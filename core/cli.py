@@ -344,9 +344,9 @@ def _read_config(
 ) -> list[str]:
     """Convert a YAML file to command-line tokens, leaving out flags whose alternatives are among `overriding`."""
     file = Path(find(expand_user(path)) or path)
-    if path and file.is_dir():
+    if path and os.path.isdir(file):
         raise InputError(f"--config {path} is a folder: name a YAML file, such as the config.yaml of a run folder.")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"--config {path} does not exist.")
     if file.stat().st_size > _MAX_CONFIG_SIZE:
         raise InputError(f"--config {path} is too large for a list of flags.")

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from ..core.cli import Arguments, option
 from ..core.errors import InputError
+from ..core.files import check_can_write
 from ..core.locations import resolve_locations, resolve_paths
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import METRIC_NAMES, MIN_IMAGES, resolve_extractor
@@ -137,6 +138,7 @@ class RunArguments(Arguments):
         super().__post_init__()
         if self.output_dir is None:
             self.output_dir = self.model_save_name or self._default_output_dir
+        check_can_write(self.output_dir, "--output_dir")
         if self.model_save_name is None:
             self.model_save_name = self.folder_name
         if self.report_to is None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .. import ClassConditionalPipeline
-from ..core.errors import RunError
-from ..core.files import fingerprint, replace_file
+from ..core.errors import RunError, write_problem
+from ..core.files import digest_arrays, fingerprint, replace_file
 from ..sampling.loading import pipeline_hash
 from .objectives.few_step import CLEAN, FewStepProcess, TeacherSamples
 from .randomness import PerSampleRNG, fold_in
@@ -170,6 +170,6 @@ class _SampleFile:
             replace_file(self.path, lambda path: save_file(tensors, path, {_FINGERPRINT: self.fingerprint}))
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"The samples of the start model could not be written to {self.path}: {error}. Free some space, or "
-                "use fewer of them (--teacher_samples), then run the same command again."
+                f"The samples of the start model could not be written to {self.path}: {write_problem(error)}. Free "
+                "some space, or use fewer of them (--teacher_samples), then run the same command again."
             ) from error

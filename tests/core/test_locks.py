@@ -73,6 +73,15 @@ def test_a_folder_that_cannot_be_created_is_reported_with_its_flag(tmp_path):
             pass
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which no file can be created")
+def test_a_folder_in_which_no_file_can_be_created_is_not_taken_for_a_locked_one():
+    with (
+        pytest.raises(InputError, match=r"The folder /proc/self cannot be written to: .* with --output_dir"),
+        locked(Path("/proc/self")),
+    ):
+        pass
+
+
 def write_outcome(folder, output):
     accelerator = Accelerator()
     try:
