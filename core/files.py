@@ -191,6 +191,15 @@ def fingerprint_bytes(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
+def digest_arrays(arrays: Mapping[str, Any]) -> str:
+    """Return the BLAKE2b of the contents of C-contiguous NumPy arrays and of their names."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, array in sorted(arrays.items()):
+        digest.update(name.encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
 def digest_files(paths: Iterable[Path]) -> list[tuple[int, str]]:
     """Return the size in bytes and the BLAKE2b of the contents of each file; files are read in blocks, in parallel."""
 
