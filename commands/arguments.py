@@ -106,12 +106,12 @@ class FinetuneArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.start_model and self.model_config:
+        if self.start_model is not None and self.model_config:
             raise InputError(
                 "--start_model names a pretrained model, and --model_config trains a new one: pass only one of them."
             )
-        if not self.model_config:
-            self.start_model = self.start_model or "examples/models/noto-emoji-32"
+        if self.start_model is None and not self.model_config:
+            self.start_model = "examples/models/noto-emoji-32"
         resolve_locations(self, "start_model")
         resolve_paths(self, "model_config")
 
@@ -457,7 +457,7 @@ class GenerateArguments(SamplingArguments):
     batch_size: int = option(
         16, "images per batch on an accelerator; on a CPU it depends on the image size only", minimum=1
     )
-    class_labels: list[str] | None = option(
+    class_labels: list[str | int] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
     vary: Literal["z", "noise"] | None = option(
@@ -584,7 +584,7 @@ class EvaluateArguments(SamplingArguments):
     batch_size: int = option(
         64, "images per forward pass; for samples on a CPU it depends on the image size only", minimum=1
     )
-    class_labels: list[str] | None = option(
+    class_labels: list[str | int] | None = option(
         None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
     guidance_scale: float | None = option(
