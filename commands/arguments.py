@@ -569,8 +569,8 @@ class EvaluateArguments(SamplingArguments):
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     value_range: list[float] | None = option(
         None,
-        "values of black and white in gray --images and references: --value_range 0 4095 (default: the full range of "
-        "their bits for integers, 0 1 for floating-point numbers)",
+        "values of black and white in the files of --images and references: --value_range 0 4095 (default: the full "
+        "range of their bits for integers, 0 1 for floating-point numbers)",
     )
     feature_extractor: str | None = option(
         None,
@@ -655,6 +655,8 @@ class EvaluateArguments(SamplingArguments):
                 raise InputError(f"--{name} {value} needs --{source}.")
         if self.image_column and not (self.images or self.reference):
             raise InputError(f"--image_column {self.image_column} needs a dataset: pass --images or --reference.")
+        if self.value_range and not (self.images or self.reference):
+            raise InputError("--value_range is that of image files: pass some with --images or --reference.")
 
     @property
     def card(self) -> Path:

@@ -459,6 +459,8 @@ def check_reference_options(
     check_dataset_options(references or [(args.reference or "", None)], {"reference_config": args.reference_config})
     if isinstance(samples, StoredSamples):
         references.append((args.images or "", samples.source))
+    if args.value_range and not references:
+        raise InputError(f"--value_range is that of image files, but {args.reference} holds only features: omit it.")
     check_dataset_options(references or [(args.reference or "", None)], {"image_column": args.image_column})
 
 

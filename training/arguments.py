@@ -51,8 +51,8 @@ class DataArguments(Arguments):
     random_flip: bool = option(False, "flip images horizontally at random")
     value_range: list[float] | None = option(
         None,
-        "values of black and white in gray images: --value_range 0 4095 (default: the full range of their bits for "
-        "integers, 0 1 for floating-point numbers)",
+        "values of black and white in the image files: --value_range 0 4095 (default: the full range of their bits "
+        "for integers, 0 1 for floating-point numbers)",
     )
     skip_broken_images: bool = option(False, "skip images that cannot be read, and count them")
     cache_images: bool = option(False, "cache the decoded, resized images in memory (images x channels x H x W bytes)")

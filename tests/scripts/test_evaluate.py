@@ -409,6 +409,15 @@ def test_settings_without_effect_are_refused(run, folders, tmp_path, reference, 
         run("--images", folders["samples"], *flags, reference=reference)
 
 
+def test_a_value_range_without_image_files_is_refused(run, folders, tmp_path):
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(192), sigma=np.eye(192))
+    flags = ("--pipeline", folders["model"], *SHORT, "--num_images", 12, "--value_range", 0, 99)
+    with pytest.raises(
+        InputError, match=r"--value_range is that of image files, but .*statistics\.npz holds only feat"
+    ):
+        run(*flags, reference=tmp_path / "statistics.npz")
+
+
 def test_a_split_of_a_folder(run, folders, tmp_path):
     for split, count in (("train", 30), ("test", 20)):
         write_images(tmp_path / "both" / split, count)
