@@ -251,9 +251,11 @@ class DDGANArguments(Arguments):
                 f"--lr_min is {self.lr_min}, the final value of --lr_g {self.lr_g} and --lr_d {self.lr_d}; it must "
                 "not be greater than either."
             )
-        self.diffaug = [name for names in self.diffaug for name in names.split(",") if name]
+        self.diffaug = [name.strip() for names in self.diffaug for name in names.split(",")]
         if unknown := set(self.diffaug) - set(AUGMENTATIONS):
             raise InputError(f"--diffaug {' '.join(sorted(unknown))}: choose from {', '.join(AUGMENTATIONS)}.")
+        if len(set(self.diffaug)) < len(self.diffaug):
+            raise InputError(f"--diffaug {' '.join(self.diffaug)} names an augmentation twice.")
 
 
 @dataclass
@@ -272,14 +274,16 @@ class ClassConditionalArguments(Arguments):
     """The class-conditional network, and its loss."""
 
     _argument_group_name = "class conditioning"
-    _alternatives = ({"dataset", "dataset_name", "train_data_dir"},)
+    _alternatives = ({"dataset", "dataset_name", "train_data_dir"}, {"data_dir", "dataset_name", "train_data_dir"})
 
     dataset: str | None = option(
         None,
         "images in --data_dir, downloaded if missing (default: mnist, unless other images are named)",
         choices=CLASS_DATASETS,
     )
-    data_dir: str = option("data", "folder with torchvision's MNIST/raw or FashionMNIST/raw")
+    data_dir: str | None = option(
+        None, "folder with torchvision's MNIST/raw or FashionMNIST/raw, for --dataset (default: data)"
+    )
 
     unet: Literal["class_conditioned", "context"] = option(
         "class_conditioned", "pass the class as extra input channels, or as factors of the features"
@@ -534,6 +538,9 @@ def _is_evaluation(path: Path) -> bool:
         return False
 
 
+_OF_SAMPLING = {"guidance_scale"} | {argument.name for argument in fields(SamplingArguments)}
+
+
 @dataclass
 class EvaluateArguments(SamplingArguments):
     """The samples to measure, the reference images and the features."""
@@ -605,7 +612,7 @@ class EvaluateArguments(SamplingArguments):
         if self.images and self.save_images:
             raise InputError("--save_images saves the samples of a --pipeline; those of --images already exist.")
         if self.images:
-            for argument in fields(SamplingArguments):
+            for argument in (field for field in fields(self) if field.name in _OF_SAMPLING):
                 if (value := getattr(self, argument.name)) != argument.default:
                     raise InputError(
                         f"--{argument.name} {value} is for sampling a --pipeline, but --images exist already: omit it."

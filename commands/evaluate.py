@@ -152,7 +152,8 @@ def requested_classes(
         return None
     known, names = classifier.network.class_names, samples.class_names
     wanted = [names.get(label, label) if isinstance(label, int) else label for label in samples.labels]
-    if any(name in known for name in wanted) or not names:
+    # existing images have the names of the classifier
+    if any(name in known for name in wanted) or not names or list(names.values()) == known:
         numbers = [known.index(name) if name in known else name for name in wanted]
     else:
         numbers_by_name: dict[int | str, int] = {name: label for label, name in names.items()}

@@ -476,6 +476,21 @@ def test_a_resumed_run_uses_its_own_learning_rate(finetune):
     assert rates[0][0] == 2 * rates[1][0]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("cosine", "is more than the 2 steps of the run: the learning rate rises only to 0.4 times --learning_rate"),
+        ("constant", "has no effect with --lr_scheduler constant: use constant_with_warmup"),
+    ],
+)
+def test_a_warmup_that_does_not_reach_the_learning_rate_has_a_warning(finetune, caplog, schedule, message):
+    flags = ("--lr_scheduler", schedule, "--max_train_steps", 2, "--dry_run")
+    finetune("run", *flags, "--lr_warmup_steps", 2 if schedule == "cosine" else 0)
+    assert "--lr_warmup_steps" not in caplog.text
+    finetune("run", *flags, "--lr_warmup_steps", 5)
+    assert f"--lr_warmup_steps 5 {message}" in caplog.text
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(finetune):
     flags = ("--num_epochs", 20, "--save_model_every", 2, "--checkpointing_steps", 2, "--max_grad_norm", 0)
     run = finetune("run", *flags, "--max_train_steps", 2)

@@ -1,6 +1,6 @@
 """Arguments shared by the training commands; nothing here imports PyTorch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -143,8 +143,14 @@ class RunArguments(Arguments):
             self.model_save_name = self.folder_name
         if self.report_to is None:
             self.report_to = "wandb" if self.wandb_project else "tensorboard"
-        if self.hub_model_id and not self.push_to_hub:
-            raise InputError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub.")
+        if self.wandb_project and self.report_to in ("none", "tensorboard"):
+            raise InputError(
+                f"--wandb_project {self.wandb_project} has no effect with --report_to {self.report_to}: omit one of "
+                "them, or choose --report_to wandb."
+            )
+        for name in ("hub_model_id", "hub_private"):
+            if (value := getattr(self, name)) and not self.push_to_hub:
+                raise InputError(f"--{name} {value} has no effect without --push_to_hub.")
         if self.resume_from_checkpoint != "latest":
             resolve_paths(self, "resume_from_checkpoint")
 
@@ -179,6 +185,11 @@ class EvaluationArguments(Arguments):
         if self.best_metric not in METRIC_NAMES:
             raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRIC_NAMES)}.")
         resolve_extractor(self)
+        for argument in fields(self):
+            if not self.eval_every and (value := getattr(self, argument.name)) != argument.default:
+                raise InputError(
+                    f"--{argument.name} {value} has no effect without --eval_every: set it, or omit this."
+                )
 
 
 @dataclass
