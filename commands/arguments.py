@@ -231,7 +231,10 @@ class DDGANArguments(Arguments):
         "exact", "how penalties are computed; finite differences need no second derivative"
     )
     instance_noise: float = option(
-        0.0, "standard deviation of noise on clean images, real and generated, for the discriminator", minimum=0
+        0.0,
+        "standard deviation of noise on clean images, real and generated, for the discriminator",
+        minimum=0,
+        maximum=10,
     )
     diffaug: list[str] = option(
         [], "differentiable augmentations, for small datasets: any of color,translation,cutout"

@@ -166,6 +166,9 @@ def test_model_config_trains_from_scratch(tiny_model, images, tmp_path):
         ({"block_out_channels": [8]}, "is not the config of a UNet2DModel: "),
         ({"class_embed_type": "timestep"}, "is class-conditional"),
         ({"in_channels": 7}, "takes 7 channels"),
+        ({"out_channels": 5}, "takes 3 channels and returns 5; it must return as many, or twice as many"),
+        ({"sample_size": "8"}, "sample_size .* is '8'; it must be a positive integer"),
+        ({"sample_size": -8}, "sample_size .* is -8; it must be a positive integer"),
         ([1], "describes a list"),
         ("{", "cannot be read"),
     ],
@@ -364,7 +367,7 @@ def test_errors_are_one_paragraph_without_a_traceback(tiny_model, images, tmp_pa
 
 def test_an_unwritable_output_dir_is_reported_in_one_paragraph(finetune, tmp_path, capsys):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         run_command(lambda: finetune("run", "--output_dir", tmp_path / "file" / "run"))
     assert re.fullmatch(r"\nerror: --output_dir .*file/run cannot be created: Not a d.*\n", capsys.readouterr().err)
 
