@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from .errors import USER_ERRNOS, InputError
+from .errors import USER_ERRNOS, InputError, RunError, is_disk_full, write_problem
 from .files import LOCK, TEMPORARY
 
 _OWNER = f"{LOCK}-owner.json"
@@ -45,6 +45,7 @@ def locked(folder: Path, accelerator: Any = None, flag: str = "--output_dir") ->
     Raises:
         InputError: in every process, if another command holds the lock; the message names its host and process. Also
             if the folder cannot be created or written to, or a process on another machine does not share it.
+        RunError: if the disk is full when the block writes a file.
     """
     is_new = not folder.exists()
     lock = _in_main_process(accelerator, lambda: _acquire(folder, flag))
@@ -52,6 +53,13 @@ def locked(folder: Path, accelerator: Any = None, flag: str = "--output_dir") ->
         if accelerator and accelerator.num_processes > 1:
             _check_shared(folder)
         yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise RunError(
+            f"The files in {folder} cannot be written: {write_problem(error)}. Free some space, then repeat the "
+            "command."
+        ) from error
     finally:
         if lock:
             (folder / _OWNER).unlink(missing_ok=True)
@@ -152,7 +160,8 @@ def _acquire(folder: Path, flag: str = "--output_dir", record_owner: bool = True
             "host": socket.gethostname(),
             "since": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}",
         }
-        (folder / _OWNER).write_text(json.dumps(owner), encoding="utf-8")
+        with suppress(OSError):  # the first file of the command will report the reason
+            (folder / _OWNER).write_text(json.dumps(owner), encoding="utf-8")
     return lock
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from ..core.errors import write_problem
 from ..core.files import digest_arrays, remove_temporary_files, replace_file
 from ..core.threads import run_in_threads
 from ..sampling.groups import split_into_groups
@@ -178,7 +179,10 @@ def _cache(path: Path, features: Features, protocol: dict[str, Any] | None = Non
 
 
 def _warn_not_cached(folder: Path, error: Exception) -> None:
-    logger.warning(f"Features are not cached: {folder} cannot be written ({error}). --cache_dir names another folder.")
+    logger.warning(
+        f"Features are not cached: {folder} cannot be written ({write_problem(error)}). --cache_dir names another "
+        "folder."
+    )
 
 
 def _read_features(path: Path) -> Features | None:

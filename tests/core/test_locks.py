@@ -16,7 +16,7 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 
 from ddgan.core import locks
-from ddgan.core.errors import InputError
+from ddgan.core.errors import InputError, RunError
 from ddgan.core.locks import check_unlocked, locked
 
 
@@ -80,6 +80,19 @@ def test_a_folder_in_which_no_file_can_be_created_is_not_taken_for_a_locked_one(
         locked(Path("/proc/self")),
     ):
         pass
+
+
+def test_a_disk_that_becomes_full_is_reported_with_the_folder(tmp_path):
+    message = f"The files in {tmp_path} cannot be written: the disk is full, .* Free some space"
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc]"),
+    ):
+        with pytest.raises(RunError, match=message), locked(tmp_path):
+            raise error
+    with pytest.raises(OSError, match="broken"), locked(tmp_path):
+        raise OSError(errno.EIO, "broken")
+    assert not list(tmp_path.iterdir())
 
 
 def write_outcome(folder, output):
