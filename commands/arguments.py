@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from ..conversion.published_models import PUBLISHED_MODELS
 from ..core.cli import Arguments, option
 from ..core.errors import InputError
-from ..core.files import contains_files
+from ..core.files import check_can_write, contains_files
 from ..core.locations import resolve_locations, resolve_paths
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import (
@@ -28,6 +28,7 @@ from ..evaluation.arguments import (
 from ..guidance.arguments import (
     CLIP_MODEL_HELP,
     DEFAULT_MODEL,
+    MAX_GUIDANCE_SCALE,
     TOWARDS_HELP,
     clip_model_names,
     default_guidance_scale,
@@ -61,6 +62,7 @@ CLASS_DATASETS = ("mnist", "fashion_mnist")
 MIN_WIDTH = 8  # channels of one attention head in the blocks of Diffusers
 
 GRID_IMAGES = 64
+MAX_CLASS_GUIDANCE_SCALE = 100  # of classifier-free guidance; scales above 10 are hardly ever useful
 
 DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline to evaluate; with fewer the bias of FID is large
 
@@ -106,12 +108,12 @@ class FinetuneArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.start_model and self.model_config:
+        if self.start_model is not None and self.model_config:
             raise InputError(
                 "--start_model names a pretrained model, and --model_config trains a new one: pass only one of them."
             )
-        if not self.model_config:
-            self.start_model = self.start_model or "examples/models/noto-emoji-32"
+        if self.start_model is None and not self.model_config:
+            self.start_model = "examples/models/noto-emoji-32"
         resolve_locations(self, "start_model")
         resolve_paths(self, "model_config")
 
@@ -150,7 +152,8 @@ class FewStepArguments(Arguments):
     teacher_guidance_scale: float = option(
         1.0,
         "classifier-free guidance of these samples, for a class-conditional model with a null class; 1: none",
-        above=0,
+        minimum=1,
+        maximum=MAX_CLASS_GUIDANCE_SCALE,
     )
     lr_g: float = option(5e-5, "peak learning rate of the network in the adversarial steps", above=0)
     lr_d: float = option(2e-4, "peak learning rate of the discriminator", above=0)
@@ -240,7 +243,10 @@ class DDGANArguments(Arguments):
         "exact", "how penalties are computed; finite differences need no second derivative"
     )
     instance_noise: float = option(
-        0.0, "standard deviation of noise on clean images, real and generated, for the discriminator", minimum=0
+        0.0,
+        "standard deviation of noise on clean images, real and generated, for the discriminator",
+        minimum=0,
+        maximum=10,
     )
     reconstruction_weight: float = option(
         0.0, "weight of the squared error of the predicted clean image; speeds up training on small data", minimum=0
@@ -263,9 +269,11 @@ class DDGANArguments(Arguments):
                 f"--lr_min is {self.lr_min}, the final value of --lr_g {self.lr_g} and --lr_d {self.lr_d}; it must "
                 "not be greater than either."
             )
-        self.diffaug = [name for names in self.diffaug for name in names.split(",") if name]
+        self.diffaug = [name.strip() for names in self.diffaug for name in names.split(",")]
         if unknown := set(self.diffaug) - set(AUGMENTATIONS):
             raise InputError(f"--diffaug {' '.join(sorted(unknown))}: choose from {', '.join(AUGMENTATIONS)}.")
+        if len(set(self.diffaug)) < len(self.diffaug):
+            raise InputError(f"--diffaug {' '.join(self.diffaug)} names an augmentation twice.")
 
 
 @dataclass
@@ -284,14 +292,16 @@ class ClassConditionalArguments(Arguments):
     """The class-conditional network, and its loss."""
 
     _argument_group_name = "class conditioning"
-    _alternatives = ({"dataset", "dataset_name", "train_data_dir"},)
+    _alternatives = ({"dataset", "dataset_name", "train_data_dir"}, {"data_dir", "dataset_name", "train_data_dir"})
 
     dataset: str | None = option(
         None,
         "images in --data_dir, downloaded if missing (default: mnist, unless other images are named)",
         choices=CLASS_DATASETS,
     )
-    data_dir: str = option("data", "folder with torchvision's MNIST/raw or FashionMNIST/raw")
+    data_dir: str | None = option(
+        None, "folder with torchvision's MNIST/raw or FashionMNIST/raw, for --dataset (default: data)"
+    )
 
     unet: Literal["class_conditioned", "context"] = option(
         "class_conditioned", "pass the class as extra input channels, or as factors of the features"
@@ -326,7 +336,10 @@ class ClassConditionalArguments(Arguments):
     )
     sample_steps: int = option(50, "DDIM steps for the sample grids", minimum=1)
     guidance_scale: float = option(
-        1.0, "classifier-free guidance scale for these grids; above 1 needs --class_dropout"
+        1.0,
+        "classifier-free guidance scale for these grids; above 1 needs --class_dropout",
+        minimum=1,
+        maximum=MAX_CLASS_GUIDANCE_SCALE,
     )
 
     def __post_init__(self):
@@ -466,7 +479,7 @@ class GenerateArguments(SamplingArguments):
     batch_size: int = option(
         16, "images per batch on an accelerator; on a CPU it depends on the image size only", minimum=1
     )
-    class_labels: list[str] | None = option(
+    class_labels: list[str | int] | None = option(
         None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
     vary: Literal["z", "noise"] | None = option(
@@ -484,9 +497,11 @@ class GenerateArguments(SamplingArguments):
     clip_model: list[str] | None = option(None, CLIP_MODEL_HELP)
     guidance_scale: float | None = option(
         None,
-        "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one (default: "
-        f"{default_guidance_scale(1):g} / number of steps). Without these, classifier-free guidance towards "
-        "--class_labels",
+        "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one, and a negative one "
+        f"guides away from them (default: {default_guidance_scale(1):g} / number of steps). Without these, that of "
+        f"classifier-free guidance towards --class_labels, from 1 (none) to {MAX_CLASS_GUIDANCE_SCALE}",
+        minimum=-MAX_GUIDANCE_SCALE,
+        maximum=MAX_GUIDANCE_SCALE,
     )
     guidance_gradient: Literal["sample", "model"] | None = option(
         None, "model: differentiate through the network too, which takes more time and memory (default: sample)"
@@ -496,6 +511,7 @@ class GenerateArguments(SamplingArguments):
         super().__post_init__()
         if not self.pipeline:
             raise InputError("Pass a pipeline folder or Hub repository with --pipeline.")
+        check_can_write(self.output_dir, "--output_dir")
         if self.vary and self.is_guided:
             raise InputError("--vary does not work with guidance: omit --color, --clip_prompt and --towards.")
         self.grid = self.grid or self.vary is not None
@@ -509,10 +525,17 @@ class GenerateArguments(SamplingArguments):
             raise InputError("--clip_model needs a --clip_prompt, or a CLIP loss in --towards.")
         if self.is_guided:
             self.guidance_gradient = self.guidance_gradient or "sample"
+            if self.guidance_scale == 0:
+                raise InputError("With --guidance_scale 0 the guidance has no effect: omit its target.")
         elif self.guidance_gradient or (self.guidance_scale is not None and not self.class_labels):
             raise InputError(
                 "Guidance needs a target: pass --color, --clip_prompt or --towards, or for classifier-free guidance "
                 "--class_labels."
+            )
+        elif self.guidance_scale is not None and not 1 <= self.guidance_scale <= MAX_CLASS_GUIDANCE_SCALE:
+            raise InputError(
+                f"--guidance_scale is {self.guidance_scale:g}; for classifier-free guidance it must be from 1 (none) "
+                f"to {MAX_CLASS_GUIDANCE_SCALE}."
             )
 
     @property
@@ -530,6 +553,9 @@ def _is_evaluation(path: Path) -> bool:
         return path.is_file() and {"metrics", "warnings"} <= json.loads(path.read_text(encoding="utf-8")).keys()
     except (OSError, ValueError, AttributeError):  # not JSON, or not an object
         return False
+
+
+_OF_SAMPLING = {"guidance_scale"} | {argument.name for argument in fields(SamplingArguments)}
 
 
 @dataclass
@@ -567,8 +593,8 @@ class EvaluateArguments(SamplingArguments):
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     value_range: list[float] | None = option(
         None,
-        "values of black and white in gray --images and references: --value_range 0 4095 (default: the full range of "
-        "their bits for integers, 0 1 for floating-point numbers)",
+        "values of black and white in the files of --images and references: --value_range 0 4095 (default: the full "
+        "range of their bits for integers, 0 1 for floating-point numbers)",
     )
     feature_extractor: str | None = option(
         None,
@@ -583,11 +609,14 @@ class EvaluateArguments(SamplingArguments):
     batch_size: int = option(
         64, "images per forward pass; for samples on a CPU it depends on the image size only", minimum=1
     )
-    class_labels: list[str] | None = option(
+    class_labels: list[str | int] | None = option(
         None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
     guidance_scale: float | None = option(
-        None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
+        None,
+        "classifier-free guidance of a class-conditional pipeline (default: 1, which is none)",
+        minimum=1,
+        maximum=MAX_CLASS_GUIDANCE_SCALE,
     )
     output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
     save_images: str | None = option(None, "save the samples in this folder")
@@ -601,7 +630,7 @@ class EvaluateArguments(SamplingArguments):
         if self.images and self.save_images:
             raise InputError("--save_images saves the samples of a --pipeline; those of --images already exist.")
         if self.images:
-            for argument in fields(SamplingArguments):
+            for argument in (field for field in fields(self) if field.name in _OF_SAMPLING):
                 if (value := getattr(self, argument.name)) != argument.default:
                     raise InputError(
                         f"--{argument.name} {value} is for sampling a --pipeline, but --images exist already: omit it."
@@ -622,6 +651,9 @@ class EvaluateArguments(SamplingArguments):
         resolve_paths(self, "classifier")
         resolve_extractor(self)
         check_value_range(self.value_range)
+        check_can_write(self.output, "--output", is_folder=False)
+        if self.save_images:
+            check_can_write(self.save_images, "--save_images")
         if Path(self.output).is_dir():
             raise InputError(f"--output {self.output} is a folder: name a file.")
         if Path(self.output).exists() and not _is_evaluation(Path(self.output)):
@@ -648,6 +680,8 @@ class EvaluateArguments(SamplingArguments):
                 raise InputError(f"--{name} {value} needs --{source}.")
         if self.image_column and not (self.images or self.reference):
             raise InputError(f"--image_column {self.image_column} needs a dataset: pass --images or --reference.")
+        if self.value_range and not (self.images or self.reference):
+            raise InputError("--value_range is that of image files: pass some with --images or --reference.")
 
     @property
     def card(self) -> Path:
@@ -682,6 +716,7 @@ class ConvertArguments(Arguments):
         if self.config_path and self.recipe:
             raise InputError("Pass only one of --config_path and --recipe: both define the training arguments.")
         resolve_paths(self, "checkpoint_path", "config_path")
+        check_can_write(self.output_dir, "--output_dir")
         output = Path(self.output_dir)
         if output.exists() and (not output.is_dir() or contains_files(output)):
             raise InputError(f"--output_dir {output} already exists and is not empty: choose another folder.")

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from ..core.accelerator import start_accelerate
-from ..core.errors import InputError, RunError, naming_file
+from ..core.errors import InputError, RunError, naming_file, write_problem
 from ..core.files import contains_files, fingerprint, location_name, remove_temporary_files, replace_file
 from ..core.locations import InMemory
 from ..core.locks import locked
@@ -110,8 +110,8 @@ def naming_output(args: EvaluateArguments) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"The results cannot be written to {args.output}: {error}. Repeat the command with another --output: the "
-            "samples that were measured are cached."
+            f"The results cannot be written to {args.output}: {write_problem(error)}. Repeat the command with another "
+            "--output: the samples that were measured are cached."
         ) from error
 
 
@@ -152,7 +152,8 @@ def requested_classes(
         return None
     known, names = classifier.network.class_names, samples.class_names
     wanted = [names.get(label, label) if isinstance(label, int) else label for label in samples.labels]
-    if any(name in known for name in wanted) or not names:
+    # existing images have the names of the classifier
+    if any(name in known for name in wanted) or not names or list(names.values()) == known:
         numbers = [known.index(name) if name in known else name for name in wanted]
     else:
         numbers_by_name: dict[int | str, int] = {name: label for label, name in names.items()}
@@ -459,6 +460,8 @@ def check_reference_options(
     check_dataset_options(references or [(args.reference or "", None)], {"reference_config": args.reference_config})
     if isinstance(samples, StoredSamples):
         references.append((args.images or "", samples.source))
+    if args.value_range and not references:
+        raise InputError(f"--value_range is that of image files, but {args.reference} holds only features: omit it.")
     check_dataset_options(references or [(args.reference or "", None)], {"image_column": args.image_column})
 
 

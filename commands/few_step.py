@@ -174,6 +174,11 @@ def check_start_model(start: DiffusionPipeline, args: FewStepArguments) -> None:
         raise InputError(
             f"--num_inference_steps {steps}: the noise process of {args.start_model} has only {timesteps} timesteps."
         )
+    if args.teacher_steps > timesteps:
+        raise InputError(
+            f"--teacher_steps is {args.teacher_steps}; it must be at most {timesteps}, the timesteps of the noise "
+            f"process of {args.start_model}."
+        )
     if start.scheduler.config.prediction_type == "epsilon" and not args.distillation_steps:
         raise InputError(
             f"--distillation_steps is 0, but the network of {args.start_model} predicts the noise, from which images "

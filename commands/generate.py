@@ -31,7 +31,7 @@ from ..pipelines.pipeline_guided import DEFAULT_STEPS
 from ..sampling.arguments import VARY_COLUMNS
 from ..sampling.generation import check_call, class_label_ids, class_names, parse_class_labels
 from ..sampling.grids import image_grid, steps_strip
-from ..sampling.groups import GroupSampler, group_size, split_into_groups
+from ..sampling.groups import GroupSampler, group_size, image_format, split_into_groups
 from ..sampling.loading import DTYPES, load_pipeline, pipeline_hash, with_scheduler
 from ..sampling.steps import trained_steps
 from ..sampling.traces import check_traceable, intermediates
@@ -157,7 +157,8 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
 
     groups = split_into_groups(args.num_images, size, sampler.offset)
     shard = groups[accelerator.process_index :: accelerator.num_processes]
-    missing = [[i for i in group if not is_complete(image_path(output, i))] for group in shard]
+    expected = image_format(pipe)
+    missing = [[i for i in group if not is_complete(image_path(output, i), expected)] for group in shard]
     total, count = sum(map(len, shard)), sum(map(len, missing))
     progress = tqdm(total=total, initial=total - count, unit="image", disable=not accelerator.is_main_process)
     started = time.perf_counter()
@@ -208,14 +209,15 @@ def image_path(output: Path, i: int) -> Path:
     return output / "images" / f"{i:06d}.png"
 
 
-def is_complete(path: Path) -> bool:
-    """Return whether an image exists and matches its checksums."""
+def is_complete(path: Path, expected: tuple[str, tuple[int, int]] | None) -> bool:
+    """Return whether an image exists, matches its checksums, and has the expected mode and size if they are known."""
     try:
         with Image.open(path) as image:
+            found = image.mode, image.size
             image.verify()
     except (OSError, SyntaxError, ValueError):  # Pillow's errors for a damaged file
         return False
-    return True
+    return expected is None or found == expected
 
 
 def existing_images(output: Path) -> list[Path]:

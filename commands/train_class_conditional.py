@@ -114,19 +114,20 @@ def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> Da
         InputError: if `data_args` also names images, or the download fails.
     """
     other = data_args.dataset_name or data_args.train_data_dir
-    if args.dataset and other:
+    if other and (flag := next((name for name in ("dataset", "data_dir") if getattr(args, name)), None)):
         raise InputError(
-            f"--dataset {args.dataset} and {other} both name the images to train on. Use only one of them."
+            f"--{flag} {getattr(args, flag)} and {other} both name the images to train on. Use only one of them."
         )
     if other:
         return data_args
     dataset_class = DATASETS[args.dataset or "mnist"]
-    folder = Path(args.data_dir) / dataset_class.__name__
+    root = args.data_dir or "data"
+    folder = Path(root) / dataset_class.__name__
     part = "t10k" if data_args.split == "test" else "train"
     files = [folder / "raw" / f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
     if not all(file.is_file() for file in files):
         try:
-            dataset_class(args.data_dir, download=True)
+            dataset_class(root, download=True)
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"The images of {dataset_class.__name__} are not in {folder} (expected "

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -113,32 +113,50 @@ def _of_type(argument: dataclasses.Field, annotation: Any, value: Any) -> Any:
     Where a text is expected, paths are left to `_checked`, and the objects that `option` allows to the dataclass.
     """
     kind, is_list = _value_type(annotation)
+    takes_integers = kind == str | int
+    kind = str if takes_integers else kind
     choices = argument.metadata.get("choices")
     if get_origin(kind) is Literal:
         choices, kind = get_args(kind), type(get_args(kind)[0])
     if is_list and not isinstance(value, (list, tuple)):
         raise InputError(f"--{argument.name} is {value!r}; it must be a list.")
     for item in value if is_list else [value]:
+        if takes_integers and _is_integer(item):
+            continue
         if kind is str:
-            _check_text(argument, item)
+            _check_text(argument, item, "an integer" if takes_integers else None)
         if choices is not None and item not in choices:
             raise InputError(f"--{argument.name} is {item!r}; choose from {', '.join(map(str, choices))}.")
         expected = {int: Integral, float: Real}.get(kind, kind)
         if kind is not str and (not isinstance(item, expected) or isinstance(item, bool) is not (kind is bool)):
             names = {int: "an integer", float: "a number", bool: "True or False"}
             raise InputError(f"--{argument.name} is {item!r}; it must be {names[kind]}.")
+    if takes_integers:
+        return [int(item) if _is_integer(item) else item for item in value]
     if kind is str:
         return list(value) if is_list else value
     return [kind(item) for item in value] if is_list else kind(value)
 
 
-def _check_text(argument: dataclasses.Field, value: Any) -> None:
-    """Check that a value is a text or path, or may be one of the objects that the argument takes instead."""
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_text(argument: dataclasses.Field, value: Any, alternative: str | None = None) -> None:
+    """Check that a value is a text or path, or may be one of the objects that the argument takes instead.
+
+    Args:
+        alternative: what else it could be, for the message.
+    """
     objects = argument.metadata.get(_OBJECTS)
-    never = value is None or isinstance(value, (bytes, Real)) or hasattr(value, "__array__")
+    never = value is None or type(value) in (dict, set) or isinstance(value, (bytes, Real))
+    never = never or hasattr(value, "__array__")
     if not isinstance(value, (str, os.PathLike)) and (never or not objects):
-        kinds = f"a string, a path or {objects}" if objects else "a string or a path"
+        others = objects or alternative
+        kinds = f"a string, a path or {others}" if others else "a string or a path"
         raise InputError(f"--{argument.name} has the type {type(value).__name__}; it must be {kinds}.")
+    if isinstance(value, Sized) and not isinstance(value, (str, os.PathLike)) and not len(value):
+        raise InputError(f"--{argument.name} is an empty {type(value).__name__}; it must be {objects}, or omitted.")
 
 
 def _value_type(annotation: Any) -> tuple[Any, bool]:
@@ -225,7 +243,7 @@ def read_config(path: str, *dataclass_types: type, overriding: Iterable[str] = (
     alternatives = [group for kind in dataclass_types for group in getattr(kind, "_alternatives", ())]
     tokens = _read_config(path, parser, alternatives, [f"--{name}" for name in overriding])
     values = parser.parse_args(tokens)
-    named = [token.removeprefix("--") for token in tokens if token.startswith("--")]
+    named = [token.split("=")[0].removeprefix("--") for token in tokens if token.startswith("--")]
     return {name: getattr(values, name) for name in named if hasattr(values, name)}
 
 
@@ -287,9 +305,12 @@ def _add_flag(group: Any, argument: dataclasses.Field, annotation: Any) -> None:
     """Add the flag of a dataclass field, spelled with underscores or hyphens.
 
     Its type is str, int, float, bool, a Literal of strings or integers, or a list of one of these; or this or None.
-    Lists may be empty. A bool that is True by default can be turned off with --no_NAME.
+    A list of strings or integers has only strings here. Lists may be empty. A bool that is True by default can be
+    turned off with --no_NAME.
     """
     annotation, is_list = _value_type(annotation)
+    if annotation == str | int:
+        annotation = str
     default = argument.default
     if argument.default_factory is not dataclasses.MISSING:
         default = argument.default_factory()
@@ -344,9 +365,9 @@ def _read_config(
 ) -> list[str]:
     """Convert a YAML file to command-line tokens, leaving out flags whose alternatives are among `overriding`."""
     file = Path(find(expand_user(path)) or path)
-    if path and file.is_dir():
+    if path and os.path.isdir(file):
         raise InputError(f"--config {path} is a folder: name a YAML file, such as the config.yaml of a run folder.")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"--config {path} does not exist.")
     if file.stat().st_size > _MAX_CONFIG_SIZE:
         raise InputError(f"--config {path} is too large for a list of flags.")
@@ -367,12 +388,31 @@ def _read_config(
             raise InputError(f"--config {path}: {_unknown_flag(f'--{name}', set(actions))}")
         if value is False and "no" in (action.choices or ()):  # YAML reads an unquoted no as false
             value = "no"
-        items = value if isinstance(value, list) else [value]
-        if any(isinstance(item, (dict, list, set, tuple)) for item in items):
-            raise InputError(f"--config {path}: {name} must be a single value or a list of values.")
         if value is not None and name not in overridden:
-            tokens += [f"--{name}", *map(str, items)]
+            tokens += _tokens(f"--config {path}: {name}", action, f"--{name}", value)
     return tokens
+
+
+def _tokens(location: str, action: argparse.Action, flag: str, value: Any) -> list[str]:
+    """Convert a value in a YAML file to command-line tokens of its flag.
+
+    Args:
+        location: the file and the name of the flag, for messages.
+    """
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, (dict, list, set, tuple)) or item is None for item in items):
+        raise InputError(f"{location} must be a single value or a list of values.")
+    if action.nargs == "*":
+        if text := next((item for item in items if isinstance(item, str) and item.startswith("--")), None):
+            raise InputError(f"{location} contains {text!r}; the values of a list must not begin with two hyphens.")
+        return [flag, *map(str, items)]
+    if isinstance(value, list):
+        raise InputError(f"{location} takes a single value, not the list {value}.")
+    if isinstance(action, argparse._StoreFalseAction):
+        if not isinstance(value, bool):
+            raise InputError(f"{location} is {value!r}; it must be true or false.")
+        return [flag] if value else []
+    return [f"{flag}={value}"]  # a text may begin with a hyphen
 
 
 def _unknown_flag(flag: str, known_flags: set[str]) -> str:

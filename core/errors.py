@@ -16,7 +16,12 @@ from .extras import missing_import
 
 # file-system errors that only the user can resolve: no space, no permission, a path that is taken or too long
 USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+USER_ERRNOS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG}
+_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# what torch.save and safetensors report instead of an OSError; their errors are of other kinds
+_FULL_TEXT = re.compile(
+    r"inline_container|PytorchStreamWriter|No space left on device|Disk quota exceeded|File too large"
+)
 # what the backends of torch.distributed report when another process has ended; their errors are RuntimeErrors
 _LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
 _REPORT_SECONDS = 10  # time for the first process to report an error that all have
@@ -28,6 +33,23 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot continue; the message gives the reason and the last good state."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether a file could not be written because the disk is full, or a limit for its size is reached."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL_ERRNOS
+    return not isinstance(error, (InputError, RunError)) and bool(_FULL_TEXT.search(str(error)))
+
+
+def write_problem(error: BaseException) -> str:
+    """Return why a file could not be written, without the terms of the library that wrote it."""
+    name = getattr(error, "filename", None)
+    where = f" ({os.fsdecode(name)})" if isinstance(name, (str, bytes)) else ""
+    if is_disk_full(error):
+        return f"the disk is full, or a quota or limit of the file size is reached{where}"
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{reason}{where}"
 
 
 @contextmanager
@@ -77,18 +99,13 @@ def run_command(main: Callable[[], None]) -> None:
         if rank == "0":
             print("\nStopped by Ctrl-C.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (InputError, RunError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in USER_ERRNOS:
-            raise
-        if rank == "0":
-            print(f"\nerror: {error}", file=sys.stderr)
-        else:
-            if isinstance(error, InputError):  # all processes have the same input, and one report is enough:
-                time.sleep(_REPORT_SECONDS)  # the launcher ends this process when the first one has reported it
-            print(f"\nerror in process {rank}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except RuntimeError as error:
-        if "RANK" not in os.environ or not _LOST_PROCESS.search(str(error)):
+    except Exception as error:
+        is_expected = isinstance(error, (InputError, RunError)) or is_disk_full(error)
+        if is_expected or (isinstance(error, OSError) and error.errno in USER_ERRNOS):
+            _report(error, rank)
+            sys.exit(2 if isinstance(error, InputError) else 1)
+        is_lost = isinstance(error, RuntimeError) and "RANK" in os.environ and _LOST_PROCESS.search(str(error))
+        if not is_lost:
             raise
         print(
             f"\nerror in process {rank}: the connection to another process was lost. If that process has printed no "
@@ -97,3 +114,18 @@ def run_command(main: Callable[[], None]) -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def _report(error: Exception, rank: str) -> None:
+    """Print an error of the user or the file system as one paragraph."""
+    message = str(error)
+    if not isinstance(error, (InputError, RunError)):
+        message = f"A file or folder cannot be written or read: {write_problem(error)}."
+        if is_disk_full(error):
+            message += " Free some space, then repeat the command."
+    if rank == "0":
+        print(f"\nerror: {message}", file=sys.stderr)
+        return
+    if isinstance(error, InputError):  # all processes have the same input, and one report is enough:
+        time.sleep(_REPORT_SECONDS)  # the launcher ends this process when the first one has reported it
+    print(f"\nerror in process {rank}: {message}", file=sys.stderr)

@@ -7,11 +7,13 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+import stat
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .errors import InputError
 from .locations import InMemory
 
 LOCK = ".lock"  # name of the lock of a folder; that of the file with its owner starts with it
@@ -43,6 +45,43 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def check_can_write(path: str | Path, flag: str, is_folder: bool = True) -> None:
+    """Check that a folder or file can be written, or created, as far as possible without writing anything.
+
+    Args:
+        path: the folder or file.
+        flag: the flag that names it, for messages.
+        is_folder: whether it is a folder.
+
+    Raises:
+        InputError: if not.
+    """
+    path = Path(path)
+    problem, existing = None, None
+    for candidate in (path, *path.absolute().parents):
+        try:
+            mode = candidate.stat().st_mode
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            problem = error.strerror
+            break
+        existing = candidate
+        is_directory = stat.S_ISDIR(mode)
+        if not is_directory and (is_folder or candidate != path):
+            problem = f"{candidate} is not a folder"
+        elif not is_directory and not stat.S_ISREG(mode):
+            problem = f"{candidate} is not a regular file"
+        elif not os.access(candidate, os.W_OK | os.X_OK if is_directory else os.W_OK):
+            problem = f"{candidate} is read-only, or belongs to another user"
+        break
+    if problem:
+        verb = "written to" if existing == path else "created"
+        raise InputError(
+            f"{flag} {path} cannot be {verb}: {problem}. Choose another {'folder' if is_folder else 'file'}."
+        )
 
 
 def remove_temporary_files(folder: Path, name: str = "*") -> None:
@@ -150,6 +189,15 @@ def fingerprint(facts: Any) -> str:
 def fingerprint_bytes(content: bytes) -> str:
     """Return a short hash of bytes: 24 hexadecimal digits of BLAKE2b."""
     return hashlib.blake2b(content, digest_size=12).hexdigest()
+
+
+def digest_arrays(arrays: Mapping[str, Any]) -> str:
+    """Return the BLAKE2b of the contents of C-contiguous NumPy arrays and of their names."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, array in sorted(arrays.items()):
+        digest.update(name.encode())
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
 def digest_files(paths: Iterable[Path]) -> list[tuple[int, str]]:

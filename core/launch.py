@@ -43,6 +43,13 @@ class LaunchArguments(Arguments):
     def __post_init__(self):
         super().__post_init__()
         resolve_paths(self, "config_file")
+        if self.config_file is None and (self.num_machines or 1) == 1:
+            for name in ("machine_rank", "main_process_ip"):
+                if (value := getattr(self, name)) is not None:
+                    raise InputError(
+                        f"--{name} {value} is for runs on several machines: set --num_machines, too, or a "
+                        "--config_file with it."
+                    )
 
 
 def launch(args: LaunchArguments, command: list[str], run: Callable[[], None]) -> None:

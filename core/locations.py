@@ -94,9 +94,10 @@ def resolve_locations(arguments: Any, *names: str, datasets: bool = False) -> No
 def find(text: str) -> str | None:
     """Return the path that a text names, in the package for `examples/...`; None if it does not exist."""
     embedded = EXAMPLES.parent / text
-    if not Path(text).exists() and Path(text).parts[:1] == (EXAMPLES.name,) and embedded.exists():
+    exists = os.path.exists(text)  # False for a name that is too long, too
+    if not exists and Path(text).parts[:1] == (EXAMPLES.name,) and os.path.exists(embedded):
         return str(embedded)
-    return text if Path(text).exists() else None
+    return text if exists else None
 
 
 def hub_problem(repo_id: str, repo_type: Literal["model", "dataset"] = "model") -> str | None:

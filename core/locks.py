@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from .errors import USER_ERRNOS, InputError
-from .files import LOCK
+from .errors import USER_ERRNOS, InputError, RunError, is_disk_full, write_problem
+from .files import LOCK, TEMPORARY
 
 _OWNER = f"{LOCK}-owner.json"
 _ID_LENGTH = 8  # characters that tell temporary directories apart
@@ -44,8 +44,8 @@ def locked(folder: Path, accelerator: Any = None, flag: str = "--output_dir") ->
 
     Raises:
         InputError: in every process, if another command holds the lock; the message names its host and process. Also
-            if a process on another machine does not share the folder.
-        OSError: in every process, if the folder cannot be written to.
+            if the folder cannot be created or written to, or a process on another machine does not share it.
+        RunError: if the disk is full when the block writes a file.
     """
     is_new = not folder.exists()
     lock = _in_main_process(accelerator, lambda: _acquire(folder, flag))
@@ -53,6 +53,13 @@ def locked(folder: Path, accelerator: Any = None, flag: str = "--output_dir") ->
         if accelerator and accelerator.num_processes > 1:
             _check_shared(folder)
         yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise RunError(
+            f"The files in {folder} cannot be written: {write_problem(error)}. Free some space, then repeat the "
+            "command."
+        ) from error
     finally:
         if lock:
             (folder / _OWNER).unlink(missing_ok=True)
@@ -117,13 +124,15 @@ def _remove_and_release(lock: FileLock) -> None:
 
 
 def _acquire(folder: Path, flag: str = "--output_dir", record_owner: bool = True) -> FileLock | None:
+    verb = "created"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        verb = "written to"
+        with NamedTemporaryFile(prefix=TEMPORARY, dir=folder):  # a lock that cannot be created would seem to be held
+            pass
     except OSError as error:
-        if error.errno in USER_ERRNOS and not folder.is_file():
-            raise
         raise InputError(
-            f"The folder {folder} cannot be created: {error.strerror}. Choose another folder with {flag}."
+            f"The folder {folder} cannot be {verb}: {error.strerror}. Choose another folder with {flag}."
         ) from error
     lock = FileLock(folder / LOCK, thread_local=False)
     owner = _read_owner(folder)
@@ -151,7 +160,8 @@ def _acquire(folder: Path, flag: str = "--output_dir", record_owner: bool = True
             "host": socket.gethostname(),
             "since": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}",
         }
-        (folder / _OWNER).write_text(json.dumps(owner), encoding="utf-8")
+        with suppress(OSError):  # the first file of the command will report the reason
+            (folder / _OWNER).write_text(json.dumps(owner), encoding="utf-8")
     return lock
 
 

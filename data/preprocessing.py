@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .images import CHANNEL_MODES, BrokenImageError, open_image, resized, stored_range, upright
+from .images import CHANNEL_MODES, BrokenImageError, color_channels, open_image, resized, stored_range, upright
 
 _MAX_EXCESS = 16  # how much larger than the network's input an image may become when it is enlarged
 _ROUNDING = 1e-3  # excess over the range of floating-point images that is clipped without a message
@@ -23,7 +23,8 @@ class Preprocessing:
         channels, height, width: the network's input.
         center_crop: crop at the center instead of at random.
         random_flip: flip horizontally at random.
-        value_range: values of black and white in gray images; None means those of `images.stored_range`.
+        value_range: values of black and white, in color images those of each channel; None means those of
+            `images.stored_range`.
     """
 
     channels: int
@@ -71,15 +72,17 @@ class Preprocessing:
         if value_range is None and (image.mode[0] == "I" or image.mode == "F"):
             value_range = stored_range(image)
         image = upright(image)
-        if value_range is not None and (image.mode[0] == "I" or image.mode in ("F", "L")):
+        if value_range is not None:
             image = self._rescale(image, *value_range)
-        if self.channels in (1, 3) and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+        if self.channels in (1, 3) and _has_alpha(image):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert(CHANNEL_MODES[self.channels])
 
     def _rescale(self, image: Image.Image, black: float, white: float) -> Image.Image:
-        """Convert a gray image to 8 bits, clipping its values to those of black and white."""
+        """Convert an image to 8 bits, clipping its values to those of black and white; alpha is kept."""
+        if image.mode[0] != "I" and image.mode not in ("F", "L"):
+            image = image.convert("RGBA" if _has_alpha(image) else "RGB" if color_channels(image) == 3 else "L")
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise BrokenImageError(f"{(~np.isfinite(values)).sum()} of its {values.size} pixels are not finite")
@@ -89,18 +92,33 @@ class Preprocessing:
                 f"its values are {values.min():g} to {values.max():g}, but those of a floating-point image must be "
                 f"{black:g} (black) to {white:g} (white). State other values of black and white with --value_range"
             )
-        return Image.fromarray(((values - black) * (255 / (white - black))).clip(0, 255).round().astype(np.uint8))
+        scaled = ((values - black) * (255 / (white - black))).clip(0, 255).round()
+        if image.mode == "RGBA":
+            scaled[..., 3] = values[..., 3]
+        return Image.fromarray(scaled.astype(np.uint8))
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
 
 
 def low_contrast(images: torch.Tensor) -> str | None:
     """Return a warning if images use only a small part of the range of values, as 12-bit images in 16-bit files do.
 
+    Also if none of them has any structure, as if each were a single color.
+
     Args:
-        images: images as the network gets them, in [-1, 1].
+        images: images as the network gets them, (N, C, H, W) in [-1, 1].
     """
     low, high = images.amin().item(), images.amax().item()
-    if high - low >= 2 * _LOW_CONTRAST:
+    contrast = (images.amax((2, 3)) - images.amin((2, 3))).amax().item()  # within a channel of an image
+    if contrast >= 2 * _LOW_CONTRAST or images[0, 0].numel() == 1:
         return None
+    if high - low >= 2 * _LOW_CONTRAST:
+        return (
+            f"Each of the first {len(images)} images has nearly a single color: no channel varies by more than "
+            f"{contrast / 2:.0%} of the way from black to white. Are they the images that you want?"
+        )
     return (
         f"The first {len(images)} images have only values from {(low + 1) / 2:.0%} to {(high + 1) / 2:.0%} of the way "
         "from black to white. If their files store black and white as other values, state these with --value_range, "

@@ -222,6 +222,7 @@ class ZipImages:
     """The image files in a .zip archive, in the natural order of their paths; each folder is a class.
 
     Paths are relative to the deepest folder that contains all images, which may have a subfolder for each split.
+    Images whose path leads out of the archive (`../`, `/`) are ignored, which is logged.
 
     Raises:
         InputError: if there are none, or the file is not an archive.
@@ -231,8 +232,13 @@ class ZipImages:
     def __init__(self, path: Path, split: str | None = None, default_split: str = "train"):
         self.path = path
         with naming_file(path), ZipFile(path) as archive:
-            members = [PurePosixPath(name) for name in archive.namelist()]
-        members = [m for m in members if m.suffix.lower() in IMAGE_SUFFIXES and not any(map(_is_left_out, m.parts))]
+            self.names = {PurePosixPath(name): name for name in archive.namelist()}  # `./a.png` is a.png
+        images = [member for member in self.names if member.suffix.lower() in IMAGE_SUFFIXES]
+        outside = {member for member in images if ".." in member.parts or member.is_absolute()}
+        if outside and os.environ.get("RANK", "0") == "0":
+            example = min(outside, key=natural_order)
+            logger.warning(f"{path}: ignored {len(outside)} images with paths outside of it, such as {example}.")
+        members = [m for m in images if m not in outside and not any(map(_is_left_out, m.parts))]
         if not members:
             raise InputError(f"There are no images in {path}. Image files end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
         self.root = PurePosixPath(os.path.commonpath([member.parent for member in members]))
@@ -248,7 +254,7 @@ class ZipImages:
     def __getitem__(self, i: int) -> dict[str, Any]:
         try:
             archive = _open_zip_file(self.path, os.getpid())
-            return {"bytes": archive.read(str(self.members[i])), "path": str(self.members[i])}
+            return {"bytes": archive.read(self.names[self.members[i]]), "path": str(self.members[i])}
         except (BadZipFile, OSError, RuntimeError, zlib.error) as error:  # RuntimeError: the archive is encrypted
             raise BrokenImageError(str(error)) from error
 

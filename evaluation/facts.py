@@ -86,7 +86,7 @@ class ReferenceFacts:
         size: `WIDTHxHEIGHT` of the image files.
         channels: 1 (gray) or 3 (color), as measured.
         format: file format of the images.
-        value_range: stated values of black and white in gray images.
+        value_range: stated values of black and white in the files.
         measured_at: `WIDTHxHEIGHT` at which the images were compared.
         preparation: how they were brought to that size.
         extractor: name of the network, of features that were read from a file.

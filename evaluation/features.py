@@ -1,6 +1,5 @@
 """Features of many images: computed by all processes, resumable, and cached."""
 
-import hashlib
 import json
 import logging
 import shutil
@@ -17,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..core.files import remove_temporary_files, replace_file
+from ..core.errors import write_problem
+from ..core.files import digest_arrays, remove_temporary_files, replace_file
 from ..core.threads import run_in_threads
 from ..sampling.groups import split_into_groups
 
@@ -179,7 +179,10 @@ def _cache(path: Path, features: Features, protocol: dict[str, Any] | None = Non
 
 
 def _warn_not_cached(folder: Path, error: Exception) -> None:
-    logger.warning(f"Features are not cached: {folder} cannot be written ({error}). --cache_dir names another folder.")
+    logger.warning(
+        f"Features are not cached: {folder} cannot be written ({write_problem(error)}). --cache_dir names another "
+        "folder."
+    )
 
 
 def _read_features(path: Path) -> Features | None:
@@ -207,11 +210,7 @@ def load_features(path: Path) -> Features:
 
 
 def _digest(features: Features) -> str:
-    digest = hashlib.blake2b(digest_size=12)
-    for name, tensor in sorted(features.items()):
-        digest.update(name.encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
+    return digest_arrays({name: tensor.numpy() for name, tensor in features.items()})
 
 
 def read_protocol(path: Path) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from ddgan import GuidanceLoss, GuidedPipeline
 from ddgan.core import cli
 from ddgan.core.cli import option, parse_arguments
 from ddgan.core.errors import InputError, run_command
-from ddgan.guidance.arguments import CLIP_MODEL_HELP, TOWARDS_HELP, clip_model_names, default_guidance_scale
+from ddgan.guidance.arguments import (
+    CLIP_MODEL_HELP,
+    MAX_GUIDANCE_SCALE,
+    TOWARDS_HELP,
+    clip_model_names,
+    default_guidance_scale,
+)
 from ddgan.guidance.registry import parse_loss, sum_losses
 from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
 from ddgan.sampling.generation import class_names, parse_class_labels
@@ -40,7 +46,10 @@ class Arguments(cli.Arguments):
     clip_model: list[str] | None = option(None, CLIP_MODEL_HELP)
     guidance_scale: float | None = option(
         None,
-        f"guidance scale; larger images need a larger one (default: {default_guidance_scale(1):g} / number of steps)",
+        "guidance scale; larger images need a larger one, and a negative one guides away from the target (default: "
+        f"{default_guidance_scale(1):g} / number of steps)",
+        minimum=-MAX_GUIDANCE_SCALE,
+        maximum=MAX_GUIDANCE_SCALE,
     )
     gradient: Literal["sample", "model"] = option("sample", "model: differentiate through the network too")
     scale_schedule: str = option(

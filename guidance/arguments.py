@@ -1,12 +1,13 @@
 """Guidance on the command line: losses, colors and CLIP models as text; nothing here imports PyTorch."""
 
 import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import InputError
 
+MAX_GUIDANCE_SCALE = 1e6  # of a loss; the scale that an image needs grows with its number of pixels
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 # default guidance scales times the number of sampling steps, see `default_guidance_scale`
 _DEFAULT_STRENGTH = 40.0 * 40
@@ -20,6 +21,7 @@ LOSS_FORMS = {
     "clip": "clip:<sentence>",
     "clip_image": "clip_image:<image file>",
 }
+MIRRORS = "left-right", "top-bottom"  # of `symmetry`, which takes one of them as an optional argument
 TOWARDS_HELP = f"guidance losses, each name, name:argument or weight*name:argument: {', '.join(LOSS_FORMS.values())}"
 CLIP_MODEL_HELP = (
     "CLIP model: Hub ID or folder of a Transformers model, or for open_clip hf-hub:<id> or an architecture and its "
@@ -48,7 +50,8 @@ def split_loss(text: str) -> LossText:
     """Split the short form of a guidance loss in text.
 
     Raises:
-        InputError: If there is no such loss, color or image file, or the weight is not a number.
+        InputError: If there is no such loss, color or image file, an argument is missing or not taken, or the weight
+            is not a number or 0.
     """
     weight, star, unweighted = text.partition("*")
     if not star or ":" in weight:  # the star, if any, is part of the argument
@@ -57,10 +60,21 @@ def split_loss(text: str) -> LossText:
     try:
         if name not in LOSS_FORMS:
             raise ValueError(f"there is no loss {name!r}. Choose from {', '.join(LOSS_FORMS)}.")
-        if colon and name == "color":
+        form = LOSS_FORMS[name]
+        if ":" in form and not argument.strip():
+            raise ValueError(f"it needs an argument: {form}.")
+        if colon and name == "total_variation":
+            raise ValueError(f"{name} takes no argument.")
+        if colon and name == "symmetry" and argument not in MIRRORS:
+            raise ValueError(f"the symmetry must be {' or '.join(map(repr, MIRRORS))}.")
+        if name == "color":
             parse_color(argument)
-        if colon and LOSS_FORMS[name].endswith(":<image file>") and not Path(argument).expanduser().is_file():
+        if name == "saturation" and not 0 <= parse_number(argument) <= 1:
+            raise ValueError("the saturation must be from 0 (gray) to 1 (pure colors).")
+        if form.endswith(":<image file>") and not os.path.isfile(os.path.expanduser(argument)):
             raise ValueError(f"there is no file {argument}.")
+        if star and not parse_number(weight):
+            raise ValueError("with the weight 0 it has no effect: omit it.")
         return LossText(parse_number(weight) if star else None, name, argument if colon else None)
     except ValueError as error:
         raise InputError(f"The guidance loss {text!r} is invalid: {error}") from error

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..core.errors import InputError
-from .arguments import parse_color
+from .arguments import MIRRORS, parse_color
 
 
 class GuidanceLoss(ABC):
@@ -138,7 +138,7 @@ class SymmetryLoss(GuidanceLoss):
     """
 
     def __init__(self, mirror: Literal["left-right", "top-bottom"] = "left-right"):
-        if mirror not in ("left-right", "top-bottom"):
+        if mirror not in MIRRORS:
             raise InputError(f"The symmetry is {mirror!r}, but must be 'left-right' or 'top-bottom'.")
         self.dim = 3 if mirror == "left-right" else 2
 

@@ -51,14 +51,9 @@ def parse_loss(
     try:
         if name in LOSSES:
             loss = LOSSES[name]() if argument is None else LOSSES[name](argument)
-        elif not argument:
-            raise InputError(f"{name} needs an argument.")
         else:
             loss = CLIP_LOSSES[name](argument, *clip_model_names(clip_model), device=device)
         return loss if weight is None else weight * loss
-    except TypeError as error:  # of a constructor without parameters, or with required ones
-        reason = f"{name} {'needs an' if argument is None else 'takes no'} argument."
-        raise InputError(f"The guidance loss {text!r} is invalid: {reason}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"The guidance loss {text!r} is invalid: {error}") from error
 

@@ -34,7 +34,15 @@ def read_index(folder: Path) -> PipelineIndex:
         InputError: if it is missing or damaged, or names a file outside of the folder.
     """
     file = folder / PIPELINE_FILE
-    return parse_index(read_json(file) if file.is_file() else {}, folder)
+    index = parse_index(read_json(file) if file.is_file() else {}, folder)
+    contents = read_json(file)
+    for name in contents.keys() - index.components.keys():
+        if (folder / name / "config.json").is_file() or (folder / name / "scheduler_config.json").is_file():
+            raise InputError(
+                f"{file} is damaged: for the component {name}, whose folder exists, it has {contents[name]!r} instead "
+                "of the names of a library and a class. Save the pipeline again."
+            )
+    return index
 
 
 def parse_index(contents: dict[str, Any], location: str | Path) -> PipelineIndex:
@@ -110,7 +118,7 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file that contains an object.
+    """Read a JSON file that contains an object with at least one entry.
 
     Raises:
         InputError: if it does not contain one.
@@ -119,6 +127,7 @@ def read_json(file: Path) -> dict[str, Any]:
         config = json.loads(read_text(file))
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{file} is damaged: it is not valid JSON ({error}). Save the pipeline again.") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file} is damaged: it is not a JSON object. Save the pipeline again.")
+    if not isinstance(config, dict) or not config:
+        kind = "an empty JSON object" if config == {} else "not a JSON object"
+        raise InputError(f"{file} is damaged: it is {kind}. Save the pipeline again.")
     return config

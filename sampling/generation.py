@@ -209,17 +209,18 @@ def class_names(network: ModelMixin | None) -> dict[int, str]:
     return {int(k): v for k, v in (id2label.items() if isinstance(id2label, dict) else enumerate(id2label))}
 
 
-def parse_class_labels(texts: Sequence[str], names: Mapping[int, str]) -> list[int | str]:
+def parse_class_labels(texts: Sequence[str | int], names: Mapping[int, str]) -> list[int | str]:
     """Parse class labels from the command line: digits are labels, anything else is a class name.
 
-    Where classes have numbers as names that are not their labels, digits are names, too.
+    Where classes have numbers as names that are not their labels, digits in a text are names, too.
 
     Args:
-        texts: The labels or names.
+        texts: The labels or names; integers, from Python, are always labels.
         names: The name of each class by its label, as returned by `class_names`.
     """
     are_names = any(name.isdecimal() and name != str(label) for label, name in names.items())
-    return [int(text) if text.isdecimal() and not are_names else text for text in texts]
+    are_labels = [isinstance(text, int) or (text.isdecimal() and not are_names) for text in texts]
+    return [int(text) if is_label else text for text, is_label in zip(texts, are_labels, strict=True)]
 
 
 def class_label_ids(pipe: DiffusionPipeline, labels: Sequence[int | str]) -> list[int]:

@@ -5,7 +5,7 @@ are therefore generated in batches of a fixed size, in which each seed has a fix
 always number 5 of the seeds 32 to 47. On a CPU each group is computed on one thread, and several groups at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ..data.images import CHANNEL_MODES
 from .arguments import VARY_COLUMNS
 from .generation import sample
 from .loading import with_own_scheduler
@@ -104,10 +105,30 @@ def group_size(pipe: DiffusionPipeline, batch_size: int) -> int:
     """
     if pipe.device.type != "cpu":
         return batch_size
-    networks = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
-    sizes = [getattr(network, "config", {}).get("sample_size") for network in networks]
-    if len(sizes) != 1 or not sizes[0]:
+    config = _pixel_space_config(pipe)
+    if config is None:
         return 1
-    height, width = (sizes[0], sizes[0]) if isinstance(sizes[0], int) else sizes[0]
+    height, width = _sample_size(config)
     fitting = min(MAX_GROUP_SIZE, GROUP_PIXELS // (height * width))
     return 1 << max(0, fitting.bit_length() - 1)
+
+
+def image_format(pipe: DiffusionPipeline) -> tuple[str, tuple[int, int]] | None:
+    """Return the mode and the size, width first, of the PIL images of a pipeline; None if its config lacks them."""
+    config = _pixel_space_config(pipe)
+    if config is None or config.get("in_channels") not in CHANNEL_MODES:
+        return None
+    height, width = _sample_size(config)
+    return CHANNEL_MODES[config["in_channels"]], (width, height)
+
+
+def _pixel_space_config(pipe: DiffusionPipeline) -> Mapping[str, Any] | None:
+    """Return the config of a pipeline's only network, if it states the size of the images."""
+    networks = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+    config = getattr(networks[0], "config", {}) if len(networks) == 1 else {}
+    return config if config.get("sample_size") else None
+
+
+def _sample_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    size = config["sample_size"]
+    return (size, size) if isinstance(size, int) else tuple(size)

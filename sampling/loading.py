@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 DTYPES = {flag: getattr(torch, name) for flag, name in arguments.DTYPES.items()}
 SCHEDULERS = {flag: getattr(diffusers, name) for flag, name in arguments.SCHEDULERS.items()}
 
+_PROBED_STEPS = 10  # sampling steps that every scheduler can take
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction", "original_sample", "trigflow")
 
 
@@ -86,14 +88,47 @@ def _check_components(pipe: DiffusionPipeline, location: str | InMemory) -> None
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):
             check_complete(component, f"The {name} of the pipeline {location}")
-        # schedulers of other packages may have more prediction types, and check them
-        elif isinstance(component, SchedulerMixin) and type(component).__module__.startswith("diffusers."):
-            prediction_type = component.config.get("prediction_type", "epsilon")
-            if prediction_type not in _PREDICTION_TYPES:
+        elif isinstance(component, SchedulerMixin):
+            if not isinstance(location, InMemory) and _has_no_values(component):
                 raise InputError(
-                    f"The prediction_type in the config of the {name} of the pipeline {location} is "
-                    f"{prediction_type!r}; it must be one of {', '.join(_PREDICTION_TYPES)}."
+                    f"The config of the {name} of the pipeline {location} has no values, so its noise process is "
+                    "unknown. Save or download it again."
                 )
+            # schedulers of other packages may have more prediction types, and check them
+            if type(component).__module__.startswith("diffusers."):
+                in_config = f"The prediction_type in the config of the {name} of the pipeline {location}"
+                _check_prediction_type(component, in_config)
+
+
+def _has_no_values(scheduler: SchedulerMixin) -> bool:
+    """Return whether all values of a loaded scheduler are defaults because none is in its config."""
+    parameters = inspect.signature(type(scheduler).__init__).parameters.keys() - {"self", "kwargs"}
+    return bool(parameters) and parameters <= set(scheduler.config.get("_use_default_values", []))
+
+
+def _check_prediction_type(scheduler: SchedulerMixin, description: str) -> None:
+    """Check that a scheduler of Diffusers supports the prediction type in its config, which only its steps look at.
+
+    Args:
+        description: The prediction type in the message.
+
+    Raises:
+        InputError: If not.
+    """
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type not in _PREDICTION_TYPES:
+        raise InputError(f"{description} is {prediction_type!r}; it must be one of {', '.join(_PREDICTION_TYPES)}.")
+    probe, sample = copy.deepcopy(scheduler), torch.zeros(1, 1, 8, 8)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            probe.set_timesteps(min(_PROBED_STEPS, scheduler.config.get("num_train_timesteps", _PROBED_STEPS)))
+            probe.scale_model_input(sample, probe.timesteps[0])
+            probe.step(sample, probe.timesteps[0], sample)
+    except Exception as error:  # a step also checks other things, which depend on the pipeline that takes it
+        if isinstance(error, (ValueError, NotImplementedError)) and "prediction_type" in str(error):
+            raise InputError(
+                f"{description} is {prediction_type!r}, which a {type(scheduler).__name__} does not support."
+            ) from error
 
 
 def check_complete(network: torch.nn.Module, description: str) -> None:
@@ -255,10 +290,12 @@ def _scheduler_by_name(pipe: DiffusionPipeline, name: str) -> SchedulerMixin:
     # thresholding with the default sample_max_value of 1 is plain clipping to [-1, 1]
     options = {"thresholding": True} if config.get("clip_sample") and name in ("dpmsolver", "unipc") else {}
     try:
-        return SCHEDULERS[name].from_config(config, **options)
+        scheduler = SCHEDULERS[name].from_config(config, **options)
     except NotImplementedError:  # a schedule of betas that this class cannot compute
         betas = {"trained_betas": pipe.scheduler.betas.tolist(), "rescale_betas_zero_snr": False}
-        return SCHEDULERS[name].from_config(config, **options, **betas)
+        scheduler = SCHEDULERS[name].from_config(config, **options, **betas)
+    _check_prediction_type(scheduler, f"The prediction_type of this {type(pipe).__name__}")
+    return scheduler
 
 
 def with_own_scheduler(pipe: DiffusionPipeline) -> DiffusionPipeline:

@@ -166,6 +166,9 @@ def test_model_config_trains_from_scratch(tiny_model, images, tmp_path):
         ({"block_out_channels": [8]}, "is not the config of a UNet2DModel: "),
         ({"class_embed_type": "timestep"}, "is class-conditional"),
         ({"in_channels": 7}, "takes 7 channels"),
+        ({"out_channels": 5}, "takes 3 channels and returns 5; it must return as many, or twice as many"),
+        ({"sample_size": "8"}, "sample_size .* is '8'; it must be a positive integer"),
+        ({"sample_size": -8}, "sample_size .* is -8; it must be a positive integer"),
         ([1], "describes a list"),
         ("{", "cannot be read"),
     ],
@@ -364,9 +367,9 @@ def test_errors_are_one_paragraph_without_a_traceback(tiny_model, images, tmp_pa
 
 def test_an_unwritable_output_dir_is_reported_in_one_paragraph(finetune, tmp_path, capsys):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         run_command(lambda: finetune("run", "--output_dir", tmp_path / "file" / "run"))
-    assert re.search(r"\nerror: .*Not a directory: .*file/run", capsys.readouterr().err)
+    assert re.fullmatch(r"\nerror: --output_dir .*file/run cannot be created: Not a d.*\n", capsys.readouterr().err)
 
 
 def test_a_missing_model_is_reported_with_where_it_was_searched(finetune, tmp_path):
@@ -476,6 +479,21 @@ def test_a_resumed_run_uses_its_own_learning_rate(finetune):
     assert rates[0][0] == 2 * rates[1][0]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("cosine", "is more than the 2 steps of the run: the learning rate rises only to 0.4 times --learning_rate"),
+        ("constant", "has no effect with --lr_scheduler constant: use constant_with_warmup"),
+    ],
+)
+def test_a_warmup_that_does_not_reach_the_learning_rate_has_a_warning(finetune, caplog, schedule, message):
+    flags = ("--lr_scheduler", schedule, "--max_train_steps", 2, "--dry_run")
+    finetune("run", *flags, "--lr_warmup_steps", 2 if schedule == "cosine" else 0)
+    assert "--lr_warmup_steps" not in caplog.text
+    finetune("run", *flags, "--lr_warmup_steps", 5)
+    assert f"--lr_warmup_steps 5 {message}" in caplog.text
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(finetune):
     flags = ("--num_epochs", 20, "--save_model_every", 2, "--checkpointing_steps", 2, "--max_grad_norm", 0)
     run = finetune("run", *flags, "--max_train_steps", 2)
@@ -496,7 +514,7 @@ def test_a_full_disk_ends_with_the_reason_and_the_last_good_checkpoint(finetune,
     if mounted.returncode:
         pytest.skip("file systems cannot be mounted here")
     try:
-        with pytest.raises(RunError, match=r"No space left.*last good checkpoint is .*step-0000000\d"):
+        with pytest.raises(RunError, match=r"the disk is full.*last good checkpoint is .*step-0000000\d"):
             finetune("run", "--checkpointing_steps", 1, "--checkpoints_total_limit", 0, "--num_epochs", 10)
         good = sorted((disk / "checkpoints").glob("step-*"))
         assert good

@@ -314,6 +314,7 @@ def test_a_column_of_labels_is_named(train, tmp_path):
         (["--class_dropout", 1], "must be less than 1"),
         (["--class_dropout", -0.1], "must be at least 0"),
         (["--dataset", "mnist"], "--dataset mnist and .*kinds both name"),
+        (["--data_dir", "data"], "--data_dir data and .*kinds both name"),
         (["--block_out_channels"], "at least one width"),
         (["--block_out_channels", 8, 16, 16, 16, 16], "multiples of 16; 8 x 8 is not"),
         (["--attention_levels", 2], "levels of this network are 0 to 1"),

@@ -1,6 +1,6 @@
 """Arguments shared by the training commands; nothing here imports PyTorch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from ..core.cli import Arguments, option
 from ..core.errors import InputError
 from ..core.extras import missing_extra
+from ..core.files import check_can_write
 from ..core.locations import resolve_locations, resolve_paths
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import METRIC_NAMES, MIN_IMAGES, resolve_extractor
@@ -52,8 +53,8 @@ class DataArguments(Arguments):
     random_flip: bool = option(False, "flip images horizontally at random")
     value_range: list[float] | None = option(
         None,
-        "values of black and white in gray images: --value_range 0 4095 (default: the full range of their bits for "
-        "integers, 0 1 for floating-point numbers)",
+        "values of black and white in the image files: --value_range 0 4095 (default: the full range of their bits "
+        "for integers, 0 1 for floating-point numbers)",
     )
     skip_broken_images: bool = option(False, "skip images that cannot be read, and count them")
     cache_images: bool = option(False, "cache the decoded, resized images in memory (images x channels x H x W bytes)")
@@ -139,12 +140,19 @@ class RunArguments(Arguments):
         super().__post_init__()
         if self.output_dir is None:
             self.output_dir = self.model_save_name or self._default_output_dir
+        check_can_write(self.output_dir, "--output_dir")
         if self.model_save_name is None:
             self.model_save_name = self.folder_name
         if self.report_to is None:
             self.report_to = "wandb" if self.wandb_project else "tensorboard"
-        if self.hub_model_id and not self.push_to_hub:
-            raise InputError(f"--hub_model_id {self.hub_model_id} has no effect without --push_to_hub.")
+        if self.wandb_project and self.report_to in ("none", "tensorboard"):
+            raise InputError(
+                f"--wandb_project {self.wandb_project} has no effect with --report_to {self.report_to}: omit one of "
+                "them, or choose --report_to wandb."
+            )
+        for name in ("hub_model_id", "hub_private"):
+            if (value := getattr(self, name)) and not self.push_to_hub:
+                raise InputError(f"--{name} {value} has no effect without --push_to_hub.")
         if self.resume_from_checkpoint != "latest":
             resolve_paths(self, "resume_from_checkpoint")
 
@@ -160,8 +168,8 @@ class EvaluationArguments(Arguments):
 
     _argument_group_name = "evaluation"
 
-    eval_every: int = option(
-        0, "optimizer steps between evaluations; the last step is always evaluated; 0: none", minimum=0
+    eval_every: int | None = option(
+        None, "optimizer steps between evaluations; the last step is always evaluated (default: 0, none)", minimum=0
     )
     eval_images: int = option(1000, "samples in an evaluation", minimum=MIN_IMAGES)
     feature_extractor: str | None = option(
@@ -181,6 +189,11 @@ class EvaluationArguments(Arguments):
         if self.best_metric not in METRIC_NAMES:
             raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRIC_NAMES)}.")
         resolve_extractor(self)
+        for argument in fields(self):
+            if self.eval_every is None and (value := getattr(self, argument.name)) != argument.default:
+                raise InputError(
+                    f"--{argument.name} {value} has no effect without --eval_every: set it, or omit this."
+                )
 
 
 @dataclass
@@ -195,6 +208,14 @@ class ValidationArguments(Arguments):
     validation_every: int = option(
         200, "optimizer steps between computations of the validation loss; it is always computed at the end", minimum=1
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.validation_every != type(self).validation_every and not self.validation_fraction:
+            raise InputError(
+                f"--validation_every {self.validation_every} has no effect without --validation_fraction: set it, or "
+                "omit this."
+            )
 
 
 @dataclass

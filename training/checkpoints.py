@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import broadcast_object_list, gather_object
 
-from ..core.errors import InputError, RunError
+from ..core.errors import InputError, RunError, write_problem
 from ..core.files import copy_folder, digest_files, fingerprint, replace_folder, sync, unused_path
 from .job import TrainingJob
 from .lr_schedules import set_peak_rates
@@ -205,8 +205,8 @@ class Checkpoints:
         except Exception as error:  # torch and safetensors raise errors of their own instead of OSError
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(
-                f"The checkpoint of step {step} could not be written to {self.folder}: {error}. The last good "
-                f"checkpoint is {self.last()}. Once the cause is fixed (is the disk full?), resume with "
+                f"The checkpoint of step {step} could not be written to {self.folder}: {write_problem(error)}. The "
+                f"last good checkpoint is {self.last()}. Once the cause is fixed, resume with "
                 "--resume_from_checkpoint latest."
             ) from error
         if self.accelerator.is_main_process and self.limit:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..core.cli import changed_values, write_config
-from ..core.errors import RunError
+from ..core.errors import RunError, write_problem
 from ..core.files import replace_file, replace_tree
 from ..core.locks import locked
 from ..hub.upload import BackgroundUpload
@@ -214,7 +214,7 @@ class Trainer:
             raise
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"The run in {self.folder.path} failed: {error}. The last good checkpoint is "
+                f"The run in {self.folder.path} failed: {write_problem(error)}. The last good checkpoint is "
                 f"{self.checkpoints.last()}. Once the cause is fixed, resume with --resume_from_checkpoint latest."
             ) from error
 

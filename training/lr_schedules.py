@@ -1,5 +1,6 @@
 """Learning-rate schedules over the optimizer steps of a run."""
 
+import logging
 import math
 from functools import partial
 
@@ -10,15 +11,29 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..core.errors import InputError
 from .arguments import LearningRateArguments
 
+logger = logging.getLogger(__name__)
+
 _WARMUP_STEPS = 20  # of `two_stage_schedule`
 
 
 def lr_schedule(optimizer: Optimizer, total_steps: int, args: LearningRateArguments) -> LambdaLR:
     """Return the schedule of `--lr_scheduler` and `--lr_warmup_steps`.
 
+    Warns about warmup steps that have no effect, or are more than the run has.
+
     Raises:
         InputError: if the two cannot be combined.
     """
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        logger.warning(
+            f"--lr_warmup_steps {args.lr_warmup_steps} has no effect with --lr_scheduler constant: use "
+            "constant_with_warmup, or omit it."
+        )
+    elif args.lr_warmup_steps > total_steps:
+        logger.warning(
+            f"--lr_warmup_steps {args.lr_warmup_steps} is more than the {total_steps} steps of the run: the learning "
+            f"rate rises only to {total_steps / args.lr_warmup_steps:.2g} times --learning_rate."
+        )
     try:
         return get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps

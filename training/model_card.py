@@ -33,8 +33,8 @@ from .tracking import VALIDATION_LOSS, lowest_validation_loss, read_metrics
 logger = logging.getLogger(__name__)
 
 # arguments that do not belong on a card: local paths and upload settings
-_PRIVATE = {"output_dir", "train_data_dir", "resume_from_checkpoint", "hub_model_id", "hub_private", "push_to_hub"}
-_PRIVATE |= {"dry_run"}
+_PRIVATE = {"output_dir", "train_data_dir", "data_dir", "resume_from_checkpoint", "dry_run"}
+_PRIVATE |= {"hub_model_id", "hub_private", "push_to_hub"}
 _LOSS_STEPS = 100  # newest steps over which the losses on the card are averaged
 # columns of metrics.csv as rows of the card
 _LOSS_NAMES = {"loss": "training loss", "g_loss": "generator loss", "d_loss": "discriminator loss"}

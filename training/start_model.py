@@ -138,13 +138,26 @@ def _use_size(unet: TrainedUNet, name: str | InMemory, size: Sequence[int] | Non
     Raises:
         InputError: if not.
     """
-    if unet.config.in_channels not in CHANNEL_MODES:
-        raise InputError(f"The UNet of {name} takes {unet.config.in_channels} channels; images have 1 to 4.")
+    channels, outputs = unet.config.in_channels, unet.config.out_channels
+    if channels not in CHANNEL_MODES:
+        raise InputError(f"The UNet of {name} takes {channels} channels; images have 1 to 4.")
+    if outputs not in (channels, 2 * channels):
+        raise InputError(
+            f"The UNet of {name} takes {channels} channels and returns {outputs}; it must return as many, or twice as "
+            "many with a learned variance."
+        )
     if size:
         _check_size(unet, name, size)
         unet.register_to_config(sample_size=size[0] if size[0] == size[1] else list(size))
-    if unet.config.sample_size is None:
+    saved = unet.config.sample_size
+    if saved is None:
         raise InputError(f"The config of the UNet of {name} has no sample_size: set it with --image_size.")
+    sides = saved if isinstance(saved, (list, tuple)) else [saved, saved]
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InputError(
+            f"The sample_size in the config of the UNet of {name} is {saved!r}; it must be a positive integer, or a "
+            "height and a width."
+        )
 
 
 def _unsupported_components(components: Mapping[str, str]) -> str | None:

@@ -1,7 +1,8 @@
 """Samples of a pretrained pipeline, with the noisy images that lead to them, as targets for few-step sampling."""
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,15 +16,17 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .. import ClassConditionalPipeline
-from ..core.errors import RunError
-from ..core.files import fingerprint, replace_file
+from ..core.errors import RunError, write_problem
+from ..core.files import digest_arrays, fingerprint, replace_file
 from ..sampling.loading import pipeline_hash
 from .objectives.few_step import CLEAN, FewStepProcess, TeacherSamples
 from .randomness import PerSampleRNG, fold_in
 from .start_model import image_size
 
+logger = logging.getLogger(__name__)
+
 _BATCH_SIZE = 16  # the rounding of a network's arithmetic may depend on it, so not on the number of processes
-_FINGERPRINT = "fingerprint"  # metadata of a file of samples
+_FINGERPRINT, _DIGEST = "fingerprint", "digest"  # metadata of a file of samples
 _WRITE_INTERVAL = 60  # seconds between writes
 
 
@@ -142,19 +145,27 @@ def _generate(teacher: Teacher, indices: range, seed: int, file: "_SampleFile", 
 
 @dataclass
 class _SampleFile:
-    """The first samples of a teacher in a safetensors file, with a fingerprint of what they depend on."""
+    """The first samples of a teacher in a safetensors file, with their digest and a fingerprint of what made them."""
 
     path: Path
     fingerprint: str
 
     def count(self) -> int:
         """Return the number of samples in the file; 0 if there is none, or it is damaged or has other samples."""
+        if not self.path.exists():
+            return 0
         try:
             with safe_open(self.path, framework="pt") as file:
-                is_same = (file.metadata() or {}).get(_FINGERPRINT) == self.fingerprint
-                return file.get_slice("images").get_shape()[0] if is_same else 0
+                metadata = file.metadata() or {}
+            if metadata.get(_FINGERPRINT) != self.fingerprint:
+                return 0
+            tensors = self.read()
+            if metadata.get(_DIGEST) in (None, _digest(tensors)):  # earlier versions wrote no digest
+                return len(tensors["images"])
         except (OSError, SafetensorError):
-            return 0
+            pass
+        logger.warning(f"{self.path} is damaged; its samples of the start model are generated again.")
+        return 0
 
     def read(self) -> dict[str, torch.Tensor]:
         """Return the tensors of `TeacherSamples` by name."""
@@ -167,9 +178,14 @@ class _SampleFile:
             RunError: if it cannot be written.
         """
         try:
-            replace_file(self.path, lambda path: save_file(tensors, path, {_FINGERPRINT: self.fingerprint}))
+            metadata = {_FINGERPRINT: self.fingerprint, _DIGEST: _digest(tensors)}
+            replace_file(self.path, lambda path: save_file(tensors, path, metadata))
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"The samples of the start model could not be written to {self.path}: {error}. Free some space, or "
-                "use fewer of them (--teacher_samples), then run the same command again."
+                f"The samples of the start model could not be written to {self.path}: {write_problem(error)}. Free "
+                "some space, or use fewer of them (--teacher_samples), then run the same command again."
             ) from error
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    return digest_arrays({name: tensor.numpy() for name, tensor in tensors.items()})

@@ -172,7 +172,8 @@ class GenerationRequest:
             then have one class, the first one for `ALL_CLASSES`.
 
     Raises:
-        InputError: if a number was left empty.
+        InputError: if a number was left empty, or a value is not one that the page offers: requests to its API may
+            contain anything.
     """
 
     num_images: int
@@ -187,6 +188,12 @@ class GenerationRequest:
         for name, value in numbers:
             if value is None:
                 raise InputError(f"The {name} is empty. Enter a whole number.")
+            if not isinstance(value, int):
+                raise InputError(f"The {name} is not a whole number.")
+        if not isinstance(self.scheduler, str) or self.scheduler not in ("as-saved", *SCHEDULERS):
+            raise InputError("There is no such scheduler.")
+        if not isinstance(self.label, int | None):
+            raise InputError("The class is not one of those on the page.")
 
     @property
     def seeds(self) -> range:
@@ -349,6 +356,8 @@ def guidance_loss(kind: str, target: str, clip: str | None) -> GuidanceLoss:
     Raises:
         InputError: if the target is empty, too long or not a color.
     """
+    if not isinstance(target, str):
+        raise InputError("The color or prompt is not a text.")
     if kind == "prompt":
         if not target.strip():
             raise InputError("The prompt is empty. Describe the images you want.")
@@ -374,6 +383,8 @@ def generate(
             model, request, progress, lambda images: images.mean((1, 2, 3)), 0.0, "sample", "unguided"
         )
     options = {"guidance_scale": class_guidance} if model.supports_class_guidance else {}
+    if options:
+        _check_scale(class_guidance)
     return _generate(
         model, with_scheduler(model.pipe, request.scheduler, request.steps), request, progress, "unguided", **options
     )
@@ -396,6 +407,7 @@ def generate_guided(
     Raises:
         InputError, RunError: see `generate`.
     """
+    _check_scale(scale)
     try:
         pipe = GuidedPipeline.from_pipe(with_scheduler(model.pipe, request.scheduler, request.steps))
     except ValueError as error:
@@ -404,6 +416,11 @@ def generate_guided(
     scale_per_step = scale * DEFAULT_STEPS / request.steps
     options = {"loss": loss, "guidance_scale": scale_per_step, "gradient": gradient}
     return _generate(model, pipe, request, progress, description, **options)
+
+
+def _check_scale(scale: float) -> None:
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise InputError("The guidance scale is not a number.")
 
 
 def _generate(

@@ -35,6 +35,8 @@ class Other(Arguments):
     size: str = option("small", "size of the network", choices={"small": 1, "large": 2})
     output_dir: str = option("run", "folder")
     names: list[str] | None = option(None, "names")
+    labels: list[str | int] | None = option(None, "labels")
+    images: str | None = option(None, "images", objects="a list of images")
     resume_from_checkpoint: str | None = option(None, "checkpoint")
 
 
@@ -69,6 +71,27 @@ def test_values_have_the_types_of_their_fields():
     assert (length.shuffle, other) == (False, Other("bf16", 1, "large"))
     assert [parse("--shuffle", text)[0].shuffle for text in ("true", "No", "1", "f")] == [True, False, True, False]
     assert parse("--no-shuffle", "--shuffle")[0].shuffle is True
+
+
+def test_texts_and_integers_share_a_list():
+    assert Other(labels=["0", 1, "Sandal"]).labels == ["0", 1, "Sandal"]
+    assert parse("--labels", "0", "Sandal")[1].labels == ["0", "Sandal"]
+    for value in (0.5, True, None, [1]):
+        with pytest.raises(InputError, match=r"--labels has the type .*; it must be a string, a path or an int"):
+            Other(labels=[0, value])
+
+
+@pytest.mark.parametrize("value", [{}, {"a": 1}, set(), [], ()])
+def test_what_cannot_be_an_object_of_an_argument_is_refused(value):
+    with pytest.raises(InputError, match=r"--images (has the type|is an empty|is empty).* a list of images"):
+        Other(images=value)
+
+
+def test_a_value_in_a_file_may_begin_with_a_hyphen(tmp_path):
+    config = write(tmp_path / "config.yaml", "output_dir: --epochs\nno_shuffle: true\nnames: [-5, a]\n")
+    length, other = parse("--config", config)
+    assert (other.output_dir, length.epochs, length.shuffle, other.names) == ("--epochs", 1, False, ["-5", "a"])
+    assert parse("--config", write(tmp_path / "on.yaml", "no_shuffle: false\n"))[0].shuffle
 
 
 def test_an_unquoted_no_is_a_choice(tmp_path):
@@ -188,6 +211,12 @@ def test_the_home_folder_is_expanded_everywhere(tmp_path, monkeypatch):
         (b"x" * 2_000_000, "is too large"),
         (b"sizes: [[1, 2], 3]\n", "sizes must be a single value or a list of values"),
         (b"output_dir: {a: b}\n", "output_dir must be a single value or a list of values"),
+        (b"output_dir: [1, 2]\n", r"output_dir takes a single value, not the list \[1, 2\]"),
+        (b"epochs: [1]\n", r"epochs takes a single value, not the list \[1\]"),
+        (b"names: [a, null]\n", "names must be a single value or a list of values"),
+        (b"names: [a, --steps]\n", "names contains '--steps'; the values of a list must not begin with two hyphens"),
+        (b"no_shuffle: [true]\n", r"no_shuffle takes a single value, not the list"),
+        (b"no_shuffle: maybe\n", "no_shuffle is 'maybe'; it must be true or false"),
         (b"started: 2024-99-99\n", "is not valid YAML|Unknown flag"),
         (b"5: 3\n", "Unknown flag --5"),
     ],

@@ -9,6 +9,7 @@ import signal
 import sys
 
 import pytest
+from safetensors import SafetensorError
 from torch import distributed
 
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
@@ -22,7 +23,7 @@ def restored_log_level():
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(InputError("bad"), 2), (RunError("bad"), 1), (OSError(errno.ENOSPC, "bad"), 1)],
+    [(InputError("bad"), 2), (RunError("bad"), 1)],
 )
 def test_an_error_for_the_user_ends_a_command_with_one_paragraph(error, code, capsys):
     def main():
@@ -32,6 +33,31 @@ def test_an_error_for_the_user_ends_a_command_with_one_paragraph(error, code, ca
         run_command(main)
     assert ended.value.code == code
     assert capsys.readouterr().err == f"\nerror: {error}\n"
+
+
+FULL = "the disk is full, or a quota or limit of the file size is reached"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), f"{FULL} (a/b). Free some space"),
+        (OSError(errno.EFBIG, "File too large"), f"{FULL}. Free some space"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), f"{FULL}. Free"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            f"{FULL}. Free",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "Permission denied (a/b)."),
+    ],
+)
+def test_an_error_of_the_file_system_is_told_in_words(error, message, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match="1"):
+        run_command(main)
+    assert f"\nerror: A file or folder cannot be written or read: {message}" in capsys.readouterr().err
 
 
 def test_other_errors_keep_their_traceback():

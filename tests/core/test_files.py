@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ddgan.core.errors import InputError
 from ddgan.core.files import (
+    check_can_write,
     copy_folder,
     fingerprint,
     fingerprint_bytes,
@@ -143,3 +145,19 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     assert not (tmp_path / ".tmp-0123abcd-a.png").exists() and (tmp_path / ".tmp-0123abcd-b.png").exists()
     remove_temporary_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-folder", "c.png"]
+
+
+def test_a_folder_or_file_that_cannot_be_written_is_reported_with_its_flag_and_not_created(tmp_path):
+    (tmp_path / "file").touch()
+    for path in ("new/folder", "file"):
+        check_can_write(tmp_path / path, "--output", is_folder=False)
+    check_can_write(tmp_path / "new" / "folder", "--output_dir")
+    for path, is_folder, problem in (
+        (tmp_path / "file", True, "cannot be written to: .*file is not a folder. Choose another folder"),
+        (tmp_path / "file" / "new", False, "cannot be created: Not a directory. Choose another file"),
+        (tmp_path / ("x" * 300), True, "cannot be created: File name too long"),
+        ("/dev/null", False, "cannot be written to: /dev/null is not a regular file"),
+    ):
+        with pytest.raises(InputError, match=f"^--output_dir {path} {problem}"):
+            check_can_write(path, "--output_dir", is_folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -16,7 +16,7 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 
 from ddgan.core import locks
-from ddgan.core.errors import InputError
+from ddgan.core.errors import InputError, RunError
 from ddgan.core.locks import check_unlocked, locked
 
 
@@ -71,6 +71,28 @@ def test_a_folder_that_cannot_be_created_is_reported_with_its_flag(tmp_path):
             locked(folder, flag="--save_images"),
         ):
             pass
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which no file can be created")
+def test_a_folder_in_which_no_file_can_be_created_is_not_taken_for_a_locked_one():
+    with (
+        pytest.raises(InputError, match=r"The folder /proc/self cannot be written to: .* with --output_dir"),
+        locked(Path("/proc/self")),
+    ):
+        pass
+
+
+def test_a_disk_that_becomes_full_is_reported_with_the_folder(tmp_path):
+    message = f"The files in {tmp_path} cannot be written: the disk is full, .* Free some space"
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc]"),
+    ):
+        with pytest.raises(RunError, match=message), locked(tmp_path):
+            raise error
+    with pytest.raises(OSError, match="broken"), locked(tmp_path):
+        raise OSError(errno.EIO, "broken")
+    assert not list(tmp_path.iterdir())
 
 
 def write_outcome(folder, output):

@@ -68,6 +68,19 @@ def test_the_values_of_black_and_white_can_be_stated(tmp_path, values, value_ran
     assert np.abs(read_tiff(tmp_path, values, value_range) - RAMP * 255).max() <= 3
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "CMYK"])
+def test_stated_values_of_black_and_white_apply_to_color_images_but_not_to_alpha(mode):
+    gray = np.linspace(50, 100, 64).reshape(8, 8).astype(np.uint8)
+    image = Image.fromarray(gray)
+    image = image.convert(mode) if mode == "P" else image.convert("RGB").convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.new("L", (8, 8), 128))
+    pixels = load(image, channels=4, value_range=(50, 100))
+    np.testing.assert_allclose(pixels[:3], np.broadcast_to((gray - 50) / 25 - 1, (3, 8, 8)), atol=0.05)
+    alpha = 128 if mode in ("RGBA", "LA") else 255
+    assert ((pixels[3] + 1) * 127.5).round().unique() == alpha
+
+
 def test_values_outside_the_stated_range_are_clipped(tmp_path):
     pixels = read_tiff(tmp_path, RAMP, (0.25, 0.75))
     assert (pixels[:2] == 0).all() and (pixels[6:] == 255).all()
@@ -104,6 +117,15 @@ def test_the_bits_of_a_file_decide_and_not_the_values_of_one_image(tmp_path):
 def test_images_that_come_out_nearly_constant_have_a_warning():
     assert low_contrast(torch.rand(4, 1, 8, 8) * 2 - 1) is None
     assert "from 0% to 6% of the way" in low_contrast(torch.linspace(-1, -0.875, 64).view(1, 1, 8, 8))
+
+
+def test_images_of_a_single_color_each_have_a_warning():
+    colors = torch.rand(4, 3, 1, 1).mul(2).sub(1).expand(4, 3, 8, 8)
+    assert "Each of the first 4 images has nearly a single color: no channel varies by more than 0%" in (
+        low_contrast(colors)
+    )
+    assert low_contrast(torch.cat([colors, torch.rand(1, 3, 8, 8) * 2 - 1])) is None
+    assert low_contrast(torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)) is None, "one pixel has no structure"
 
 
 @pytest.mark.parametrize("values", [[0], [0, 0], [0, float("nan")], [1, 2, 3]])

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path, PurePath
-from zipfile import ZipFile
+from zipfile import ZipFile, ZipInfo
 
 import datasets
 import numpy as np
@@ -220,6 +220,19 @@ def test_a_zip_file_is_read_below_the_folder_that_holds_all_images(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"There are no images in .*empty\.zip"):
         open_source(str(zip_folder(tmp_path / "empty", tmp_path / "empty.zip")))
+
+
+def test_members_of_a_zip_file_outside_of_it_are_reported_and_unusual_names_are_read(tmp_path, caplog):
+    folder = write_class_folders(tmp_path / "images", range(4))
+    with ZipFile(tmp_path / "images.zip", "w") as archive:
+        for file, name in zip(
+            sorted(folder.rglob("*.png")), ("../a.png", "/b.png", "./c.png", "d//e.png"), strict=True
+        ):
+            archive.writestr(ZipInfo(name), file.read_bytes())
+    source = open_source(str(tmp_path / "images.zip"))
+    assert [source.name(i).split()[0] for i in range(len(source))] == ["c.png", "d/e.png"]
+    assert "ignored 2 images with paths outside of it, such as ../a.png" in caplog.text
+    assert all(read_image(source[i], Preprocessing(1, 8, 8)).unique().numel() == 1 for i in range(2))
 
 
 def test_a_subset_is_a_source_of_some_of_the_images(tmp_path):

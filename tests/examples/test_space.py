@@ -447,6 +447,35 @@ def test_a_request_beyond_the_time_limit_is_stopped(generation, models):
     assert "step" not in vars(model.pipe.scheduler)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_images": None}, "The number of images is empty. Enter a whole number"),
+        ({"num_images": float("nan")}, "The number of images is not a whole number"),
+        ({"seed": "1"}, "The seed is not a whole number"),
+        ({"scheduler": ["ddim"]}, "There is no such scheduler"),
+        ({"label": "a"}, "The class is not one of those on the page"),
+    ],
+)
+def test_a_request_to_the_api_with_other_values_than_the_page_offers_is_refused(generation, change, message):
+    settings = {"num_images": 1, "steps": 2, "scheduler": "ddim", "seed": 0, "label": 0}
+    generation["GenerationRequest"](**settings)
+    with pytest.raises(InputError, match=message):
+        generation["GenerationRequest"](**settings | change)
+
+
+def test_targets_and_scales_of_other_types_are_refused(generation, models):
+    for target in (["#BB2266"], {"a": 1}, 5):
+        with pytest.raises(InputError, match="The color or prompt is not a text"):
+            generation["guidance_loss"]("color", target, None)
+    model = generation["load_model"](str(models / "rgb-model"), "rgb-model")
+    request = generation["GenerationRequest"](num_images=1, steps=2, scheduler="ddim", seed=0)
+    loss, progress = generation["guidance_loss"]("color", "teal", None), generation["StepProgress"](lambda *_: None)
+    for scale in (float("nan"), float("inf"), None, "5"):
+        with pytest.raises(InputError, match="The guidance scale is not a number"):
+            generation["generate_guided"](model, request, progress, loss, scale, "sample")
+
+
 def test_a_guided_pipeline_also_generates_without_guidance(generation, models):
     plain = DDPMPipeline.from_pretrained(models / "rgb-model")
     guided = generation["Model"]("guided", GuidedPipeline.from_pipe(plain))

@@ -153,9 +153,12 @@ def test_files_behind_symbolic_links_are_not_published(run, tmp_path, name):
         ({"_class_name": [5, "P"]}, "names a module 5"),
         ({"_class_name": []}, "is not a pipeline folder"),
         ({"_class_name": ["a"]}, "is not a pipeline folder"),
+        ({"unet": None}, "for the component unet, whose folder exists, it has None instead of the names of"),
+        ({"scheduler": [None, None]}, r"for the component scheduler, .* it has \[None, None\] instead"),
+        ({"unet": "UNet2DModel"}, "for the component unet, .* it has 'UNet2DModel' instead"),
     ],
 )
-def test_an_index_that_leaves_the_folder_is_refused(run, entry, message):
+def test_an_index_that_leaves_the_folder_or_lacks_a_component_is_refused(run, entry, message):
     (run.parent / ".docker").mkdir()
     (run.parent / ".docker" / "config.json").write_text('{"auths": "secret"}')
     index = json.loads((run / "model_index.json").read_text())
@@ -220,8 +223,10 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path):
         ("README.md", b"---\nlicense: [mit\n---\n", r"The metadata of the existing README\.md cannot be read: "),
         ("model_index.json", b"{bad", r"is damaged: it is not valid JSON \(.* line 1 column 2 .*\)\. Save the"),
         ("model_index.json", b"[]", "is damaged: it is not a JSON object"),
-        ("model_index.json", b"{}", "not a pipeline folder: it has no .* that names a pipeline's class"),
+        ("model_index.json", b"{}", "is damaged: it is an empty JSON object"),
+        ("model_index.json", b'{"a": 1}', "not a pipeline folder: it has no .* that names a pipeline's class"),
         ("unet/config.json", b'{"sample_size": 8', r"is damaged: it is not valid JSON \("),
+        ("scheduler/scheduler_config.json", b"{}", "is damaged: it is an empty JSON object"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(run, name, content, message):

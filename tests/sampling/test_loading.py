@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny import level_difference, tiny_pipeline, tiny_unet
@@ -128,7 +136,7 @@ def test_offline_mode_is_named_as_the_reason(monkeypatch):
 def test_damaged_pipeline_folders_are_reported_in_one_paragraph(tmp_path, file, content):
     tiny_pipeline().save_pretrained(tmp_path)
     (tmp_path / file).write_text(content)
-    damaged = "/[a-z/]+_?[a-z]+.json is damaged: it is not (a JSON object|valid JSON)"
+    damaged = "/[a-z/]+_?[a-z]+.json is damaged: it is (not a JSON object|not valid JSON|an empty JSON object)"
     with pytest.raises(InputError, match=f"{tmp_path}( cannot be loaded: .| is not a pipeline folder|{damaged})"):
         load_pipeline(str(tmp_path))
     with pytest.raises(InputError, match=f"{tmp_path}( cannot be loaded| is not a pipeline folder| is a |{damaged})"):
@@ -164,6 +172,33 @@ def test_an_unknown_prediction_type_is_refused(tmp_path):
     in_memory = InMemory(tiny_pipeline(DDPMScheduler(prediction_type="zzz")))
     with pytest.raises(InputError, match=message.format(r".*\(in memory\)")):
         load_pipeline(in_memory)
+
+
+@pytest.mark.parametrize("kind", [PNDMScheduler, HeunDiscreteScheduler, EulerAncestralDiscreteScheduler])
+def test_a_prediction_type_that_the_scheduler_does_not_support_is_refused_when_it_is_loaded(kind, tmp_path):
+    tiny_pipeline(kind(prediction_type="sample")).save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    if kind is HeunDiscreteScheduler:  # supports it
+        load_pipeline(str(tmp_path))
+    else:
+        with pytest.raises(InputError, match=rf"is 'sample', which a {kind.__name__} does not support"):
+            load_pipeline(str(tmp_path))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_prediction_type_that_another_scheduler_does_not_support_is_refused():
+    pipe = tiny_pipeline(DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True))
+    with pytest.raises(InputError, match="is 'flow_prediction', which a DDIMScheduler does not support"):
+        with_scheduler(pipe, "ddim")
+
+
+@pytest.mark.parametrize("values", [{}, {"_class_name": "DDPMScheduler", "_diffusers_version": "0.42.1"}])
+def test_a_scheduler_config_without_values_is_refused(values, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"config of the scheduler of the pipeline .* has no values"):
+        load_pipeline(str(tmp_path))
+    assert load_pipeline(InMemory(tiny_pipeline(DDPMScheduler()))), "an object with the defaults"
 
 
 def test_a_broken_pipeline_folder_is_not_looked_for_on_the_hub(tmp_path):

@@ -391,6 +391,7 @@ def test_features_of_another_network_are_rejected(run, folders, tmp_path):
         ),
         ("statistics.npz", ["--reference_split", "test"], "reference_split test selects images"),
         ("statistics.npz", ["--reference_config", "a"], "reference_config a is a setting of a dataset"),
+        ("reference", ["--guidance_scale", 2], "--guidance_scale 2.0 is for sampling a --pipeline"),
         ("rows.parquet", ["--reference_config", "a"], "rows.parquet has no configuration a"),
         ("reference", ["--held_out_split", "test"], "--held_out_split test needs --held_out"),
         (None, ["--num_reference", 20], "--num_reference 20 needs --reference"),
@@ -407,6 +408,15 @@ def test_settings_without_effect_are_refused(run, folders, tmp_path, reference, 
     reference = reference if reference in (None, "reference") else tmp_path / reference
     with pytest.raises(InputError, match=message):
         run("--images", folders["samples"], *flags, reference=reference)
+
+
+def test_a_value_range_without_image_files_is_refused(run, folders, tmp_path):
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(192), sigma=np.eye(192))
+    flags = ("--pipeline", folders["model"], *SHORT, "--num_images", 12, "--value_range", 0, 99)
+    with pytest.raises(
+        InputError, match=r"--value_range is that of image files, but .*statistics\.npz holds only feat"
+    ):
+        run(*flags, reference=tmp_path / "statistics.npz")
 
 
 def test_a_split_of_a_folder(run, folders, tmp_path):
@@ -710,15 +720,17 @@ def test_resized_references_have_a_warning(run, folders, tmp_path):
             "--feature_extractor nowhere does not exist .* one of the extractors inception",
         ),
         (["--images", "SAMPLES", "--class_labels", 3], "color has the classes 0 to 2"),
+        (["--images", "SAMPLES", "--class_labels", "wasp"], "--class_labels wasp: the classifier color has the class"),
         (["--images", "SAMPLES", "--stacked_mnist"], "color is not"),
         (["--images", "SAMPLES", "--save_images", "x"], "already exist"),
         (["--images", "SAMPLES", "--held_out", "SAMPLES"], "at least 100"),
     ],
 )
-def test_unusable_flags_are_rejected(run, folders, flags, message):
+def test_unusable_flags_are_rejected(run, folders, flags, message, caplog):
     names = {"MODEL": folders["model"], "SAMPLES": folders["samples"]}
     with pytest.raises(InputError, match=message):
         run(*(names.get(flag, flag) for flag in flags))
+    assert "different names" not in caplog.text
 
 
 def test_files_that_are_no_evaluations_and_folders_with_images_are_not_overwritten(run, folders, tmp_path):

@@ -130,12 +130,15 @@ def test_an_interrupted_run_continues(tiny_model, whole):
     assert (folder / "000000.png").stat().st_mtime_ns == kept
 
 
-@pytest.mark.parametrize("how", ["empty", "truncated", "changed"])
-def test_damaged_images_are_generated_again(tiny_model, whole, how):
+@pytest.mark.parametrize("how", ["empty", "truncated", "changed", "gray", "small"])
+def test_damaged_images_and_images_of_another_kind_are_generated_again(tiny_model, whole, how):
     expected, file = images(whole), whole / "images" / "000003.png"
     content = expected[file.name]
     changed = content[:60] + bytes([content[60] ^ 1]) + content[61:]
-    file.write_bytes({"empty": b"", "truncated": content[:-20], "changed": changed}[how])
+    if how in ("gray", "small"):
+        Image.new("L" if how == "gray" else "RGB", (8, 8) if how == "gray" else (8, 4)).save(file)
+    else:
+        file.write_bytes({"empty": b"", "truncated": content[:-20], "changed": changed}[how])
     generate.main(flags(tiny_model, whole))
     assert images(whole) == expected
 

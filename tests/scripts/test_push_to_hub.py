@@ -60,10 +60,10 @@ def test_a_pipeline_with_code_is_published(local_hub, folder):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     sampling, sizes, steps = done.stdout.split("\n\n")
-    assert sampling == "sampling       nine images for the model card"
+    assert [line.split(" ")[0] for line in sampling.splitlines()] == ["checking", "sampling"]
     assert f"{len(before[WEIGHTS]) / 1000:.1f} kB  {WEIGHTS}" in sizes and "in 9 files" in sizes
     assert sizes.endswith("not uploaded: checkpoints, token")
-    assert [line.split(" ")[0] for line in steps.splitlines()] == ["uploading", "uploaded", "published"]
+    assert [line.split(" ")[0] for line in steps.splitlines()] == ["uploading", "uploaded", "checking", "published"]
     assert f"published      {local_hub.url}/ann/model" in steps
     assert contents(folder) == before, "something local was changed"
     assert local_hub.repos["model", "ann/model"].private

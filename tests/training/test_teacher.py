@@ -119,7 +119,8 @@ def equal(a: TeacherSamples, b: TeacherSamples) -> bool:
     return torch.equal(a.noisy, b.noisy) and torch.equal(a.images, b.images)
 
 
-def test_samples_are_read_from_their_file_if_it_is_intact(generate, tmp_path):
+@pytest.mark.parametrize("how", ["truncated", "changed", "empty", "of no kind"])
+def test_samples_are_read_from_their_file_if_it_is_intact(generate, tmp_path, caplog, how):
     teacher, file = tiny_teacher(steps=4), tmp_path / "run" / "teacher.safetensors"
     first, generated = generate(teacher)
     assert generated == list(range(32))  # two batches
@@ -127,12 +128,15 @@ def test_samples_are_read_from_their_file_if_it_is_intact(generate, tmp_path):
     for name in ("noisy", "images"):
         assert torch.equal(getattr(first, name), torch.cat([batch[name] for batch in batches])[:20])
     again, generated = generate(teacher)
-    assert equal(again, first) and not generated
-    damaged = file.read_bytes()[:-1]
+    assert equal(again, first) and not generated and not caplog.messages
+    content = file.read_bytes()
+    changed = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+    damaged = {"truncated": content[:-1], "changed": changed, "empty": b"", "of no kind": b"teacher"}
     file.unlink()  # it is mapped into memory
-    file.write_bytes(damaged)
+    file.write_bytes(damaged[how])
     again, generated = generate(teacher)
     assert equal(again, first) and generated
+    assert caplog.messages == [f"{file} is damaged; its samples of the start model are generated again."]
 
 
 def test_samples_generated_before_an_interruption_are_kept(generate, monkeypatch, tmp_path):
