@@ -447,6 +447,10 @@ class GenerateArguments(SamplingArguments):
 
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
     num_images: int = option(16, "total number of images; a higher number adds to existing images", minimum=1)
+    format: Literal["png", "npz", "webdataset"] = option(
+        "png",
+        "one PNG file per image, or shards of 512 images: .npz (arr_0, and the classes in arr_1) or WebDataset (.tar)",
+    )
     overwrite: bool = option(False, "replace the images that --output_dir contains")
     batch_size: int = option(
         16, "images per batch on an accelerator; on a CPU it depends on the image size only", minimum=1
@@ -523,7 +527,7 @@ class EvaluateArguments(SamplingArguments):
 
     images: str | None = option(
         None,
-        "existing images to measure instead of --pipeline: folder, .parquet, or .npz with arr_0",
+        "existing images to measure instead of --pipeline: folder of images or shards, .parquet, or .npz with arr_0",
         objects=IMAGE_OBJECTS,
     )
     num_images: int | None = option(

@@ -149,7 +149,15 @@ def fingerprint(facts: Any) -> str:
 
 def fingerprint_bytes(content: bytes) -> str:
     """Return a short hash of bytes: 24 hexadecimal digits of BLAKE2b."""
-    return hashlib.blake2b(content, digest_size=12).hexdigest()
+    return fingerprint_parts([content])
+
+
+def fingerprint_parts(parts: Iterable[bytes | memoryview]) -> str:
+    """Return the `fingerprint_bytes` of parts that follow each other."""
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def digest_files(paths: Iterable[Path]) -> list[tuple[int, str]]:

@@ -21,7 +21,7 @@ from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import ClassifierFeatures, weights_digest
 from ddgan.evaluation.reporting import measured_by, metric_title
-from ddgan.sampling import groups
+from ddgan.sampling import groups, image_files
 from ddgan.scripts import evaluate, generate
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
@@ -72,12 +72,14 @@ ALL = {"fid", "kid", "precision", "recall", "density", "coverage", "near_copies"
 # The same numbers in every way of measuring
 
 
-def test_a_pipeline_and_its_generated_images_give_the_same_numbers(run, folders, tmp_path):
+def test_a_pipeline_and_its_generated_images_give_the_same_numbers(run, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "SHARD_IMAGES", 5)
     sampled = run("--pipeline", folders["model"], *SHORT, "--num_images", 12)
     assert {name.partition("@")[0] for name in sampled["metrics"]} == ALL
     generated = ("--pipeline", folders["model"], *SHORT, "--num_images", 12, "--output_dir", tmp_path / "generated")
-    generate.main([str(flag) for flag in generated])
-    assert values(run("--images", tmp_path / "generated" / "images")) == values(sampled)
+    for more in ((), ("--format", "npz"), ("--format", "webdataset")):
+        generate.main([str(flag) for flag in (*generated, *more, "--overwrite")])
+        assert values(run("--images", tmp_path / "generated" / "images")) == values(sampled)
 
 
 def test_a_few_step_pipeline_is_sampled_in_the_steps_it_was_trained_for(run, tmp_path):
