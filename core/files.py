@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .locations import InMemory
+from .locations import InMemory, is_url, url_name
 
 LOCK = ".lock"  # name of the lock of a folder; that of the file with its owner starts with it
 TEMPORARY = ".tmp-"  # first characters of the names of temporary files and folders
@@ -127,8 +127,13 @@ def unused_path(path: Path) -> Path:
 
 
 def location_name(location: str | InMemory) -> str:
-    """Return the base name of a local file or folder, or a Hub name unchanged; bytes that are not UTF-8 become `?`."""
+    """Return the base name of a local file or folder or of a URL, or a Hub name unchanged.
+
+    Bytes that are not UTF-8 become `?`.
+    """
     location = location.name if isinstance(location, InMemory) else location
+    if is_url(location):
+        return url_name(location)
     name = Path(location).resolve().name if Path(location).exists() else location
     return name.encode(errors="replace").decode()
 

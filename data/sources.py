@@ -26,9 +26,10 @@ from torchvision.datasets.mnist import FashionMNIST
 from ..core.errors import InputError, naming_file
 from ..core.extras import missing_extra
 from ..core.files import fingerprint, fingerprint_bytes, fingerprint_parts
-from ..core.locations import EXAMPLES, InMemory, hub_problem
+from ..core.locations import EXAMPLES, InMemory, hub_problem, is_url
 from ..core.run_files import is_run_folder
 from .images import CHANNEL_MODES, IMAGE_SUFFIXES, BrokenImageError, encoded_or_path, file_bytes
+from .remote import expand_ranges, local_copy, url_suffix
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -800,6 +801,7 @@ def open_source(
     | an .npz file, or a folder of nothing else | the arrays `arr_0`, uint8, (N, H, W) or (N, H, W, C) |
     | a .zip file | its image files, of one split if it has a folder per split |
     | a .parquet, .arrow or .tar file | as read by `datasets`, a .tar file as WebDataset |
+    | a URL of such a file, or of several with `*` or `{000..063}` | the same; .npz and .zip files are downloaded |
     | a folder from `Dataset.save_to_disk` or `DatasetDict.save_to_disk` | its rows |
     | a folder with `raw/train-images-idx3-ubyte`, or a subfolder that has it | MNIST's idx format |
     | a folder of images | its image files, of one split if it has a subfolder per split |
@@ -823,7 +825,7 @@ def open_source(
     """
     if isinstance(location, InMemory):
         return _open_in_memory(location.value, split, default_split, image_column)
-    request = _Request(location, split, default_split, config, image_column, folder_as)
+    request = _Request(local_copy(location), split, default_split, config, image_column, folder_as)
     _require_data_folder(request.path)
     return next(source for open_kind in KINDS if (source := open_kind(request)) is not None)
 
@@ -1025,7 +1027,15 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     """
     datasets = _import_datasets()
     path = request.path
-    if _is_file(path, *_FILE_BUILDERS):
+    if is_url(request.location):
+        if url_suffix(request.location) not in _FILE_BUILDERS:
+            kinds = ", ".join((*_FILE_BUILDERS, ".npz", ".zip"))
+            raise InputError(
+                f"{request.location} is not the URL of files of images ({kinds}). `*` and ranges such as "
+                "{000..063} stand for several files; a dataset on the Hub is named without hf://."
+            )
+        files = expand_ranges(request.location)
+    elif _is_file(path, *_FILE_BUILDERS):
         files = [_existing_file(path)]
     elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():  # Dataset.save_to_disk
         files = sorted(path.glob("*.arrow"))
@@ -1039,11 +1049,12 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     _require_no_config(request)
     if streaming:
         _require_no_split(request.split, path)
-    with naming_file(path, Exception):  # the readers raise the errors of many libraries
+    with naming_file(request.location, Exception):  # the readers raise the errors of many libraries
         if path.is_dir() and not streaming:
             rows = datasets.load_from_disk(str(path))
         else:
-            builder, data_files = _FILE_BUILDERS[files[0].suffix], [str(file) for file in files]
+            data_files = [str(file) for file in files]
+            builder = _FILE_BUILDERS[url_suffix(data_files[0])]
             rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming)
     if request.split in _WHOLE:
         return rows, "all"
