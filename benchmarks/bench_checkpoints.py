@@ -1,6 +1,6 @@
 """The cost of a checkpoint: its size, its time, and the share of training time at the default cadence.
 
-    python benchmarks/bench_checkpoints.py --work_dir path/to/folder
+    python benchmarks/bench_checkpoints.py
 
 fine-tunes the model of the demo, and trains a UNet of about 50 million parameters from scratch, for a few steps each,
 and times how long the training loop waits for each checkpoint.
@@ -11,6 +11,7 @@ import shutil
 import time
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from common import MODELS, hardware
@@ -59,20 +60,22 @@ def measure(name: str, model: list, folder: Path, steps: int, saves: list[float]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--work_dir", type=Path, help="folder for the checkpoints (default: a temporary one)")
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    temporary = TemporaryDirectory()
+    folder = args.work_dir or Path(temporary.name)
+    folder.mkdir(parents=True, exist_ok=True)
     saves, trained = timed(Checkpoints, "save"), timed(Trainer, "_train_step")
     network = UNet2DModel(**LARGE, **BLOCKS)
-    network.to_json_file(args.work_dir / "large.json")
+    network.to_json_file(folder / "large.json")
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     del network
     models = {
         "demo, 32x32, batch 16": ["--start_model", MODELS / "noto-emoji-32"],
-        f"{parameters:.0f} M parameters, 32x32, batch 16": ["--model_config", args.work_dir / "large.json"],
+        f"{parameters:.0f} M parameters, 32x32, batch 16": ["--model_config", folder / "large.json"],
     }
-    rows = [measure(name, model, args.work_dir / "run", args.steps, saves, trained) for name, model in models.items()]
+    rows = [measure(name, model, folder / "run", args.steps, saves, trained) for name, model in models.items()]
     print(f"\n{hardware()}\n")
     print(f"| | size | time | step | share at every {RunArguments().checkpointing_steps} steps | 2 % at steps of |")
     print("|---|--:|--:|--:|--:|--:|")
