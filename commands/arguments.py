@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal
+from zipfile import BadZipFile, ZipFile
 
 from ..conversion.published_models import PUBLISHED_MODELS
 from ..core.cli import Arguments, option
@@ -475,6 +476,10 @@ class GenerateArguments(SamplingArguments):
 
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
     num_images: int = option(16, "total number of images; a higher number adds to existing images", minimum=1)
+    format: Literal["png", "npz", "webdataset"] = option(
+        "png",
+        "one PNG file per image, or shards of 512 images: .npz (arr_0, and the classes in arr_1) or WebDataset (.tar)",
+    )
     overwrite: bool = option(False, "replace the images that --output_dir contains")
     batch_size: int = option(
         16, "images per batch on an accelerator; on a CPU it depends on the image size only", minimum=1
@@ -558,13 +563,22 @@ def _is_evaluation(path: Path) -> bool:
 _OF_SAMPLING = {"guidance_scale"} | {argument.name for argument in fields(SamplingArguments)}
 
 
+def _is_statistics(path: Path) -> bool:
+    """Return whether a file was written by `--save_statistics`."""
+    try:
+        with ZipFile(path) as file:
+            return set(file.namelist()) == {"mu.npy", "sigma.npy", "protocol.npy"}
+    except (OSError, BadZipFile):
+        return False
+
+
 @dataclass
 class EvaluateArguments(SamplingArguments):
     """The samples to measure, the reference images and the features."""
 
     images: str | None = option(
         None,
-        "existing images to measure instead of --pipeline: folder, .parquet, or .npz with arr_0",
+        "existing images to measure instead of --pipeline: folder of images or shards, .parquet, or .npz with arr_0",
         objects=IMAGE_OBJECTS,
     )
     num_images: int | None = option(
@@ -576,7 +590,7 @@ class EvaluateArguments(SamplingArguments):
     reference: str | None = option(
         None,
         "images to measure against: folder, MNIST-style folder, dataset folder or Hub dataset, .npz, .parquet, or "
-        "statistics: an .npz with mu and sigma, or a .safetensors file of cached features",
+        "statistics: an .npz with mu and sigma, or a .safetensors file of cached features; or the URL of a file",
         objects=IMAGE_OBJECTS,
     )
     reference_split: str | None = option(None, "split of the reference (default: train, if it has splits)")
@@ -620,6 +634,9 @@ class EvaluateArguments(SamplingArguments):
     )
     output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
     save_images: str | None = option(None, "save the samples in this folder")
+    save_statistics: str | None = option(
+        None, "write mean and covariance of the features of --reference, with their protocol, to this .npz file"
+    )
     cache_dir: str = option(str(CACHE_DIR), "folder for cached features of references")
     update_card: bool = option(False, "write the metrics into the model card of the pipeline folder")
 
@@ -660,6 +677,8 @@ class EvaluateArguments(SamplingArguments):
             raise InputError(
                 f"--output {self.output} exists and is not the result of an evaluation: name another file."
             )
+        if self.save_statistics:
+            self._check_statistics(Path(self.save_statistics))
         if self.update_card and not (self.pipeline and self.card.is_file()):
             raise InputError(f"--update_card needs the --pipeline of a local folder with a model card ({CARD_NAME}).")
 
@@ -682,6 +701,19 @@ class EvaluateArguments(SamplingArguments):
             raise InputError(f"--image_column {self.image_column} needs a dataset: pass --images or --reference.")
         if self.value_range and not (self.images or self.reference):
             raise InputError("--value_range is that of image files: pass some with --images or --reference.")
+
+    def _check_statistics(self, path: Path) -> None:
+        """Check that statistics can be written to a file.
+
+        Raises:
+            InputError: if there is no reference, or the file exists and holds anything else.
+        """
+        if not self.reference:
+            raise InputError(f"--save_statistics {path} saves the statistics of a --reference: pass one.")
+        if path.suffix != ".npz":
+            raise InputError(f"--save_statistics {path} must be the name of an .npz file.")
+        if path.exists() and not _is_statistics(path):
+            raise InputError(f"--save_statistics {path} exists and holds no statistics of this command: name another.")
 
     @property
     def card(self) -> Path:

@@ -9,16 +9,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 
 from ..core.accelerator import start_accelerate
-from ..core.errors import InputError, RunError, naming_file, write_problem
+from ..core.errors import InputError, RunError, write_problem
 from ..core.files import contains_files, fingerprint, location_name, remove_temporary_files, replace_file
 from ..core.locations import InMemory
 from ..core.locks import locked
@@ -26,13 +23,14 @@ from ..core.threads import one_thread_per_operation
 from ..data.arguments import check_value_range
 from ..data.images import color_channels
 from ..data.preprocessing import Preprocessing, low_contrast
-from ..data.sources import ImageSource, check_dataset_options, open_source, read_arrays
+from ..data.remote import local_copy
+from ..data.sources import ImageSource, check_dataset_options, open_source
 from ..evaluation.arguments import MIN_IMAGES, STACKED_MNIST_SAMPLES
 from ..evaluation.coverage import confusion_matrix_plot
 from ..evaluation.extractors import ClassifierFeatures, FeatureExtractor, load_extractor
-from ..evaluation.facts import ReferenceFacts, SampleFacts
-from ..evaluation.features import Features, extract_features, load_features, locked_parts, read_protocol
-from ..evaluation.metrics import MIN_HELD_OUT, Gaussian
+from ..evaluation.facts import SampleFacts
+from ..evaluation.features import Features, extract_features, locked_parts
+from ..evaluation.metrics import MIN_HELD_OUT
 from ..evaluation.references import (
     Reference,
     ReferenceImages,
@@ -43,6 +41,7 @@ from ..evaluation.references import (
 )
 from ..evaluation.reporting import format_table, update_card
 from ..evaluation.results import Results, compute_results
+from ..evaluation.saved_references import holds_statistics, read_features, read_statistics, save_statistics
 from ..sampling.generation import class_names, parse_class_labels, sample
 from ..sampling.groups import GroupSampler, group_size
 from ..sampling.loading import DTYPES, load_pipeline, pipeline_hash, with_scheduler
@@ -394,6 +393,8 @@ def load_references(
         args.reference, source, args.num_reference, samples, extractor, args, accelerator, threads
     )
     require_images(MIN_IMAGES, args.reference, reference)
+    if args.save_statistics and accelerator.is_main_process:
+        save_statistics(Path(args.save_statistics), reference, extractor, accelerator)
     if not args.held_out:
         return reference, None
     if reference.facts.statistics is not None:
@@ -421,10 +422,10 @@ def open_reference(
     Raises:
         InputError: if there are no such images.
     """
-    path = Path("" if isinstance(location, InMemory) else location)
-    if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".npz" and holds_statistics(path))):
-        return None
     with accelerator.main_process_first():
+        path = Path("" if isinstance(location, InMemory) else local_copy(location))
+        if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".npz" and holds_statistics(path))):
+            return None
         return open_source(
             location,
             split,
@@ -482,15 +483,15 @@ def load_reference(
         count: size of a random subset; None means all.
 
     Raises:
-        InputError: if the features or statistics are of another extractor.
+        InputError: if the features or statistics are of another extractor, or of images of another size.
         RunError: if an image cannot be read.
     """
-    if source is None:
-        path = Path(str(location))
-        if path.suffix == ".safetensors":
-            return read_reference_features(path, extractor, accelerator)
-        return read_reference_statistics(path, samples.preprocessing, extractor)
     height, width = samples.preprocessing.height, samples.preprocessing.width
+    if source is None:
+        path = Path(local_copy(str(location)))
+        if path.suffix == ".safetensors":
+            return read_features(path, extractor, (height, width), accelerator)
+        return read_statistics(path, location_name(location), extractor, (height, width))
     return measure_reference(
         ReferenceImages(source, value_range=check_value_range(args.value_range)),
         location_name(location),
@@ -503,56 +504,6 @@ def load_reference(
         count,
         threads=threads,
     )
-
-
-def read_reference_features(path: Path, extractor: FeatureExtractor, accelerator: Accelerator) -> Reference:
-    """Read cached features.
-
-    Raises:
-        InputError: if the file is damaged, or another network computed the features.
-    """
-    with naming_file(path, SafetensorError):
-        protocol, features = read_protocol(path), load_features(path)
-    if protocol.get("extractor_digest") != extractor.digest:
-        raise InputError(
-            f"The features in {path} are those of {protocol.get('extractor', 'an unknown network')}, not of "
-            f"{extractor.name} with the weights {extractor.digest}. Measure the reference images themselves."
-        )
-    return Reference(ReferenceFacts.from_dict(protocol), features if accelerator.is_main_process else None)
-
-
-def holds_statistics(path: Path) -> bool:
-    """Return whether an .npz file contains `mu` and `sigma` instead of images."""
-    with naming_file(path), ZipFile(path) as file:
-        names = {Path(name).stem for name in file.namelist()}
-    return "arr_0" not in names and {"mu", "sigma"} <= names
-
-
-def read_reference_statistics(path: Path, preprocessing: Preprocessing, extractor: FeatureExtractor) -> Reference:
-    """Read the mean `mu` and the covariance `sigma` of features from an .npz file.
-
-    Raises:
-        InputError: if the file is damaged, or the shapes do not fit the features of the extractor.
-    """
-    arrays = read_arrays(path)
-    mean, covariance = (arrays[name].astype(float) for name in ("mu", "sigma"))
-    blank = torch.zeros(1, preprocessing.channels, preprocessing.height, preprocessing.width, dtype=torch.uint8)
-    dimensions = extractor(blank)["features"].shape[1]
-    if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
-        raise InputError(
-            f"{path} has mu of the shape {mean.shape} and sigma of {covariance.shape}, but the features of "
-            f"{extractor.name} have {dimensions} dimensions. Choose the extractor that computed them."
-        )
-    symmetric = np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-3 * np.abs(covariance).max())
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and symmetric) or (
-        np.linalg.eigvalsh(covariance).min() < -1e-3 * np.abs(covariance).max()
-    ):
-        raise InputError(
-            f"{path}: sigma is not a covariance matrix (symmetric, without negative variances), or a value is not "
-            "finite. Compute mu and sigma again."
-        )
-    facts = ReferenceFacts(location_name(str(path)), statistics="mu and sigma, of unknown protocol")
-    return Reference(facts, None, Gaussian(mean, covariance))
 
 
 def require_images(minimum: int, location: str | InMemory, reference: Reference) -> None:
@@ -594,6 +545,8 @@ def print_results(results: Results, args: EvaluateArguments) -> None:
     for warning in results.warnings:
         print(f"\nwarning: {warning}")
     print(f"\nall metrics with their protocol: {args.output}")
+    if args.save_statistics:
+        print(f"statistics of the reference: {args.save_statistics}")
     if results.classes:
         print(f"confusion matrix: {confusion_path(args)}")
     if args.update_card:

@@ -1,4 +1,4 @@
-"""Generate images with a pipeline, one PNG file per seed.
+"""Generate images with a pipeline, one per seed, in PNG files or in shards.
 
 The batch size and the number of threads change the order in which floating-point numbers are summed, so images are
 generated in fixed groups of consecutive seeds.
@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from ..pipelines.pipeline_guided import DEFAULT_STEPS
 from ..sampling.arguments import VARY_COLUMNS
 from ..sampling.generation import check_call, class_label_ids, class_names, parse_class_labels
 from ..sampling.grids import image_grid, steps_strip
-from ..sampling.groups import GroupSampler, group_size, image_format, split_into_groups
+from ..sampling.groups import GroupSampler, group_size, image_format
+from ..sampling.image_files import ImageFiles, existing_files, read_images
 from ..sampling.loading import DTYPES, load_pipeline, pipeline_hash, with_scheduler
 from ..sampling.steps import trained_steps
 from ..sampling.traces import check_traceable, intermediates
@@ -46,24 +48,33 @@ class GeneratedImages:
 
     Attributes:
         folder: the output folder.
-        paths: their PNG files, in order.
+        files: their PNG files, or shards of several images each.
         grid, intermediates: grid.png and intermediates.png, if they were requested.
     """
 
     folder: Path
-    paths: list[Path]
+    files: ImageFiles
     grid: Path | None = None
     intermediates: Path | None = None
 
+    @property
+    def paths(self) -> list[Path]:
+        """Paths of the files, in order."""
+        return list(dict.fromkeys(map(self.files.path, range(len(self)))))
+
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def __iter__(self) -> Iterator[Image.Image]:
-        return (self[i] for i in range(len(self)))
+        """Iterate over the images, reading each file once."""
+        for image in islice(chain.from_iterable(map(read_images, self.paths)), len(self)):
+            image.load()
+            yield image
 
     def __getitem__(self, i: int) -> Image.Image:
-        with Image.open(self.paths[i]) as image:
-            image.load()
+        i = range(len(self))[i]
+        image = read_images(self.files.path(i))[i - self.files.images_of(i).start]
+        image.load()
         return image
 
 
@@ -80,7 +91,7 @@ def generate(args: GenerateArguments) -> GeneratedImages:
     folder = Path(args.output_dir)
     return GeneratedImages(
         folder=folder,
-        paths=[image_path(folder, i) for i in range(args.num_images)],
+        files=ImageFiles(folder / "images", args.format, args.num_images),
         grid=folder / GRID if args.grid else None,
         intermediates=folder / INTERMEDIATES if args.intermediates else None,
     )
@@ -125,6 +136,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         "clip_model": args.clip_model,
         "guidance_scale": guidance_scale,
         "guidance_gradient": args.guidance_gradient,
+        "format": args.format,
     }
     if not args.overwrite:
         check_settings(output, settings)
@@ -149,28 +161,25 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     accelerator.wait_for_everyone()
 
     sampler = GroupSampler(pipe, size, args.seed, num_inference_steps, labels, options, args.vary)
+    files = ImageFiles(output / "images", args.format, args.num_images, sampler.class_label, image_format(pipe))
+    total, missing = files.missing(size, sampler.offset, accelerator.process_index, accelerator.num_processes)
+    count = sum(map(len, missing))
 
     def generate_group(indices: list[int]) -> int:
-        for i, image in zip(indices, sampler(indices), strict=True):
-            replace_file(image_path(output, i), image.save)
+        files.add(indices, sampler(indices))
         return len(indices)
 
-    groups = split_into_groups(args.num_images, size, sampler.offset)
-    shard = groups[accelerator.process_index :: accelerator.num_processes]
-    expected = image_format(pipe)
-    missing = [[i for i in group if not is_complete(image_path(output, i), expected)] for group in shard]
-    total, count = sum(map(len, shard)), sum(map(len, missing))
     progress = tqdm(total=total, initial=total - count, unit="image", disable=not accelerator.is_main_process)
     started = time.perf_counter()
     with progress, logging_redirect_tqdm(tqdm_class=tqdm):  # warnings are printed above the progress bar
-        run_in_threads(generate_group, filter(None, missing), threads, progress.update)
+        run_in_threads(generate_group, missing, threads, progress.update)
 
     accelerator.wait_for_everyone()
     rate = sum(gather_object([count])) / (time.perf_counter() - started)
     if accelerator.is_main_process:
         print(f"{args.num_images} images: {output / 'images'}" + (f" ({rate:.3g} images per second)" if rate else ""))
         if args.grid:
-            first_images = [Image.open(image_path(output, i)) for i in range(min(args.num_images, GRID_IMAGES))]
+            first_images = list(islice(GeneratedImages(output, files), GRID_IMAGES))
             layout = rows_and_columns(sampler, len(first_images)) if args.vary else {}
             replace_file(output / GRID, image_grid(first_images, **layout).save)
             print(f"grid: {output / GRID}")
@@ -205,29 +214,10 @@ def rows_and_columns(sampler: GroupSampler, num_images: int) -> dict[str, Any]:
     return {"columns": VARY_COLUMNS, "column_labels": columns, "row_labels": rows}
 
 
-def image_path(output: Path, i: int) -> Path:
-    return output / "images" / f"{i:06d}.png"
-
-
-def is_complete(path: Path, expected: tuple[str, tuple[int, int]] | None) -> bool:
-    """Return whether an image exists, matches its checksums, and has the expected mode and size if they are known."""
-    try:
-        with Image.open(path) as image:
-            found = image.mode, image.size
-            image.verify()
-    except (OSError, SyntaxError, ValueError):  # Pillow's errors for a damaged file
-        return False
-    return expected is None or found == expected
-
-
-def existing_images(output: Path) -> list[Path]:
-    return [path for path in (output / "images").glob("*.png") if path.stem.isdecimal()]
-
-
 def prepare(output: Path, settings: dict, overwrite: bool) -> None:
     """Write the settings of the images to come, and remove those that they replace."""
     if overwrite:
-        for path in (*existing_images(output), output / GRID, output / INTERMEDIATES):
+        for path in (*existing_files(output / "images"), output / GRID, output / INTERMEDIATES):
             path.unlink(missing_ok=True)
     for folder in (output, output / "images"):
         remove_temporary_files(folder)
@@ -240,7 +230,7 @@ def check_settings(output: Path, settings: dict) -> None:
     Raises:
         InputError: if the settings of the images in the folder are different, unknown or cannot be read.
     """
-    if not existing_images(output):
+    if not existing_files(output / "images"):
         return
     remedy = "Choose another --output_dir, or replace them with --overwrite"
     if not (output / SETTINGS).exists():

@@ -23,7 +23,11 @@ _FULL_TEXT = re.compile(
     r"inline_container|PytorchStreamWriter|No space left on device|Disk quota exceeded|File too large"
 )
 # what the backends of torch.distributed report when another process has ended; their errors are RuntimeErrors
-_LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited")
+_LOST_PROCESS = re.compile(
+    r"Connection (closed by peer|reset by peer|refused|was likely closed)|Broken pipe|Socket closed"
+    r"|connectFullMesh failed|Application timeout caused pair closure|remote process exited",
+    re.IGNORECASE,
+)
 _REPORT_SECONDS = 10  # time for the first process to report an error that all have
 
 
@@ -82,6 +86,12 @@ def _naming_missing_packages() -> Iterator[None]:
         raise
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether PyTorch has raised an error because another process has ended, or does not answer."""
+    names = {kind.__name__ for kind in type(error).__mro__}  # PyTorch may not be imported
+    return isinstance(error, RuntimeError) and ("DistError" in names or bool(_LOST_PROCESS.search(str(error))))
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run the `main` of a script and print its user-facing errors as one paragraph.
 
@@ -92,6 +102,8 @@ def run_command(main: Callable[[], None]) -> None:
     logging.basicConfig(format="%(message)s")
     rank = os.environ.get("RANK", "0")
     logging.getLogger("ddgan").setLevel(logging.INFO if rank == "0" else logging.ERROR)
+    if "RANK" in os.environ:  # with warnings, PyTorch prints a C++ stack trace when another process has ended
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         with _naming_missing_packages():
             main()
@@ -104,8 +116,7 @@ def run_command(main: Callable[[], None]) -> None:
         if is_expected or (isinstance(error, OSError) and error.errno in USER_ERRNOS):
             _report(error, rank)
             sys.exit(2 if isinstance(error, InputError) else 1)
-        is_lost = isinstance(error, RuntimeError) and "RANK" in os.environ and _LOST_PROCESS.search(str(error))
-        if not is_lost:
+        if "RANK" not in os.environ or not is_lost_connection(error):
             raise
         print(
             f"\nerror in process {rank}: the connection to another process was lost. If that process has printed no "

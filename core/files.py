@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .locations import InMemory
+from .locations import InMemory, is_url, url_name
 
 LOCK = ".lock"  # name of the lock of a folder; that of the file with its owner starts with it
 TEMPORARY = ".tmp-"  # first characters of the names of temporary files and folders
@@ -166,8 +166,13 @@ def unused_path(path: Path) -> Path:
 
 
 def location_name(location: str | InMemory) -> str:
-    """Return the base name of a local file or folder, or a Hub name unchanged; bytes that are not UTF-8 become `?`."""
+    """Return the base name of a local file or folder or of a URL, or a Hub name unchanged.
+
+    Bytes that are not UTF-8 become `?`.
+    """
     location = location.name if isinstance(location, InMemory) else location
+    if is_url(location):
+        return url_name(location)
     name = Path(location).resolve().name if Path(location).exists() else location
     return name.encode(errors="replace").decode()
 
@@ -188,7 +193,15 @@ def fingerprint(facts: Any) -> str:
 
 def fingerprint_bytes(content: bytes) -> str:
     """Return a short hash of bytes: 24 hexadecimal digits of BLAKE2b."""
-    return hashlib.blake2b(content, digest_size=12).hexdigest()
+    return fingerprint_parts([content])
+
+
+def fingerprint_parts(parts: Iterable[bytes | memoryview]) -> str:
+    """Return the `fingerprint_bytes` of parts that follow each other."""
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def digest_arrays(arrays: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from .errors import InputError
 
@@ -56,6 +57,8 @@ def resolve_paths(arguments: Any, *names: str) -> None:
         if value is not None and not isinstance(value, str):
             setattr(arguments, name, _in_memory(value))
             continue
+        if value and is_url(value):
+            raise InputError(f"--{name} {value} is a URL, but this argument takes a path: download the files first.")
         if value and (path := find(value)) is None:
             raise InputError(f"--{name} {value} does not exist{_looked_in(value)}.")
         setattr(arguments, name, value and path)
@@ -64,14 +67,15 @@ def resolve_paths(arguments: Any, *names: str) -> None:
 def resolve_locations(arguments: Any, *names: str, datasets: bool = False) -> None:
     """Check arguments that name files, folders or repositories on the Hub, one each or a list; see `resolve_paths`.
 
-    Whether a repository exists is only checked in offline mode, in which it must be in the local cache.
+    Whether a repository exists is only checked in offline mode, in which it must be in the local cache. Datasets may
+    also be URLs.
 
     Args:
         datasets: whether the repositories are datasets, some of which have no user in their name.
 
     Raises:
-        InputError: if one neither exists nor has the form of a repository's name, or cannot be looked up on the
-            Hub; the message names its flag.
+        InputError: if one neither exists nor has the form of a repository's name, cannot be looked up on the Hub, or
+            is a URL that cannot be read; the message names its flag.
     """
     for name in names:
         value = getattr(arguments, name)
@@ -80,6 +84,9 @@ def resolve_locations(arguments: Any, *names: str, datasets: bool = False) -> No
             setattr(arguments, name, _in_memory(value))
             continue
         for text in texts:
+            if datasets and is_url(text):
+                _check_protocol(name, text)
+                continue
             if not find(text) and not _may_be_repository(text, datasets):
                 raise InputError(
                     f"--{name} {text}: there is no such file or folder{_looked_in(text)}, and the name of a "
@@ -89,6 +96,41 @@ def resolve_locations(arguments: Any, *names: str, datasets: bool = False) -> No
                 raise InputError(f"--{name} {text}: there is no such file or folder{_looked_in(text)}, and {problem}")
         found = [find(text) or text for text in texts]
         setattr(arguments, name, found if isinstance(value, list) else found[0] if found else value)
+
+
+def is_url(text: str) -> bool:
+    """Return whether a text is a URL, such as `s3://bucket/train.parquet`, and not a path."""
+    return "://" in text
+
+
+def url_name(url: str) -> str:
+    """Return the name of the file at a URL, without the query, which may contain secrets."""
+    path = urlsplit(url).path if url.startswith(("http://", "https://")) else url
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _check_protocol(name: str, url: str) -> None:
+    """Check that fsspec has a driver for a URL.
+
+    Raises:
+        InputError: if it does not know the protocol, or the driver is not installed.
+    """
+    from fsspec import get_filesystem_class
+
+    protocol = url.partition("://")[0]
+    try:
+        get_filesystem_class(protocol)
+    except ValueError:
+        raise InputError(
+            f"--{name} {url}: there is no storage {protocol}://. URLs are those that fsspec reads, such as https://, "
+            "s3://, gs:// and hf://."
+        ) from None
+    except ImportError as error:
+        package = "fsspec[http]" if protocol in ("http", "https") else "the package that it names"
+        raise InputError(
+            f"--{name} {url}: reading {protocol}:// needs a package that is not installed. fsspec reports: {error}. "
+            f"Install {package} with pip."
+        ) from None
 
 
 def find(text: str) -> str | None:

@@ -5,6 +5,7 @@ the methods of `ImageSource` and a function that opens it, and add the function 
 """
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -17,17 +18,18 @@ from functools import lru_cache
 from pathlib import Path, PurePath, PurePosixPath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 from torchvision.datasets.mnist import FashionMNIST
 
 from ..core.errors import InputError, naming_file
 from ..core.extras import missing_extra
-from ..core.files import fingerprint, fingerprint_bytes
-from ..core.locations import EXAMPLES, InMemory, hub_problem
+from ..core.files import fingerprint, fingerprint_bytes, fingerprint_parts
+from ..core.locations import EXAMPLES, InMemory, hub_problem, is_url
 from ..core.run_files import is_run_folder
 from .images import CHANNEL_MODES, IMAGE_SUFFIXES, BrokenImageError, encoded_or_path, file_bytes
+from .remote import expand_ranges, local_copy, url_suffix
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -53,6 +55,7 @@ _IDX_PREFIXES = {"train": "train", "test": "t10k"}  # split -> prefix of torchvi
 _FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # of `datasets`, for single files
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of image folders, as read by `datasets`
 _DATASET_SUFFIXES = {".parquet", ".arrow", ".jsonl", ".csv", ".tar"}  # files that make a folder a dataset
+_ZIP_HEADER, _ZIP_NAME_LENGTH = 30, 26  # bytes of the header of a file in an archive; position of two lengths in it
 _MAX_OTHER_FILES = 300_000  # files and folders in which there must be an image
 _FEW_CLASSES = 100  # with more classes, they must have at least two images on average, or the labels are IDs
 
@@ -422,11 +425,15 @@ def _require_no_column(column: str | None, location: Path) -> None:
 # Arrays
 
 
-class _ArrayImages:
-    """Images (N, H, W) or (N, H, W, C), uint8, in an array."""
+class IdxImages:
+    """Images in a file in MNIST's idx format, in torchvision's layout; the labels are in a file next to it.
 
-    def __init__(self, path: Path, images: np.ndarray, split: str):
-        self.path, self.images, self.split = path, images, split
+    Raises:
+        InputError: for a file that is truncated or has no images.
+    """
+
+    def __init__(self, path: Path, split: str = "train"):
+        self.path, self.images, self.split = path, _read_idx(path, 3), split
 
     def __len__(self) -> int:
         return len(self.images)
@@ -440,58 +447,109 @@ class _ArrayImages:
     def fingerprint(self, indices: Sequence[int]) -> str:
         return fingerprint_bytes(self.images[indices].tobytes())
 
-
-class IdxImages(_ArrayImages):
-    """Images in a file in MNIST's idx format, in torchvision's layout; the labels are in a file next to it.
-
-    Raises:
-        InputError: for a file that is truncated or has no images.
-    """
-
-    def __init__(self, path: Path, split: str = "train"):
-        super().__init__(path, _read_idx(path, 3), split)
-
     def labels(self, column: str | None) -> Labels:
         _require_no_column(column, self.path)
         path = self.path.with_name(self.path.name.replace("images-idx3", "labels-idx1"))
         if not path.is_file():
             raise InputError(f"The images in {self.path} have no class labels: there is no {path.name} next to them.")
-        numbers = _read_idx(path, 1).tolist()
-        _check_label_count(self, numbers, path.name)
+        labels = _read_idx(path, 1)
+        _check_label_count(self.path, len(self), labels, path.name)
+        numbers = labels.tolist()
         names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else None
         return _integer_labels(numbers, names, path.name)
 
 
-class NpzImages(_ArrayImages):
-    """Images in the array `arr_0` of an .npz file; their labels, if any, are the integers in `arr_1`.
+class NpzImages:
+    """Images in the arrays `arr_0` of .npz files; their labels, if any, are the integers in `arr_1`.
+
+    Arrays that are not compressed stay on disk and are mapped into memory, after a pass that verifies their checksum.
+
+    Args:
+        path: a file, or the folder of the files.
+        files: the files, in order.
 
     Raises:
-        InputError: if the file is damaged or has no such array.
+        InputError: if a file is damaged or has no such array.
     """
 
-    def __init__(self, path: Path):
-        arrays = read_arrays(path)
-        images = arrays.get("arr_0")
-        channels = images.shape[3:] if images is not None else ()
-        if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
-            raise InputError(f"{path} must contain images (N, H, W, C) as 8-bit integers in an array arr_0.")
-        if channels and channels[0] not in CHANNEL_MODES:
-            raise InputError(
-                f"{path} has images of the shape {images.shape[1:]}; it must be (H, W, C) with 1 to 4 channels."
-            )
-        super().__init__(path, images[..., 0] if images.ndim == 4 and images.shape[-1] == 1 else images, "all")
-        self._label_array = arrays.get("arr_1")
+    split = "all"
+
+    def __init__(self, path: Path, files: Sequence[Path]):
+        self.path, self.files = path, files
+        self.arrays = [_npz_images(file) for file in files]
+        self.ends = np.cumsum([len(array) for array in self.arrays])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        file, position = self._find(i)
+        return self.arrays[file][position]
+
+    def name(self, i: int) -> str:
+        file, position = self._find(i)
+        return f"image {position} of {self.files[file]}"
+
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        """Return a hash of the pixels of these images, whatever files they are in."""
+        return fingerprint_parts(np.ascontiguousarray(self[i]).data for i in indices)
 
     def labels(self, column: str | None) -> Labels:
         _require_no_column(column, self.path)
-        array = self._label_array
-        if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
-            raise InputError(
-                f"The images in {self.path} have no class labels: there is no array arr_1 of integers (N,)."
-            )
-        numbers = array.tolist()
-        _check_label_count(self, numbers, "arr_1")
+        numbers: list[int] = []
+        for file, images in zip(self.files, self.arrays, strict=True):
+            with np.load(file) as arrays:
+                array = arrays.get("arr_1")
+            if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
+                raise InputError(
+                    f"The images in {file} have no class labels: there is no array arr_1 of integers (N,)."
+                )
+            _check_label_count(file, len(images), array, "arr_1")
+            numbers += array.tolist()
         return _integer_labels(numbers, None, f"array arr_1 of {self.path}")
+
+    def _find(self, i: int) -> tuple[int, int]:
+        """Return the file of image i, and its position in it."""
+        file = int(np.searchsorted(self.ends, i, side="right"))
+        return file, i - int(self.ends[file] - len(self.arrays[file]))
+
+
+def _npz_images(path: Path) -> np.ndarray:
+    with naming_file(path), open(path, "rb") as file:
+        if not is_zipfile(file):  # NumPy would try to unpickle it
+            raise ValueError("it is not an archive of arrays")
+        images = _read_or_map(path, "arr_0.npy")
+    channels = images.shape[3:] if images is not None else ()
+    if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
+        raise InputError(f"{path} must contain images (N, H, W, C) as 8-bit integers in an array arr_0.")
+    if channels and channels[0] not in CHANNEL_MODES:
+        raise InputError(
+            f"{path} has images of the shape {images.shape[1:]}; it must be (H, W, C) with 1 to 4 channels."
+        )
+    return images[..., 0] if channels == (1,) else images
+
+
+def _read_or_map(path: Path, name: str) -> np.ndarray | None:
+    """Return an array in an .npz file, memory-mapped if it is not compressed; None if there is none of this name."""
+    with ZipFile(path) as archive:
+        if name not in archive.namelist():
+            return None
+        member = archive.getinfo(name)
+        with archive.open(member) as content:
+            version = np.lib.format.read_magic(content)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, in_fortran_order, dtype = read_header[version](content)
+            header_length = content.tell()
+            if member.compress_type != ZIP_STORED or in_fortran_order or dtype.hasobject or not math.prod(shape):
+                with np.load(path) as arrays:
+                    return arrays[name]
+            while content.read(2**20):  # verifies the checksum at the end
+                pass
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + _ZIP_NAME_LENGTH)
+        lengths = int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
+    offset = member.header_offset + _ZIP_HEADER + lengths + header_length
+    return np.memmap(path, dtype, "r", offset, shape)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -526,9 +584,9 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     return values
 
 
-def _check_label_count(source: _ArrayImages, numbers: list[int], name: str) -> None:
-    if len(numbers) != len(source):
-        raise InputError(f"{source.path} has {len(source)} images, but there are {len(numbers)} labels in {name}.")
+def _check_label_count(path: Path, count: int, labels: np.ndarray, name: str) -> None:
+    if len(labels) != count:
+        raise InputError(f"{path} has {count} images, but there are {len(labels)} labels in {name}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -746,9 +804,10 @@ def open_source(
 
     | location | images |
     |---|---|
-    | an .npz file | the array `arr_0`, uint8, (N, H, W) or (N, H, W, C) |
+    | an .npz file, or a folder of nothing else | the arrays `arr_0`, uint8, (N, H, W) or (N, H, W, C) |
     | a .zip file | its image files, of one split if it has a folder per split |
     | a .parquet, .arrow or .tar file | as read by `datasets`, a .tar file as WebDataset |
+    | a URL of such a file, or of several with `*` or `{000..063}` | the same; .npz and .zip files are downloaded |
     | a folder from `Dataset.save_to_disk` or `DatasetDict.save_to_disk` | its rows |
     | a folder with `raw/train-images-idx3-ubyte`, or a subfolder that has it | MNIST's idx format |
     | a folder of images | its image files, of one split if it has a subfolder per split |
@@ -772,7 +831,7 @@ def open_source(
     """
     if isinstance(location, InMemory):
         return _open_in_memory(location.value, split, default_split, image_column)
-    request = _Request(location, split, default_split, config, image_column, folder_as)
+    request = _Request(local_copy(location), split, default_split, config, image_column, folder_as)
     _require_data_folder(request.path)
     return next(source for open_kind in KINDS if (source := open_kind(request)) is not None)
 
@@ -814,8 +873,8 @@ def open_stream(
         return ImageStream(location.value, image_column)
     request = _Request(location, split, "train", config, image_column, "dataset")
     _require_data_folder(request.path)
-    if request.path.suffix in (".npz", ".zip") and not request.path.is_dir():
-        raise InputError(f"{location} cannot be streamed: read {request.path.suffix} files without --streaming.")
+    if (npz := _npz_files(request.path)) or _is_file(request.path, ".zip"):
+        raise InputError(f"{location} cannot be streamed: read {'.npz' if npz else '.zip'} files without --streaming.")
     rows, _ = _load_dataset(request, streaming=True)
     return ImageStream(rows, image_column, request.folder)
 
@@ -853,10 +912,11 @@ def _open_rows(rows: "Dataset", image_column: str | None, split: str) -> ImageSo
 
 
 def _open_npz(request: _Request) -> ImageSource | None:
-    if not _is_file(request.path, ".npz"):
+    files = _npz_files(request.path)
+    if not files:
         return None
     _require_no_split(request.split, request.location)
-    return NpzImages(_existing_file(request.path))
+    return NpzImages(request.path, [_existing_file(file) for file in files])
 
 
 def _open_zip(request: _Request) -> ImageSource | None:
@@ -933,6 +993,14 @@ def _is_file(path: Path, *suffixes: str) -> bool:
     return path.suffix in suffixes and not path.is_dir()
 
 
+def _npz_files(path: Path) -> list[Path]:
+    """Return the .npz file that a path names, existing or not, or those in a folder that holds nothing else."""
+    if _is_file(path, ".npz"):
+        return [path]
+    files = [file for file in path.iterdir() if not _is_left_out(file.name)] if path.is_dir() else []
+    return sorted(files, key=natural_order) if all(_is_file(file, ".npz") for file in files) else []
+
+
 def _existing_file(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: there is no such file (looked for at {path.resolve()}).")
@@ -965,7 +1033,15 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     """
     datasets = _import_datasets()
     path = request.path
-    if _is_file(path, *_FILE_BUILDERS):
+    if is_url(request.location):
+        if url_suffix(request.location) not in _FILE_BUILDERS:
+            kinds = ", ".join((*_FILE_BUILDERS, ".npz", ".zip"))
+            raise InputError(
+                f"{request.location} is not the URL of files of images ({kinds}). `*` and ranges such as "
+                "{000..063} stand for several files; a dataset on the Hub is named without hf://."
+            )
+        files = expand_ranges(request.location)
+    elif _is_file(path, *_FILE_BUILDERS):
         files = [_existing_file(path)]
     elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():  # Dataset.save_to_disk
         files = sorted(path.glob("*.arrow"))
@@ -979,11 +1055,12 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     _require_no_config(request)
     if streaming:
         _require_no_split(request.split, path)
-    with naming_file(path, Exception):  # the readers raise the errors of many libraries
+    with naming_file(request.location, Exception):  # the readers raise the errors of many libraries
         if path.is_dir() and not streaming:
             rows = datasets.load_from_disk(str(path))
         else:
-            builder, data_files = _FILE_BUILDERS[files[0].suffix], [str(file) for file in files]
+            data_files = [str(file) for file in files]
+            builder = _FILE_BUILDERS[url_suffix(data_files[0])]
             rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=streaming)
     if request.split in _WHOLE:
         return rows, "all"

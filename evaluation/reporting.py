@@ -67,7 +67,7 @@ def comparability_warnings(
         counts_modes: whether modes of StackedMNIST are counted, whose digits are classified channel by channel.
     """
     warnings = []
-    samples, reference, extractor = protocol.samples, protocol.reference, protocol.extractor
+    samples, reference = protocol.samples, protocol.reference
     count, properties, color = samples.count, samples.properties, {1: "gray", 3: "color"}
     if reference and count < ENOUGH_FOR_FID:
         warnings.append(
@@ -103,7 +103,7 @@ def comparability_warnings(
             f"The samples are {properties.format}, the reference images {reference.format or 'unknown'}: JPEG leaves "
             "artifacts that affect the features. Compare images that were saved in the same format."
         )
-    if reference.statistics is not None:
+    if reference.statistics is not None and reference.extractor_digest is None:
         warnings.append(
             f"The reference consists of saved statistics ({reference.statistics}): whether its images were resized "
             "and saved like the samples, and measured by the same network, is unknown."
@@ -112,16 +112,6 @@ def comparability_warnings(
         warnings.append(
             f"The reference images, {reference.size}, were {reference.preparation}. Numbers for references that were "
             "resized with another filter are not comparable."
-        )
-    if reference.measured_at not in (None, properties.size):
-        warnings.append(
-            f"The reference was measured at {reference.measured_at}, the samples are {properties.size}: part of the "
-            "distance is due to different resizing."
-        )
-    if reference.resize not in (None, extractor.resize):
-        warnings.append(
-            f"The reference was resized {reference.resize}, the samples {extractor.resize}: part of the distance is "
-            "due to the different filters."
         )
     return warnings
 

@@ -9,7 +9,7 @@ from ..core.cli import Arguments, option
 from ..core.errors import InputError
 from ..core.extras import missing_extra
 from ..core.files import check_can_write
-from ..core.locations import resolve_locations, resolve_paths
+from ..core.locations import is_url, resolve_locations, resolve_paths
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import METRIC_NAMES, MIN_IMAGES, resolve_extractor
 
@@ -26,8 +26,8 @@ class DataArguments(Arguments):
 
     dataset_name: str | None = option(
         None,
-        "dataset on the Hub, or a local one: a folder, or a .parquet, .arrow, .tar, .zip or .npz file (default: the "
-        "embedded emoji, unless the script states otherwise)",
+        "dataset on the Hub, or a local one: a folder, or a .parquet, .arrow, .tar, .zip or .npz file, or the URL of "
+        "such files (default: the embedded emoji, unless the script states otherwise)",
         objects=IMAGE_OBJECTS,
     )
     dataset_config: str | None = option(None, "configuration of that dataset, if it has several")
@@ -71,6 +71,8 @@ class DataArguments(Arguments):
             )
         if self.resolution and (self.image_size or len(self.resolution) != 2):
             raise InputError("--resolution takes a height and a width (--resolution 64 96) and replaces --image_size.")
+        if isinstance(self.train_data_dir, str) and is_url(self.train_data_dir):
+            raise InputError(f"--train_data_dir {self.train_data_dir} is a URL: pass it with --dataset_name.")
         resolve_locations(self, "dataset_name", datasets=True)
         resolve_paths(self, "train_data_dir")
         check_value_range(self.value_range)

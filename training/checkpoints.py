@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import broadcast_object_list, gather_object
 
-from ..core.errors import InputError, RunError, write_problem
+from ..core.errors import InputError, RunError, is_lost_connection, write_problem
 from ..core.files import copy_folder, digest_files, fingerprint, replace_folder, sync, unused_path
 from .job import TrainingJob
 from .lr_schedules import set_peak_rates
@@ -203,6 +203,8 @@ class Checkpoints:
                 os.replace(temporary, final)
                 sync(self.folder)
         except Exception as error:  # torch and safetensors raise errors of their own instead of OSError
+            if is_lost_connection(error):  # the other processes may still be writing
+                raise
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(
                 f"The checkpoint of step {step} could not be written to {self.folder}: {write_problem(error)}. The "

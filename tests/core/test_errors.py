@@ -9,10 +9,14 @@ import signal
 import sys
 
 import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
+from tiny import free_port
 from torch import distributed
 
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
+from ddgan.training.checkpoints import Checkpoints
 
 
 @pytest.fixture(autouse=True)
@@ -98,23 +102,63 @@ def test_bad_input_of_another_process_alone_is_reported(capsys, monkeypatch):
     assert capsys.readouterr().err == "\nerror in process 1: bad\n"
 
 
-def run_rank(rank, folder):
-    os.environ["RANK"] = str(rank)
-    distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=2)
-    if rank == 1:
+def run_rank(rank, folder, port, killed, operation):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo")
+    if rank == killed:
         os.kill(os.getpid(), signal.SIGKILL)
     sys.stderr = (folder / "stderr").open("w")
-    run_command(distributed.barrier)
+
+    def main():
+        operation(folder)
+        raise AssertionError("the other process was not needed")
+
+    run_command(main)
 
 
-def test_a_killed_process_of_several_is_reported_by_the_others(tmp_path):
-    processes = [multiprocessing.get_context("fork").Process(target=run_rank, args=(r, tmp_path)) for r in (0, 1)]
+def save_checkpoint(folder):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Checkpoints(folder, 0, Accelerator(cpu=True), [], {}).save(1)
+
+
+def connect_again(_folder):
+    """Use the store of the first process, which is gone."""
+    while True:
+        distributed.new_group(backend="gloo")
+
+
+@pytest.mark.parametrize(
+    ("killed", "operation"),
+    [
+        (1, lambda _: distributed.barrier()),
+        (0, lambda _: distributed.barrier()),
+        (0, connect_again),
+        (1, save_checkpoint),
+    ],
+    ids=["second", "first", "store", "checkpoint"],
+)
+def test_a_killed_process_of_several_is_reported_by_the_others(tmp_path, killed, operation):
+    context, port = multiprocessing.get_context("fork"), free_port()
+    arguments = [(rank, tmp_path, port, killed, operation) for rank in (0, 1)]
+    processes = [context.Process(target=run_rank, args=args) for args in arguments]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [1, -signal.SIGKILL]
-    assert re.fullmatch("\nerror in process 0: the connection .* was killed.*\n", (tmp_path / "stderr").read_text())
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL if rank == killed else 1 for rank in (0, 1)]
+    printed = (tmp_path / "stderr").read_text()
+    assert re.fullmatch(f"\nerror in process {1 - killed}: the connection .* was killed.*\n", printed)
+
+
+def test_several_processes_print_no_stack_traces_of_pytorch(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "")
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    run_command(lambda: None)
+    assert "TORCH_CPP_LOG_LEVEL" not in os.environ
+    monkeypatch.setenv("RANK", "0")
+    run_command(lambda: None)
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ def table(values: range) -> datasets.Dataset:
 
 
 @pytest.mark.parametrize("open_as", [open_folder, open_dataset, open_source])
-@pytest.mark.parametrize("kind", [".parquet", ".arrow", ".tar", ".npz", ".zip", "shards", "saved", "saved splits"])
+@pytest.mark.parametrize(
+    "kind", [".parquet", ".arrow", ".tar", ".npz", ".zip", "shards", "arrays", "saved", "saved splits"]
+)
 def test_every_kind_of_source_gives_its_images_and_labels(tmp_path, kind, open_as):
     location, classes, split = tmp_path / f"images{kind}", ["0", "1"], "all"
     if kind == ".parquet":
@@ -98,6 +100,12 @@ def test_every_kind_of_source_gives_its_images_and_labels(tmp_path, kind, open_a
         location, split = tmp_path / "shards", "train"
         write_shard(location / "00000.tar", range(4))
         write_shard(location / "00001.tar", range(4, 9))
+    elif kind == "arrays":
+        location = tmp_path / "arrays"
+        location.mkdir()
+        for name, part, save in (("2", range(4), np.savez), ("10", range(4, 9), np.savez_compressed)):
+            images = np.repeat(np.array(part, dtype=np.uint8), 64).reshape(-1, 8, 8)
+            save(location / f"{name}.npz", arr_0=images, arr_1=np.array(part) % 2)
     elif kind == ".npz":
         images = np.repeat(np.arange(9, dtype=np.uint8), 64).reshape(9, 8, 8, 1)
         np.savez(location, arr_0=images, arr_1=np.arange(9) % 2)
@@ -131,7 +139,9 @@ def test_datasets_on_disk_are_streamed(tmp_path, kind):
 
 
 def test_arrays_and_archives_cannot_be_streamed(tmp_path):
-    for name in ("images.npz", "images.zip"):
+    (tmp_path / "arrays").mkdir()
+    (tmp_path / "arrays" / "0.npz").touch()
+    for name in ("images.npz", "images.zip", "arrays"):
         with pytest.raises(InputError, match=rf"{name} cannot be streamed"):
             open_stream(str(tmp_path / name))
 
@@ -157,6 +167,25 @@ def test_a_damaged_file_is_named(tmp_path, suffix):
         damaged.write_bytes(part)
         with pytest.raises(InputError, match=rf"damaged{suffix} cannot be read as a {suffix} file; is it complete\?"):
             open_source(str(damaged))
+
+
+def test_an_npz_file_with_a_changed_pixel_is_named(tmp_path):
+    np.savez(tmp_path / "images.npz", arr_0=np.full((9, 8, 8), 7, np.uint8))
+    content = (tmp_path / "images.npz").read_bytes()
+    (tmp_path / "images.npz").write_bytes(content.replace(b"\7\7\7", b"\7\6\7", 1))
+    with pytest.raises(InputError, match=r"images\.npz cannot be read as a \.npz file; .*Bad CRC-32"):
+        open_source(str(tmp_path / "images.npz"))
+
+
+def test_pixels_have_the_same_fingerprint_in_one_file_and_in_several(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    (tmp_path / "parts").mkdir()
+    np.savez(tmp_path / "parts" / "0.npz", arr_0=images[:4])
+    np.savez_compressed(tmp_path / "parts" / "1.npz", arr_0=images[4:])
+    whole, parts = open_source(str(tmp_path / "images.npz")), open_source(str(tmp_path / "parts"))
+    assert parts.fingerprint([2, 3, 5]) == whole.fingerprint([2, 3, 5]) != whole.fingerprint([2, 3, 6])
+    assert parts.name(5) == f"image 1 of {tmp_path / 'parts' / '1.npz'}"
 
 
 def test_a_damaged_saved_dataset_is_named(tmp_path):

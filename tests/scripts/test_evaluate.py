@@ -21,7 +21,7 @@ from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import ClassifierFeatures, weights_digest
 from ddgan.evaluation.reporting import measured_by, metric_title
-from ddgan.sampling import groups
+from ddgan.sampling import groups, image_files
 from ddgan.scripts import evaluate, generate
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
@@ -72,12 +72,14 @@ ALL = {"fid", "kid", "precision", "recall", "density", "coverage", "near_copies"
 # The same numbers in every way of measuring
 
 
-def test_a_pipeline_and_its_generated_images_give_the_same_numbers(run, folders, tmp_path):
+def test_a_pipeline_and_its_generated_images_give_the_same_numbers(run, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "SHARD_IMAGES", 5)
     sampled = run("--pipeline", folders["model"], *SHORT, "--num_images", 12)
     assert {name.partition("@")[0] for name in sampled["metrics"]} == ALL
     generated = ("--pipeline", folders["model"], *SHORT, "--num_images", 12, "--output_dir", tmp_path / "generated")
-    generate.main([str(flag) for flag in generated])
-    assert values(run("--images", tmp_path / "generated" / "images")) == values(sampled)
+    for more in ((), ("--format", "npz"), ("--format", "webdataset")):
+        generate.main([str(flag) for flag in (*generated, *more, "--overwrite")])
+        assert values(run("--images", tmp_path / "generated" / "images")) == values(sampled)
 
 
 def test_a_few_step_pipeline_is_sampled_in_the_steps_it_was_trained_for(run, tmp_path):
@@ -180,11 +182,19 @@ def test_two_commands_with_the_same_settings_do_not_interfere(run, folders, tmp_
     assert sorted(path.name for path in saved.iterdir()) == [f"{i:06d}.png" for i in range(34)]
 
 
-def test_results_that_cannot_be_written_are_not_lost(run, folders, tmp_path, sampled):
+def test_results_that_cannot_be_written_are_not_lost(run, folders, tmp_path, monkeypatch, sampled):
     flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 20]
-    (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"results cannot be written to .*evaluation.json: .*with another --output"):
-        run(*flags, "--output", tmp_path / "file" / "evaluation.json")
+    output = tmp_path / "new" / "evaluation.json"
+    compute = metrics.compute_metrics
+
+    def compute_while_the_folder_is_taken(*arguments):
+        output.parent.touch()
+        return compute(*arguments)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(metrics, "compute_metrics", compute_while_the_folder_is_taken)
+        with pytest.raises(RunError, match=r"results cannot be written to .*evaluation.json: .*with another --output"):
+            run(*flags, "--output", output)
     sampled.clear()
     run(*flags)
     assert sampled == [0]  # the first sample determines the size
@@ -358,6 +368,59 @@ def test_saved_statistics_give_only_the_fid(run, folders, tmp_path):
     assert any("saved statistics" in warning for warning in results["warnings"])
 
 
+def test_published_statistics_are_reused_with_their_protocol(run, folders, tmp_path, local_hub):
+    file = tmp_path / "reference-8x8.npz"
+    whole = run("--images", folders["samples"], "--save_statistics", file)
+    with np.load(file) as arrays:  # as other implementations read them
+        cached = next((tmp_path / "cache").glob("*.safetensors"))
+        gaussian = metrics.Gaussian.of(load_file(cached)["features"])
+        assert (arrays["mu"] == gaussian.mean).all() and (arrays["sigma"] == gaussian.covariance).all()
+    local_hub.add("ann/statistics", kind="dataset", **{"reference-8x8.npz": file.read_bytes()})
+    for reference in (file, "hf://datasets/ann/statistics/reference-8x8.npz"):
+        results = run("--images", folders["samples"], reference=reference)
+        assert values(results) == {name: values(whole)[name] for name in ("fid@40", "classifier_score@40")}
+        facts = {name: results["reference"][name] for name in ("name", "contents", "images", "measured_at")}
+        assert facts == {name: whole["reference"][name] for name in facts} and facts["images"] == 40
+        assert results["reference"]["extractor_digest"] == whole["extractor"]["extractor_digest"]
+        assert "saved statistics" not in warnings(results)
+    again = tmp_path / "again.npz"
+    run("--images", folders["samples"], "--save_statistics", again, reference=file)
+    with np.load(file) as first, np.load(again) as second:
+        assert (first["sigma"] == second["sigma"]).all()
+
+
+def test_statistics_of_another_protocol_are_refused(run, folders, tmp_path):
+    file = tmp_path / "statistics.npz"
+    run("--images", folders["samples"], "--save_statistics", file)
+    with pytest.raises(InputError, match=r"are those of color with the weights \w+, not of gray with the weights \w+"):
+        run("--images", folders["samples"], "--feature_extractor", folders["gray"], reference=file)
+    small = write_images(tmp_path / "small", 12, size=(6, 6))
+    with pytest.raises(InputError, match=r"statistics\.npz are those of images at 8x8, but the samples are 6x6"):
+        run("--images", small, reference=file)
+    with np.load(file) as arrays:
+        np.savez(file, mu=arrays["mu"] + 1, sigma=arrays["sigma"], protocol=arrays["protocol"])
+    with pytest.raises(InputError, match=r"statistics\.npz is damaged or was changed: mu and sigma are not those"):
+        run("--images", folders["samples"], reference=file)
+    with np.load(file) as arrays:
+        np.savez(file, mu=arrays["mu"], sigma=arrays["sigma"], protocol=np.array("[1]"))
+    with pytest.raises(InputError, match=r"statistics\.npz cannot be read as a \.npz file"):
+        run("--images", folders["samples"], reference=file)
+
+
+def test_statistics_replace_only_statistics(run, folders, tmp_path):
+    np.savez(tmp_path / "images.npz", arr_0=stack(folders["reference"]))
+    before = (tmp_path / "images.npz").read_bytes()
+    for name, message in (
+        ("images.npz", "images.npz exists and holds no statistics"),
+        ("a.pt", "name of an .npz file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run("--images", folders["samples"], "--save_statistics", tmp_path / name)
+    assert (tmp_path / "images.npz").read_bytes() == before
+    for _ in range(2):
+        run("--images", folders["samples"], "--save_statistics", tmp_path / "statistics.npz")
+
+
 @pytest.mark.parametrize("sigma", [-np.eye(16), np.triu(np.ones((16, 16))), np.full((16, 16), np.nan)])
 def test_saved_statistics_that_are_no_covariance_are_refused(run, folders, tmp_path, sigma):
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(16), sigma=sigma)
@@ -368,7 +431,9 @@ def test_saved_statistics_that_are_no_covariance_are_refused(run, folders, tmp_p
 def test_features_of_another_network_are_rejected(run, folders, tmp_path):
     run("--images", folders["samples"])
     (cached,) = (tmp_path / "cache").glob("*.safetensors")
-    with pytest.raises(InputError, match="are those of color, not of gray"):
+    with pytest.raises(
+        InputError, match=r"are those of color with the weights \w+, not of gray with the weights \w+\. Choose"
+    ):
         run("--images", folders["samples"], "--feature_extractor", folders["gray"], reference=cached)
     content = cached.read_bytes()
     cached.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
@@ -702,8 +767,8 @@ def test_resized_references_have_a_warning(run, folders, tmp_path):
     assert "16x12, were cropped at the centre, to 8x8, bicubic" in warnings(results)
     (cached,) = (tmp_path / "cache").glob("large-*.safetensors")
     samples = write_images(tmp_path / "small", 30, size=(6, 6))
-    message = "reference was measured at 8x8, the samples are 6x6"
-    assert message in warnings(run("--images", samples, reference=cached))
+    with pytest.raises(InputError, match=r"features in .* are those of images at 8x8, but the samples are 6x6\. Meas"):
+        run("--images", samples, reference=cached)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ from diffusers import (
     ScoreSdeVeScheduler,
 )
 from PIL import Image
-from tiny import ROOT, few_step_scheduler, level_difference, run_ranks, run_script, tiny_unet
+from tiny import (
+    ROOT,
+    few_step_scheduler,
+    level_difference,
+    run_ranks,
+    run_script,
+    tiny_classes,
+    tiny_unet,
+)
 from tiny_clip import save_clip
 
 from ddgan import (
@@ -28,10 +36,16 @@ from ddgan import (
     DDGANScheduler,
     GuidedPipeline,
     NCSNpp,
+    api,
 )
+from ddgan.commands import generate as command
 from ddgan.core.errors import InputError
 from ddgan.core.locks import locked
+from ddgan.data.images import open_image
+from ddgan.data.sources import open_source
+from ddgan.sampling import image_files
 from ddgan.sampling.generation import sample
+from ddgan.sampling.groups import GroupSampler
 from ddgan.scripts import generate
 
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -498,3 +512,109 @@ def test_invalid_input_ends_the_command_with_one_paragraph_and_exit_code_2(tiny_
     done = run_script(SCRIPT, *flags(tiny_model, tmp_path / "output", "--num_images", -1))
     assert done.returncode == 2
     assert "error: --num_images is -1" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+SUFFIXES = {"npz": ".npz", "webdataset": ".tar"}
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of four images."""
+    monkeypatch.setattr(image_files, "SHARD_IMAGES", 4)
+
+
+def pixels(output: Path) -> list[np.ndarray]:
+    source = open_source(str(output / "images"))
+    return [np.asarray(open_image(source[i])) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("file_format", SUFFIXES)
+def test_shards_contain_the_same_images_as_png_files(tiny_model, whole, tmp_path, small_shards, file_format):
+    images_in_shards = api.generate(
+        pipeline=tiny_model,
+        output_dir=tmp_path / "shards",
+        scheduler="ddim",
+        num_inference_steps=3,
+        num_images=7,
+        format=file_format,
+        grid=True,
+    )
+    names = [f"shard-0000{i}{SUFFIXES[file_format]}" for i in range(2)]
+    assert [path.name for path in images_in_shards.paths] == names == list(images(tmp_path / "shards"))
+    expected = [np.asarray(Image.open(path)) for path in sorted((whole / "images").iterdir())]
+    for found in (pixels(tmp_path / "shards"), list(images_in_shards), [images_in_shards[i] for i in range(7)]):
+        assert len(found) == 7 and all((np.asarray(a) == b).all() for a, b in zip(found, expected, strict=True))
+    generate.main(flags(tiny_model, whole, "--grid"))
+    assert (tmp_path / "shards" / "grid.png").read_bytes() == (whole / "grid.png").read_bytes()
+
+
+@pytest.mark.parametrize("file_format", SUFFIXES)
+def test_shards_contain_the_class_of_each_image(tmp_path, small_shards, file_format):
+    ClassConditionalPipeline(tiny_classes(), DDIMScheduler()).save_pretrained(tmp_path / "model")
+    more = ("--class_labels", "b", "c", "--format", file_format)
+    generate.main(flags(tmp_path / "model", tmp_path / "output", *more))
+    labels = open_source(str(tmp_path / "output" / "images")).labels(None)
+    assert [labels.classes[number] for number in labels.numbers or []] == ["2", "0", "2", "0", "2", "0", "2"]
+
+
+@pytest.mark.parametrize("file_format", SUFFIXES)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "changed", "temporary"])
+def test_only_shards_that_are_missing_or_damaged_are_generated(
+    tiny_model, tmp_path, small_shards, monkeypatch, file_format, damage
+):
+    more = ("--num_images", 11, "--format", file_format)
+    generate.main(flags(tiny_model, tmp_path, *more))
+    before = images(tmp_path)
+    path = tmp_path / "images" / f"shard-00001{SUFFIXES[file_format]}"
+    content = path.read_bytes()
+    middle = content.index(b"IDAT") + 8 if file_format == "webdataset" else len(content) // 3
+    changed = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+    if damage in ("missing", "temporary"):
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": content[: min(1500, len(content) // 2)], "changed": changed}[damage])
+    if damage == "temporary":
+        (tmp_path / "images" / ".tmp-01234567-shard-00001.npz").write_bytes(content[:100])
+    sampled, sampler = [], GroupSampler.__call__
+
+    def recorded(self, indices):
+        sampled.extend(indices)
+        return sampler(self, indices)
+
+    monkeypatch.setattr(GroupSampler, "__call__", recorded)
+    generate.main(flags(tiny_model, tmp_path, *more))
+    assert sampled == [4, 5, 6, 7]
+    assert images(tmp_path) == before
+    generate.main(flags(tiny_model, tmp_path, *more, "--num_images", 13))  # the last shard is written again
+    assert sampled[4:] == [8, 9, 10, 11, 12]
+    assert len(pixels(tmp_path)) == 13
+
+
+def test_shards_in_threads_are_the_same(tiny_model, two_threads, tmp_path, small_shards, monkeypatch):
+    monkeypatch.setattr(command, "group_size", lambda pipe, batch_size: 3)  # of which a shard has a part
+    more = ("--num_images", 40, "--seed", 1, "--format", "npz")
+    generate.main(flags(tiny_model, tmp_path / "two", *more))
+    torch.set_num_threads(1)
+    generate.main(flags(tiny_model, tmp_path / "one", *more))
+    assert images(tmp_path / "two") == images(tmp_path / "one") and len(images(tmp_path / "one")) == 10
+
+
+def test_files_of_another_format_are_only_replaced_on_request(tiny_model, whole, small_shards):
+    with pytest.raises(InputError, match="format was png, is npz"):
+        generate.main(flags(tiny_model, whole, "--format", "npz"))
+    generate.main(flags(tiny_model, whole, "--format", "npz", "--overwrite"))
+    assert list(images(whole)) == ["shard-00000.npz", "shard-00001.npz"]
+    generate.main(flags(tiny_model, whole, "--overwrite"))
+    assert list(images(whole)) == [f"{i:06d}.png" for i in range(7)]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_shards_as_one(tiny_model, tmp_path):
+    more = ("--num_images", 520, "--num_inference_steps", 1, "--format", "webdataset", "--seed", 1)
+    generate.main(flags(tiny_model, tmp_path / "one", *more))
+    run_ranks(SCRIPT, *flags(tiny_model, tmp_path / "two", *more), output=tmp_path / "output.txt", machines=2)
+    assert images(tmp_path / "two") == images(tmp_path / "one") and len(images(tmp_path / "one")) == 2

@@ -246,8 +246,9 @@ def test_unusable_data_and_settings_are_refused(tmp_path, monkeypatch, flags, me
     write_classes(tmp_path / "sides", 2)
     (tmp_path / "one" / "left").mkdir(parents=True)
     (tmp_path / "flat").mkdir()
-    make_image(0, 0).save(tmp_path / "one" / "left" / "0.png")
-    make_image(0, 0).save(tmp_path / "flat" / "0.png")
+    for i in range(2):
+        make_image(0, i).save(tmp_path / "one" / "left" / f"{i}.png")
+        make_image(0, i).save(tmp_path / "flat" / f"{i}.png")
     with pytest.raises(InputError, match=message):
         train_classifier.main(flags)
 
