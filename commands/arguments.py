@@ -194,7 +194,9 @@ class DDGANArguments(Arguments):
     num_train_timesteps: int = option(4, "denoising steps T", minimum=1, maximum=1000)
     beta_min: float = option(0.1, "noise process: lowest rate", above=0)
     beta_max: float = option(20.0, "noise process: highest rate", above=0)
-    variance_schedule: Literal["vp", "geometric"] = option("vp", "noise process: how its variance grows")
+    variance_schedule: Literal["vp", "geometric", "cosine"] = option(
+        "vp", "noise process: how its variance grows; cosine ignores the rates"
+    )
 
     image_channels: Literal[1, 2, 3, 4] = option(3, "channels of the images: gray, gray and alpha, RGB, RGBA")
     class_conditional: bool = option(False, "condition both networks on the class labels of the images")

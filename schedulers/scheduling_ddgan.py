@@ -39,17 +39,20 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
       [Song et al. 2021](https://arxiv.org/abs/2011.13456), discretized as in the appendix of
       [Denoising Diffusion GANs](https://arxiv.org/abs/2112.07804);
     - `"geometric"`: beta_min (beta_max / beta_min)^u;
+    - `"cosine"`: sin(u pi / 2)^2, which leaves more of the image at the upper noise levels
+      ([Nichol and Dhariwal 2021](https://arxiv.org/abs/2102.09672));
 
     and `betas[t] = 1 - (1 - variance(u_{t+1})) / (1 - variance(u_t))` for timesteps t = 0 .. T-1; `alphas_cumprod` is
     the cumulative product of 1 - betas. At timestep t the network sees a sample with noise level `alphas_cumprod[t]`;
-    the level below t = 0 is the clean image. The schedule is computed and stored in float64.
+    the level below t = 0 is the clean image. The last beta of `"cosine"` is 0.999. The schedule is computed and stored
+    in float64.
 
     Args:
         num_train_timesteps (`int`, defaults to 4):
             T, the number of denoising steps; with `trained_betas`, their number.
-        beta_min (`float`, defaults to 0.1): Start of the variance schedule, see above.
-        beta_max (`float`, defaults to 20.0): End of the variance schedule, see above.
-        variance_schedule (`"vp"` or `"geometric"`, defaults to `"vp"`): The variance schedule, see above.
+        beta_min (`float`, defaults to 0.1): Start of the variance schedule, see above; ignored by `"cosine"`.
+        beta_max (`float`, defaults to 20.0): End of the variance schedule, see above; ignored by `"cosine"`.
+        variance_schedule (`"vp"`, `"geometric"` or `"cosine"`, defaults to `"vp"`): The variance schedule, see above.
         eps (`float`, defaults to 1e-3): Diffusion time at which the process starts, in [0, 1).
         prediction_type (`"sample"`, `"epsilon"` or `"v_prediction"`, defaults to `"sample"`):
             Whether the network predicts x_0, the noise, or sqrt(alphas_cumprod) noise - sqrt(1 - alphas_cumprod) x_0.
@@ -73,7 +76,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps: int = 4,
         beta_min: float = 0.1,
         beta_max: float = 20.0,
-        variance_schedule: Literal["vp", "geometric"] = "vp",
+        variance_schedule: Literal["vp", "geometric", "cosine"] = "vp",
         eps: float = 1e-3,
         prediction_type: Literal["sample", "epsilon", "v_prediction"] = "sample",
         clip_sample: bool = False,
@@ -317,15 +320,19 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
 
+_MAX_COSINE_BETA = 0.999  # as in the paper and in Diffusers: pure noise has no posterior in float32
+
+
 def _variance_schedule_betas(
     num_train_timesteps: int, beta_min: float, beta_max: float, variance_schedule: str, eps: float
 ) -> torch.Tensor:
     """Return the betas of a variance schedule, in float64, for the arguments of [`DDGANScheduler`]."""
-    if variance_schedule not in ("vp", "geometric"):
-        raise ValueError(f"`variance_schedule` is {variance_schedule!r}, but must be 'vp' or 'geometric'.")
+    if variance_schedule not in ("vp", "geometric", "cosine"):
+        raise ValueError(f"`variance_schedule` is {variance_schedule!r}, but must be 'vp', 'geometric' or 'cosine'.")
     valid_values = {
         "vp": "0 < eps < 1, beta_min >= 0, beta_max >= 0 and 0 < beta_min + beta_max < 60",
         "geometric": "0 <= eps < 1 and 0 < beta_min < beta_max < 1",
+        "cosine": "0 < eps < 1",
     }[variance_schedule]
     message = (
         f"The {variance_schedule!r} schedule with beta_min={beta_min}, beta_max={beta_max} and eps={eps} is "
@@ -335,7 +342,10 @@ def _variance_schedule_betas(
         raise ValueError(message)
 
     u = eps + (1 - eps) * torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
-    if variance_schedule == "vp":
+    if variance_schedule == "cosine":
+        variance = (torch.pi / 2 * u).sin() ** 2
+        variance[-1] = 1 - (1 - _MAX_COSINE_BETA) * (1 - variance[-2])
+    elif variance_schedule == "vp":
         variance = 1 - torch.exp(-0.5 * u**2 * (beta_max - beta_min) - u * beta_min)
     else:
         variance = beta_min * (beta_max / beta_min) ** u

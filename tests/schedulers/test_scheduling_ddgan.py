@@ -1,6 +1,7 @@
 """The DDGAN scheduler, compared with recorded values of the reference implementation and with Gaussian formulas."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -124,6 +125,15 @@ def test_invalid_schedules_are_refused_with_the_possible_values(case):
         scheduler_of(case)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 1000])
+def test_cosine_schedule_has_the_levels_of_the_paper_and_a_last_beta_below_one(steps):
+    levels = DDGANScheduler(steps, variance_schedule="cosine", eps=1e-9).alphas_cumprod
+    angles = torch.arange(1, steps, dtype=torch.float64) / steps * math.pi / 2
+    torch.testing.assert_close(levels[:-1], angles.cos().square(), rtol=0, atol=1e-7)
+    before = levels[-2] if steps > 1 else 1.0
+    assert levels[-1] / before == pytest.approx(0.001)
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -135,6 +145,7 @@ def test_invalid_schedules_are_refused_with_the_possible_values(case):
         {"variance_schedule": "geometric", "beta_min": 0.5, "beta_max": 0.01},
         {"variance_schedule": "geometric", "beta_min": 0.0, "beta_max": 0.5},
         {"variance_schedule": "geometric", "beta_min": -0.1, "beta_max": 0.5},
+        {"variance_schedule": "cosine", "eps": 0.0},
     ],
     ids=str,
 )
