@@ -53,11 +53,12 @@ SIZE, WIDTHS, DISCRIMINATOR_WIDTH = 16, (24, 48, 48), 12  # of StackedMNIST, and
 
 @dataclass
 class Setting:
-    """A loss with its penalties."""
+    """A loss with its penalties, and the noise process."""
 
     loss: GANLoss = "non_saturating"
     penalties: GradientPenalties = field(default_factory=GradientPenalties)
     reconstruction_weight: float = 0.0
+    variance_schedule: str = "vp"
 
 
 def settings(gamma: float) -> dict[str, Setting]:
@@ -70,7 +71,8 @@ def settings(gamma: float) -> dict[str, Setting]:
         "GAN, R1 and R2": Setting(penalties=exact),
         "relativistic, R1 and R2": Setting("relativistic", exact),
         "relativistic, R1 and R2, finite differences": Setting("relativistic", estimated),
-        "the same and reconstruction": Setting("relativistic", estimated, reconstruction_weight=20),
+        "the same and reconstruction": Setting("relativistic", estimated, 20),
+        "the same and the cosine schedule": Setting("relativistic", estimated, 20, "cosine"),
     }
 
 
@@ -202,7 +204,7 @@ def train(problem: Gaussians | StackedMNIST, setting: Setting, seed: int, steps:
     """Train both networks and return a pipeline with the EMA weights."""
     torch.manual_seed(seed)
     discriminator, generator = problem.networks()
-    scheduler = DDGANScheduler(TIMESTEPS)
+    scheduler = DDGANScheduler(TIMESTEPS, variance_schedule=setting.variance_schedule)  # pyright: ignore
     gan = GANSetup(
         generator,  # pyright: ignore[reportArgumentType]
         discriminator,  # pyright: ignore[reportArgumentType]
