@@ -182,13 +182,14 @@ def test_the_run_equals_the_plain_computation_also_with_gradient_accumulation(tr
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_that_accumulates(train, tmp_path):
+@pytest.mark.parametrize("more", [[], OTHER_LOSS.split()], ids=["paper", "other"])
+def test_two_processes_equal_one_that_accumulates(train, tmp_path, more):
     """With global batches that are never short: minibatch statistics depend on which images share a micro-batch."""
     images = write_images(tmp_path / "images", 16)
     one = train("one", *STARTED, data=images)
     shutil.copytree(one, tmp_path / "two")
-    train("one", *GLOBAL_BATCH_8, *RESUME, *LOW_RATES, data=images)
-    two = flags(images, tmp_path / "two", *RESUME, *LOW_RATES)
+    train("one", *GLOBAL_BATCH_8, *RESUME, *LOW_RATES, *more, data=images)
+    two = flags(images, tmp_path / "two", *RESUME, *LOW_RATES, *more)
     run_ranks(SCRIPT, *two, output=tmp_path / "output.txt", machines=2)
     a, b = state(one), state(tmp_path / "two")
     networks = [name for name in a if name.startswith("model")]
