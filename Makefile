@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help demo demo-few-step models test lint docs bench clean
+.PHONY: help demo demo-few-step models test lint docs bench gpu clean
 
 help:
 	@echo "make demo           fine-tune the embedded model on the embedded images; results in demo/"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint           ruff, the type checker and the import rules"
 	@echo "make docs           the documentation as a site in site/"
 	@echo "make bench          speed and memory, as ratios; minutes"
+	@echo "make gpu            tests, benchmarks and short training runs on a GPU; 25 minutes, report in gpu-report/"
 	@echo "make clean          remove the virtual environment, the site and the demos"
 
 .venv/installed: pyproject.toml
@@ -46,6 +47,11 @@ docs: .venv/installed
 
 bench: .venv/installed
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+# MNIST=path/to/MNIST FASHION_MNIST=path/to/FashionMNIST add the training runs. Without .venv, $(PYTHON) must have the extras.
+gpu:
+	$(if $(wildcard .venv/installed),$(BIN)/python,$(PYTHON)) benchmarks/report_gpu.py \
+	  $(if $(MNIST),--mnist $(MNIST)) $(if $(FASHION_MNIST),--fashion_mnist $(FASHION_MNIST))
 
 clean:
 	rm -rf .venv site demo demo-few-step
