@@ -67,7 +67,7 @@ if __name__ == "__main__":
     folder = args.work_dir or Path(temporary.name)
     folder.mkdir(parents=True, exist_ok=True)
     saves, trained = timed(Checkpoints, "save"), timed(Trainer, "_train_step")
-    network = UNet2DModel(**LARGE, **BLOCKS)
+    network = UNet2DModel(**LARGE, **BLOCKS)  # pyright: ignore[reportArgumentType]
     network.to_json_file(folder / "large.json")
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     del network

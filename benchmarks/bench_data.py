@@ -47,6 +47,7 @@ def this_package(content: bytes) -> torch.Tensor:
 
 def torchvision_decoder(content: bytes) -> torch.Tensor:
     image = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    assert isinstance(image, torch.Tensor)
     return TF.resize(image, [SMALL, SMALL], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
 
 

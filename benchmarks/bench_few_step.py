@@ -46,7 +46,7 @@ class Networks:
         channels, size = self.generator.config.in_channels, self.generator.config.sample_size
         self.images = torch.rand(batch_size, channels, size, size, device=DEVICE) * 2 - 1
         self.teacher = Teacher(pipeline, process, TEACHER_STEPS)
-        self.start = DDIMPipeline(pipeline.unet, DDIMScheduler.from_config(scheduler.config))
+        self.start = DDIMPipeline(pipeline.unet, DDIMScheduler.from_config(scheduler.config))  # pyright: ignore
         self.few_step = DDPMPipeline(pipeline.unet, scheduler)  # pyright: ignore[reportArgumentType]
         self.start.set_progress_bar_config(disable=True)
         self.few_step.set_progress_bar_config(disable=True)

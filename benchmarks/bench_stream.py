@@ -90,8 +90,15 @@ WRITERS = {**FORMATS, "folder": write_folder}
 def open_batches(folder: Path, rank: int, start: int, stop: int, position: dict | None):
     """Iterate over the numbers of the images in each batch, with the position after it."""
     args = DataArguments(dataset_name=str(folder), streaming=True)
-    plan: dict[str, int] = {"batch_size": BATCH_SIZE, "accumulation": 1, "processes": PROCESSES, "seed": 0}
-    data = TrainingData(args, Preprocessing(3, SIZE, SIZE), rank, None, None, None, **plan)
+    data = TrainingData(
+        args,
+        Preprocessing(3, SIZE, SIZE),
+        rank,
+        batch_size=BATCH_SIZE,
+        accumulation=1,
+        processes=PROCESSES,
+        seed=0,
+    )
     for batch in data.batches(start, stop, position):
         assert batch.images is not None
         values = ((batch.images[:, :, 0, 0] + 1) * 127.5).round().long()

@@ -60,7 +60,7 @@ def save_statistics(path: Path, reference: Reference, extractor: FeatureExtracto
         _DIGEST: _digest(mean, covariance),
     }
     arrays = {"mu": mean, "sigma": covariance, "protocol": np.array(json.dumps(protocol))}
-    replace_file(path, lambda temporary: np.savez(temporary, **arrays))
+    replace_file(path, lambda temporary: np.savez(temporary, **arrays))  # pyright: ignore[reportArgumentType]
 
 
 def holds_statistics(path: Path) -> bool:

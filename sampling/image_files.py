@@ -122,10 +122,10 @@ def write_images(path: Path, first: int, images: Sequence[Image.Image], labels: 
     if path.suffix == ".png":
         replace_file(path, images[0].save)
     elif path.suffix == ".npz":
-        arrays = {"arr_0": np.stack([np.asarray(image) for image in images])}
+        arrays = [np.stack([np.asarray(image) for image in images])]
         if labels:
-            arrays["arr_1"] = np.asarray(labels, dtype=np.int64)
-        replace_file(path, lambda temporary: np.savez(temporary, **arrays))
+            arrays.append(np.asarray(labels, dtype=np.int64))
+        replace_file(path, lambda temporary: np.savez(temporary, *arrays))  # as arr_0 and arr_1
     else:
         replace_file(path, lambda temporary: _write_tar(temporary, first, images, labels))
 

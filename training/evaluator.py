@@ -226,6 +226,7 @@ class Evaluator:
 
     def due(self, step: int, last: int, history: EvaluationHistory) -> bool:
         """Return whether a step is scheduled for evaluation and has not been evaluated yet."""
+        assert self.args.eval_every
         is_scheduled = step > 0 and (step == last or step % self.args.eval_every == 0)
         return is_scheduled and (history.last is None or history.last.step != step)
 
