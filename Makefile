@@ -16,15 +16,22 @@ help:
 	@echo "make gpu            tests, benchmarks and short training runs on a GPU; 25 minutes, report in gpu-report/"
 	@echo "make clean          remove the virtual environment, the site and the demos"
 
-.venv/installed: pyproject.toml
+.venv/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
 	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
 	@mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/ddgan # lets type checkers and editors find the package
 	@touch $@
 
-demo: .venv/installed
+# the demos need less than the tests
+.venv/trains: pyproject.toml | .venv/bin/python
+	@test -e .venv/installed || $(BIN)/python -m pip install --disable-pip-version-check -e ".[train]"
+	@touch $@
+
+demo: .venv/trains
 	$(BIN)/ddgan demo
 
 demo-few-step: demo
