@@ -301,7 +301,9 @@ def describe(
     evaluations = "one network evaluation" if steps == 1 else f"{steps} network evaluations"
     kind, classes, tags = "An unconditional", "", ["ddpm", "fine-tuned", "few-step"]
     model = location_name(args.start_model)
-    origin = f"{model}, " + (f"fine-tuned on {data.name} with a discriminator" if adversarial else "distilled")
+    origin = f"distilled from {model}" + (
+        f", and fine-tuned on {data.name} with a discriminator" if adversarial else ""
+    )
     usage = UNCONDITIONAL_USAGE.format(model=string_literal(run.folder_name), steps=steps)
     if isinstance(start, ClassConditionalPipeline):
         names = data.classes or []
@@ -312,11 +314,12 @@ def describe(
     return CardFacts(
         title=run.model_save_name,
         summary=f"{kind} diffusion model that generates an image in {evaluations}: {origin}. It was trained for "
-        f"{' or '.join(map(str, args.num_inference_steps))} sampling steps.{classes}",
+        f"{' and '.join(map(str, args.num_inference_steps))} sampling steps.{classes}",
         usage=usage,
         settings=settings_for_card(*arguments),
         base_model=location_name(args.start_model),
         dataset=data.name,
+        data_license=data.license,
         tags=tags,
         grids_before={name: f"The start model in {steps}, from the same seeds." for steps, name in before.items()},
         grids_after={name: f"In {steps}, from the same seeds." for steps, name in after.items() if name},

@@ -76,6 +76,7 @@ def finetune(
         ),
         settings=settings_for_card(*arguments),
         dataset=data.name,
+        data_license=data.license,
         **facts,
     )
     job = TrainingJob(

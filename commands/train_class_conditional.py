@@ -85,6 +85,7 @@ def train_class_conditional(
         ),
         settings=settings_for_card(*arguments),
         dataset=data.name,
+        data_license=data.license,
         tags=["ddpm", "class-conditional"],
     )
     job = TrainingJob(

@@ -94,6 +94,7 @@ def train_ddgan(
         usage=USAGE.format(model=string_literal(run.folder_name), inputs="class_labels=[0]" if data.classes else ""),
         settings=settings_for_card(*arguments),
         dataset=data.name,
+        data_license=data.license,
         tags=["ddgan", "gan"],
     )
     pipeline = DDGANPipeline(generator, scheduler)

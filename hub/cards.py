@@ -131,6 +131,7 @@ class CardFacts:
         sections: Markdown of further sections, by heading.
         code: SHA-256 of each file that loading with `trust_remote_code` runs; see `folders.code_files`.
         dataset: id or name of the training data.
+        data_license: license of the training data as the Hub's identifier, if known.
         task: pipeline tag on the Hub.
         tags: further tags, besides `diffusers` and the task.
     """
@@ -151,8 +152,8 @@ class CardFacts:
     license_link: str | None = None
     license_note: str | None = None
     limits: str = (
-        "It generates images like those it was trained on, at the size it was trained at, and may reproduce images of "
-        "its training data."
+        "The model generates images like those it was trained on, at the size it was trained at, and may reproduce "
+        "images of its training data."
     )
     evaluation: dict[str, Any] = field(default_factory=dict)
     protocol: str = ""
@@ -160,6 +161,7 @@ class CardFacts:
     sections: dict[str, str] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
     dataset: str | None = None
+    data_license: str | None = None
     task: str = "unconditional-image-generation"
     tags: list[str] = field(default_factory=list)
 
@@ -183,7 +185,7 @@ def card_text(facts: CardFacts) -> str:
     return _TEMPLATE.render(
         metadata=metadata.to_yaml(),
         facts=facts,
-        license_note=facts.license_note or _license_note(facts),
+        license_note=(facts.license_note or _license_note(facts)) + _data_license_note(facts),
         packages=_packages,
         table=table,
         one_line=_one_line,
@@ -385,6 +387,15 @@ def _one_line(text: str) -> str:
 def _packages() -> str:
     versions = [f"{name} {version(name)}" for name in ("diffusers", "torch", "accelerate")]
     return ", ".join([f"diffusers-ddgan {__version__}", *versions])
+
+
+def _data_license_note(facts: CardFacts) -> str:
+    if not facts.data_license:
+        return ""
+    return (
+        f" That of the training images, {facts.dataset}, is `{facts.data_license}`, according to their dataset card: "
+        "follow it when you publish the model or its images."
+    )
 
 
 def _license_note(facts: CardFacts) -> str:

@@ -174,7 +174,7 @@ def test_a_run_that_ends_with_the_first_stage_has_no_discriminator(few_step):
     assert rows[0].keys() == {"step", "epoch", "images", *(f"g_{name}" for name in names)}
     assert not list(run.glob("checkpoints/*/model_1.safetensors"))
     card = (run / "README.md").read_text()
-    assert "in 2 network evaluations: tiny, distilled. It was trained for 2 sampling steps." in card
+    assert "in 2 network evaluations: distilled from tiny. It was trained for 2 sampling steps." in card
     assert "discriminator" not in card
     assert DDPMPipeline.from_pretrained(run).scheduler.config.prediction_type == "v_prediction"
 
@@ -289,7 +289,9 @@ def test_ctrl_c_while_the_start_model_is_sampled_prints_one_line(few_step, monke
 
 def test_a_few_step_model_is_neither_a_start_model_nor_resumed_for_other_numbers_of_steps(few_step, tmp_path):
     run = few_step("run")
-    with pytest.raises(InputError, match=r"run samples in 2 steps already.* the model that it was made from"):
+    with pytest.raises(
+        InputError, match=r"run is a few-step model already, for 2 steps.* the model that it was made from"
+    ):
         few_step("other", "--start_model", run)
     with pytest.raises(InputError, match=r"sampling steps = \[2\], but this run has \[4, 2\]"):
         few_step("run", "--num_inference_steps", 4, 2, "--max_train_steps", 5, "--resume_from_checkpoint", "latest")

@@ -27,7 +27,7 @@ class DataArguments(Arguments):
     dataset_name: str | None = option(
         None,
         "dataset on the Hub, or a local one: a folder, or a .parquet, .arrow, .tar, .zip or .npz file, or the URL of "
-        "such files (default: the embedded emoji, unless the script states otherwise)",
+        "such files (default: the embedded emoji, unless the command states otherwise)",
         objects=IMAGE_OBJECTS,
     )
     dataset_config: str | None = option(None, "configuration of that dataset, if it has several")
@@ -42,7 +42,7 @@ class DataArguments(Arguments):
     )
     image_size: int | None = option(
         None,
-        "train at this height and width (default: that of the start model or of the script)",
+        "train at this height and width (default: that of the start model or of the command)",
         minimum=1,
         maximum=MAX_IMAGE_SIZE,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice
 from math import ceil
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -31,6 +32,7 @@ from ..data.sources import (
     open_source,
     open_stream,
 )
+from ..hub.cards import license_of
 from .arguments import DataArguments, LabelArguments, RunArguments, ValidationArguments
 from .plan import BatchPlan, ValidationPlan
 from .randomness import fold_in
@@ -331,6 +333,13 @@ class TrainingData:
     def name(self) -> str:
         """The name of the data on the model card: the Hub name of a dataset, or the base name of a local path."""
         return location_name(_location(self.args))
+
+    @property
+    def license(self) -> str | None:
+        """The license on the dataset card of a local folder, as the Hub's identifier, if it has one."""
+        location = _location(self.args)
+        is_folder = isinstance(location, str) and Path(location).is_dir()
+        return license_of(location).get("license") if is_folder else None
 
     @property
     def classes(self) -> list[str] | None:

@@ -74,8 +74,8 @@ def load_start_model(
         raise unsupported(reason)
     if not allow_few_step and (steps := trained_steps(pipeline)):
         raise InputError(
-            f"--start_model {start_model} samples in {' or '.join(map(str, steps))} steps already, and in no other "
-            "number of steps: start from the model that it was made from."
+            f"--start_model {start_model} is a few-step model already, for {' or '.join(map(str, steps))} steps: "
+            "start from the model that it was made from."
         )
     classes = num_classes(unet)
     if isinstance(unet, UNet2DModel) and unet.class_embedding is not None and not classes:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,13 @@ def test_a_card_shows_the_newest_grid_and_names_its_step(finetune, measured):
     assert f"![{caption}]({grid})\n\n*{caption}*" in best
     assert grid in pipeline_files(run / "best")
     assert "![Samples after 4 optimizer steps.](samples/step-00000004.png)" in (run / "README.md").read_text()
+
+
+def test_a_card_states_the_license_of_the_training_images(finetune, images, tmp_path):
+    data = Path(shutil.copytree(images, tmp_path / "pictures"))
+    (data / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    card = (finetune("run", "--train_data_dir", data) / "README.md").read_text()
+    assert "That of the training images, pictures, is `cc-by-4.0`, according to their dataset card" in card
 
 
 @pytest.mark.slow
