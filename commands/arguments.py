@@ -485,8 +485,8 @@ class GenerateArguments(SamplingArguments):
     guidance_scale: float | None = option(
         None,
         "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one (default: "
-        f"{default_guidance_scale(1):g} / number of steps). Without these, classifier-free guidance towards "
-        "--class_labels",
+        f"{default_guidance_scale(1):g} / number of steps). Without these, that of --autoguidance or, without it, of "
+        "classifier-free guidance towards --class_labels",
     )
     guidance_gradient: Literal["sample", "model"] | None = option(
         None, "model: differentiate through the network too, which takes more time and memory (default: sample)"
@@ -509,10 +509,17 @@ class GenerateArguments(SamplingArguments):
             raise InputError("--clip_model needs a --clip_prompt, or a CLIP loss in --towards.")
         if self.is_guided:
             self.guidance_gradient = self.guidance_gradient or "sample"
-        elif self.guidance_gradient or (self.guidance_scale is not None and not self.class_labels):
+            if self.autoguidance or self.guidance_interval:
+                raise InputError(
+                    "--autoguidance and --guidance_interval do not work with guidance by a loss: omit them, or omit "
+                    "--color, --clip_prompt and --towards."
+                )
+        elif self.guidance_gradient or (
+            self.guidance_scale is not None and not self.class_labels and not self.autoguidance
+        ):
             raise InputError(
-                "Guidance needs a target: pass --color, --clip_prompt or --towards, or for classifier-free guidance "
-                "--class_labels."
+                "Guidance needs a target: pass --color, --clip_prompt or --towards, or a worse model with "
+                "--autoguidance, or for classifier-free guidance --class_labels."
             )
 
     @property
@@ -585,9 +592,6 @@ class EvaluateArguments(SamplingArguments):
     )
     class_labels: list[str] | None = option(
         None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
-    )
-    guidance_scale: float | None = option(
-        None, "classifier-free guidance of a class-conditional pipeline (default: 1)"
     )
     output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
     save_images: str | None = option(None, "save the samples in this folder")
