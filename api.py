@@ -234,7 +234,7 @@ def generate(*arguments: Any) -> "GeneratedImages":
     """Generate one image for each seed into a folder; images that exist already are kept.
 
     Args:
-        pipeline: a `DiffusionPipeline`, which is not changed, a pipeline folder or a Hub repository.
+        pipeline, autoguidance: a `DiffusionPipeline`, which is not changed, a pipeline folder or a Hub repository.
         flags: the flags of `ddgan generate`.
 
     Returns:
@@ -253,7 +253,7 @@ def evaluate(*arguments: Any) -> "Results":
     """Measure a pipeline, or images, against reference images.
 
     Args:
-        pipeline: see `generate`.
+        pipeline, autoguidance: see `generate`.
         images, reference, held_out: a list of PIL images, a `datasets.Dataset`, a path, or the name of a dataset.
         flags: the flags of `ddgan evaluate`.
 

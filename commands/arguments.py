@@ -37,7 +37,7 @@ from ..guidance.arguments import (
     split_loss,
 )
 from ..hub.arguments import CARD_NAME, check_repo_id
-from ..sampling.arguments import SCHEDULERS, VARY_COLUMNS, SamplingArguments
+from ..sampling.arguments import MAX_CLASS_GUIDANCE_SCALE, SCHEDULERS, VARY_COLUMNS, SamplingArguments
 from ..training.arguments import MAX_GRID_IMAGES, MAX_IMAGE_SIZE, DataArguments, LearningRateArguments, RunArguments
 
 # --freeze choice -> substrings of the names of the parameters that are still trained
@@ -63,7 +63,6 @@ CLASS_DATASETS = ("mnist", "fashion_mnist")
 MIN_WIDTH = 8  # channels of one attention head in the blocks of Diffusers
 
 GRID_IMAGES = 64
-MAX_CLASS_GUIDANCE_SCALE = 100  # of classifier-free guidance; scales above 10 are hardly ever useful
 
 DEFAULT_NUM_IMAGES = 10_000  # samples of a pipeline to evaluate; with fewer the bias of FID is large
 
@@ -506,7 +505,8 @@ class GenerateArguments(SamplingArguments):
         None,
         "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one, and a negative one "
         f"guides away from them (default: {default_guidance_scale(1):g} / number of steps). Without these, that of "
-        f"classifier-free guidance towards --class_labels, from 1 (none) to {MAX_CLASS_GUIDANCE_SCALE}",
+        "--autoguidance or, without it, of classifier-free guidance towards --class_labels, from 1 (none) to "
+        f"{MAX_CLASS_GUIDANCE_SCALE}",
         minimum=-MAX_GUIDANCE_SCALE,
         maximum=MAX_GUIDANCE_SCALE,
     )
@@ -534,15 +534,22 @@ class GenerateArguments(SamplingArguments):
             self.guidance_gradient = self.guidance_gradient or "sample"
             if self.guidance_scale == 0:
                 raise InputError("With --guidance_scale 0 the guidance has no effect: omit its target.")
-        elif self.guidance_gradient or (self.guidance_scale is not None and not self.class_labels):
+            if self.autoguidance or self.guidance_interval:
+                raise InputError(
+                    "--autoguidance and --guidance_interval do not work with guidance by a loss: omit them, or omit "
+                    "--color, --clip_prompt and --towards."
+                )
+        elif self.guidance_gradient or (
+            self.guidance_scale is not None and not self.class_labels and not self.autoguidance
+        ):
             raise InputError(
-                "Guidance needs a target: pass --color, --clip_prompt or --towards, or for classifier-free guidance "
-                "--class_labels."
+                "Guidance needs a target: pass --color, --clip_prompt or --towards, or a worse model with "
+                "--autoguidance, or for classifier-free guidance --class_labels."
             )
         elif self.guidance_scale is not None and not 1 <= self.guidance_scale <= MAX_CLASS_GUIDANCE_SCALE:
             raise InputError(
-                f"--guidance_scale is {self.guidance_scale:g}; for classifier-free guidance it must be from 1 (none) "
-                f"to {MAX_CLASS_GUIDANCE_SCALE}."
+                f"--guidance_scale is {self.guidance_scale:g}; for classifier-free guidance and autoguidance it must "
+                f"be from 1 (none) to {MAX_CLASS_GUIDANCE_SCALE}."
             )
 
     @property
@@ -560,9 +567,6 @@ def _is_evaluation(path: Path) -> bool:
         return path.is_file() and {"metrics", "warnings"} <= json.loads(path.read_text(encoding="utf-8")).keys()
     except (OSError, ValueError, AttributeError):  # not JSON, or not an object
         return False
-
-
-_OF_SAMPLING = {"guidance_scale"} | {argument.name for argument in fields(SamplingArguments)}
 
 
 def _is_statistics(path: Path) -> bool:
@@ -628,12 +632,6 @@ class EvaluateArguments(SamplingArguments):
     class_labels: list[str | int] | None = option(
         None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
-    guidance_scale: float | None = option(
-        None,
-        "classifier-free guidance of a class-conditional pipeline (default: 1, which is none)",
-        minimum=1,
-        maximum=MAX_CLASS_GUIDANCE_SCALE,
-    )
     output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
     save_images: str | None = option(None, "save the samples in this folder")
     save_statistics: str | None = option(
@@ -649,7 +647,7 @@ class EvaluateArguments(SamplingArguments):
         if self.images and self.save_images:
             raise InputError("--save_images saves the samples of a --pipeline; those of --images already exist.")
         if self.images:
-            for argument in (field for field in fields(self) if field.name in _OF_SAMPLING):
+            for argument in fields(SamplingArguments):
                 if (value := getattr(self, argument.name)) != argument.default:
                     raise InputError(
                         f"--{argument.name} {value} is for sampling a --pipeline, but --images exist already: omit it."

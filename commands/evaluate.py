@@ -44,7 +44,7 @@ from ..evaluation.results import Results, compute_results
 from ..evaluation.saved_references import holds_statistics, read_features, read_statistics, save_statistics
 from ..sampling.generation import class_names, parse_class_labels, sample
 from ..sampling.groups import GroupSampler, group_size
-from ..sampling.loading import DTYPES, load_pipeline, pipeline_hash, with_scheduler
+from ..sampling.loading import DTYPES, load_guide, load_pipeline, pipeline_hash, with_scheduler
 from ..sampling.spacing import changed_spacing
 from .arguments import DEFAULT_NUM_IMAGES, EvaluateArguments
 
@@ -196,13 +196,25 @@ class PipelineSamples:
         self.class_names = class_names(getattr(pipe, "unet", None))
         self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
         eta: dict[str, Any] = {} if args.eta is None else {"eta": args.eta}
-        options = {**eta, **({} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale})}
+        guide = load_guide(args, accelerator.device)
+        guidance: dict[str, Any] = {
+            "guidance_scale": args.guidance_scale,
+            "class_guidance_scale": args.class_guidance_scale,
+            "guidance_interval": args.guidance_interval,
+        }
+        guidance = {name: value for name, value in guidance.items() if value is not None}
+        options = {**eta, **guidance, **({"guide": guide} if guide else {})}
         self.batch_size = group_size(pipe, args.batch_size)
         self.sampler = GroupSampler(pipe, self.batch_size, args.seed, args.num_inference_steps, self.labels, options)
         self.offset = self.sampler.offset
         first_label = self.labels and self.labels[:1]
         (first,) = sample(pipe, [args.seed], args.num_inference_steps, first_label, **options)
         self.preprocessing = Preprocessing(color_channels(first), first.height, first.width)
+        if args.autoguidance and guide:
+            guidance |= {
+                "autoguidance": location_name(args.autoguidance),
+                "autoguidance_contents": pipeline_hash(guide),
+            }
         self.facts = SampleFacts(
             count=self.count,
             properties=describe_images([first]),
@@ -214,7 +226,7 @@ class PipelineSamples:
                 "num_inference_steps": len(pipe.scheduler.timesteps),
                 **eta,
                 "class_labels": self.labels,
-                "guidance_scale": args.guidance_scale,
+                **guidance,
                 "dtype": args.dtype,
                 "device": accelerator.device.type,
                 "drawn_at_once": self.batch_size,

@@ -34,7 +34,7 @@ from ..sampling.generation import check_call, class_label_ids, class_names, pars
 from ..sampling.grids import image_grid, steps_strip
 from ..sampling.groups import GroupSampler, group_size, image_format
 from ..sampling.image_files import ImageFiles, existing_files, read_images
-from ..sampling.loading import DTYPES, load_pipeline, pipeline_hash, with_scheduler
+from ..sampling.loading import DTYPES, load_guide, load_pipeline, pipeline_hash, with_scheduler
 from ..sampling.steps import trained_steps
 from ..sampling.traces import check_traceable, intermediates
 from .arguments import GRID_IMAGES, GenerateArguments
@@ -102,6 +102,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     loss = guidance_loss(args, accelerator.device) if args.is_guided else None
     assert args.pipeline is not None
     pipe = load_pipeline(args.pipeline, DTYPES[args.dtype], args.trust_remote_code, accelerator.device)
+    guide = load_guide(args, accelerator.device)
     size = group_size(pipe, args.batch_size)
     if loss and includes_clip(loss) and accelerator.device.type == "cpu":
         size = 1  # the CLIP model takes most of the time, and much memory for each image
@@ -110,7 +111,13 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     if args.is_guided and guidance_scale is None:
         timesteps = pipe.scheduler.config.num_train_timesteps
         guidance_scale = default_guidance_scale(num_inference_steps or min(DEFAULT_STEPS, timesteps))
-    options = {"guidance_scale": guidance_scale, "eta": args.eta}
+    options: dict[str, Any] = {
+        "guidance_scale": guidance_scale,
+        "guide": guide,
+        "class_guidance_scale": args.class_guidance_scale,
+        "guidance_interval": args.guidance_interval,
+        "eta": args.eta,
+    }
     options = {name: value for name, value in options.items() if value is not None}
     if loss:
         options |= {"loss": loss, "gradient": args.guidance_gradient}
@@ -137,6 +144,10 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         "guidance_scale": guidance_scale,
         "guidance_gradient": args.guidance_gradient,
         "format": args.format,
+        "autoguidance": args.autoguidance and str(args.autoguidance),
+        "autoguidance_contents": guide and pipeline_hash(guide),
+        "class_guidance_scale": args.class_guidance_scale,
+        "guidance_interval": args.guidance_interval,
     }
     if not args.overwrite:
         check_settings(output, settings)

@@ -1,9 +1,10 @@
-"""Class-conditional image generation with any scheduler and with classifier-free guidance."""
+"""Class-conditional image generation with any scheduler, with classifier-free guidance and autoguidance."""
 
 import difflib
 import functools
 import inspect
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -17,6 +18,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,6 +28,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     With [classifier-free guidance](https://arxiv.org/abs/2207.12598) the prediction is unconditional + guidance_scale
     (conditional - unconditional). Both come from one batch of twice the size, whose first half has the null class.
+
+    With [autoguidance](https://arxiv.org/abs/2406.02507) it is guide + guidance_scale (conditional - guide), where the
+    guide is the prediction of a worse model, such as an earlier checkpoint. Both together add up: conditional +
+    (class_guidance_scale - 1) (conditional - unconditional) + (guidance_scale - 1) (conditional - guide).
 
     This pipeline inherits from [`DiffusionPipeline`].
 
@@ -48,8 +55,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return self._guidance_scale
 
     @property
+    def class_guidance_scale(self) -> float:
+        """The scale of classifier-free guidance; without a guide, this is `guidance_scale`."""
+        return self._guidance_scale if self._class_guidance_scale is None else self._class_guidance_scale
+
+    @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
+        return self.class_guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:
@@ -62,9 +74,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     @property
     def num_classes(self) -> int:
         """The number of classes, excluding the null class."""
-        for name in ("num_classes", "n_cfeat", "num_class_embeds"):
-            if self.unet.config.get(name):
-                return self.unet.config[name]
+        if count := _count_classes(self.unet):
+            return count
         raise ValueError(
             f"This {type(self.unet).__name__} is not conditioned on a class: its config has none of `num_classes`, "
             "`n_cfeat` and `num_class_embeds`."
@@ -172,6 +183,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self,
         batch_size: int | None,
         guidance_scale: float,
+        class_guidance_scale: float | None,
+        guide: DiffusionPipeline | None,
+        guidance_interval: tuple[float, float] | None,
         num_inference_steps: int | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
@@ -186,12 +200,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but must be at least 1.")
-        if guidance_scale > 1 and not self.has_null_class:
+        if class_guidance_scale is not None and guide is None:
             raise ValueError(
-                f"`guidance_scale` is {guidance_scale}, but this {type(self.unet).__name__} was not trained with a "
-                "null class (its config has no `class_dropout` above 0), which classifier-free guidance needs. Sample "
-                "with `guidance_scale=1`, or train the network with class dropout."
+                f"`class_guidance_scale` is {class_guidance_scale}, but there is no `guide`. It is the scale of "
+                "classifier-free guidance in addition to that of a guide; without one, pass it as `guidance_scale`."
             )
+        name, scale = "guidance_scale", guidance_scale
+        if guide is not None:
+            name, scale = "class_guidance_scale", class_guidance_scale
+        if (scale or 1) > 1 and not self.has_null_class:
+            raise ValueError(
+                f"`{name}` is {scale}, but this {type(self.unet).__name__} was not trained with a "
+                "null class (its config has no `class_dropout` above 0), which classifier-free guidance needs. Sample "
+                f"with `{name}=1`, or train the network with class dropout."
+            )
+        if guide is not None:
+            check_autoguidance_scale(guidance_scale)
+        check_interval(guidance_interval, self.scheduler)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
@@ -227,6 +252,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         class_labels: int | str | Sequence[int] | Sequence[str] | np.ndarray | torch.Tensor,
         batch_size: int | None = None,
         guidance_scale: float = 1.0,
+        guide: DiffusionPipeline | None = None,
+        class_guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         num_inference_steps: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -248,7 +276,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
             batch_size (`int`, *optional*):
                 Number of images. It is only needed with a single label, where it defaults to 1.
             guidance_scale (`float`, defaults to 1.0):
-                Scale of classifier-free guidance, which is enabled above 1 and needs a null class.
+                Scale of classifier-free guidance, which is enabled above 1 and needs a null class; with a `guide`,
+                that of autoguidance, which is also enabled above 1.
+            guide (`DiffusionPipeline`, *optional*):
+                A pipeline with a worse version of the network for autoguidance: an earlier checkpoint, or a network
+                that is smaller or was trained for less time. It must have been trained on images of the same size and
+                channels, with the same classes or none, and with the same noise schedule. Each step evaluates its
+                `unet` once; its scheduler only tells what that predicts.
+            class_guidance_scale (`float`, *optional*):
+                With a `guide`, scale of classifier-free guidance in addition to autoguidance. Defaults to 1 (none).
+            guidance_interval (`tuple[float, float]`, *optional*):
+                The noise levels (low, high] at which there is guidance of either kind
+                ([arXiv 2404.07724](https://arxiv.org/abs/2404.07724)): standard deviations of the noise relative to
+                images in [-1, 1], sigma = sqrt((1 - alpha_bar) / alpha_bar). Defaults to all. Other steps evaluate
+                the network alone.
             num_inference_steps (`int`, *optional*):
                 Number of denoising steps, as the scheduler counts them. Defaults to the number that a few-step
                 pipeline was trained for (the first of `_num_inference_steps` in the scheduler's config), otherwise to
@@ -278,19 +319,31 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         Raises:
             `ValueError`: If a label is out of range, a name is unknown (the message lists the nearest ones), contexts
-                have the wrong width, guidance is enabled without a null class, the numbers of images contradict one
-                another, `num_inference_steps` is below 1, or the scheduler is a flow-matching one.
+                have the wrong width, guidance is enabled without a null class, the guide is for other images, the
+                numbers of images contradict one another, `num_inference_steps` is below 1, or the scheduler is a
+                flow-matching one.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
-            batch_size, guidance_scale, num_inference_steps, output_type, callback_on_step_end_tensor_inputs
+            batch_size,
+            guidance_scale,
+            class_guidance_scale,
+            guide,
+            guidance_interval,
+            num_inference_steps,
+            output_type,
+            callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
+        self._class_guidance_scale = class_guidance_scale if guide is None else class_guidance_scale or 1.0
+        guidance = None if guide is None else Autoguidance(guide, self)
         self._interrupt = False
 
         device, dtype = self._execution_device, torch.promote_types(self.unet.dtype, torch.float32)
         class_labels = self.encode_class_labels(class_labels, batch_size).to(device)
+        if guidance is not None:
+            guidance.check_class_labels(class_labels)
         self.scheduler.set_timesteps(self._choose_steps(num_inference_steps), device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
         sample = self.prepare_latents(len(class_labels), generator, latents, dtype)
@@ -298,21 +351,32 @@ class ClassConditionalPipeline(DiffusionPipeline):
             null_class = 0 if class_labels.is_floating_point() else self.num_classes
             class_labels = torch.cat([torch.full_like(class_labels, null_class), class_labels])
         accepted = inspect.signature(self.scheduler.step).parameters
-        # Guided predictions leave the range of images. Where DDIM clips the predicted image, the noise must be
-        # recomputed from the clipped one; otherwise the two are inconsistent and lead away from the training data.
-        use_clipped = self.do_classifier_free_guidance
-        step_kwargs = {"eta": eta, "generator": generator, "use_clipped_model_output": use_clipped}
+        step_kwargs = {"eta": eta, "generator": generator}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore[reportArgumentType, reportCallIssue]
             if self.interrupt:
                 continue
-            model_input = torch.cat([sample, sample]) if self.do_classifier_free_guidance else sample
-            model_input = self.scheduler.scale_model_input(model_input, t).to(self.unet.dtype)
-            output = self.unet(model_input, t, class_labels=class_labels, return_dict=False)[0].to(dtype)
-            if self.do_classifier_free_guidance:
+            in_interval = is_in_interval(guidance_interval, self.scheduler, t)
+            use_null_class = in_interval and self.do_classifier_free_guidance
+            current_guidance = guidance if in_interval and self.guidance_scale > 1 else None
+            conditional_labels = class_labels[-len(sample) :]
+            scaled = self.scheduler.scale_model_input(sample, t)
+            model_input = (torch.cat([scaled, scaled]) if use_null_class else scaled).to(self.unet.dtype)
+            labels = class_labels if use_null_class else conditional_labels
+            output = self.unet(model_input, t, class_labels=labels, return_dict=False)[0].to(dtype)
+            conditional = output
+            if use_null_class:
                 unconditional, conditional = output.chunk(2)
-                output = unconditional + self.guidance_scale * (conditional - unconditional)
+                output = unconditional + self.class_guidance_scale * (conditional - unconditional)
+            if current_guidance is not None:
+                difference = current_guidance.difference(conditional, scaled, t, conditional_labels)
+                output = output + (self.guidance_scale - 1) * difference
+            if "use_clipped_model_output" in accepted:
+                # Guided predictions leave the range of images. Where DDIM clips the predicted image, the noise must be
+                # recomputed from the clipped one; otherwise the two are inconsistent and lead away from the training
+                # data.
+                step_kwargs["use_clipped_model_output"] = use_null_class or current_guidance is not None
             sample = self.scheduler.step(output, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
@@ -347,6 +411,196 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 "may give worse images."
             )
         return steps
+
+
+class Autoguidance:
+    """Guidance of a network by a worse version of itself ([arXiv 2406.02507](https://arxiv.org/abs/2406.02507)).
+
+    The guided prediction is guide + scale (prediction - guide) = prediction + (scale - 1) (prediction - guide). It is
+    the same in terms of the noise, the clean image or v, so a guide that predicts another of these is converted at the
+    same noise level.
+
+    Args:
+        guide (`DiffusionPipeline`): The worse model, a pipeline with a `unet` and a `scheduler`.
+        pipe (`DiffusionPipeline`): The pipeline that it guides.
+
+    Raises:
+        `ValueError`: If the guide was trained for other images, classes or noise levels.
+    """
+
+    def __init__(self, guide: DiffusionPipeline, pipe: DiffusionPipeline):
+        networks = [name for name, part in guide.components.items() if isinstance(part, torch.nn.Module)]
+        if networks != ["unet"] or "scheduler" not in guide.components:
+            raise ValueError(
+                f"A {type(guide).__name__} with the components {', '.join(sorted(guide.components))} cannot guide "
+                "another pipeline: a guide needs a `scheduler` and, as the only network, a `unet`."
+            )
+        _check_has_noise_levels(pipe.scheduler)
+        self.unet, self.scheduler = guide.unet, pipe.scheduler
+        self.channels = pipe.unet.config.in_channels
+        self.prediction_types = [_prediction_type(part.scheduler) for part in (guide, pipe)]
+        theirs, ours = _image_facts(guide.unet), _image_facts(pipe.unet)
+        if _count_classes(guide.unet) is None:  # like the null class, it guides away from images of any class
+            theirs["classes"] = ours["classes"]
+        if not (guide.unet.config.get("id2label") and pipe.unet.config.get("id2label")):
+            theirs["class names"] = ours["class names"]
+        if differing := [name for name in ours if ours[name] != theirs[name]]:
+            raise ValueError(
+                "The guide was trained for something else than the pipeline that it should guide: "
+                + "; ".join(f"its {name}: {theirs[name]} instead of {ours[name]}" for name in differing)
+                + ". Use an earlier checkpoint of the same run, or a smaller network trained on the same images with "
+                "the same noise schedule."
+            )
+        alphas = [getattr(part.scheduler, "alphas_cumprod", torch.empty(0)).cpu().double() for part in (guide, pipe)]
+        if alphas[0].shape != alphas[1].shape or not torch.allclose(*alphas, rtol=1e-3, atol=1e-6):
+            theirs, ours = (
+                f"{len(alpha)} timesteps, beta_schedule {part.scheduler.config.get('beta_schedule')}"
+                for alpha, part in zip(alphas, (guide, pipe), strict=True)
+            )
+            raise ValueError(
+                f"The guide was trained with another noise schedule ({theirs}) than the pipeline that it should guide "
+                f"({ours}), so that a timestep is another noise level. Use a guide with the same noise schedule."
+            )
+
+    def check_class_labels(self, class_labels: torch.Tensor) -> None:
+        """Check that the guide takes the encoded labels of the pipeline.
+
+        Raises:
+            `ValueError`: If it does not take contexts, or has no null class although there is one among the labels.
+        """
+        count = _count_classes(self.unet)
+        if count is None:
+            return
+        if class_labels.is_floating_point() and not self.unet.config.get("n_cfeat"):
+            raise ValueError(f"The guide is a {type(self.unet).__name__}, which takes no contexts: pass class labels.")
+        if not class_labels.is_floating_point() and (class_labels == count).any() and not self._has_null_class:
+            raise ValueError(
+                f"`class_labels` holds {count}, the null class, which the guide does not have: it was trained without "
+                "class dropout."
+            )
+
+    @property
+    def _has_null_class(self) -> bool:
+        return bool(self.unet.config.get("class_dropout"))
+
+    def difference(
+        self,
+        prediction: torch.Tensor,
+        model_input: torch.Tensor,
+        t: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return prediction - guide; zero for further channels of the prediction, the learned variance.
+
+        Args:
+            prediction (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Output of the guided network.
+            model_input (`torch.Tensor`): Its input, noisy images at the scale of the network.
+            t (`torch.Tensor`): The timestep.
+            class_labels (`torch.Tensor`, *optional*): Its class labels.
+        """
+        condition = {} if _count_classes(self.unet) is None else {"class_labels": class_labels}
+        output = self.unet(model_input.to(self.unet.dtype), t, **condition, return_dict=False)[0]
+        output = self._convert(output[:, : self.channels].to(prediction.dtype), model_input, t)
+        difference = torch.zeros_like(prediction)
+        difference[:, : self.channels] = prediction[:, : self.channels] - output
+        return difference
+
+    def _convert(self, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Convert a prediction at x = signal x_0 + noise epsilon to what the guided network predicts."""
+        source, target = self.prediction_types
+        if source == target:
+            return output
+        sigma = noise_level(self.scheduler, t)
+        signal, noise = 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
+        x_0 = output
+        if source == "epsilon":
+            x_0 = (x - noise * output) / signal
+        elif source == "v_prediction":
+            x_0 = signal * x - noise * output
+        if target == "epsilon":
+            return (x - signal * x_0) / noise
+        return (signal * x - x_0) / noise if target == "v_prediction" else x_0
+
+
+def noise_level(scheduler: SchedulerMixin, t: torch.Tensor | float) -> float:
+    """Return the standard deviation of the noise at a timestep, relative to images in [-1, 1].
+
+    It is sigma = sqrt((1 - alpha_bar) / alpha_bar), interpolated between timesteps like the sigmas of schedulers.
+    """
+    alphas = scheduler.alphas_cumprod.cpu().double().numpy()
+    with np.errstate(divide="ignore"):  # pure noise, whose sigma is infinite
+        log_sigmas = (np.log1p(-alphas) - np.log(alphas)) / 2
+    return math.exp(np.interp(float(t), range(len(alphas)), log_sigmas))
+
+
+def check_autoguidance_scale(scale: float) -> None:
+    """Check the scale of autoguidance.
+
+    Raises:
+        `ValueError`: If it is below 1.
+    """
+    if not scale >= 1:
+        raise ValueError(
+            f"`guidance_scale` is {scale}, but with a guide it must be at least 1: 1 means no guidance, and with a "
+            "smaller scale the samples would become more like those of the worse model."
+        )
+
+
+def check_interval(interval: Sequence[float] | None, scheduler: SchedulerMixin) -> None:
+    """Check a `guidance_interval`.
+
+    Raises:
+        `ValueError`: If it is not a pair of noise levels 0 <= low < high, or the scheduler does not define them.
+    """
+    if interval is None:
+        return
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+        raise ValueError(
+            f"`guidance_interval` is {tuple(interval)}, but must be two noise levels (low, high), 0 <= low < high: "
+            "standard deviations of the noise relative to images in [-1, 1], such as (0.2, 5)."
+        )
+    _check_has_noise_levels(scheduler)
+
+
+def is_in_interval(interval: Sequence[float] | None, scheduler: SchedulerMixin, t: torch.Tensor | float) -> bool:
+    """Return whether the noise level of a timestep is in an interval (low, high]; None means all."""
+    return interval is None or interval[0] < noise_level(scheduler, t) <= interval[1]
+
+
+def _check_has_noise_levels(scheduler: SchedulerMixin) -> None:
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"A {type(scheduler).__name__} does not define its noise levels by `alphas_cumprod`, which a guide and a "
+            "`guidance_interval` need. Use DDPM, DDIM, DPM-Solver++, UniPC or Euler."
+        )
+
+
+def _image_facts(unet: ModelMixin) -> dict[str, object]:
+    """Return what two networks must agree on, by its name in errors."""
+    size, id2label = unet.config.sample_size, unet.config.get("id2label") or {}
+    pairs = id2label.items() if isinstance(id2label, dict) else enumerate(id2label)
+    return {
+        "image size (height, width)": (size, size) if isinstance(size, int) else tuple(size),
+        "channels": unet.config.in_channels,
+        "classes": _count_classes(unet),
+        "class names": [name for _, name in sorted((int(label), name) for label, name in pairs)],
+    }
+
+
+def _count_classes(unet: ModelMixin) -> int | None:
+    """Return the number of classes, excluding the null class; None if the network is not class-conditional."""
+    sizes = (unet.config.get(name) for name in ("num_classes", "n_cfeat", "num_class_embeds"))
+    return next(filter(None, sizes), None)
+
+
+def _prediction_type(scheduler: SchedulerMixin) -> str:
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"A {type(scheduler).__name__} with the prediction type {prediction_type!r} does not support "
+            f"autoguidance, which needs one of {', '.join(map(repr, PREDICTION_TYPES))}."
+        )
+    return prediction_type
 
 
 @functools.cache

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 from ..core.cli import Arguments, option
+from ..core.errors import InputError
 from ..core.locations import resolve_locations
+
+MAX_CLASS_GUIDANCE_SCALE = 100  # of classifier-free guidance; scales above 10 are hardly ever useful
 
 # flag -> name in Diffusers and in PyTorch
 SCHEDULERS = {
@@ -39,9 +42,55 @@ class SamplingArguments(Arguments):
         minimum=0,
         maximum=1,
     )
+    guidance_scale: float | None = option(
+        None,
+        "scale of classifier-free guidance of a class-conditional pipeline or, with --autoguidance, of that (default: "
+        "1, no guidance)",
+        minimum=1,
+        maximum=MAX_CLASS_GUIDANCE_SCALE,
+    )
+    autoguidance: str | None = option(
+        None,
+        "guide with a worse version of the pipeline, such as an earlier checkpoint: pipeline folder or Hub "
+        "repository; needs a --guidance_scale above 1",
+        objects="a DiffusionPipeline",
+    )
+    class_guidance_scale: float | None = option(
+        None,
+        "with --autoguidance, scale of classifier-free guidance in addition to it (default: 1, none)",
+        minimum=1,
+        maximum=MAX_CLASS_GUIDANCE_SCALE,
+    )
+    guidance_interval: list[float] | None = option(
+        None,
+        "noise levels LOW HIGH, relative to images in [-1, 1], between which there is classifier-free guidance and "
+        "autoguidance (default: all)",
+        minimum=0,
+    )
     dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     trust_remote_code: bool = option(False, "run Python code that comes with the pipeline")
 
     def __post_init__(self):
         super().__post_init__()
-        resolve_locations(self, "pipeline")
+        resolve_locations(self, "pipeline", "autoguidance")
+        if self.autoguidance:
+            if self.guidance_scale is None:
+                raise InputError("--autoguidance needs its scale: pass --guidance_scale, for example 1.5.")
+            if self.guidance_scale < 1:
+                raise InputError(
+                    f"--guidance_scale {self.guidance_scale:g}: with --autoguidance it must be at least 1 (no "
+                    "guidance)."
+                )
+        elif self.class_guidance_scale is not None:
+            raise InputError(
+                "--class_guidance_scale is for classifier-free guidance in addition to --autoguidance: without that, "
+                "pass --guidance_scale."
+            )
+        if interval := self.guidance_interval:
+            if len(interval) != 2 or interval[0] >= interval[1]:
+                raise InputError(
+                    f"--guidance_interval {' '.join(f'{level:g}' for level in interval)}: pass two noise levels, the "
+                    "lower one first, for example 0.2 5."
+                )
+            if self.guidance_scale is None:
+                raise InputError("--guidance_interval needs guidance: pass --guidance_scale.")

@@ -20,6 +20,12 @@ from PIL import Image
 
 from .. import ClassConditionalPipeline
 from ..core.errors import InputError, RunError
+from ..pipelines.pipeline_class_conditional import (
+    Autoguidance,
+    check_autoguidance_scale,
+    check_interval,
+    is_in_interval,
+)
 from .grids import to_pil
 from .loading import with_scheduler
 from .spacing import changed_spacing, check_steps
@@ -54,7 +60,9 @@ def sample(
         z_seeds: For a DDGAN, one seed per image for the latents z, which do not repeat the noise of the same seed in
             `seeds`. By default they come from the generator of all other noise.
         options: Further arguments for the call of the pipeline, such as the loss of a guided one. `eta`, the scale of
-            the noise in each step, is also for plain pipelines with a scheduler whose `step` takes it.
+            the noise in each step, is also for plain pipelines with a scheduler whose `step` takes it. So are `guide`,
+            a worse version of the pipeline for autoguidance (arXiv 2406.02507), its `guidance_scale` of at least 1 and
+            its `guidance_interval`, as described for `ClassConditionalPipeline`.
 
     Raises:
         InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, if a
@@ -68,13 +76,17 @@ def sample(
         check_steps(pipe.scheduler, num_inference_steps)
     if "eta" in options and "eta" not in inspect.signature(pipe.scheduler.step).parameters:
         raise InputError(f"The steps of a {type(pipe.scheduler).__name__} take no eta.")
+    plain_options = {"eta"}
+    if "guide" in options:
+        plain_options |= {"guide", "guidance_scale", "guidance_interval"}
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     num_inference_steps = num_inference_steps or default_steps(pipe)
-    if type(pipe) in (DDPMPipeline, DDIMPipeline) and z_seeds is None and options.keys() <= {"eta"}:
+    is_plain = type(pipe) in (DDPMPipeline, DDIMPipeline)
+    if is_plain and z_seeds is None and options.keys() <= plain_options:
         assert num_inference_steps is not None  # these pipelines have a default
         if warning := steps_warning(pipe, num_inference_steps):
             warn_once(warning)
-        samples = _denoise(pipe, generators, num_inference_steps, class_labels, options)
+        samples = _denoise(pipe, generators, num_inference_steps, class_labels, **options)
         _check_finite(samples, seeds)
         return to_pil_images(samples)
 
@@ -96,8 +108,13 @@ def sample(
         "class_labels": class_labels,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    if not is_plain and "guide" in options and "guide" not in parameters:
+        raise InputError(
+            f"A {type(pipe).__name__} takes no guide: autoguidance is for DDPMPipeline, DDIMPipeline and "
+            "ClassConditionalPipeline."
+        )
     for name in arguments:
-        if name not in parameters:
+        if name not in parameters and not (is_plain and name in plain_options):
             raise InputError(f"A {type(pipe).__name__} takes no {name}.")
     if "batch_size" in parameters:
         arguments["batch_size"] = len(seeds)
@@ -261,25 +278,49 @@ def _denoise(
     generators: list[torch.Generator],
     num_inference_steps: int,
     class_labels: Sequence[int | str] | None,
-    step_options: Mapping[str, Any],
+    guide: DiffusionPipeline | None = None,
+    guidance_scale: float = 1.0,
+    guidance_interval: Sequence[float] | None = None,
+    **step_options: Any,
 ) -> torch.Tensor:
-    """Sample like a `DDPMPipeline` or `DDIMPipeline`, but also with schedulers that scale the network's input."""
+    """Sample like a `DDPMPipeline` or `DDIMPipeline`, also with a guide and with schedulers that scale samples."""
     unet, scheduler = pipe.unet, pipe.scheduler
+    guidance = _autoguidance(pipe, guide, guidance_scale, guidance_interval)
     condition = _class_condition(unet, class_labels)
     size, channels = unet.config.sample_size, unet.config.in_channels
     height, width = (size, size) if isinstance(size, int) else size
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    step_kwargs = {**step_options, "generator": generators} if takes_generator else dict(step_options)
+    accepted = inspect.signature(scheduler.step).parameters
+    step_kwargs = {**step_options, "generator": generators} if "generator" in accepted else dict(step_options)
     scheduler.set_timesteps(num_inference_steps, device=unet.device)
     shape = (len(generators), channels, height, width)
     sample = randn_tensor(shape, generator=generators, device=unet.device) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(sample, t).to(unet.dtype)
-        output = unet(model_input, t, **condition).sample.float()
+        model_input = scheduler.scale_model_input(sample, t)
+        output = unet(model_input.to(unet.dtype), t, **condition).sample.float()
+        current_guidance = guidance if is_in_interval(guidance_interval, scheduler, t) else None
+        if current_guidance is not None:
+            output = output + (guidance_scale - 1) * current_guidance.difference(output, model_input, t, **condition)
+        if "use_clipped_model_output" in accepted:  # for the reason given in ClassConditionalPipeline
+            step_kwargs["use_clipped_model_output"] = current_guidance is not None
         if not isinstance(scheduler, DDPMScheduler):  # only DDPM uses a learned variance in the extra channels
             output = output[:, :channels]
         sample = scheduler.step(output, t, sample, **step_kwargs).prev_sample
     return sample
+
+
+def _autoguidance(
+    pipe: DiffusionPipeline, guide: DiffusionPipeline | None, scale: float, interval: Sequence[float] | None
+) -> Autoguidance | None:
+    """Return the guidance of a pipeline by a guide; None without one or with a scale of 1, which has no effect."""
+    if guide is None:
+        return None
+    try:
+        check_autoguidance_scale(scale)
+        check_interval(interval, pipe.scheduler)
+        guidance = Autoguidance(guide, pipe)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return guidance if scale > 1 else None
 
 
 def _class_condition(unet: ModelMixin, class_labels: Sequence[int | str] | None) -> dict[str, torch.Tensor]:

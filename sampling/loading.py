@@ -84,6 +84,17 @@ def load_pipeline(
     return pipe
 
 
+def load_guide(args: arguments.SamplingArguments, device: str | torch.device) -> DiffusionPipeline | None:
+    """Load the worse version of a pipeline that `--autoguidance` names; None without it.
+
+    Raises:
+        InputError: As for `load_pipeline`.
+    """
+    if args.autoguidance is None:
+        return None
+    return load_pipeline(args.autoguidance, DTYPES[args.dtype], args.trust_remote_code, device)
+
+
 def _check_components(pipe: DiffusionPipeline, location: str | InMemory) -> None:
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):

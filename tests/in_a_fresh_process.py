@@ -63,6 +63,14 @@ def without_package(folders: list[Path], output: Path):
             source = output / generation / folder.name
             pipe.save_pretrained(source)
 
+    pipe = next(pipe for pipe in loaded.values() if type(pipe).__name__ == "ClassConditionalPipeline")
+    arguments = {"class_labels": [0, 1], "num_inference_steps": 2, "output_type": "pt", "guidance_scale": 2.0}
+    plain, guided = (
+        pipe(generator=torch.Generator().manual_seed(0), guide=pipe, guidance_interval=interval, **arguments).images
+        for interval in ((1e8, 1e9), None)
+    )
+    assert torch.allclose(plain, guided, atol=1e-5)
+
     # pipelines loaded at the start still run their own code
     for name, pipe in loaded.items():
         assert torch.equal(sample(pipe), expected[name]), name

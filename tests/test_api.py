@@ -157,6 +157,11 @@ def test_generate_and_evaluate_take_and_return_objects(tiny_model, pil_images, t
     loaded = generate(pipeline=str(tiny_model), output_dir=tmp_path / "folder", **options)
     assert list(samples) == list(loaded) and len(samples) == 12
     assert samples.paths[3].name == "000003.png" and samples.grid.is_file() and loaded.grid is None
+    guided = [
+        generate(pipeline=pipe, autoguidance=guide, guidance_scale=2, output_dir=tmp_path / name, **options)
+        for name, guide in (("guide", tiny_pipeline()), ("guide folder", str(tiny_model)))
+    ]
+    assert list(guided[0]) == list(guided[1])
     common = {"reference": pil_images, "feature_extractor": "pixels-8x8", "cache_dir": tmp_path / "cache"}
     of_pipeline = evaluate(pipeline=pipe, output=tmp_path / "a.json", **common, **options)
     of_images = evaluate(images=list(samples), output=tmp_path / "b.json", **common)

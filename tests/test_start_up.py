@@ -76,7 +76,10 @@ WRONG = {  # command -> flags and the message about them
         (f"{MODEL} --towards 0*symmetry", "'0*symmetry' is invalid: with the weight 0 it has no effect"),
         (f"{MODEL} --color teal --guidance_scale 0", "With --guidance_scale 0 the guidance has no effect"),
         (f"{MODEL} --color teal --guidance_scale 1e30", "--guidance_scale is 1e+30; it must be at most 1000000.0"),
-        (f"{MODEL} --class_labels 0 --guidance_scale -1", "--guidance_scale is -1; for classifier-free guidance it"),
+        (
+            f"{MODEL} --class_labels 0 --guidance_scale -1",
+            "--guidance_scale is -1; for classifier-free guidance and autoguidance it",
+        ),
         (f"{MODEL} --output_dir /dev/null/x", "--output_dir /dev/null/x cannot be created: Not a directory"),
         (f"{MODEL} --output_dir {LONG}", "cannot be created: File name too long"),
     ],

@@ -24,6 +24,7 @@ from tiny import tiny_unet
 from torch import nn
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
+from ddgan.pipelines.pipeline_class_conditional import Autoguidance, noise_level
 
 NAMES = {0: "angry", 1: "happy", 2: "sad"}
 # networks sum in another order for other batch sizes and positions in the batch
@@ -197,6 +198,159 @@ def test_guidance_doubles_the_batch_of_the_network(guidance_scale, batch):
     pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     latents(pipe, [0, 1], guidance_scale=guidance_scale)
     assert sizes == [batch] * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autoguidance, and guidance at some noise levels only
+
+
+def worse(network=class_conditioned, **changes):
+    """Return another network for the same images."""
+    unet = network(**changes)
+    torch.manual_seed(1)
+    return with_class_dependence(unet)
+
+
+def evaluations(*networks) -> list[list[int]]:
+    """Return a list for each network that will contain the batch size of each of its evaluations."""
+    sizes = [[] for _ in networks]
+    for network, own in zip(networks, sizes, strict=True):
+        network.register_forward_pre_hook(lambda module, args, own=own: own.append(len(args[0])))
+    return sizes
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler karras", "heun"])
+@pytest.mark.parametrize("class_scale", [None, 2.0])
+def test_autoguidance_adds_the_scaled_difference_to_the_guide(name, class_scale):
+    unclipped = {"clip_sample": False} if name in ("ddpm", "ddim") else {}
+    pipe, guide = pipeline(name=name, **unclipped), pipeline(worse(), name)
+    labels, null = torch.tensor([2, 1]), torch.tensor([3, 3])
+    generator = seeded(3)
+    x = torch.randn(2, 1, 8, 12, generator=generator)
+    pipe.scheduler.set_timesteps(4)
+    x = x * pipe.scheduler.init_noise_sigma
+    step_kwargs = {} if name == "heun" else {"generator": generator}
+    for t in pipe.scheduler.timesteps:
+        scaled = pipe.scheduler.scale_model_input(x, t)
+        with torch.no_grad():
+            conditional, other = pipe.unet(scaled, t, labels).sample, guide.unet(scaled, t, labels).sample
+            unconditional = pipe.unet(scaled, t, null).sample
+        guided = other + 2.5 * (conditional - other) + ((class_scale or 1) - 1) * (conditional - unconditional)
+        x = pipe.scheduler.step(guided, t, x, **step_kwargs).prev_sample
+    arguments = {"guide": guide, "guidance_scale": 2.5, "class_guidance_scale": class_scale}
+    samples = latents(pipe, [2, 1], generator=seeded(3), **arguments)
+    scale = x.abs().max()
+    torch.testing.assert_close(samples / scale, x / scale, rtol=0, atol=1e-4)  # guidance amplifies rounding
+    for other in (arguments | {"guidance_scale": 1.0}, arguments | {"class_guidance_scale": 3.0}):
+        assert (samples - latents(pipe, [2, 1], generator=seeded(3), **other)).abs().max() > 1e-2 * scale
+
+
+def test_autoguidance_with_a_scale_of_1_changes_nothing_and_costs_nothing():
+    pipe, guide = pipeline(), pipeline(worse())
+    (sizes,) = evaluations(guide.unet)
+    for more in ({}, {"guidance_scale": 2.0}):
+        expected = latents(pipe, [2, 1], generator=seeded(0), **more)
+        more = {f"class_{name}": scale for name, scale in more.items()}
+        samples = latents(pipe, [2, 1], generator=seeded(0), guide=guide, guidance_scale=1.0, **more)
+        assert torch.equal(samples, expected)
+    assert not sizes
+
+
+def test_a_network_that_guides_itself_has_no_effect():
+    pipe = pipeline(name="ddpm")  # guided DDIM computes the noise in another way, see above
+    guided = latents(pipe, [2, 1], generator=seeded(0), guide=pipe, guidance_scale=3.0)
+    assert torch.equal(guided, latents(pipe, [2, 1], generator=seeded(0)))
+
+
+def test_a_guide_without_classes_is_evaluated_without_them():
+    pipe = pipeline()
+    guide = pipeline(tiny_unet(sample_size=(8, 12), in_channels=1, out_channels=1).eval())
+    sizes = evaluations(guide.unet)[0]
+    assert latents(pipe, [2, 1], guide=guide, guidance_scale=2.0).isfinite().all()
+    assert sizes == [2] * 4
+
+
+@pytest.mark.parametrize("kind", ["null class", "guide", "both"])
+@pytest.mark.parametrize("name", ["ddim", "euler karras", "heun"])
+def test_guidance_applies_to_the_noise_levels_of_the_interval(name, kind):
+    pipe, guide = pipeline(name=name), pipeline(worse(), name)
+    pipe.scheduler.set_timesteps(6)
+    timesteps = pipe.scheduler.timesteps.tolist()
+    if hasattr(pipe.scheduler, "sigmas"):
+        sigmas = pipe.scheduler.sigmas.tolist()[: len(timesteps)]
+    else:
+        sigmas = [((1 - a) / a) ** 0.5 for a in pipe.scheduler.alphas_cumprod[timesteps].tolist()]
+    assert [noise_level(pipe.scheduler, t) for t in timesteps] == pytest.approx(sigmas, rel=1e-3)
+    distinct = sorted(set(sigmas))
+    low, high = distinct[0] * 1.01, distinct[-1] * 0.99
+    inside = [low < sigma <= high for sigma in sigmas]
+    assert 0 < sum(inside) < len(inside)
+
+    arguments = {
+        "null class": {"guidance_scale": 2.0},
+        "guide": {"guidance_scale": 2.0, "guide": guide},
+        "both": {"guidance_scale": 2.0, "guide": guide, "class_guidance_scale": 2.0},
+    }[kind]
+    sizes, guide_sizes = evaluations(pipe.unet, guide.unet)
+    steps = {"num_inference_steps": 6, "generator": seeded(0)}
+    latents(pipe, [2, 1], guidance_interval=(low, high), **arguments, **steps)
+    assert sizes == [4 if guided and kind != "guide" else 2 for guided in inside]
+    assert guide_sizes == ([] if kind == "null class" else [2] * sum(inside))
+    unguided = latents(pipe, [2, 1], **{**steps, "generator": seeded(0)})
+    outside = {**steps, "generator": seeded(0), "guidance_interval": (distinct[-1] * 2, distinct[-1] * 3)}
+    assert torch.equal(latents(pipe, [2, 1], **arguments, **outside), unguided)
+
+
+@pytest.mark.parametrize("target", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("source", ["epsilon", "sample", "v_prediction"])
+def test_predictions_of_a_guide_are_converted(source, target):
+    noise, image = torch.randn(2, 2, 1, 8, 12, generator=seeded(0)).double()
+    guide, pipe = (pipeline(prediction_type=kind) for kind in (source, target))
+    t = torch.tensor(400)
+    alpha = pipe.scheduler.alphas_cumprod[t].double()
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * image
+    outputs = {"epsilon": noise, "sample": image, "v_prediction": velocity}
+    guide.unet.forward = lambda *args, **kwargs: (outputs[source],)
+    noisy = alpha.sqrt() * image + (1 - alpha).sqrt() * noise
+    difference = Autoguidance(guide, pipe).difference(outputs[target] + 0.5, noisy, t, torch.tensor([0, 1]))
+    torch.testing.assert_close(difference, torch.full_like(noise, 0.5), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [
+        (lambda: pipeline(worse(sample_size=8)), r"its image size \(height, width\): \(8, 8\) instead of \(8, 12\)"),
+        (lambda: pipeline(worse(in_channels=3, out_channels=3)), "its channels: 3 instead of 1"),
+        (lambda: pipeline(worse(num_classes=4, id2label=None)), "its classes: 4 instead of 3"),
+        (lambda: pipeline(worse(id2label=["sad", "happy", "angry"])), "its class names: .*'sad', 'happy', 'angry'"),
+        (lambda: pipeline(worse(), beta_schedule="squaredcos_cap_v2"), "another noise schedule .* squaredcos_cap_v2"),
+        (lambda: ClassConditionalPipeline(worse(), DDIMScheduler(500)), r"noise schedule \(500 timesteps"),
+    ],
+)
+def test_an_incompatible_guide_is_refused(guide, message):
+    with pytest.raises(ValueError, match=message):
+        latents(pipeline(), [0, 1], guide=guide(), guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guidance_scale": 0.5, "guide": True}, "`guidance_scale` is 0.5, but with a guide it must be at least 1"),
+        ({"class_guidance_scale": 2.0}, "`class_guidance_scale` is 2.0, but there is no `guide`"),
+        ({"guidance_scale": 2.0, "guidance_interval": (5.0, 0.2)}, r"\(5.0, 0.2\), but must be two noise levels"),
+        ({"guidance_scale": 2.0, "guidance_interval": (0.2,)}, r"\(0.2,\), but must be two noise levels"),
+        ({"class_labels": [3, 0], "guide": True}, "holds 3, the null class, which the guide does not have"),
+    ],
+)
+def test_invalid_arguments_of_autoguidance_are_refused(arguments, message):
+    if "guide" in arguments:
+        arguments = {**arguments, "guide": pipeline(worse(class_dropout=0.0))}
+    with pytest.raises(ValueError, match=message):
+        latents(pipeline(), **{"class_labels": [0, 1], **arguments})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels, outputs, callbacks and data types
 
 
 @pytest.mark.parametrize("network", [class_conditioned, context, plain_unet], ids=["class", "context", "plain"])
@@ -409,6 +563,9 @@ def test_a_network_without_null_class_cannot_be_guided(unet):
     pipe = pipeline(unet)
     with pytest.raises(ValueError, match=f"2.0, but this {type(unet).__name__} was not trained with a null class"):
         latents(pipe, [0, 1], guidance_scale=2.0)
+    assert latents(pipe, [0, 1], guidance_scale=2.0, guide=pipe).isfinite().all()
+    with pytest.raises(ValueError, match=r"`class_guidance_scale` is 2.0, .* with `class_guidance_scale=1`"):
+        latents(pipe, [0, 1], guidance_scale=2.0, guide=pipe, class_guidance_scale=2.0)
     with pytest.raises(ValueError, match=r"holds 3, but this network has 3 classes, whose labels are 0 to 2\."):
         latents(pipe, [3])
     assert latents(pipe, [0, 1], guidance_scale=1.0).isfinite().all()

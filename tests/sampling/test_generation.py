@@ -54,6 +54,71 @@ def test_eta_scales_the_noise_of_ddim_steps():
         sample(tiny_pipeline(), [3], 6, eta=0.5)
 
 
+def worse_pipeline(**unet) -> DDPMPipeline:
+    """Return a pipeline with other weights."""
+    pipe = tiny_pipeline(**unet)
+    torch.manual_seed(1)
+    for parameter in pipe.unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return pipe
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler"])
+def test_autoguidance_of_an_unconditional_pipeline_adds_the_scaled_difference_to_the_guide(name):
+    pipe, guide = with_scheduler(tiny_pipeline(DDPMScheduler(clip_sample=False)), name), worse_pipeline()
+    generator = torch.Generator().manual_seed(3)
+    pipe.scheduler.set_timesteps(4)
+    x = torch.randn(1, 3, 8, 8, generator=generator) * pipe.scheduler.init_noise_sigma
+    for t in pipe.scheduler.timesteps:
+        scaled = pipe.scheduler.scale_model_input(x, t)
+        with torch.no_grad():
+            prediction, other = pipe.unet(scaled, t).sample, guide.unet(scaled, t).sample
+        x = pipe.scheduler.step(other + 1.5 * (prediction - other), t, x, generator=generator).prev_sample
+    expected = np.asarray(((x[0] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0), dtype=np.uint8)
+    (guided,), (plain,) = sample(pipe, [3], 4, guide=guide, guidance_scale=1.5), sample(pipe, [3], 4)
+    assert np.abs(np.asarray(guided).astype(int) - expected).max() <= ONE_LEVEL
+    assert level_difference(guided, plain) > 20
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_a_scale_of_1_a_distant_interval_and_the_model_itself_leave_images_unchanged(name):
+    pipe = with_scheduler(tiny_pipeline(DDPMScheduler(clip_sample=False)), name)
+    guide, (plain,) = worse_pipeline(), sample(pipe, [3], 4)
+    for options in ({"guidance_scale": 1.0}, {"guidance_scale": 2.0, "guidance_interval": [1e5, 2e5]}):
+        assert sample(pipe, [3], 4, guide=guide, **options)[0].tobytes() == plain.tobytes()
+    (itself,) = sample(pipe, [3], 4, guide=pipe, guidance_scale=2.0)
+    assert level_difference(itself, plain) <= ONE_LEVEL
+
+
+def test_autoguidance_covers_the_classes_of_a_plain_pipeline():
+    pipe, guide = tiny_pipeline(num_class_embeds=3), worse_pipeline(num_class_embeds=3)
+    labels = []
+    guide.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: labels.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    sample(pipe, [3, 4], 2, [2, 0], guide=guide, guidance_scale=2.0)
+    assert labels == [[2, 0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale": 0.5}, "`guidance_scale` is 0.5, but with a guide it must be at least 1"),
+        ({"guidance_interval": [2.0, 1.0]}, "must be two noise levels"),
+        ({"class_guidance_scale": 2.0}, "A DDPMPipeline takes no class_guidance_scale"),
+        (
+            {"guide": worse_pipeline(sample_size=16)},
+            r"its image size \(height, width\): \(16, 16\) instead of \(8, 8\)",
+        ),
+        ({"guide": worse_pipeline(num_class_embeds=3)}, "its classes: 3 instead of None"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_invalid_autoguidance_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        sample(tiny_pipeline(), [3], 4, **{"guide": worse_pipeline(), "guidance_scale": 2.0, **options})
+
+
 def test_deterministic_schedulers_converge_to_the_same_image():
     pipe = tiny_pipeline(DDPMScheduler(clip_sample=False))
     expected, *others = (

@@ -22,6 +22,7 @@ from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import ClassifierFeatures, weights_digest
 from ddgan.evaluation.reporting import measured_by, metric_title
 from ddgan.sampling import groups, image_files
+from ddgan.sampling.loading import load_pipeline, pipeline_hash
 from ddgan.scripts import evaluate, generate
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
@@ -623,6 +624,25 @@ def test_guidance_and_eta_are_the_same_as_in_generate(run, tmp_path):
     assert (stack(tmp_path / "saved") != stack(tmp_path / "unguided")).any()
     protocol = results["metrics"]["class_accuracy@12"]["protocol"]["samples"]
     assert "guidance scale 3.0" in protocol and "eta 0.5" in protocol
+
+
+def test_autoguidance_is_the_same_as_in_generate_and_part_of_the_protocol(run, folders, tmp_path):
+    worse = DDPMPipeline(tiny_unet(), DDPMScheduler())
+    for parameter in worse.unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    worse.save_pretrained(tmp_path / "worse")
+    shared = ["--pipeline", folders["model"], *SHORT, "--num_images", 12]
+    auto = ["--autoguidance", tmp_path / "worse", "--guidance_scale", 1.5, "--guidance_interval", 0, 50]
+    results = run(*shared, *auto, "--save_images", tmp_path / "saved")
+    run(*shared, "--save_images", tmp_path / "unguided")
+    generate.main([str(flag) for flag in (*shared, *auto, "--output_dir", tmp_path / "generated")])
+    assert (stack(tmp_path / "saved") == stack(tmp_path / "generated" / "images")).all()
+    assert (stack(tmp_path / "saved") != stack(tmp_path / "unguided")).any()
+    protocol = results["metrics"]["fid@12"]["protocol"]["samples"]
+    contents = pipeline_hash(load_pipeline(str(tmp_path / "worse")))
+    assert f"guidance scale 1.5, guidance interval 0.0 50.0, autoguidance worse, autoguidance contents {contents}" in (
+        protocol
+    )
 
 
 def test_stacked_digits_are_classified_channel_by_channel(run, folders):

@@ -1,6 +1,8 @@
 """scripts/generate.py, through its command line."""
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ from ddgan.data.sources import open_source
 from ddgan.sampling import image_files
 from ddgan.sampling.generation import sample
 from ddgan.sampling.groups import GroupSampler
+from ddgan.sampling.loading import load_pipeline, pipeline_hash, with_scheduler
 from ddgan.scripts import generate
 
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -277,6 +280,64 @@ def test_classes_are_given_by_label_or_name_and_can_be_guided(tmp_path):
     assert not (tmp_path / "without").exists()
 
 
+def save_worse(model: Path, folder: Path) -> Path:
+    """Save a pipeline like another one, with random weights."""
+    pipe = load_pipeline(str(model))
+    torch.manual_seed(1)
+    for parameter in pipe.unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_autoguidance_of_an_unconditional_pipeline(tiny_model, whole, tmp_path):
+    auto = ["--autoguidance", save_worse(tiny_model, tmp_path / "worse"), "--guidance_scale"]
+    generate.main(flags(tiny_model, tmp_path / "one", *auto, 1))
+    assert images(tmp_path / "one") == images(whole)
+    generate.main(flags(tiny_model, tmp_path / "two", *auto, 2, "--grid", "--intermediates", 2))
+    (expected,) = sample(
+        with_scheduler(load_pipeline(str(tiny_model)), "ddim", 3),
+        [4],
+        3,
+        guide=load_pipeline(str(tmp_path / "worse")),
+        guidance_scale=2.0,
+    )
+    assert level_difference(Image.open(tmp_path / "two" / "images" / "000004.png"), expected) <= 1
+    generate.main(flags(tiny_model, tmp_path / "part", *auto, 2, "--guidance_interval", 0, 5))
+    assert images(whole) != images(tmp_path / "two") != images(tmp_path / "part") != images(whole)
+
+    settings = json.loads((tmp_path / "part" / "generate.json").read_text())
+    assert settings["autoguidance"] == str(tmp_path / "worse") and settings["guidance_interval"] == [0, 5]
+    assert settings["autoguidance_contents"] == pipeline_hash(load_pipeline(str(tmp_path / "worse")))
+    with pytest.raises(InputError, match=r"guidance_interval was \[0.0, 5.0\], is None"):
+        generate.main(flags(tiny_model, tmp_path / "part", *auto, 2))
+    shutil.copytree(tiny_model, tmp_path / "worse", dirs_exist_ok=True)
+    with pytest.raises(InputError, match="autoguidance_contents was"):
+        generate.main(flags(tiny_model, tmp_path / "two", *auto, 2))
+
+
+def test_autoguidance_and_classifier_free_guidance_combine(tmp_path):
+    unet = ClassConditionedUnet(**TINY_CONDITIONED)
+    unet.class_embedding.weight.data *= 20
+    model = tmp_path / "model"
+    ClassConditionalPipeline(unet, DDPMScheduler(clip_sample=False)).save_pretrained(model)
+    auto = ["--class_labels", 0, 2, "--autoguidance", save_worse(model, tmp_path / "worse"), "--guidance_scale"]
+    kinds = {
+        "plain": ["--class_labels", 0, 2],
+        "scale 1": [*auto, 1],
+        "classes": ["--class_labels", 0, 2, "--guidance_scale", 2],
+        "classes, scale 1": [*auto, 1, "--class_guidance_scale", 2],
+        "guide": [*auto, 1.5],
+        "both": [*auto, 1.5, "--class_guidance_scale", 2],
+        "interval": ["--class_labels", 0, 2, "--guidance_scale", 2, "--guidance_interval", 1, 5],
+    }
+    for name, more in kinds.items():
+        generate.main(flags(model, tmp_path / name, *more))
+    results = {name: images(tmp_path / name) for name in kinds}
+    assert results.pop("plain") == results["scale 1"] and results.pop("classes") == results["classes, scale 1"]
+    assert all(a != b for a, b in itertools.combinations(results.values(), 2))
+
+
 def test_numbers_that_name_classes_mean_these_classes(tmp_path):
     unet = ClassConditionedUnet(**TINY_CONDITIONED, id2label=["1", "2", "10"])
     unet.class_embedding.weight.data *= 20
@@ -466,6 +527,21 @@ def test_rows_vary_z_or_noise_only(ddgan, tmp_path, vary):
     assert level_difference(last.resize((8, 8), Image.Resampling.NEAREST), grid[0]) <= 1
 
 
+def test_autoguidance_of_a_ddgan_is_refused(ddgan, tmp_path):
+    with pytest.raises(InputError, match="A DDGANPipeline takes no guide: autoguidance is for DDPMPipeline"):
+        generate_with_ddgan(
+            ddgan, tmp_path / "out", "--class_labels", "bee", "--autoguidance", ddgan, "--guidance_scale", 2
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_autoguidance_by_a_model_of_other_images_is_refused(tiny_model, wide_model, tmp_path):
+    auto = ("--autoguidance", wide_model, "--guidance_scale", 2)
+    with pytest.raises(InputError, match=r"its image size .*: \(32, 32\) instead of \(8, 8\)"):
+        generate.main(flags(tiny_model, tmp_path / "out", *auto))
+    assert not (tmp_path / "out").exists()
+
+
 def test_varied_images_are_not_added_to_others(ddgan, tmp_path):
     flags = ("--class_labels", "bee", "--num_images", 1)
     generate_with_ddgan(ddgan, tmp_path, *flags)
@@ -500,6 +576,16 @@ def test_settings_are_saved(whole):
         (["--vary", "z"], "--vary z needs a DDGAN, because a DDPMPipeline has no latents z"),
         (["--vary", "noise", "--color", "teal"], "--vary does not work with guidance: omit --color"),
         (["--eta", 1.5], "--eta is 1.5"),
+        (["--autoguidance", "nowhere", "--guidance_scale", 2], "--autoguidance nowhere: there is no such file"),
+        (["--autoguidance", "."], "--autoguidance needs its scale: pass --guidance_scale"),
+        (["--autoguidance", ".", "--guidance_scale", 0.5], "--guidance_scale 0.5: with --autoguidance it must be at"),
+        (["--autoguidance", ".", "--guidance_scale", 2], "The folder . holds no pipeline"),
+        (["--autoguidance", ".", "--guidance_scale", 2, "--color", "teal"], "--autoguidance and .* loss: omit them"),
+        (["--class_labels", 1, "--class_guidance_scale", 2], "--class_guidance_scale is for .* --autoguidance"),
+        (["--class_labels", 1, "--guidance_interval", 0, 5], "--guidance_interval needs guidance"),
+        (["--guidance_interval", 5, 1, "--guidance_scale", 2], "--guidance_interval 5 1: pass two noise levels"),
+        (["--guidance_interval", 5, "--guidance_scale", 2], "--guidance_interval 5: pass two noise levels"),
+        (["--guidance_interval", -1, 5, "--guidance_scale", 2], "--guidance_interval is -1.0; it must be at least 0"),
         (["--scheduler", "ddpm", "--eta", 0.5], "The steps of a DDPMScheduler take no eta"),
     ],
 )
