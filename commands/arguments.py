@@ -251,7 +251,7 @@ class DDGANArguments(Arguments):
         maximum=10,
     )
     reconstruction_weight: float = option(
-        0.0, "weight of the energy score of the predicted clean image; speeds up training on small data", minimum=0
+        0.0, "weight of the squared error of the predicted clean image; speeds up training on small data", minimum=0
     )
     diffaug: list[str] = option(
         [], "differentiable augmentations, for small datasets: any of color,translation,cutout"

@@ -17,8 +17,6 @@ from .micro_batch import MicroBatch
 GANLoss = Literal["non_saturating", "relativistic"]
 Augmentation = Callable[[torch.Tensor], torch.Tensor]
 
-_SMALLEST_SQUARE = 1e-6  # keeps the gradient of a distance finite where both images are equal
-
 
 @dataclass
 class GANSetup:
@@ -36,8 +34,8 @@ class GANSetup:
             generated pair with the same noisier image (arXiv 1807.00734).
         instance_noise: standard deviation of noise that is added to clean images, real and generated ones, before the
             discriminator (arXiv 1610.04490).
-        reconstruction_weight: weight in the loss of the generator of the energy score of its prediction of the clean
-            image (arXiv 2502.02483).
+        reconstruction_weight: weight of the mean squared error of the predicted clean image, times the signal level
+            `alphas_cumprod[t]` of the noisier image, in the loss of the generator.
     """
 
     generator: NCSNpp
@@ -81,20 +79,15 @@ class GANSetup:
         less_noisy = self.scheduler.step(predicted, t, noisier, variance_noise=noise, return_dict=False)[0]
         return less_noisy, predicted
 
-    def energy_score(self, first: torch.Tensor, second: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Return the weighted energy score (B,) of two predictions of each clean image, from independent latents.
+    def reconstruction_loss(self, predicted: torch.Tensor, batch: MicroBatch, t: torch.Tensor) -> torch.Tensor:
+        """Return the weighted squared error (B,) of predicted clean images.
 
-        The mean distance of the predictions to the image, minus half of their distance to each other. In expectation
-        it is smallest if the predictions have the distribution of the clean images given the noisy ones, while the
-        squared error is smallest for their mean, a blurred image (arXiv 2502.02483, equation 8). Distances are root
-        mean squares over the pixels.
+        The weight falls with the noise, because where the image is not determined by its noisy version, the best
+        prediction is blurred.
         """
-
-        def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return ((a.float() - b.float()).square().mean(dim=(1, 2, 3)) + _SMALLEST_SQUARE).sqrt()
-
-        to_images = (distance(first, images) + distance(second, images)) / 2
-        return self.reconstruction_weight * (to_images - distance(first, second) / 2)
+        signal = self.scheduler.alphas_cumprod.to(t.device)[t]
+        error = (predicted.float() - batch.images).square().mean(dim=(1, 2, 3))
+        return self.reconstruction_weight * signal * error
 
     def add_instance_noise(self, batch: MicroBatch, t: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Return less noisy images of pairs; those without noise, at t = 0, get instance noise."""
@@ -244,5 +237,5 @@ class GeneratorObjective:
         loss = gan.generator_loss(real, fake)
         if not gan.reconstruction_weight:
             return {"loss": loss}
-        reconstruction = gan.energy_score(predicted, gan.predict(generator, batch, t, noisier), batch.images)
+        reconstruction = gan.reconstruction_loss(predicted, batch, t)
         return {"loss": loss + reconstruction, "reconstruction": reconstruction}
