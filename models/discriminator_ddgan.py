@@ -10,8 +10,6 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .unet_ncsnpp import check_wavelet_levels, haar_transform
-
 
 class DDGANDiscriminatorBlock(nn.Module):
     """Residual block with a time embedding. With `down` it halves height and width, rounding down."""
@@ -65,7 +63,9 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         num_class_embeds (`int`, *optional*):
             Number of classes. Class embeddings condition the logits by projection (arXiv 1802.05637).
         wavelet_levels (`int`, defaults to 0):
-            Number of levels of a Haar wavelet transform of both images, as in [`NCSNpp`].
+            Halves the resolution that many times by moving pixels to channels, to work at that of an [`NCSNpp`] with
+            the same number of levels. The convolution that follows is 1x1, so a wavelet transform, a rotation of these
+            channels, would give the same set of functions.
 
     Raises:
         `ValueError`: If `down_blocks` and `block_out_channels` differ in length, or if `sample_size` is too small for
@@ -91,7 +91,11 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        check_wavelet_levels(wavelet_levels, height, width)
+        if wavelet_levels < 0 or height % 2**wavelet_levels or width % 2**wavelet_levels:
+            raise ValueError(
+                f"`wavelet_levels` is {wavelet_levels}, but images of {height}x{width} pixels can be halved that many "
+                f"times only if height and width are divisible by {2 ** max(wavelet_levels, 0)}."
+            )
         height, width = height >> wavelet_levels, width >> wavelet_levels
         if len(down_blocks) != len(block_out_channels):
             raise ValueError(
@@ -169,7 +173,7 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
 
         # 2. features of the pair
         pair = torch.cat([sample, noisy_sample], dim=1)
-        hidden_states = self.conv_in(haar_transform(pair, self.config.wavelet_levels))
+        hidden_states = self.conv_in(F.pixel_unshuffle(pair, 2**self.config.wavelet_levels))
         if hidden_states.device.type == "cpu":  # faster there, depthwise convolutions several times
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
