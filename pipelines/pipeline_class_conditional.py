@@ -360,7 +360,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             in_interval = is_in_interval(guidance_interval, self.scheduler, t)
             use_null_class = in_interval and self.do_classifier_free_guidance
             current_guidance = guidance if in_interval and self.guidance_scale > 1 else None
-            conditional_labels = class_labels[-len(sample) :]
+            conditional_labels: torch.Tensor = class_labels[-len(sample) :]  # pyright: ignore
             scaled = self.scheduler.scale_model_input(sample, t)
             model_input = (torch.cat([scaled, scaled]) if use_null_class else scaled).to(self.unet.dtype)
             labels = class_labels if use_null_class else conditional_labels
