@@ -501,7 +501,9 @@ def test_a_missing_source_is_reported_with_the_places_that_were_tried(tmp_path):
 def test_an_image_folder_needs_no_datasets_library(images, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert len(open_folder(images)) == 13
-    with pytest.raises(InputError, match=r"datasets is not installed\. Run pip install 'datasets>="):
+    with pytest.raises(
+        InputError, match=r"datasets, of the extra \[train\], is not installed\. Run pip install 'datasets>="
+    ):
         open_dataset("some/thing")
 
 
