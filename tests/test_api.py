@@ -117,8 +117,11 @@ def test_ctrl_c_saves_a_checkpoint_and_raises_keyboard_interrupt(tiny_model, ima
 
 @pytest.mark.slow
 def test_notebook_launcher_trains_in_two_processes_after_a_run_in_this_one(
-    tiny_model, pil_images, tmp_path, two_threads
+    tiny_model, pil_images, tmp_path, two_threads, monkeypatch
 ):
+    # where it is installed, Diffusers imports it, and Accelerate then starts no processes from a notebook
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+
     def train(name: str) -> None:  # images large enough for several threads
         flags = {"start_model": tiny_model, "train_data": pil_images, "image_size": 32}
         finetune(**flags, output_dir=tmp_path / name, **SHORT)

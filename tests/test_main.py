@@ -20,7 +20,7 @@ DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "exampl
 FILES = ["netG_1200.pth", "rose.png"]
 FOLDERS = (
     "ddgan-emoji-32 ddgan-stacked-mnist demo digits/best generated/images mnist MNIST my-run noto-emoji-32 "
-    "stacked-mnist untrained"
+    "my-worse-model stacked-mnist untrained"
 )
 
 

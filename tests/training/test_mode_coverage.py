@@ -7,9 +7,11 @@ from tiny import ROOT
 @pytest.mark.slow
 def test_a_four_step_generator_covers_25_gaussians(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from bench_mode_coverage import settings, train
+    from bench_mode_coverage import Gaussians, samples, settings, train
 
-    coverage, fraction_at_modes = train(settings(0.005)["GAN, R1 every 15 steps"], seed=1, steps=800)
+    gaussians = Gaussians()
+    pipeline = train(gaussians, settings(0.005)["GAN, R1 every 15 steps"], seed=1, steps=800)
+    coverage, fraction_at_modes = gaussians.coverage(samples(pipeline, gaussians.num_samples))
     assert coverage.modes >= 20  # 19 to 25, depending on the seed and the processor
     assert coverage.kl < 1  # that of nine equally frequent modes; 0.4 to 0.7 with other seeds
     assert fraction_at_modes > 0.3  # of uniform points between -5 and 5 it is 0.07
