@@ -197,12 +197,7 @@ class PipelineSamples:
         self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
         eta: dict[str, Any] = {} if args.eta is None else {"eta": args.eta}
         guide = load_guide(args, accelerator.device)
-        guidance: dict[str, Any] = {
-            "guidance_scale": args.guidance_scale,
-            "class_guidance_scale": args.class_guidance_scale,
-            "guidance_interval": args.guidance_interval,
-        }
-        guidance = {name: value for name, value in guidance.items() if value is not None}
+        guidance: dict[str, Any] = args.guidance
         options = {**eta, **guidance, **({"guide": guide} if guide else {})}
         self.batch_size = group_size(pipe, args.batch_size)
         self.sampler = GroupSampler(pipe, self.batch_size, args.seed, args.num_inference_steps, self.labels, options)

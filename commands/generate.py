@@ -111,14 +111,8 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     if args.is_guided and guidance_scale is None:
         timesteps = pipe.scheduler.config.num_train_timesteps
         guidance_scale = default_guidance_scale(num_inference_steps or min(DEFAULT_STEPS, timesteps))
-    options: dict[str, Any] = {
-        "guidance_scale": guidance_scale,
-        "guide": guide,
-        "class_guidance_scale": args.class_guidance_scale,
-        "guidance_interval": args.guidance_interval,
-        "eta": args.eta,
-    }
-    options = {name: value for name, value in options.items() if value is not None}
+    others = {"guidance_scale": guidance_scale, "guide": guide, "eta": args.eta}
+    options: dict[str, Any] = args.guidance | {name: value for name, value in others.items() if value is not None}
     if loss:
         options |= {"loss": loss, "gradient": args.guidance_gradient}
     class_labels = None

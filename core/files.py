@@ -206,11 +206,7 @@ def fingerprint_parts(parts: Iterable[bytes | memoryview]) -> str:
 
 def digest_arrays(arrays: Mapping[str, Any]) -> str:
     """Return the BLAKE2b of the contents of C-contiguous NumPy arrays and of their names."""
-    digest = hashlib.blake2b(digest_size=12)
-    for name, array in sorted(arrays.items()):
-        digest.update(name.encode())
-        digest.update(array.data)
-    return digest.hexdigest()
+    return fingerprint_parts(part for name, array in sorted(arrays.items()) for part in (name.encode(), array.data))
 
 
 def digest_files(paths: Iterable[Path]) -> list[tuple[int, str]]:

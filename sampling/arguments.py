@@ -70,6 +70,12 @@ class SamplingArguments(Arguments):
     dtype: str = option("fp32", "data type of the network", choices=DTYPES)
     trust_remote_code: bool = option(False, "run Python code that comes with the pipeline")
 
+    @property
+    def guidance(self) -> dict[str, float | list[float]]:
+        """The scales and the interval of guidance that are set, by the names of the pipelines' arguments."""
+        names = "guidance_scale", "class_guidance_scale", "guidance_interval"
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def __post_init__(self):
         super().__post_init__()
         resolve_locations(self, "pipeline", "autoguidance")

@@ -310,11 +310,7 @@ class Trainer:
         torch.manual_seed(fold_in(self.plan.seed, step, -1 - accelerator.process_index))
         scale = 1 / self.plan.global_batch(step)[2]
         device = accelerator.device
-        images = [
-            batch.images.to(device, non_blocking=True).contiguous(memory_format=self.memory_format)  # pyright: ignore[reportOptionalMemberAccess]
-            for batch in global_batch
-        ]
-        labels = [None if b.labels is None else b.labels.to(device, non_blocking=True) for b in global_batch]
+        inputs = [self._on_device(batch) for batch in global_batch]
         rates: dict[str, float] = {}
         sums: dict[str, torch.Tensor] = {}
         norms: dict[str, torch.Tensor] = {}
@@ -324,7 +320,7 @@ class Trainer:
             model = network.model
             with _frozen(other.spec.network for other in self.networks if other is not network):
                 for i, batch in enumerate(global_batch):
-                    micro_batch = MicroBatch(images[i], labels[i], PerSampleRNG(batch.keys, device, stream), step)
+                    micro_batch = MicroBatch(*inputs[i], PerSampleRNG(batch.keys, device, stream), step)
                     with accelerator.no_sync(model) if i + 1 < len(global_batch) else nullcontext():
                         values = network.spec.objective(model, micro_batch)
                         values = {name: value.sum() * (batch.weight * scale) for name, value in values.items()}
@@ -475,15 +471,19 @@ class Trainer:
             best = ", the lowest so far" if at == step else f" (lowest: {lowest:.4f}, step {at})"
             self.bar.write(f"step {step}: validation loss {value:.4f}{best}")
 
+    def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the images of a micro-batch, in the memory format of the networks, and its labels on the device."""
+        assert batch.images is not None
+        device = self.accelerator.device
+        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+        return batch.images.to(device, non_blocking=True).contiguous(memory_format=self.memory_format), labels
+
     def _validation_losses(self, batches: Generator[Batch, None, None]) -> Iterator[torch.Tensor]:
         """Iterate over the sums of the losses of this process's micro-batches."""
         network, device = self.networks[0], self.accelerator.device
         for batch in batches:
             self.stop.raise_if_requested()
-            assert batch.images is not None
-            images = batch.images.to(device, non_blocking=True).contiguous(memory_format=self.memory_format)
-            labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-            micro_batch = MicroBatch(images, labels, PerSampleRNG(batch.keys, device), self.progress.step)
+            micro_batch = MicroBatch(*self._on_device(batch), PerSampleRNG(batch.keys, device), self.progress.step)
             self.progress.broken.update(batch.broken)
             yield network.spec.objective(network.model, micro_batch)["loss"].sum() * batch.weight
 
