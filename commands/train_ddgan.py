@@ -48,9 +48,9 @@ def train_ddgan(
     size = data_args.size or [32, 32]
     data = session.load_data(data_args, args.image_channels, size, label_args if args.class_conditional else None)
     labels, grid = session.plan_grid(data.classes)
-    args = replace(args, attention_resolutions=attention_resolutions(args, size))
     torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
     generator, discriminator, scheduler = build(args, size, data.classes)
+    args = replace(args, attention_resolutions=list(generator.config.attention_resolutions))
     if run.gradient_checkpointing:
         generator.enable_gradient_checkpointing()
         discriminator.enable_gradient_checkpointing()
@@ -117,12 +117,9 @@ def attention_resolutions(args: DDGANArguments, size: list[int]) -> list[int]:
     """Return the heights of the generator's feature maps with attention, [0] for none.
 
     Raises:
-        InputError: if `args` names a height that no level has, or the wavelet transform does not fit the size.
+        ValueError: if `args` names a height that no level has, or the wavelet transform does not fit the size.
     """
-    try:
-        check_wavelet_levels(args.wavelet_levels, *size)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    check_wavelet_levels(args.wavelet_levels, *size)
     heights = [size[0] >> args.wavelet_levels + level for level in range(len(args.block_out_channels))]
     if args.attention_resolutions is None:
         return [height for height in heights if 0 < height <= MAX_ATTENTION_HEIGHT][:1] or [0]

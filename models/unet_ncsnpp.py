@@ -680,9 +680,8 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         wavelet_levels = self.config.wavelet_levels
-        if wavelet_levels:
-            check_wavelet_levels(wavelet_levels, *sample.shape[2:])
-            sample = haar_transform(sample, wavelet_levels)
+        check_wavelet_levels(wavelet_levels, *sample.shape[2:])
+        sample = haar_transform(sample, wavelet_levels)
         hidden_states = self.conv_in(sample)
         skips, pyramid = [hidden_states], sample
         for block in self.down_blocks:
