@@ -73,7 +73,7 @@ def environment() -> dict[str, str]:
 
 
 def training(name: str, recipe: str, data: Path, evaluation: list[str], args: argparse.Namespace) -> list[Part]:
-    """Return a run of a recipe that is stopped after some minutes, and its evaluation."""
+    """Return a run of a recipe that is stopped after `--minutes`, and its evaluation."""
     run = args.output / "runs" / name
     train = [
         "-m",
