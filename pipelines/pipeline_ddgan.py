@@ -61,8 +61,8 @@ class DDGANPipeline(DiffusionPipeline):
     ):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}, but must be at least 1.")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"`eta` is {eta}, but must be from 0 to 1.")
+        if eta < 0:
+            raise ValueError(f"`eta` is {eta}, but must be at least 0.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
         for name, value in (("generator", generator), ("z_generator", z_generator)):
@@ -128,8 +128,8 @@ class DDGANPipeline(DiffusionPipeline):
                 Number of denoising steps.
             timesteps (`list[int]`, *optional*): Custom timesteps in descending order, instead of a number of steps.
             eta (`float`, defaults to 1.0):
-                Factor of the posterior's standard deviation, in [0, 1]; with 0, each step takes the posterior's mean,
-                and only x_T and z are random.
+                Factor of the posterior's standard deviation, at least 0; with 0, each step takes the posterior's mean,
+                and only x_T and z are random. Values above 1 give samples with more variety, of which fewer are good.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Generators for all noise; with a list of one per image, image i depends on generator i only.
             z_generator (`torch.Generator` or `list[torch.Generator]`, *optional*, defaults to `generator`):

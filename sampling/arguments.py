@@ -38,9 +38,8 @@ class SamplingArguments(Arguments):
     eta: float | None = option(
         None,
         "scale of the noise that DDGAN and DDIM steps add; 0 is deterministic after the first noise and, for a DDGAN, "
-        "z (default: 1 for a DDGAN, 0 for DDIM)",
+        "z; above 1, a DDGAN's samples have more variety (default: 1 for a DDGAN, 0 for DDIM)",
         minimum=0,
-        maximum=1,
     )
     guidance_scale: float | None = option(
         None,

@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from .. import ClassConditionalPipeline
+from .. import ClassConditionalPipeline, DDGANScheduler
 from ..core.errors import InputError, RunError
 from ..pipelines.pipeline_class_conditional import (
     Autoguidance,
@@ -76,6 +76,10 @@ def sample(
         check_steps(pipe.scheduler, num_inference_steps)
     if "eta" in options and "eta" not in inspect.signature(pipe.scheduler.step).parameters:
         raise InputError(f"The steps of a {type(pipe.scheduler).__name__} take no eta.")
+    if options.get("eta", 0) > 1 and not isinstance(pipe.scheduler, DDGANScheduler):
+        raise InputError(
+            f"An eta of {options['eta']:g} is for DDGANs: that of a {type(pipe.scheduler).__name__} is at most 1."
+        )
     plain_options = {"eta"}
     if "guide" in options:
         plain_options |= {"guide", "guidance_scale", "guidance_interval"}

@@ -222,7 +222,7 @@ class DDGANScheduler(SchedulerMixin, ConfigMixin):
             variance_noise (`torch.Tensor`, *optional*):
                 Standard normal noise to use instead of generating it, of the same shape as `sample`.
             eta (`float`, defaults to 1.0):
-                Factor of the posterior's standard deviation, in [0, 1]; with 0, x_s is the posterior's mean.
+                Factor of the posterior's standard deviation, at least 0; with 0, x_s is the posterior's mean.
 
         Returns:
             [`DDGANSchedulerOutput`] or `tuple`: x_s and the predicted x_0.

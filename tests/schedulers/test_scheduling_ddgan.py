@@ -461,8 +461,9 @@ def test_eta_scales_the_noise_and_0_is_the_mean_without_random_numbers(timestep)
     assert torch.equal(generator.get_state(), before)
     assert torch.equal(mean, step(variance_noise=torch.zeros_like(noise)))
     assert torch.equal(mean, step(variance_noise=noise, eta=0))
-    full, half = step(variance_noise=noise), step(variance_noise=noise, eta=0.5)
+    full, half, double = (step(variance_noise=noise, eta=eta) for eta in (1.0, 0.5, 2.0))
     torch.testing.assert_close(half - mean, (full - mean) / 2)
+    torch.testing.assert_close(double - mean, 2 * (full - mean))
     assert (full - mean)[0].abs().max() > 0.1
     assert torch.equal(step(eta=1.0, generator=seeded(0)), step(generator=seeded(0)))
 
