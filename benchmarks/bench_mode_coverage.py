@@ -59,6 +59,7 @@ class Setting:
     penalties: GradientPenalties = field(default_factory=GradientPenalties)
     reconstruction_weight: float = 0.0
     variance_schedule: str = "vp"
+    d_steps: int = 1
 
 
 def settings(gamma: float) -> dict[str, Setting]:
@@ -68,6 +69,7 @@ def settings(gamma: float) -> dict[str, Setting]:
     return {
         "GAN, R1 every 15 steps": Setting(penalties=GradientPenalties(0.05, interval=15)),
         "GAN, R1": Setting(penalties=GradientPenalties(gamma)),
+        "GAN, R1, G updated every second step": Setting(penalties=GradientPenalties(gamma), d_steps=2),
         "GAN, R1 and R2": Setting(penalties=exact),
         "relativistic, R1 and R2": Setting("relativistic", exact),
         "relativistic, R1 and R2, finite differences": Setting("relativistic", estimated),
@@ -223,6 +225,8 @@ def train(problem: Gaussians | StackedMNIST, setting: Setting, seed: int, steps:
     for step in range(steps):
         images = problem.images(rng)
         for stream, (network, optimizer, objective) in enumerate(zip(networks, optimizers, objectives, strict=True)):
+            if network is generator and step % setting.d_steps:
+                continue
             batch_rng = BatchRNG((seed * steps + step) * 2 + stream, problem.batch_size)
             batch = MicroBatch(images, None, batch_rng, step)  # pyright: ignore[reportArgumentType]
             optimizer.zero_grad()

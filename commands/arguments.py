@@ -253,6 +253,9 @@ class DDGANArguments(Arguments):
     reconstruction_weight: float = option(
         0.0, "weight of the squared error of the predicted clean image; speeds up training on small data", minimum=0
     )
+    d_steps: int = option(
+        1, "updates of the discriminator, one in each step, per update of the generator", minimum=1, maximum=100
+    )
     diffaug: list[str] = option(
         [], "differentiable augmentations, for small datasets: any of color,translation,cutout"
     )

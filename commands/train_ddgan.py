@@ -82,6 +82,7 @@ def train_ddgan(
             objective=GeneratorObjective(gan),
             optimizer=adam(generator.parameters(), args.lr_g),
             lr_schedule=cosine,
+            interval=args.d_steps,
         ),
     ]
 

@@ -126,6 +126,15 @@ def test_learning_rates_follow_half_a_cosine_in_steps_of_an_epoch(train):
     assert [row["d_learning_rate"] for row in rows] == pytest.approx([2e-4] * 4 + [1.5e-4] * 4)
 
 
+def test_the_generator_is_updated_once_in_d_steps_steps(train):
+    run = train("run", "--max_train_steps", 8, "--d_steps", 3, "--lr_g", "4e-4", "--lr_min", "1e-4")
+    rows = read_metrics(run / "metrics.csv")
+    assert [row["step"] for row in rows if not math.isnan(row["g_loss"])] == [1, 4, 7]
+    assert [row["step"] for row in rows if math.isnan(row["d_loss"])] == []
+    rates = [row["g_learning_rate"] for row in rows if not math.isnan(row["g_learning_rate"])]
+    assert rates == pytest.approx([4e-4, 4e-4, 2.5e-4])  # four steps an epoch, updates or not
+
+
 def test_the_run_equals_the_plain_computation_also_with_gradient_accumulation(train, started, images):
     """Compared with a loop written out here, over global batches of 8 and 5 images in two micro-batches."""
     more = ["--diffaug", "color,translation", *LOW_RATES]
@@ -199,7 +208,7 @@ def test_two_processes_equal_one_that_accumulates(train, tmp_path, more):
         assert second == pytest.approx(first, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
-@pytest.mark.parametrize(("stop", "more"), [(3, []), (5, OTHER_LOSS.split())])
+@pytest.mark.parametrize(("stop", "more"), [(3, []), (5, [*OTHER_LOSS.split(), "--d_steps", 3])])
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(train, stop, more):
     straight = train("straight", "--random_flip", *more)
     train("resumed", "--random_flip", "--checkpointing_steps", stop, *more)

@@ -33,6 +33,7 @@ class TrainedNetwork:
         lr_schedule: creates the learning-rate schedule from the optimizer and the number of its steps.
         name: prefix of its columns in metrics.csv; empty if the run trains one network.
         first_step: the optimizer step, from 0, at which its training and its learning-rate schedule begin.
+        interval: optimizer steps between its updates, beginning with `first_step`.
     """
 
     network: torch.nn.Module
@@ -41,6 +42,7 @@ class TrainedNetwork:
     lr_schedule: Callable[[torch.optim.Optimizer, int], LambdaLR]
     name: str = ""
     first_step: int = 0
+    interval: int = 1
 
 
 @dataclass(kw_only=True)

@@ -317,6 +317,9 @@ class Trainer:
         for stream, network in enumerate(self.networks):
             if step < network.spec.first_step:
                 continue
+            if (step - network.spec.first_step) % network.spec.interval:
+                network.lr_schedule.step()
+                continue
             model = network.model
             with _frozen(other.spec.network for other in self.networks if other is not network):
                 for i, batch in enumerate(global_batch):
