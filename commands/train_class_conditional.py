@@ -59,7 +59,10 @@ def train_class_conditional(
     if run.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     scheduler = DDPMScheduler(
-        NUM_TRAIN_TIMESTEPS, beta_schedule="squaredcos_cap_v2", prediction_type=args.prediction_type
+        NUM_TRAIN_TIMESTEPS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=args.prediction_type,
+        timestep_spacing="trailing",  # samples in a few steps then start from noise (arXiv 2305.08891, sec. 3.3)
     )
     objective = ClassConditionalObjective(
         scheduler,

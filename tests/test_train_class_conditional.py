@@ -108,7 +108,8 @@ def test_a_run_saves_a_pipeline_that_generates_each_class_and_a_grid_with_a_row_
     config = pipe.unet.config
     assert (config.num_classes, config.class_dropout, config.in_channels) == (3, 0.5, 1)
     assert pipe.labels == {"a": 0, "b": 1, "c": 2}
-    assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    config = pipe.scheduler.config
+    assert (config.beta_schedule, config.timestep_spacing) == ("squaredcos_cap_v2", "trailing")
     images = pipe(["c", "a"], guidance_scale=2, num_inference_steps=2).images
     assert [(image.size, image.mode) for image in images] == [((8, 8), "L")] * 2
     assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-0000000{i}.png" for i in (0, 3, 6)]

@@ -127,7 +127,8 @@ def new_model(config: str, size: Sequence[int] | None = None, prediction_type: s
             f"--model_config {config} is class-conditional. ddgan train-class-conditional trains such networks."
         )
     _use_size(unet, config, size)
-    scheduler = DDPMScheduler()
+    # with trailing timesteps, samples in a few steps start from noise (arXiv 2305.08891, sec. 3.3)
+    scheduler = DDPMScheduler(timestep_spacing="trailing")
     scheduler.register_to_config(prediction_type=prediction_type or "epsilon")
     return DDPMPipeline(unet, scheduler)
 
