@@ -540,7 +540,7 @@ def write_results(results: Results, args: EvaluateArguments, seconds: float) -> 
 
 def print_results(results: Results, args: EvaluateArguments) -> None:
     """Print the results with their protocol, and the files that contain them."""
-    print(f"\n{format_table(results.metrics, results.floors)}\n")
+    print(f"\n{format_table(results.metrics, results.floors, results.protocol.extractor.name)}\n")
     for part, text in results.protocol.descriptions().items():
         print(f"{part.replace('_', ' ')}: {text}")
     if results.floors:
