@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard
 
 from ..core.files import fingerprint, replace_file
-from .arguments import INCEPTION, STACKED_MNIST_SAMPLES
-from .facts import EvaluationProtocol
+from .arguments import DINOV2, INCEPTION, STACKED_MNIST_SAMPLES
+from .facts import CLIP_GUIDANCE, EvaluationProtocol
 from .metrics import METRICS, MetricValue
 
 if TYPE_CHECKING:
@@ -122,6 +122,12 @@ def comparability_warnings(
     for name, number in (("samples", properties.channels), ("reference images", reference and reference.channels)):
         if channels == 1 and not counts_modes and number == 3:
             warnings.append(f"The {name} are in color, but this classifier only sees them in gray.")
+    if is_clip and (models := samples.settings.get(CLIP_GUIDANCE)):
+        warnings.append(
+            f"The samples were generated with guidance by CLIP ({models}), and these are features of CLIP, so the "
+            "numbers favor them. Measure guided images with features of another kind, such as --feature_extractor "
+            f"{DINOV2}."
+        )
     if reference is None:
         return warnings
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -718,9 +719,29 @@ def test_features_of_clip_give_cmmd(run, folders, clip, capsys):
     assert (protocol["images"], protocol["reference_images"], protocol["estimator"]) == (40, 40, "unbiased")
     assert "to 16x16, bicubic" in protocol["extractor"] and "images 40" in protocol["samples"]
     assert any(line.startswith("CMMD@40 ") for line in capsys.readouterr().out.splitlines())
-    assert "FD is unreliable" not in warnings(results)
+    assert "FD is unreliable" not in warnings(results) and "favor" not in warnings(results)
     few = run(*flags, "--extractor_weights", clip, "--num_images", 12)
     assert "FD is unreliable. Features with fewer dimensions, or CMMD, need fewer images." in warnings(few)
+
+
+@pytest.mark.parametrize(
+    ("settings", "model"),
+    [
+        ({"clip_prompt": ["a rose"], "clip_model": ["ViT-B-32", "laion2b"]}, "ViT-B-32 laion2b"),
+        ({"towards": ["color:red", "2*clip_image:rose.png"]}, "openai/clip-vit-base-patch32"),
+        ({"towards": ["reference:clip:a.png"], "clip_model": ["openai/clip-vit-base-patch32"]}, None),
+    ],
+)
+def test_samples_that_clip_guided_have_a_warning_with_features_of_clip(run, folders, clip, tmp_path, settings, model):
+    images = shutil.copytree(folders["samples"], tmp_path / "guided" / "images")
+    (tmp_path / "guided" / "generate.json").write_text(json.dumps(settings))
+    flags = ["--feature_extractor", "clip-vit-b-32", "--extractor_weights", clip]
+    guided = run("--images", images, *flags)
+    message = f"generated with guidance by CLIP ({model}), and these are features of CLIP"
+    assert (message in warnings(guided)) == bool(model)
+    assert guided["samples"].get("clip_guidance") == model
+    assert "guidance by CLIP" not in warnings(run("--images", images))
+    assert "guidance by CLIP" not in warnings(run("--images", folders["samples"], *flags))
 
 
 def test_numbers_in_the_model_card_replace_those_of_the_same_protocol(run, folders, tmp_path):
