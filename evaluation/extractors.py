@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants
 from torch import nn
 
 from ..core.errors import naming_file
@@ -217,6 +218,9 @@ def _load_inception(weights: str | None) -> InceptionV3Compat:
     file = URL_INCEPTION_V3.rpartition("/")[2]
     try:
         if weights is None:
+            cached = Path(torch.hub.get_dir(), "checkpoints", file)
+            if constants.HF_HUB_OFFLINE and not cached.exists():
+                raise OSError(f"HF_HUB_OFFLINE is set, and {cached} does not exist")
             return InceptionV3Compat(FeatureExtractorInceptionV3(INCEPTION, layers, verbose=False))
         # torch-fidelity would unpickle anything, so it only gets a copy of tensors that were loaded safely
         tensors = io.BytesIO()

@@ -3,6 +3,7 @@
 import io
 import logging
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import CLIPModel, CLIPVisionConfig, Dinov2Config, Dinov2Model
 from ddgan.core.errors import InputError
 from ddgan.evaluation.arguments import EXTRACTOR_NAMES, HUB_EXTRACTORS
 from ddgan.evaluation.classifier import ImageClassifier
-from ddgan.evaluation.extractors import EXTRACTORS, _architecture, load_extractor
+from ddgan.evaluation.extractors import EXTRACTORS, _architecture, load_extractor, weights_digest
 from ddgan.evaluation.metrics import Gaussian, frechet_distance
 
 
@@ -259,11 +260,38 @@ def test_unavailable_extractors_are_reported(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", no_network)
     with pytest.raises(
         ValueError, match=r"downloaded: no network.*--extractor_weights; or use --feature_extractor pixels-8x8"
     ):
         load_extractor("inception-v3-compat")
+
+
+@pytest.mark.parametrize("name", EXTRACTOR_NAMES)
+def test_nothing_is_downloaded_in_offline_mode(name, tmp_path, monkeypatch):
+    def connect(*args, **kwargs):
+        raise AssertionError("a connection was attempted")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if name == "pixels-8x8":
+        assert load_extractor(name).name == name
+        return
+    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set.*--extractor_weights.*pixels-8x8") as error:
+        load_extractor(name)
+    assert "\n" not in str(error.value)
+
+
+def test_downloaded_weights_are_used_in_offline_mode(random_inception, tmp_path, monkeypatch):
+    file = tmp_path / "torch" / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(random_inception.state_dict(), file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_extractor("inception-v3-compat").digest == weights_digest(random_inception)
 
 
 def test_the_table_has_the_names_that_arguments_accept():
