@@ -18,12 +18,12 @@ from ..core.locations import resolve_locations, resolve_paths
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import (
     CACHE_DIR,
-    EXTRACTOR_NAMES,
+    EXTRACTOR_HELP,
     INCEPTION,
     MIN_IMAGES,
     NORM_GROUPS,
-    PIXELS,
     STACKED_MNIST_SAMPLES,
+    WEIGHTS_HELP,
     resolve_extractor,
 )
 from ..guidance.arguments import (
@@ -619,12 +619,8 @@ class EvaluateArguments(SamplingArguments):
         "values of black and white in the files of --images and references: --value_range 0 4095 (default: the full "
         "range of their bits for integers, 0 1 for floating-point numbers)",
     )
-    feature_extractor: str | None = option(
-        None,
-        f"{', '.join(EXTRACTOR_NAMES)} (default: {INCEPTION}), or a classifier folder from ddgan train-classifier; "
-        f"the first two download their weights, {PIXELS} needs none",
-    )
-    extractor_weights: str | None = option(None, "file (inception-v3-compat) or folder (dinov2) with its weights")
+    feature_extractor: str | None = option(None, f"network that computes the features: {EXTRACTOR_HELP}")
+    extractor_weights: str | None = option(None, WEIGHTS_HELP)
     classifier: str | None = option(
         None, "classifier folder that predicts classes and digits (default: the feature extractor, if it is one)"
     )

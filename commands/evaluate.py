@@ -28,7 +28,7 @@ from ..data.sources import ImageSource, check_dataset_options, open_source
 from ..evaluation.arguments import MIN_IMAGES, STACKED_MNIST_SAMPLES
 from ..evaluation.coverage import confusion_matrix_plot
 from ..evaluation.extractors import ClassifierFeatures, FeatureExtractor, load_extractor
-from ..evaluation.facts import SampleFacts
+from ..evaluation.facts import CLIP_GUIDANCE, SampleFacts
 from ..evaluation.features import Features, extract_features, locked_parts
 from ..evaluation.metrics import MIN_HELD_OUT
 from ..evaluation.references import (
@@ -47,6 +47,7 @@ from ..sampling.groups import GroupSampler, group_size
 from ..sampling.loading import DTYPES, load_guide, load_pipeline, pipeline_hash, with_scheduler
 from ..sampling.spacing import changed_spacing
 from .arguments import DEFAULT_NUM_IMAGES, EvaluateArguments
+from .generate import clip_guidance
 
 logger = logging.getLogger("ddgan")
 
@@ -252,6 +253,7 @@ class StoredSamples:
         if self.count > total:
             raise InputError(f"--num_images is {self.count}, but {args.images} has {total} images.")
         self.indices = range(self.count) if args.class_labels is not None else random_subset(total, self.count)
+        guidance = None if isinstance(args.images, InMemory) else clip_guidance(Path(args.images))
         self.facts = SampleFacts(
             count=self.count,
             properties=describe_images([self.images.image(self.indices[i]) for i in evenly_spaced(self.count)]),
@@ -260,6 +262,7 @@ class StoredSamples:
                 "class_labels": self.labels,
                 "order": "natural order of the files, or as stored" if self.labels else None,
                 "value_range": args.value_range,
+                **({CLIP_GUIDANCE: guidance} if guidance else {}),
             },
         )
         first = self.images.image(self.indices[0])
@@ -540,7 +543,7 @@ def write_results(results: Results, args: EvaluateArguments, seconds: float) -> 
 
 def print_results(results: Results, args: EvaluateArguments) -> None:
     """Print the results with their protocol, and the files that contain them."""
-    print(f"\n{format_table(results.metrics, results.floors)}\n")
+    print(f"\n{format_table(results.metrics, results.floors, results.protocol.extractor.name)}\n")
     for part, text in results.protocol.descriptions().items():
         print(f"{part.replace('_', ' ')}: {text}")
     if results.floors:

@@ -8,6 +8,7 @@ import inspect
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..core.errors import InputError
 from ..core.files import remove_temporary_files, replace_file
 from ..core.locks import locked
 from ..core.threads import one_thread_per_operation, run_in_threads
-from ..guidance.arguments import default_guidance_scale
+from ..guidance.arguments import DEFAULT_MODEL, default_guidance_scale, needs_clip
 from ..guidance.registry import includes_clip, parse_loss, sum_losses
 from ..pipelines.pipeline_guided import DEFAULT_STEPS
 from ..sampling.arguments import VARY_COLUMNS
@@ -39,7 +40,7 @@ from ..sampling.steps import trained_steps
 from ..sampling.traces import check_traceable, intermediates
 from .arguments import GRID_IMAGES, GenerateArguments
 
-SETTINGS, GRID, INTERMEDIATES = "generate.json", "grid.png", "intermediates.png"
+IMAGES, SETTINGS, GRID, INTERMEDIATES = "images", "generate.json", "grid.png", "intermediates.png"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def generate(args: GenerateArguments) -> GeneratedImages:
     folder = Path(args.output_dir)
     return GeneratedImages(
         folder=folder,
-        files=ImageFiles(folder / "images", args.format, args.num_images),
+        files=ImageFiles(folder / IMAGES, args.format, args.num_images),
         grid=folder / GRID if args.grid else None,
         intermediates=folder / INTERMEDIATES if args.intermediates else None,
     )
@@ -166,7 +167,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     accelerator.wait_for_everyone()
 
     sampler = GroupSampler(pipe, size, args.seed, num_inference_steps, labels, options, args.vary)
-    files = ImageFiles(output / "images", args.format, args.num_images, sampler.class_label, image_format(pipe))
+    files = ImageFiles(output / IMAGES, args.format, args.num_images, sampler.class_label, image_format(pipe))
     total, missing = files.missing(size, sampler.offset, accelerator.process_index, accelerator.num_processes)
     count = sum(map(len, missing))
 
@@ -182,7 +183,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     accelerator.wait_for_everyone()
     rate = sum(gather_object([count])) / (time.perf_counter() - started)
     if accelerator.is_main_process:
-        print(f"{args.num_images} images: {output / 'images'}" + (f" ({rate:.3g} images per second)" if rate else ""))
+        print(f"{args.num_images} images: {output / IMAGES}" + (f" ({rate:.3g} images per second)" if rate else ""))
         if args.grid:
             first_images = list(islice(GeneratedImages(output, files), GRID_IMAGES))
             layout = rows_and_columns(sampler, len(first_images)) if args.vary else {}
@@ -195,6 +196,23 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
             replace_file(output / INTERMEDIATES, steps_strip(*trace).save)
             print(f"denoising steps of the first image: {output / INTERMEDIATES}")
     accelerator.end_training()
+
+
+def clip_guidance(images: Path) -> str | None:
+    """Return the CLIP model that guided the images in a folder or shard of this command.
+
+    Returns:
+        Its name; None without guidance by CLIP, or if the settings of the images are unknown.
+    """
+    if not images.exists():  # they are on the Hub, or at a URL
+        return None
+    folder = images.resolve() if images.is_dir() else images.resolve().parent
+    path = (folder.parent if folder.name == IMAGES else folder) / SETTINGS
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # missing, or not written by this command
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.get("clip_prompt") or any(map(needs_clip, settings.get("towards") or [])):
+            return " ".join(settings.get("clip_model") or [DEFAULT_MODEL])
+    return None
 
 
 def guidance_loss(args: GenerateArguments, device: torch.device) -> GuidanceLoss:
@@ -222,9 +240,9 @@ def rows_and_columns(sampler: GroupSampler, num_images: int) -> dict[str, Any]:
 def prepare(output: Path, settings: dict, overwrite: bool) -> None:
     """Write the settings of the images to come, and remove those that they replace."""
     if overwrite:
-        for path in (*existing_files(output / "images"), output / GRID, output / INTERMEDIATES):
+        for path in (*existing_files(output / IMAGES), output / GRID, output / INTERMEDIATES):
             path.unlink(missing_ok=True)
-    for folder in (output, output / "images"):
+    for folder in (output, output / IMAGES):
         remove_temporary_files(folder)
     replace_file(output / SETTINGS, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
 
@@ -235,12 +253,12 @@ def check_settings(output: Path, settings: dict) -> None:
     Raises:
         InputError: if the settings of the images in the folder are different, unknown or cannot be read.
     """
-    if not existing_files(output / "images"):
+    if not existing_files(output / IMAGES):
         return
     remedy = "Choose another --output_dir, or replace them with --overwrite"
     if not (output / SETTINGS).exists():
         raise InputError(
-            f"{output / 'images'} contains images, but there is no {SETTINGS} with their settings. {remedy}."
+            f"{output / IMAGES} contains images, but there is no {SETTINGS} with their settings. {remedy}."
         )
     try:
         existing = dict(json.loads((output / SETTINGS).read_text(encoding="utf-8")))

@@ -12,6 +12,7 @@ from ..core.locations import resolve_paths
 METRIC_NAMES = (
     "fid",
     "kid",
+    "cmmd",
     "precision",
     "recall",
     "density",
@@ -25,7 +26,28 @@ METRIC_NAMES = (
     "mode_kl",
     "class_accuracy",
 )
-EXTRACTOR_NAMES = INCEPTION, DINOV2, PIXELS = "inception-v3-compat", "dinov2", "pixels-8x8"
+INCEPTION, PIXELS = "inception-v3-compat", "pixels-8x8"
+DINOV2, CLIP = "dinov2-vit-l-14", "clip-vit-l-14-336px"  # those of FD-DINOv2 and of CMMD
+# extractors that are models of Transformers, named as in torch-fidelity, and their repositories
+HUB_EXTRACTORS = {
+    "dinov2-vit-s-14": "facebook/dinov2-small",
+    "dinov2-vit-b-14": "facebook/dinov2-base",
+    DINOV2: "facebook/dinov2-large",
+    "dinov2-vit-g-14": "facebook/dinov2-giant",
+    "clip-vit-b-32": "openai/clip-vit-base-patch32",
+    "clip-vit-b-16": "openai/clip-vit-base-patch16",
+    "clip-vit-l-14": "openai/clip-vit-large-patch14",
+    CLIP: "openai/clip-vit-large-patch14-336",
+}
+EXTRACTOR_NAMES = INCEPTION, *HUB_EXTRACTORS, PIXELS
+EXTRACTOR_HELP = (
+    f"{', '.join(EXTRACTOR_NAMES)}, or a classifier folder from ddgan train-classifier; all but {PIXELS} and "
+    f"classifiers download their weights (default: {INCEPTION})"
+)
+WEIGHTS_HELP = (
+    f"weights of the extractor, instead of downloading them: a file for {INCEPTION}, a folder or repository of a "
+    "Transformers model for DINOv2 and CLIP"
+)
 CACHE_DIR = Path(HF_HOME) / "ddgan-evaluation"  # of the features of references
 MIN_IMAGES = 12  # of samples and of references: six in each half
 STACKED_MNIST_SAMPLES = 25_600  # the usual number of samples for counting modes, in arXiv 2112.07804 and others
@@ -50,6 +72,6 @@ def resolve_extractor(arguments: Any) -> None:
         ) from None
     if arguments.extractor_weights:
         raise InputError(
-            f"--extractor_weights {arguments.extractor_weights} are for {INCEPTION} and {DINOV2}, but "
+            f"--extractor_weights {arguments.extractor_weights} are for {INCEPTION}, DINOv2 and CLIP, but "
             f"--feature_extractor {arguments.feature_extractor} is a classifier with weights of its own: omit it."
         )

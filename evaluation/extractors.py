@@ -4,10 +4,12 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants
 from torch import nn
 
 from ..core.errors import naming_file
@@ -15,19 +17,17 @@ from ..core.extras import missing_extra
 from ..core.locations import hub_problem
 from ..data.images import RESIZE, resized, with_channels
 from ..sampling.loading import check_complete, realign_parameters
-from .arguments import DINOV2, INCEPTION, PIXELS
+from .arguments import HUB_EXTRACTORS, INCEPTION, PIXELS
 from .classifier import ImageClassifier
 from .facts import ExtractorFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DINOV2_WEIGHTS = "facebook/dinov2-large"  # the model of arXiv 2306.04675
 _OFFLINE = (
     f"or use --feature_extractor {PIXELS}, which needs no weights, or the folder of a classifier, such as "
     "examples/classifiers/mnist or one of your own images (ddgan train-classifier)."
 )
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FeatureExtractor(nn.Module):
@@ -41,9 +41,11 @@ class FeatureExtractor(nn.Module):
         channels: 1 or 3; gray images are repeated for 3, color images converted to gray for 1.
         resize: how images are resized to the input of the network.
         logits_input: attribute of `MetricInputs` that takes its logits; None if it has none.
+        is_clip: whether the features are those of CLIP, which CMMD compares.
     """
 
     logits_input: str | None = None
+    is_clip = False
 
     def __init__(self, name: str, network: nn.Module, channels: int, resize: str):
         super().__init__()
@@ -81,17 +83,49 @@ class InceptionV3Compat(FeatureExtractor):
         return dict(zip(("features", "logits"), self.network(images), strict=True))
 
 
-class Dinov2(FeatureExtractor):
-    """A DINOv2 transformer; its features are the normalized class token."""
+class VisionTransformer(FeatureExtractor):
+    """A vision transformer of Transformers.
 
-    def __init__(self, network: "PreTrainedModel", name: str):
-        self.size = 16 * network.config.patch_size
-        super().__init__(f"{DINOV2} ({name})", network, 3, f"to {self.size}x{self.size}, {RESIZE}")
+    Images are resized to a square without cropping, bicubic like in arXiv 2306.04675 and 2401.09603, whereas
+    torch-fidelity resizes them like TensorFlow 1.
+
+    Args:
+        size: height and width of its input.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    output: str  # name of its output with the features
+
+    def __init__(self, network: "PreTrainedModel", name: str, size: int):
+        self.size = size
+        super().__init__(name, network, 3, f"to {size}x{size}, {RESIZE}")
 
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         images = resized(images, self.size, self.size).float() / 255
-        mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
-        return {"features": self.network((images - mean) / std).pooler_output}
+        mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return {"features": self.network((images - mean) / std)[self.output]}
+
+
+class Dinov2(VisionTransformer):
+    """A DINOv2 model; its features are the normalized class token."""
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    output = "pooler_output"
+
+    def __init__(self, network: "PreTrainedModel", name: str):
+        super().__init__(network, name, 16 * network.config.patch_size)
+
+
+class Clip(VisionTransformer):
+    """A CLIP model; its features are the projected embeddings of images, which are not normalized."""
+
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    output = "image_embeds"
+    is_clip = True
+
+    def __init__(self, network: "PreTrainedModel", name: str):
+        super().__init__(network, name, network.config.image_size)
 
 
 class Pixels8x8(FeatureExtractor):
@@ -132,8 +166,9 @@ def load_extractor(name: str, weights: str | None = None, device: str | torch.de
     Args:
         name: a key of `EXTRACTORS`, or the folder of an `ImageClassifier`.
         weights:
-            For inception-v3-compat a file (.pth or .safetensors) with torch-fidelity's weights, instead of downloading
-            them; for dinov2 a folder or repository, instead of facebook/dinov2-large.
+            For inception-v3-compat a file (.pth or .safetensors) with torch-fidelity's weights; for DINOv2 and CLIP a
+            folder or repository. By default they are downloaded. A model of another architecture than the named one
+            has the name of its folder.
 
     Raises:
         ValueError: if there is no such extractor, or its weights cannot be loaded or do not fit.
@@ -176,12 +211,16 @@ def weights_digest(network: nn.Module) -> str:
 
 def _load_inception(weights: str | None) -> InceptionV3Compat:
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     except ImportError:
         raise ValueError(f"{INCEPTION} needs a package: {missing_extra('torch-fidelity', 'eval')}.") from None
     layers = ["2048", "logits_unbiased"]
+    file = URL_INCEPTION_V3.rpartition("/")[2]
     try:
         if weights is None:
+            cached = Path(torch.hub.get_dir(), "checkpoints", file)
+            if constants.HF_HUB_OFFLINE and not cached.exists():
+                raise OSError(f"HF_HUB_OFFLINE is set, and {cached} does not exist")
             return InceptionV3Compat(FeatureExtractorInceptionV3(INCEPTION, layers, verbose=False))
         # torch-fidelity would unpickle anything, so it only gets a copy of tensors that were loaded safely
         tensors = io.BytesIO()
@@ -194,9 +233,9 @@ def _load_inception(weights: str | None) -> InceptionV3Compat:
         reason = str(error).strip().splitlines()[0]
         if weights is None:
             raise ValueError(
-                f"The weights of {INCEPTION} could not be downloaded: {reason}. Download "
-                "weights-inception-2015-12-05-6726825d.pth from torch-fidelity's releases on a machine with network "
-                f"access and pass the file with --extractor_weights; {_OFFLINE}"
+                f"The weights of {INCEPTION} could not be downloaded: {reason}. Download {file} from torch-fidelity's "
+                "releases on a machine with network access and pass the file with --extractor_weights; "
+                f"{_OFFLINE}"
             ) from error
         raise ValueError(f"The file {weights} does not hold the weights of {INCEPTION}: {reason}") from error
 
@@ -209,24 +248,61 @@ def _load_tensors(path: str) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _load_dinov2(weights: str | None) -> Dinov2:
-    from transformers import Dinov2Model
+def _load_transformer(name: str, weights: str | None) -> VisionTransformer:
+    from transformers import AutoConfig, CLIPVisionModelWithProjection, Dinov2Model
+    from transformers.utils import logging
 
-    source = weights or DINOV2_WEIGHTS
+    source = weights or HUB_EXTRACTORS[name]
+    family, model_type, network_class, extractor_class = ("dinov2", "dinov2", Dinov2Model, Dinov2)
+    if name.startswith("clip-"):
+        family, model_type = "clip", "clip_vision_model"
+        network_class, extractor_class = CLIPVisionModelWithProjection, Clip
     if not Path(source).exists() and (problem := hub_problem(source)):
         raise ValueError(
-            f"The DINOv2 model {source} cannot be loaded: there is no such folder, and {problem} Another model can be "
-            f"named with --extractor_weights; {_OFFLINE}"
+            f"The weights of {name} cannot be loaded: there is no folder {source}, and {problem} A folder that was "
+            f"copied from another machine is passed with --extractor_weights; {_OFFLINE}"
         )
     try:
-        network = Dinov2Model.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if vision_config := getattr(config, "vision_config", None):  # of a model with a text encoder
+            vision_config.projection_dim = getattr(config, "projection_dim", vision_config.projection_dim)
+            config = vision_config
+        if config.model_type != model_type:
+            raise ValueError(f"it is a model of the type {config.model_type}")
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # no table of the tensors of the text encoder, which is left out
+        try:
+            loaded: Any = network_class.from_pretrained(
+                source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        network, info = loaded
+    except Exception as error:  # damaged configs and weights make Transformers raise almost anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"The DINOv2 model {source} could not be loaded: {reason}. Pass the folder or repository of one with "
-            f"--extractor_weights; {_OFFLINE}"
+            f"The weights of {name}, {source}, could not be loaded: {reason.removesuffix('.')}. --extractor_weights "
+            f"names a folder or repository such as {HUB_EXTRACTORS[name]}; {_OFFLINE}"
         ) from error
-    return Dinov2(network, Path(source).name)
+    mismatched = [key for key, *_ in info["mismatched_keys"]]
+    if lacking := sorted([*info["missing_keys"], *mismatched]):
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ValueError(
+            f"The weights of {name}, {source}, do not fit their config: {lacking[0]}{more} missing or of another "
+            f"shape. --extractor_weights names a folder or repository such as {HUB_EXTRACTORS[name]}."
+        )
+    is_named = all(getattr(network.config, key) == value for key, value in _architecture(name).items())
+    return extractor_class(network, name if is_named else f"{family} ({Path(source).name})")
+
+
+def _architecture(name: str) -> dict[str, int]:
+    """Return the values of a model's config that distinguish it from the other sizes."""
+    size, patch, *resolution = name.partition("-vit-")[2].split("-")
+    width, layers = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "g": (1536, 40)}[size]
+    architecture = {"hidden_size": width, "num_hidden_layers": layers, "patch_size": int(patch)}
+    if name.startswith("clip-"):
+        architecture["image_size"] = int(resolution[0].removesuffix("px")) if resolution else 224
+    return architecture
 
 
 def _load_pixels(weights: str | None) -> Pixels8x8:
@@ -237,6 +313,6 @@ def _load_pixels(weights: str | None) -> Pixels8x8:
 
 EXTRACTORS: dict[str, Callable[[str | None], FeatureExtractor]] = {
     INCEPTION: _load_inception,
-    DINOV2: _load_dinov2,
+    **{name: partial(_load_transformer, name) for name in HUB_EXTRACTORS},
     PIXELS: _load_pixels,
 }

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+CLIP_GUIDANCE = "clip_guidance"  # key of `SampleFacts.settings`: the CLIP model that guided the samples
+
 _PACKAGES = (
     "diffusers-ddgan",
     "torch",

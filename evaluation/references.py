@@ -83,7 +83,7 @@ class Reference:
     def __init__(self, facts: ReferenceFacts, features: Features | None = None, gaussian: Gaussian | None = None):
         self.facts, self.features = facts, features
         self._gaussian = gaussian
-        self._baselines: dict[tuple[int, str | None], dict[str, MetricValue]] = {}
+        self._baselines: dict[tuple[int, str | None, bool], dict[str, MetricValue]] = {}
 
     @property
     def gaussian(self) -> Gaussian:
@@ -93,17 +93,19 @@ class Reference:
             self._gaussian = Gaussian.of(self.features["features"])
         return self._gaussian
 
-    def baseline(self, count: int, logits_input: str | None) -> dict[str, MetricValue]:
+    def baseline(self, count: int, logits_input: str | None, is_clip: bool) -> dict[str, MetricValue]:
         """Return the `reference_baseline` for `count` samples.
 
         Args:
             logits_input: see `FeatureExtractor.logits_input`; None leaves out the score of the logits.
+            is_clip: see `FeatureExtractor.is_clip`.
         """
-        key = count, logits_input
+        key = count, logits_input, is_clip
         if key not in self._baselines:
             assert self.features is not None
             logits = self.features.get("logits") if logits_input else None
-            self._baselines[key] = reference_baseline(self.features["features"], count, logits, logits_input)
+            features = self.features["features"]
+            self._baselines[key] = reference_baseline(features, count, logits, logits_input, is_clip)
         return self._baselines[key]
 
 

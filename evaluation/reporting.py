@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard
 
 from ..core.files import fingerprint, replace_file
-from .arguments import INCEPTION, STACKED_MNIST_SAMPLES
-from .facts import EvaluationProtocol
+from .arguments import DINOV2, INCEPTION, STACKED_MNIST_SAMPLES
+from .facts import CLIP_GUIDANCE, EvaluationProtocol
 from .metrics import METRICS, MetricValue
 
 if TYPE_CHECKING:
@@ -18,24 +18,44 @@ TASK = "unconditional-image-generation"
 ENOUGH_FOR_FID = 10_000
 
 
-def metric_title(key: str, network: str | None = None) -> str:
-    """Return the title of a metric with the key `name@images`, with the network of `measured_by` if there is one."""
-    name, _, images = key.partition("@")
-    return f"{METRICS[name].title}@{images}" + (f" ({network})" if network else "")
-
-
-def measured_by(key: str, extractor: str, classifier: str | None) -> str | None:
-    """Return the network whose features or predictions a metric depends on, None for the Inception network of papers.
-
-    Numbers of different networks are not comparable, so names of metrics outside of their protocol contain it.
+def metric_title(key: str, extractor: str) -> str:
+    """Return the name of a metric next to its protocol, such as `FID@1000`, `FD-DINOv2@1000` or `FD@1000`.
 
     Args:
+        key: `name@images`.
+        extractor: name of the feature extractor.
+    """
+    name, _, images = key.partition("@")
+    return f"{METRICS[name].name(extractor)}@{images}"
+
+
+def full_title(key: str, extractor: str, classifier: str | None) -> str:
+    """Return the name of a metric outside of its protocol, such as `FID@1000`, `FD-DINOv2@1000` or `FD@1000 (mnist)`.
+
+    Numbers of different networks are not comparable, so it contains the network, unless that is the Inception network
+    of papers or one by which the metric has its name.
+
+    Args:
+        key: `name@images`.
         extractor: name of the feature extractor.
         classifier: name of the network that predicted classes or digits.
     """
-    by_predictions = METRICS[key.partition("@")[0]].needs & {"confusion", "digits"}
-    network = classifier if by_predictions else extractor
-    return None if network == INCEPTION else network
+    network = _network(key, extractor, classifier)
+    return metric_title(key, extractor) + (f" ({network})" if network else "")
+
+
+def metric_type(key: str, extractor: str, classifier: str | None) -> str:
+    """Return the type of a metric in a model-index, such as `fid`, `fd-dinov2` or `fd-mnist`; see `full_title`."""
+    name = key.partition("@")[0]
+    network = _network(key, extractor, classifier)
+    base = METRICS[name].name(extractor).lower() if METRICS[name].known_as else name
+    return base + (f"-{network}" if network else "")
+
+
+def _network(key: str, extractor: str, classifier: str | None) -> str | None:
+    metric = METRICS[key.partition("@")[0]]
+    network = classifier if metric.needs & {"confusion", "digits"} else extractor
+    return None if network == INCEPTION or network in metric.known_as else network
 
 
 def format_value(metric: MetricValue) -> str:
@@ -43,19 +63,24 @@ def format_value(metric: MetricValue) -> str:
     return f"{metric.value:.4g}" + (f" ± {metric.std:.2g}" if metric.std is not None else "")
 
 
-def format_table(metrics: dict[str, MetricValue], floors: dict[str, MetricValue]) -> str:
-    """Format metrics, keyed `name@images`, as a table with the real-vs-real baseline where it is known."""
+def format_table(metrics: dict[str, MetricValue], floors: dict[str, MetricValue], extractor: str) -> str:
+    """Format metrics, keyed `name@images`, as a table with the real-vs-real baseline where it is known.
+
+    Args:
+        extractor: name of the feature extractor.
+    """
     rows: list[tuple[str, ...]] = [("", "value", "floor"), ("", "", "")]
     for key, metric in metrics.items():
         name = key.partition("@")[0]
-        rows.append((metric_title(key), format_value(metric), format_value(floors[name]) if name in floors else ""))
+        floor = format_value(floors[name]) if name in floors else ""
+        rows.append((metric_title(key, extractor), format_value(metric), floor))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     rows[1] = tuple("-" * width for width in widths)
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def comparability_warnings(
-    protocol: EvaluationProtocol, channels: int, dimensions: int, bias: float | None, counts_modes: bool
+    protocol: EvaluationProtocol, channels: int, dimensions: int, bias: float | None, is_clip: bool, counts_modes: bool
 ) -> list[str]:
     """Return warnings about what makes these numbers differ from those of a paper or of another run.
 
@@ -64,16 +89,18 @@ def comparability_warnings(
         channels: number of channels of the extractor.
         dimensions: number of dimensions of the features.
         bias: estimated bias of the Frechet distance, if there is an estimate.
+        is_clip: whether the features are those of CLIP.
         counts_modes: whether modes of StackedMNIST are counted, whose digits are classified channel by channel.
     """
     warnings = []
     samples, reference = protocol.samples, protocol.reference
     count, properties, color = samples.count, samples.properties, {1: "gray", 3: "color"}
+    fid, kid = (METRICS[name].name(protocol.extractor.name) for name in ("fid", "kid"))
     if reference and count < ENOUGH_FOR_FID:
         warnings.append(
-            f"Too few samples: {count:,}. FID decreases as their number grows; with infinitely many it would be lower "
-            f"by about {bias:.3g}, estimated from halves of the samples. Compare it only with FID@{count}, or measure "
-            f"{ENOUGH_FOR_FID:,} or more (papers: 50,000)."
+            f"Too few samples: {count:,}. {fid} decreases as their number grows; with infinitely many it would be "
+            f"lower by about {bias:.3g}, estimated from halves of the samples. Compare it only with {fid}@{count}, or "
+            f"measure {ENOUGH_FOR_FID:,} or more (papers: 50,000)."
         )
     if counts_modes and count != STACKED_MNIST_SAMPLES:
         warnings.append(
@@ -84,8 +111,8 @@ def comparability_warnings(
         if reference and number is not None and number <= dimensions:
             warnings.append(
                 f"There are {number:,} {name}, not more than the {dimensions:,} dimensions of the features: the "
-                "covariance is singular, and FID is unreliable. Features with fewer dimensions, or KID, need fewer "
-                "images."
+                f"covariance is singular, and {fid} is unreliable. Features with fewer dimensions, or "
+                f"{'CMMD' if is_clip else kid}, need fewer images."
             )
     if reference and reference.channels not in (None, properties.channels):
         warnings.append(
@@ -95,6 +122,12 @@ def comparability_warnings(
     for name, number in (("samples", properties.channels), ("reference images", reference and reference.channels)):
         if channels == 1 and not counts_modes and number == 3:
             warnings.append(f"The {name} are in color, but this classifier only sees them in gray.")
+    if is_clip and (models := samples.settings.get(CLIP_GUIDANCE)):
+        warnings.append(
+            f"The samples were generated with guidance by CLIP ({models}), and these are features of CLIP, so the "
+            "numbers favor them. Measure guided images with features of another kind, such as --feature_extractor "
+            f"{DINOV2}."
+        )
     if reference is None:
         return warnings
 
@@ -128,18 +161,17 @@ def model_index_entries(
 
     Args:
         protocol: see `EvaluationProtocol.descriptions`.
-        extractor, classifier: see `measured_by`.
+        extractor, classifier: see `full_title`.
     """
     entries = []
     for key, metric in metrics.items():
-        network = measured_by(key, extractor, classifier)
         entry = EvalResult(
             task_type=TASK,
             dataset_type=dataset,
             dataset_name=dataset,
             dataset_split=split,
-            metric_type=key.partition("@")[0] + (f"-{network}" if network else ""),
-            metric_name=metric_title(key, network),
+            metric_type=metric_type(key, extractor, classifier),
+            metric_name=full_title(key, extractor, classifier),
             metric_value=float(f"{metric.value:.6g}"),
             metric_args={**protocol, **metric.protocol}
             | ({} if metric.std is None else {"spread": float(f"{metric.std:.6g}")}),
@@ -179,7 +211,7 @@ def _section(results: "Results", dataset: str, split: str | None, extractor: str
     """Return the section of a model card that shows results."""
     rows = ["| | value | real images against real ones |", "|---|---|---|"]
     for key, metric in results.metrics.items():
-        title = metric_title(key, measured_by(key, extractor, classifier))
+        title = full_title(key, extractor, classifier)
         floor = results.floors.get(key.partition("@")[0])
         rows.append(f"| {title} | {format_value(metric)} | {format_value(floor) if floor else ''} |")
     parts = results.protocol.descriptions().items()
@@ -195,6 +227,7 @@ def _section(results: "Results", dataset: str, split: str | None, extractor: str
 def _identity(entry: EvalResult) -> tuple:
     """Return what makes an entry of a model-index another number than the others."""
     metric, images = (entry.metric_type or "").partition("-")[0], re.search(r"@(\d+)", entry.metric_name or "")
+    metric = {"fid": "fd", "kid": "kd"}.get(metric, metric)  # their names in earlier versions, whatever the extractor
     protocol = _protocol_identity(entry.metric_args or {})
     return entry.dataset_name, entry.dataset_split, metric, images and images[1], *protocol
 

@@ -13,7 +13,7 @@ from .facts import EvaluationProtocol, SampleFacts, package_versions
 from .features import Features
 from .metrics import MetricInputs, MetricValue
 from .references import Reference
-from .reporting import ENOUGH_FOR_FID, comparability_warnings
+from .reporting import ENOUGH_FOR_FID, comparability_warnings, full_title
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         descriptions = self.protocol.descriptions()
-        entries = {}
+        extractor = self.protocol.extractor.name
+        classifier = self.protocol.classifier and self.protocol.classifier.name
+        entries: dict[str, dict[str, Any]] = {}
         for key, metric in self.metrics.items():
-            entries[key] = {"value": metric.value}
+            entries[key] = {"name": full_title(key, extractor, classifier), "value": metric.value}
             if metric.std is not None:
                 entries[key]["spread"] = metric.std
             if floor := self.floors.get(key.partition("@")[0]):
@@ -99,7 +101,10 @@ def compute_results(
         inputs["reference_gaussian"] = reference.gaussian
         if reference.features:
             inputs["reference"] = reference.features["features"]
-            floors = reference.baseline(samples.count, None if has_digits else extractor.logits_input)
+            logits_input = None if has_digits else extractor.logits_input
+            floors = reference.baseline(samples.count, logits_input, extractor.is_clip)
+    if extractor.is_clip:
+        inputs["clip_features"] = features["features"]
     if held_out:
         assert held_out.features is not None
         inputs["held_out"] = held_out.features["features"]
@@ -132,7 +137,7 @@ def compute_results(
         versions=package_versions(),
     )
     warnings = comparability_warnings(
-        protocol, extractor.channels, features["features"].shape[1], bias, counts_modes=has_digits
+        protocol, extractor.channels, features["features"].shape[1], bias, extractor.is_clip, counts_modes=has_digits
     )
     return Results(
         {f"{name}@{samples.count}": value for name, value in values.items()}, floors, protocol, warnings, classes

@@ -53,10 +53,7 @@ def split_loss(text: str) -> LossText:
         InputError: If there is no such loss, color or image file, an argument is missing or not taken, or the weight
             is not a number or 0.
     """
-    weight, star, unweighted = text.partition("*")
-    if not star or ":" in weight:  # the star, if any, is part of the argument
-        star, unweighted = "", text
-    name, colon, argument = unweighted.partition(":")
+    weight, star, name, colon, argument = _parts(text)
     try:
         if name not in LOSS_FORMS:
             raise ValueError(f"there is no loss {name!r}. Choose from {', '.join(LOSS_FORMS)}.")
@@ -78,6 +75,19 @@ def split_loss(text: str) -> LossText:
         return LossText(parse_number(weight) if star else None, name, argument if colon else None)
     except ValueError as error:
         raise InputError(f"The guidance loss {text!r} is invalid: {error}") from error
+
+
+def needs_clip(text: str) -> bool:
+    """Return whether the short form of a guidance loss in text, which need not be valid any more, is one with CLIP."""
+    return _parts(text)[2].startswith("clip")
+
+
+def _parts(text: str) -> tuple[str, str, str, str, str]:
+    """Return weight, star, name, colon and argument of a loss in text; parts that it does not have are empty."""
+    weight, star, unweighted = text.partition("*")
+    if not star or ":" in weight:  # the star, if any, is part of the argument
+        weight, star, unweighted = "", "", text
+    return weight, star, *unweighted.partition(":")
 
 
 def parse_number(text: str) -> float:

@@ -19,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+MAX_LISTED_CLASSES = 20  # in an error message
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             `list[int]`: The label of each name.
 
         Raises:
-            `ValueError`: If a name is unknown; the message lists the nearest ones.
+            `ValueError`: If a name is unknown; the message lists the classes or, if there are many, the nearest ones.
         """
         labels = self.labels
         if not labels:
@@ -113,10 +114,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
             )
         for name in names:
             if name not in labels:
-                nearest = difflib.get_close_matches(name, labels, cutoff=0)
+                known, listed = "The classes are", list(labels)
+                if len(labels) > MAX_LISTED_CLASSES:
+                    known, listed = "The nearest names are", difflib.get_close_matches(name, labels, cutoff=0)
                 raise ValueError(
-                    f"There is no class {name!r} among the {len(labels)} classes of this network. The nearest names "
-                    f"are {', '.join(map(repr, nearest))}."
+                    f"There is no class {name!r} among the {len(labels)} classes of this network. {known} "
+                    f"{', '.join(map(repr, listed))}."
                 )
         return [labels[name] for name in names]
 

@@ -11,7 +11,7 @@ from ..core.extras import missing_extra
 from ..core.files import check_can_write
 from ..core.locations import is_url, resolve_locations, resolve_paths
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
-from ..evaluation.arguments import METRIC_NAMES, MIN_IMAGES, resolve_extractor
+from ..evaluation.arguments import EXTRACTOR_HELP, METRIC_NAMES, MIN_IMAGES, WEIGHTS_HELP, resolve_extractor
 
 MAX_GRID_IMAGES = 10_000
 MAX_IMAGE_SIZE = 16_384  # pixels; far above what any network here can be trained at
@@ -174,14 +174,8 @@ class EvaluationArguments(Arguments):
         None, "optimizer steps between evaluations; the last step is always evaluated (default: 0, none)", minimum=0
     )
     eval_images: int = option(1000, "samples in an evaluation", minimum=MIN_IMAGES)
-    feature_extractor: str | None = option(
-        None,
-        "inception-v3-compat (default) and dinov2, which download their weights, pixels-8x8, which needs none, or a "
-        "classifier folder (ddgan train-classifier)",
-    )
-    extractor_weights: str | None = option(
-        None, "file (inception-v3-compat) or folder (dinov2) with the weights of the extractor"
-    )
+    feature_extractor: str | None = option(None, f"network that computes the features: {EXTRACTOR_HELP}")
+    extractor_weights: str | None = option(None, WEIGHTS_HELP)
     best_metric: str = option(
         "fid", f"metric that selects the best evaluation, kept in best/: {', '.join(METRIC_NAMES)}"
     )

@@ -70,7 +70,7 @@ class Evaluation:
     def summary(self) -> str:
         """Return the headline metrics and `best_metric`, with their floors, in one line."""
         return ", ".join(
-            f"{metric_title(key)} {format_value(metric)}"
+            f"{metric_title(key, self.extractor)} {format_value(metric)}"
             + (f" (floor {format_value(self.floors[name])})" if name in self.floors else "")
             for name, (key, metric) in self.by_name().items()
             if METRICS[name].is_headline or name == self.best_metric
@@ -209,7 +209,7 @@ class Evaluator:
                     channels=self.channels,
                 )
             if accelerator.is_main_process:
-                self.reference.baseline(args.eval_images, self.extractor.logits_input)
+                self.reference.baseline(args.eval_images, self.extractor.logits_input, self.extractor.is_clip)
         except InputError:
             raise
         except (ValueError, ImportError) as error:
@@ -217,7 +217,9 @@ class Evaluator:
 
     def _require_best_metric(self) -> None:
         inputs = {"features", "reference", "reference_gaussian", self.extractor.logits_input}
-        measured = available_metrics(inputs | {"confusion"} if self.classifier else inputs)
+        inputs |= {"confusion"} if self.classifier else set()
+        inputs |= {"clip_features"} if self.extractor.is_clip else set()
+        measured = available_metrics(inputs)
         if self.args.best_metric not in measured:
             raise InputError(
                 f"--best_metric is {self.args.best_metric}, which this run does not measure with "

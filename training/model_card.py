@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from ..core.errors import InputError, RunError
 from ..core.files import link_or_copy, replace_file, replace_folder
 from ..core.run_files import PIPELINE_FILE
-from ..evaluation.reporting import format_value, measured_by, metric_title, model_index_entries
+from ..evaluation.reporting import format_value, full_title, model_index_entries
 from ..hub.cards import CardFacts, card_text, is_repo_id, replace_loaded, string_literal
 from ..hub.folders import code_files, read_trained_steps
 from ..hub.upload import BackgroundUpload, Repository, who_am_i
@@ -259,8 +259,9 @@ def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str,
     """Return the card fields of the newest evaluation, which is of the saved weights only at the same step."""
     last, best = evaluations.last, evaluations.best
     assert last is not None and best is not None
+    networks = (last.extractor, last.extractor)
     table = {
-        metric_title(key, measured_by(key, last.extractor, last.extractor)): format_value(metric)
+        full_title(key, *networks): format_value(metric)
         + (f" (training images: {format_value(last.floors[name])})" if name in last.floors else "")
         for key, metric in last.metrics.items()
         for name in [key.partition("@")[0]]
@@ -274,7 +275,6 @@ def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str,
     text = "\n\n".join([" ".join(notes + protocol), *(f"**Warning:** {warning}" for warning in last.warnings)])
     results = []
     if last.step == step:
-        networks = (last.extractor, last.extractor)
         results = model_index_entries(last.metrics, last.dataset, last.split, last.protocol, *networks)
     return {"evaluation": table, "protocol": text, "results": results}
 

@@ -253,7 +253,7 @@ def plot_evaluations(metrics_path: Path, plot_path: Path, history: EvaluationHis
     for axes, keys, style in zip(all_axes, panels.values(), styles, strict=True):
         for color, key in enumerate(keys):
             values = [row.get(key, nan) for row in rows]  # earlier versions measured fewer metrics
-            axes.plot(steps, values, "o-", color=f"C{color}", markersize=4, label=metric_title(key))
+            axes.plot(steps, values, "o-", color=f"C{color}", markersize=4, label=metric_title(key, newest.extractor))
             if floor := newest.floors.get(key.partition("@")[0]):
                 axes.axhline(floor.value, color=f"C{color}", linestyle="--", linewidth=0.9, alpha=0.7)
         axes.axvline(best.step, color="0.6", linewidth=0.9)
@@ -262,7 +262,7 @@ def plot_evaluations(metrics_path: Path, plot_path: Path, history: EvaluationHis
         axes.set_yscale(style.scale)
         if style.limits:
             axes.set_ylim(*style.limits)
-    title = METRICS[best.best_metric].title
+    title = metric_title(best.by_name()[best.best_metric][0], best.extractor).partition("@")[0]
     all_axes[0].set_title(f"dashed: halves of the training images; line: best {title}, step {best.step}", fontsize=9)
     all_axes[-1].set_xlabel("optimizer step")
     replace_file(plot_path, lambda temporary: figure.savefig(temporary, dpi=110))

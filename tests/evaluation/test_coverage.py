@@ -41,7 +41,7 @@ def test_mode_counts_of_an_unusual_number_of_samples_have_a_warning():
     def warnings(count: int) -> list[str]:
         samples = SampleFacts(count, ImageProperties("8x8", 3, "PNG"))
         protocol = EvaluationProtocol(samples, None, None, ExtractorFacts("digits", "", ""), None, {})
-        return comparability_warnings(protocol, channels=1, dimensions=16, bias=None, counts_modes=True)
+        return comparability_warnings(protocol, channels=1, dimensions=16, bias=None, is_clip=False, counts_modes=True)
 
     assert not warnings(25_600)
     for count in (10_000, 50_000):

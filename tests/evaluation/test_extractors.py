@@ -1,18 +1,26 @@
 """Claims about feature extractors."""
 
+import io
+import logging
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_clip import save_clip
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.v2 import functional as TF
-from transformers import Dinov2Config, Dinov2Model
+from transformers import CLIPModel, CLIPVisionConfig, Dinov2Config, Dinov2Model
 
 from ddgan.core.errors import InputError
+from ddgan.evaluation.arguments import EXTRACTOR_NAMES, HUB_EXTRACTORS
 from ddgan.evaluation.classifier import ImageClassifier
-from ddgan.evaluation.extractors import load_extractor
+from ddgan.evaluation.extractors import EXTRACTORS, _architecture, load_extractor, weights_digest
 from ddgan.evaluation.metrics import Gaussian, frechet_distance
 
 
@@ -84,20 +92,106 @@ def test_pixels_are_averages_of_areas():
         load_extractor("pixels-8x8", weights="weights.pth")
 
 
-def test_dinov2_through_transformers(tmp_path):
+@pytest.fixture
+def dinov2(tmp_path) -> Path:
+    """The folder of a tiny DINOv2 model."""
     torch.manual_seed(0)
     config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 2, "image_size": 32}
-    network = Dinov2Model(Dinov2Config(**config)).eval()
-    network.save_pretrained(tmp_path / "dino")
-    extractor = load_extractor("dinov2", weights=str(tmp_path / "dino"))
-    outputs = extractor(images(4, 1, 9))
+    Dinov2Model(Dinov2Config(**config)).save_pretrained(tmp_path / "dino")
+    return tmp_path / "dino"
+
+
+@pytest.fixture
+def clip(tmp_path) -> Path:
+    """The folder of a tiny CLIP model with both towers, like those on the Hub."""
+    torch.manual_seed(0)
+    save_clip(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def preprocessed(samples: torch.Tensor, size: int, mean: list[float], std: list[float]) -> torch.Tensor:
+    """Resize with Pillow and normalize as the papers do."""
+    resized = [Image.fromarray(sample.permute(1, 2, 0).numpy()).resize((size, size), 3) for sample in samples]
+    pixels = torch.stack([TF.pil_to_tensor(image) for image in resized]) / 255
+    return TF.normalize(pixels, mean, std)
+
+
+def test_dinov2_gives_its_class_token(dinov2):
+    extractor, samples = load_extractor("dinov2-vit-l-14", weights=str(dinov2)), images(4, 3, 40)
+    outputs = extractor(samples)
     assert outputs.keys() == {"features"} and outputs["features"].shape == (4, 16)
-    assert extractor.name == "dinov2 (dino)"
-    white = extractor(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))["features"]
-    normalized = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    assert extractor.name == "dinov2 (dino)" and not extractor.is_clip
+    network = Dinov2Model.from_pretrained(dinov2)
     with torch.no_grad():
-        expected = network(normalized.view(1, 3, 1, 1).expand(-1, -1, 32, 32)).pooler_output
-    torch.testing.assert_close(white, expected)
+        inputs = preprocessed(samples, 32, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        expected = network(inputs).last_hidden_state[:, 0]
+    torch.testing.assert_close(outputs["features"], expected, rtol=0.02, atol=0.02)  # rounding when resizing
+    gray = samples[:, :1]
+    assert torch.equal(extractor(gray)["features"], extractor(gray.expand(-1, 3, -1, -1))["features"])
+
+
+def test_clip_gives_its_embeddings_of_images(clip, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
+    extractor, samples = load_extractor("clip-vit-b-32", weights=str(clip)), images(4, 3, 40)
+    assert not caplog.text  # no table of the tensors of the text encoder
+    outputs = extractor(samples)
+    assert outputs.keys() == {"features"} and outputs["features"].shape == (4, 16)
+    assert extractor.name == "clip (tiny)" and extractor.is_clip
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    with torch.no_grad():
+        expected = CLIPModel.from_pretrained(clip).get_image_features(preprocessed(samples, 16, mean, std))
+    expected = getattr(expected, "pooler_output", expected)
+    torch.testing.assert_close(outputs["features"], expected, rtol=0.02, atol=0.02)  # rounding when resizing
+
+
+def test_weights_are_downloaded_from_the_hub(local_hub, clip, request):
+    """Those of OpenAI are stored in the format of PyTorch, with both towers."""
+    cached = Path(constants.HF_HUB_CACHE, "models--openai--clip-vit-large-patch14-336")
+    request.addfinalizer(lambda: shutil.rmtree(cached, ignore_errors=True))
+    weights = io.BytesIO()
+    torch.save(load_file(clip / "model.safetensors"), weights)
+    files = {"config.json": (clip / "config.json").read_bytes(), "pytorch_model.bin": weights.getvalue()}
+    local_hub.add("openai/clip-vit-large-patch14-336", **files)
+    extractor = load_extractor("clip-vit-l-14-336px")
+    assert extractor.name == "clip (clip-vit-large-patch14-336)"  # the tiny model does not have the named size
+    assert extractor.digest == load_extractor("clip-vit-l-14-336px", str(clip)).digest
+
+
+def test_a_model_of_the_named_size_has_its_name(tmp_path):
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=14, image_size=518)
+    Dinov2Model(config).half().save_pretrained(tmp_path / "weights")
+    extractor = load_extractor("dinov2-vit-s-14", weights=str(tmp_path / "weights"))
+    assert extractor.name == "dinov2-vit-s-14" and extractor.resize.startswith("to 224x224, bicubic, antialiased")
+    assert all(parameter.dtype == torch.float32 for parameter in extractor.parameters())
+    assert extractor(images(1, 3, 32))["features"].shape == (1, 384)
+    assert load_extractor("dinov2-vit-l-14", weights=str(tmp_path / "weights")).name == "dinov2 (weights)"
+
+
+@pytest.mark.parametrize("name", HUB_EXTRACTORS)
+def test_the_named_sizes_are_those_of_transformers(name):
+    """The defaults of Transformers are ViT-B/32 at 224x224 for CLIP and ViT-B/14 for DINOv2."""
+    config = CLIPVisionConfig() if name.startswith("clip") else Dinov2Config()
+    is_default = all(getattr(config, key) == value for key, value in _architecture(name).items())
+    assert is_default == (name in ("clip-vit-b-32", "dinov2-vit-b-14"))
+
+
+def test_other_models_and_damaged_weights_are_rejected(dinov2, clip):
+    for name, folder, found in (("clip-vit-b-32", dinov2, "dinov2"), ("dinov2-vit-b-14", clip, "clip_vision_model")):
+        with pytest.raises(ValueError, match=rf"could not be loaded: it is a model of the type {found}\."):
+            load_extractor(name, weights=str(folder))
+    whole = load_file(dinov2 / "model.safetensors")
+    other_shape, missing = {**whole, "layernorm.weight": torch.ones(9)}, dict(whole)
+    del missing["layernorm.weight"]
+    for tensors in (other_shape, missing):
+        save_file(tensors, dinov2 / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=r"do not fit their config: layernorm\.weight missing or of another"):
+            load_extractor("dinov2-vit-b-14", weights=str(dinov2))
+    for file in ("config.json", "model.safetensors"):
+        (clip / file).write_bytes(b"{")
+        with pytest.raises(ValueError, match=r"weights of clip-vit-b-32, .* could not be loaded: ") as error:
+            load_extractor("clip-vit-b-32", weights=str(clip))
+        assert "\n" not in str(error.value)
 
 
 @pytest.fixture
@@ -160,14 +254,45 @@ def test_unavailable_extractors_are_reported(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(ValueError, match="it holds a UNet2DModel"):
         load_extractor(str(tmp_path))
-    with pytest.raises(ValueError, match=r"DINOv2 model .* could not be loaded.*--feature_extractor pixels-8x8"):
-        load_extractor("dinov2", weights=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"dinov2-vit-b-14, .* could not be loaded.*--feature_extractor pixels-8x8"):
+        load_extractor("dinov2-vit-b-14", weights=str(tmp_path / "none"))
 
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", no_network)
     with pytest.raises(
         ValueError, match=r"downloaded: no network.*--extractor_weights; or use --feature_extractor pixels-8x8"
     ):
         load_extractor("inception-v3-compat")
+
+
+@pytest.mark.parametrize("name", EXTRACTOR_NAMES)
+def test_nothing_is_downloaded_in_offline_mode(name, tmp_path, monkeypatch):
+    def connect(*args, **kwargs):
+        raise AssertionError("a connection was attempted")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if name == "pixels-8x8":
+        assert load_extractor(name).name == name
+        return
+    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set.*--extractor_weights.*pixels-8x8") as error:
+        load_extractor(name)
+    assert "\n" not in str(error.value)
+
+
+def test_downloaded_weights_are_used_in_offline_mode(random_inception, tmp_path, monkeypatch):
+    file = tmp_path / "torch" / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(random_inception.state_dict(), file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_extractor("inception-v3-compat").digest == weights_digest(random_inception)
+
+
+def test_the_table_has_the_names_that_arguments_accept():
+    assert tuple(EXTRACTORS) == EXTRACTOR_NAMES

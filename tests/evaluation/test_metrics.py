@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -62,7 +63,7 @@ def test_a_new_metric_is_one_entry_of_the_table(pair, monkeypatch):
     values = metrics.compute_metrics(MetricInputs(a, reference=b))
     assert values["mean_distance"].value == pytest.approx((a.mean(0) - b.mean(0)).norm().item())
     assert "mean_distance" not in metrics.compute_metrics(MetricInputs(a, reference_gaussian=Gaussian.of(b)))
-    assert metric_title("mean_distance@300") == "distance of the means@300"
+    assert metric_title("mean_distance@300", "inception-v3-compat") == "distance of the means@300"
     assert metric.is_better(1, 2) and not METRICS["precision"].is_better(1, 2)
 
 
@@ -113,6 +114,36 @@ def test_the_kernel_distance_has_a_standard_deviation_over_subsets(pair):
     result = metrics.kernel_distance(*pair)
     assert result.protocol["subset_size"] == 150 and result.protocol["subsets"] == 100
     assert 0 < result.std < result.value
+
+
+def clip_kernel(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+    """The kernel of arXiv 2401.09603 on features of unit length, with a bandwidth of 10, from distances."""
+    a, b = (x.double().numpy() / np.linalg.norm(x.double().numpy(), axis=1)[:, None] for x in (a, b))
+    return np.exp(-scipy.spatial.distance.cdist(a, b, "sqeuclidean") / (2 * 10**2))
+
+
+def test_cmmd_agrees_with_the_formula(pair, monkeypatch):
+    a, b = pair
+    result = metrics.clip_distance(a, b)
+    within = (np.mean(kernel[~np.eye(len(kernel), dtype=bool)]) for kernel in (clip_kernel(a, a), clip_kernel(b, b)))
+    assert result.value == pytest.approx(1000 * (sum(within) - 2 * clip_kernel(a, b).mean()), rel=1e-8)
+    # the estimator of the authors' code
+    biased = 1000 * (clip_kernel(a, a).mean() + clip_kernel(b, b).mean() - 2 * clip_kernel(a, b).mean())
+    assert 0 < biased - result.value < 10 / len(a) + 10 / len(b)
+    assert metrics.clip_distance(3 * a, b).value == pytest.approx(result.value)
+    monkeypatch.setattr(metrics, "_ROWS", 7)
+    assert metrics.clip_distance(a, b).value == pytest.approx(result.value)
+    monkeypatch.setattr(metrics, "MANIFOLD_IMAGES", 250)
+    part = metrics.clip_distance(a, b)
+    assert part.value == pytest.approx(result.value, rel=0.5) and part.protocol["images"] == 250
+
+
+def test_cmmd_of_few_images_is_unbiased():
+    values = [metrics.clip_distance(features(12, 8, i), features(12, 8, 1000 + i)).value for i in range(200)]
+    error = np.std(values) / len(values) ** 0.5
+    assert abs(np.mean(values)) < 3 * error
+    bias = 1000 * (1 - clip_kernel(features(12, 8, 0), features(12, 8, 0)).mean()) / 12  # of the authors' code
+    assert bias > 6 * error
 
 
 def test_inception_score_agrees_with_the_formula(pair):
@@ -232,9 +263,10 @@ def test_metrics_do_not_depend_on_the_order(pair):
     samples, reference = pair
     reordered = samples.flip(0), reference.roll(37, 0)
     values, reordered_values = (
-        metrics.compute_metrics(MetricInputs(a, b, Gaussian.of(b))) for a, b in ((samples, reference), reordered)
+        metrics.compute_metrics(MetricInputs(a, b, Gaussian.of(b), clip_features=a))
+        for a, b in ((samples, reference), reordered)
     )
-    assert list(values) == ["fid", "kid", "precision", "recall", "density", "coverage", "near_copies"]
+    assert list(values) == ["fid", "kid", "cmmd", "precision", "recall", "density", "coverage", "near_copies"]
     for name, metric in values.items():
         assert reordered_values[name].value == pytest.approx(metric.value, rel=1e-9, abs=1e-12), name
         assert (reordered_values[name].std or 0) == pytest.approx(metric.std or 0, rel=1e-9), name

@@ -515,8 +515,8 @@ def test_images_on_a_gpu_match_the_cpu_also_when_offloaded(offload):
     [
         ({"class_labels": [0, 4, -1]}, "holds -1, 4, but .* 3 classes, whose labels are 0 to 2, and 3 for the null"),
         ({"class_labels": 7}, "holds 7, but"),
-        ({"class_labels": ["sad", "hapy"]}, "no class 'hapy' among the 3 .* nearest names are 'happy', "),
-        ({"class_labels": "SAD"}, "no class 'SAD' .* nearest names are "),
+        ({"class_labels": ["sad", "hapy"]}, "no class 'hapy' among the 3 .* classes are 'angry', 'happy', 'sad'"),
+        ({"class_labels": "SAD"}, r"no class 'SAD' .* The classes are "),
         (
             {"class_labels": torch.zeros(2, 3)},
             r"float32 of shape \(2, 3\), but a ClassConditionedUnet takes no contexts",
@@ -536,6 +536,13 @@ def test_images_on_a_gpu_match_the_cpu_also_when_offloaded(offload):
 def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         latents(pipeline(), **{"class_labels": [0, 1], **arguments})
+
+
+def test_of_many_classes_an_unknown_name_lists_the_nearest():
+    names = {i: f"emoji {i}" for i in range(21)}
+    pipe = pipeline(class_conditioned(num_classes=21, id2label=names))
+    with pytest.raises(ValueError, match=r"among the 21 .* nearest names are 'emoji 7', 'emoji \d+', 'emoji \d+'\."):
+        pipe.get_label_ids(["emojy 7"])
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def test_classes_can_be_given_by_label_or_name():
     assert level_difference(clean[-1], sample(pipe, [5], 3, ["cat"], guidance_scale=3.0)[0]) == 0
     with pytest.raises(InputError, match="needs a class label: one of ant, bee, cat"):
         sample(pipe, [5], 3)
-    with pytest.raises(InputError, match="nearest names are 'cat'"):
+    with pytest.raises(InputError, match="classes are 'ant', 'bee', 'cat'"):
         sample(pipe, [5], 3, ["car"])
     with pytest.raises(InputError, match="labels are 0 to 2, and 3 for the null class"):
         sample(pipe, [5], 3, [4])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import ROOT, few_step_scheduler, run_ranks, tiny_unet, write_images
+from tiny_clip import save_clip
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
 from ddgan.commands import evaluate as command
@@ -20,7 +22,7 @@ from ddgan.core.errors import InputError, RunError
 from ddgan.evaluation import coverage, features, metrics
 from ddgan.evaluation.classifier import ImageClassifier
 from ddgan.evaluation.extractors import ClassifierFeatures, weights_digest
-from ddgan.evaluation.reporting import measured_by, metric_title
+from ddgan.evaluation.reporting import full_title, metric_type
 from ddgan.sampling import groups, image_files
 from ddgan.sampling.loading import load_pipeline, pipeline_hash
 from ddgan.scripts import evaluate, generate
@@ -464,7 +466,7 @@ def test_features_of_another_network_are_rejected(run, folders, tmp_path):
         (None, ["--image_column", "x"], "image_column x is a setting of a dataset, and .*samples is none"),
         ("reference", ["--scheduler", "ddim"], "--scheduler ddim is for sampling a --pipeline"),
         ("reference", ["--classifier", "color"], "--classifier .*gray predicts classes and digits"),
-        ("reference", ["--extractor_weights", "x"], "--extractor_weights x are for inception-v3-compat and dinov2"),
+        ("reference", ["--extractor_weights", "x"], "--extractor_weights x are for inception-v3-compat, DINOv2"),
     ],
 )
 def test_settings_without_effect_are_refused(run, folders, tmp_path, reference, flags, message):
@@ -690,11 +692,56 @@ def test_every_number_has_its_protocol(run, folders):
 def test_the_table_has_each_number_with_its_floor(run, folders, capsys):
     results = run("--images", folders["samples"])
     printed = capsys.readouterr().out
-    for name, key in (("FID", "fid"), ("KID", "kid"), ("coverage", "coverage")):
+    for name, key in (("FD", "fid"), ("KD", "kid"), ("coverage", "coverage")):
         (line,) = (line for line in printed.splitlines() if line.startswith(f"{name}@40 "))
         entry = results["metrics"][f"{key}@40"]
         assert f"{entry['value']:.4g}" in line and f"{entry['floor']['value']:.4g}" in line
     assert "floor: 20 images of one half of the reference against 20 of the other" in printed
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """The folder of a tiny CLIP model."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    save_clip(folder)
+    return folder
+
+
+def test_features_of_clip_give_cmmd(run, folders, clip, capsys):
+    flags = ["--images", folders["samples"], "--feature_extractor", "clip-vit-l-14-336px"]
+    results = run(*flags, "--extractor_weights", clip)
+    assert {name.partition("@")[0] for name in results["metrics"]} == ALL - {"classifier_score"} | {"cmmd"}
+    entry = results["metrics"]["cmmd@40"]
+    assert entry["name"] == "CMMD@40 (clip (clip))" and results["metrics"]["fid@40"]["name"] == "FD@40 (clip (clip))"
+    assert entry["value"] > entry["floor"]["value"] and entry["floor"]["halves"] == [20, 20]
+    protocol = entry["protocol"]
+    assert (protocol["images"], protocol["reference_images"], protocol["estimator"]) == (40, 40, "unbiased")
+    assert "to 16x16, bicubic" in protocol["extractor"] and "images 40" in protocol["samples"]
+    assert any(line.startswith("CMMD@40 ") for line in capsys.readouterr().out.splitlines())
+    assert "FD is unreliable" not in warnings(results) and "favor" not in warnings(results)
+    few = run(*flags, "--extractor_weights", clip, "--num_images", 12)
+    assert "FD is unreliable. Features with fewer dimensions, or CMMD, need fewer images." in warnings(few)
+
+
+@pytest.mark.parametrize(
+    ("settings", "model"),
+    [
+        ({"clip_prompt": ["a rose"], "clip_model": ["ViT-B-32", "laion2b"]}, "ViT-B-32 laion2b"),
+        ({"towards": ["color:red", "2*clip_image:rose.png"]}, "openai/clip-vit-base-patch32"),
+        ({"towards": ["reference:clip:a.png"], "clip_model": ["openai/clip-vit-base-patch32"]}, None),
+    ],
+)
+def test_samples_that_clip_guided_have_a_warning_with_features_of_clip(run, folders, clip, tmp_path, settings, model):
+    images = shutil.copytree(folders["samples"], tmp_path / "guided" / "images")
+    (tmp_path / "guided" / "generate.json").write_text(json.dumps(settings))
+    flags = ["--feature_extractor", "clip-vit-b-32", "--extractor_weights", clip]
+    guided = run("--images", images, *flags)
+    message = f"generated with guidance by CLIP ({model}), and these are features of CLIP"
+    assert (message in warnings(guided)) == bool(model)
+    assert guided["samples"].get("clip_guidance") == model
+    assert "guidance by CLIP" not in warnings(run("--images", images))
+    assert "guidance by CLIP" not in warnings(run("--images", folders["samples"], *flags))
 
 
 def test_numbers_in_the_model_card_replace_those_of_the_same_protocol(run, folders, tmp_path):
@@ -705,18 +752,24 @@ def test_numbers_in_the_model_card_replace_those_of_the_same_protocol(run, folde
     run(*flags)
     unet.conv_out.bias.data += 0.1
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(model)  # trained further
+    text = (model / "README.md").read_text()
+    assert "type: fd-color" in text and "name: FD@12 (color)" in text and "type: kd-color" in text
+    for name, earlier in (("fd", "fid"), ("kd", "kid")):  # their names in cards of earlier versions
+        text = text.replace(f"type: {name}-color", f"type: {earlier}-color")
+        text = text.replace(f"name: {name.upper()}@12 (color)", f"name: {earlier.upper()}@12 (color)")
+    (model / "README.md").write_text(text)
     results = run(*flags, "--seed", 7)
     card = ModelCard.load(model / "README.md")
     assert card.data.license == "mit" and card.text.strip().startswith("# Mine\n\nWords.")
     written = {result.metric_name: result for result in card.data.eval_results}
     assert len(written) == len(card.data.eval_results) == len(results["metrics"])
-    fid = written["FID@12 (color)"]
+    fid = written["FD@12 (color)"]
     assert fid.metric_value == pytest.approx(results["metrics"]["fid@12"]["value"], rel=1e-5)
-    assert (fid.dataset_name, fid.dataset_split, fid.metric_type) == ("reference", "all", "fid-color")
+    assert (fid.dataset_name, fid.dataset_split, fid.metric_type) == ("reference", "all", "fd-color")
     assert "seeds 7 to 18" in fid.metric_args["samples"]
     assert str(tmp_path) not in card.content
     assert card.text.count("## Evaluation on reference, all") == 1
-    assert f"| FID@12 (color) | {results['metrics']['fid@12']['value']:.4g} | " in card.text
+    assert f"| FD@12 (color) | {results['metrics']['fid@12']['value']:.4g} | " in card.text
     assert "**Warning:** Too few samples: 12." in card.text and "seeds 7 to 18" in card.text
 
     ImageClassifier(8, 3, 3, widths=(8, 16)).save_pretrained(tmp_path / "other")
@@ -726,7 +779,7 @@ def test_numbers_in_the_model_card_replace_those_of_the_same_protocol(run, folde
         card = ModelCard.load(model / "README.md")
         assert len(card.data.eval_results) == before + len(results["metrics"])
     assert card.text.count("## Evaluation on reference, all") == 4
-    assert {"fid-color", "fid-other"} <= {result.metric_type for result in card.data.eval_results}
+    assert {"fd-color", "fd-other"} <= {result.metric_type for result in card.data.eval_results}
 
 
 def test_a_model_card_is_only_updated_on_request(run, folders, tmp_path):
@@ -739,11 +792,24 @@ def test_a_model_card_is_only_updated_on_request(run, folders, tmp_path):
     assert (tmp_path / "model" / "README.md").read_text() == "# Mine\n"
 
 
-def test_only_metrics_of_the_inception_network_have_the_names_of_papers():
-    assert measured_by("fid@10", "inception-v3-compat", None) is None
-    assert measured_by("fid@10", "dinov2", "digits") == "dinov2"
-    assert measured_by("class_accuracy@10", "inception-v3-compat", "digits") == "digits"
-    assert metric_title("fid@10", "dinov2") == "FID@10 (dinov2)" and metric_title("fid@10") == "FID@10"
+@pytest.mark.parametrize(
+    ("key", "extractor", "title", "card_type"),
+    [
+        ("fid@10", "inception-v3-compat", "FID@10", "fid"),
+        ("kid@10", "inception-v3-compat", "KID@10", "kid"),
+        ("precision@10", "inception-v3-compat", "precision@10", "precision"),
+        ("class_accuracy@10", "inception-v3-compat", "class accuracy@10 (digits)", "class_accuracy-digits"),
+        ("fid@10", "dinov2-vit-l-14", "FD-DINOv2@10", "fd-dinov2"),
+        ("kid@10", "dinov2-vit-l-14", "KD@10 (dinov2-vit-l-14)", "kd-dinov2-vit-l-14"),
+        ("fid@10", "dinov2-vit-s-14", "FD@10 (dinov2-vit-s-14)", "fd-dinov2-vit-s-14"),
+        ("cmmd@10", "clip-vit-l-14-336px", "CMMD@10", "cmmd"),
+        ("cmmd@10", "clip-vit-b-32", "CMMD@10 (clip-vit-b-32)", "cmmd-clip-vit-b-32"),
+        ("fid@10", "pixels-8x8", "FD@10 (pixels-8x8)", "fd-pixels-8x8"),
+    ],
+)
+def test_only_metrics_of_the_networks_of_papers_have_their_names(key, extractor, title, card_type):
+    assert full_title(key, extractor, "digits") == title
+    assert metric_type(key, extractor, "digits") == card_type
 
 
 def warnings(results: dict) -> str:

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import ROOT, finetune_flags, make_dataset, run_ranks, write_images
+from tiny_clip import save_clip
 
 from ddgan import train_class_conditional, train_ddgan
 from ddgan.core.errors import InputError, RunError
@@ -210,7 +211,7 @@ def test_two_processes_measure_what_one_measures(finetune, classifier, tiny_mode
     output = run_ranks(script, *flags, output=tmp_path / "output.txt", machines=2)
     assert evaluated(two) == evaluated(one)
     assert DDPMPipeline.from_pretrained(two / "best")
-    assert output.count("step 2: FID@13") == 1
+    assert output.count("step 2: FD@13") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,8 +246,8 @@ def test_the_cards_have_the_numbers_with_their_protocol(run, classifier):
     for folder, step in ((run, 6), (run / "best", best)):
         card = ModelCard.load(folder / "README.md")
         written = {result.metric_name: result for result in card.data.eval_results}
-        fid = f"FID@13 ({classifier.name})"
-        assert written[fid].metric_type == f"fid-{classifier.name}"
+        fid = f"FD@13 ({classifier.name})"
+        assert written[fid].metric_type == f"fd-{classifier.name}"
         assert written[fid].metric_value == pytest.approx(measured[step]["fid@13"], rel=1e-5)
         assert len(written) == len(NAMES)
         samples = written[fid].metric_args["samples"]
@@ -254,7 +255,7 @@ def test_the_cards_have_the_numbers_with_their_protocol(run, classifier):
             assert text in samples
         assert "images 13" in written[fid].metric_args["reference"]
         assert f"pipeline run, step {step}, weights" in card.content
-        assert "**Warning:** Too few samples: 13." in card.text and f"| FID@13 ({classifier.name}) | " in card.text
+        assert "**Warning:** Too few samples: 13." in card.text and f"| FD@13 ({classifier.name}) | " in card.text
         assert str(run.parent) not in card.content
     card = ModelCard.load(run / "README.md").content
     assert f"after {best} steps: `best/`" in card and "![Evaluations during training.](eval.png)" in card
@@ -271,7 +272,7 @@ def test_evaluations_are_printed_and_tracked(finetune, classifier, capsys):
 
     run = finetune("run", "--report_to", "tensorboard", *every(2, classifier))
     output = "".join(capsys.readouterr())
-    assert re.search(r"step 2: FID@13 \S+ \(floor \S+\), KID@13 \S+ ± \S+ \(floor \S+ ± \S+\)", output)
+    assert re.search(r"step 2: FD@13 \S+ \(floor \S+\), KD@13 \S+ ± \S+ \(floor \S+ ± \S+\)", output)
     assert "the best so far; it took" in output
     assert output.count("warning: Too few samples: 13.") == 1
     assert "2 evaluations took" in output and f"best model     {run / 'best'}: step " in output
@@ -327,9 +328,23 @@ def test_best_metric_decides_which_step_is_the_best(finetune, classifier):
     assert "Inception score with a classifier@13" in EvaluationHistory.from_json(saved).best.summary()
 
 
+def test_the_best_step_by_cmmd(finetune, tmp_path):
+    torch.manual_seed(0)
+    save_clip(tmp_path / "clip")
+    flags = ("--num_epochs", 3, "--learning_rate", 0.1, "--ema_decay", 0.5, "--best_metric", "cmmd")
+    run = finetune("run", *flags, *every(1, "clip-vit-l-14-336px", "--extractor_weights", tmp_path / "clip"))
+    distances = {step: values["cmmd@13"] for step, values in evaluated(run).items()}
+    best = min(distances, key=distances.get)
+    assert best != 6 and f"{best} of 6 optimizer steps" in (run / "best" / "README.md").read_text()
+    written = {result.metric_name for result in ModelCard.load(run / "README.md").data.eval_results}
+    assert {"CMMD@13 (clip (clip))", "FD@13 (clip (clip))", "KD@13 (clip (clip))"} <= written
+
+
 def test_a_metric_that_a_run_does_not_measure_is_rejected_before_training(finetune, classifier, tmp_path):
     with pytest.raises(InputError, match=r"--best_metric is class_accuracy, which this run does not measure.* fid,"):
         finetune("run", *every(1, classifier), "--best_metric", "class_accuracy")
+    with pytest.raises(InputError, match=r"--best_metric is cmmd, which this run does not measure with color\."):
+        finetune("run", *every(1, classifier), "--best_metric", "cmmd")
     assert not (tmp_path / "run").exists()
 
 
@@ -368,7 +383,7 @@ def test_the_best_is_chosen_among_comparable_evaluations(finetune, classifier, t
     [
         (["--eval_every", -1], "eval_every is -1; it must be at least 0"),
         (["--eval_every", 1, "--eval_images", 11], "at least 12"),
-        (["--best_metric", "fidelity"], "best_metric is fidelity; it must be one of fid, kid, precision"),
+        (["--best_metric", "fidelity"], "best_metric is fidelity; it must be one of fid, kid, cmmd, precision"),
         (
             ["--eval_every", 1, "--feature_extractor", "nowhere"],
             r"--feature_extractor nowhere does not exist in .* one of the extractors inception",
