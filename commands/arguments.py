@@ -510,6 +510,12 @@ class GenerateArguments(SamplingArguments):
         minimum=-MAX_GUIDANCE_SCALE,
         maximum=MAX_GUIDANCE_SCALE,
     )
+    autoguidance_scale: float | None = option(
+        None,
+        "with --color, --clip_prompt or --towards, scale of --autoguidance in addition to them",
+        minimum=1,
+        maximum=MAX_CLASS_GUIDANCE_SCALE,
+    )
     guidance_gradient: Literal["sample", "model"] | None = option(
         None, "model: differentiate through the network too, which takes more time and memory (default: sample)"
     )
@@ -534,11 +540,21 @@ class GenerateArguments(SamplingArguments):
             self.guidance_gradient = self.guidance_gradient or "sample"
             if self.guidance_scale == 0:
                 raise InputError("With --guidance_scale 0 the guidance has no effect: omit its target.")
-            if self.autoguidance or self.guidance_interval:
+            if self.class_guidance_scale is not None:
                 raise InputError(
-                    "--autoguidance and --guidance_interval do not work with guidance by a loss: omit them, or omit "
+                    "Guidance by a loss does not work with classifier-free guidance: omit --class_guidance_scale, or "
                     "--color, --clip_prompt and --towards."
                 )
+            if not self.autoguidance and (self.autoguidance_scale is not None or self.guidance_interval):
+                raise InputError(
+                    "With --color, --clip_prompt or --towards, --autoguidance_scale and --guidance_interval are for "
+                    "autoguidance: pass a worse version of the pipeline with --autoguidance."
+                )
+        elif self.autoguidance_scale is not None:
+            raise InputError(
+                "--autoguidance_scale is for --autoguidance in addition to --color, --clip_prompt or --towards: "
+                "without these, pass --guidance_scale."
+            )
         elif self.guidance_gradient or (
             self.guidance_scale is not None and not self.class_labels and not self.autoguidance
         ):
@@ -553,7 +569,17 @@ class GenerateArguments(SamplingArguments):
             )
 
     @property
+    def autoguidance_flag(self) -> str:
+        return "autoguidance_scale" if self.is_guided else "guidance_scale"
+
+    @property
+    def guidance(self) -> dict[str, float | list[float]]:
+        more = {} if self.autoguidance_scale is None else {"autoguidance_scale": self.autoguidance_scale}
+        return super().guidance | more
+
+    @property
     def is_guided(self) -> bool:
+        """Whether there is guidance by a loss."""
         return bool(self.color or self.clip_prompt or self.towards)
 
 

@@ -140,6 +140,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         "format": args.format,
         "autoguidance": args.autoguidance and str(args.autoguidance),
         "autoguidance_contents": guide and pipeline_hash(guide),
+        "autoguidance_scale": args.autoguidance_scale,
         "class_guidance_scale": args.class_guidance_scale,
         "guidance_interval": args.guidance_interval,
     }

@@ -34,6 +34,7 @@ from tiny_clip import save_clip
 from ddgan import (
     ClassConditionalPipeline,
     ClassConditionedUnet,
+    ColorLoss,
     DDGANPipeline,
     DDGANScheduler,
     GuidedPipeline,
@@ -316,6 +317,30 @@ def test_autoguidance_of_an_unconditional_pipeline(tiny_model, whole, tmp_path):
         generate.main(flags(tiny_model, tmp_path / "two", *auto, 2))
 
 
+def test_autoguidance_and_guidance_by_a_loss_combine(tiny_model, tmp_path):
+    worse = save_worse(tiny_model, tmp_path / "worse")
+    auto, color = ["--autoguidance", worse, "--autoguidance_scale", 2], ["--color", "teal", "--guidance_scale", 40]
+    kinds = {
+        "color": color,
+        "both": [*auto, *color],
+        "scale 1": ["--autoguidance", worse, "--autoguidance_scale", 1, *color],
+        "interval": [*auto, *color, "--guidance_interval", 0, 5],
+    }
+    for name, more in kinds.items():
+        generate.main(flags(tiny_model, tmp_path / name, *more))
+    results = {name: images(tmp_path / name) for name in kinds}
+    assert results.pop("scale 1") == results["color"]
+    assert all(a != b for a, b in itertools.combinations(results.values(), 2))
+    pipe = GuidedPipeline.from_pipe(with_scheduler(load_pipeline(str(tiny_model)), "ddim", 3))
+    options = {"loss": ColorLoss("teal"), "guidance_scale": 40.0, "guide": load_pipeline(str(worse))}
+    (expected,) = sample(pipe, [4], 3, autoguidance_scale=2.0, **options)
+    assert level_difference(Image.open(tmp_path / "both" / "images" / "000004.png"), expected) <= 1
+    settings = json.loads((tmp_path / "interval" / "generate.json").read_text())
+    assert settings["autoguidance_scale"] == 2 and settings["guidance_interval"] == [0, 5]
+    with pytest.raises(InputError, match=r"autoguidance_scale was 2\.0, is 3\.0"):
+        generate.main(flags(tiny_model, tmp_path / "both", *auto, *color, "--autoguidance_scale", 3))
+
+
 def test_autoguidance_and_classifier_free_guidance_combine(tmp_path):
     unet = ClassConditionedUnet(**TINY_CONDITIONED)
     unet.class_embedding.weight.data *= 20
@@ -580,7 +605,15 @@ def test_settings_are_saved(whole):
         (["--autoguidance", "."], "--autoguidance needs its scale: pass --guidance_scale"),
         (["--autoguidance", ".", "--guidance_scale", 0.5], "--guidance_scale 0.5: with --autoguidance it must be at"),
         (["--autoguidance", ".", "--guidance_scale", 2], "The folder . holds no pipeline"),
-        (["--autoguidance", ".", "--guidance_scale", 2, "--color", "teal"], "--autoguidance and .* loss: omit them"),
+        (["--autoguidance", ".", "--guidance_scale", 2, "--color", "teal"], "its scale: pass --autoguidance_scale"),
+        (["--autoguidance_scale", 2, "--color", "teal"], "--autoguidance_scale and .*: pass a worse version"),
+        (["--autoguidance_scale", 2], "--autoguidance_scale is for --autoguidance in addition to --color"),
+        (["--autoguidance", ".", "--autoguidance_scale", 0.5, "--color", "teal"], "--autoguidance_scale is 0.5"),
+        (["--guidance_interval", 0, 5, "--color", "teal"], "needs guidance: pass --autoguidance_scale"),
+        (
+            ["--autoguidance", ".", "--autoguidance_scale", 2, "--class_guidance_scale", 2, "--color", "teal"],
+            "omit --class_guidance_scale, or --color",
+        ),
         (["--class_labels", 1, "--class_guidance_scale", 2], "--class_guidance_scale is for .* --autoguidance"),
         (["--class_labels", 1, "--guidance_interval", 0, 5], "--guidance_interval needs guidance"),
         (["--guidance_interval", 5, 1, "--guidance_scale", 2], "--guidance_interval 5 1: pass two noise levels"),
