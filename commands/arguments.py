@@ -517,7 +517,9 @@ class GenerateArguments(SamplingArguments):
         maximum=MAX_CLASS_GUIDANCE_SCALE,
     )
     guidance_gradient: Literal["sample", "model"] | None = option(
-        None, "model: differentiate through the network too, which takes more time and memory (default: sample)"
+        None,
+        "model: differentiate through the network too, which takes more time and memory, and which few-step pipelines "
+        "need (default: model for a few-step pipeline, otherwise sample)",
     )
 
     def __post_init__(self):
@@ -537,7 +539,6 @@ class GenerateArguments(SamplingArguments):
         elif self.clip_model:
             raise InputError("--clip_model needs a --clip_prompt, or a CLIP loss in --towards.")
         if self.is_guided:
-            self.guidance_gradient = self.guidance_gradient or "sample"
             if self.guidance_scale == 0:
                 raise InputError("With --guidance_scale 0 the guidance has no effect: omit its target.")
             if self.class_guidance_scale is not None:

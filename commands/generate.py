@@ -35,7 +35,7 @@ from ..sampling.grids import image_grid, steps_strip
 from ..sampling.groups import GroupSampler, group_size, image_format
 from ..sampling.image_files import ImageFiles, existing_files, read_images
 from ..sampling.loading import DTYPES, load_guide, load_pipeline, pipeline_hash, with_scheduler
-from ..sampling.steps import trained_steps
+from ..sampling.steps import default_gradient, trained_steps
 from ..sampling.traces import check_traceable, intermediates
 from .arguments import GRID_IMAGES, GenerateArguments
 
@@ -111,10 +111,11 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     if args.is_guided and guidance_scale is None:
         timesteps = pipe.scheduler.config.num_train_timesteps
         guidance_scale = default_guidance_scale(num_inference_steps or min(DEFAULT_STEPS, timesteps))
+    gradient = (args.guidance_gradient or default_gradient(pipe)) if args.is_guided else None
     others = {"guidance_scale": guidance_scale, "guide": guide, "eta": args.eta}
     options: dict[str, Any] = args.guidance | {name: value for name, value in others.items() if value is not None}
     if loss:
-        options |= {"loss": loss, "gradient": args.guidance_gradient}
+        options |= {"loss": loss, "gradient": gradient}
     class_labels = None
     if args.class_labels:
         class_labels = parse_class_labels(args.class_labels, class_names(getattr(pipe, "unet", None)))
@@ -136,7 +137,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         "towards": args.towards,
         "clip_model": args.clip_model,
         "guidance_scale": guidance_scale,
-        "guidance_gradient": args.guidance_gradient,
+        "guidance_gradient": gradient,
         "format": args.format,
         "autoguidance": args.autoguidance and str(args.autoguidance),
         "autoguidance_contents": guide and pipeline_hash(guide),
@@ -164,6 +165,11 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         prepare(output, settings, args.overwrite)
+        if gradient == "model" and not args.guidance_gradient:
+            print(
+                "In few steps the images hardly follow guidance unless its gradient passes through the network, so it "
+                "does: --guidance_gradient model."
+            )
     accelerator.wait_for_everyone()
 
     sampler = GroupSampler(pipe, size, args.seed, num_inference_steps, labels, options, args.vary)

@@ -341,6 +341,21 @@ def test_autoguidance_and_guidance_by_a_loss_combine(tiny_model, tmp_path):
         generate.main(flags(tiny_model, tmp_path / "both", *auto, *color, "--autoguidance_scale", 3))
 
 
+def test_few_step_pipelines_are_guided_through_their_network(tmp_path, capsys):
+    DDPMPipeline(tiny_unet(), few_step_scheduler(3)).save_pretrained(tmp_path / "model")
+    color = ["--scheduler", "as-saved", "--color", "teal"]
+    for name, more in (("default", []), ("model", ["--guidance_gradient", "model"])):
+        generate.main(flags(tmp_path / "model", tmp_path / name, *color, *more))
+        printed = capsys.readouterr().out
+        assert ("its gradient passes through the network, so it does: --guidance_gradient model" in printed) == (
+            name == "default"
+        )
+    generate.main(flags(tmp_path / "model", tmp_path / "sample", *color, "--guidance_gradient", "sample"))
+    assert images(tmp_path / "default") == images(tmp_path / "model") != images(tmp_path / "sample")
+    settings = json.loads((tmp_path / "default" / "generate.json").read_text())
+    assert settings["guidance_gradient"] == "model"
+
+
 def test_autoguidance_and_classifier_free_guidance_combine(tmp_path):
     unet = ClassConditionedUnet(**TINY_CONDITIONED)
     unet.class_embedding.weight.data *= 20
