@@ -493,7 +493,9 @@ class GenerateArguments(SamplingArguments):
         f"for a DDGAN: along each row of {VARY_COLUMNS} images, vary only the latents z, or only the noise (x_T and "
         "that of the steps), and save the --grid",
     )
-    grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
+    grid: bool = option(
+        False, f"arrange the first {GRID_IMAGES} images in grid.png, those of one of several --class_labels in line"
+    )
     intermediates: int | None = option(
         None, "show this many denoising steps of the first image in intermediates.png", minimum=1
     )

@@ -6,6 +6,7 @@ generated in fixed groups of consecutive seeds.
 
 import inspect
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from ..guidance.registry import includes_clip, parse_loss, sum_losses
 from ..pipelines.pipeline_guided import DEFAULT_STEPS
 from ..sampling.arguments import VARY_COLUMNS
 from ..sampling.generation import check_call, class_label_ids, class_names, parse_class_labels
-from ..sampling.grids import image_grid, steps_strip
+from ..sampling.grids import grid_of_classes, image_grid, steps_strip
 from ..sampling.groups import GroupSampler, group_size, image_format
 from ..sampling.image_files import ImageFiles, existing_files, read_images
 from ..sampling.loading import DTYPES, load_guide, load_pipeline, pipeline_hash, with_scheduler
@@ -192,8 +193,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         print(f"{args.num_images} images: {output / 'images'}" + (f" ({rate:.3g} images per second)" if rate else ""))
         if args.grid:
             first_images = list(islice(GeneratedImages(output, files), GRID_IMAGES))
-            layout = rows_and_columns(sampler, len(first_images)) if args.vary else {}
-            replace_file(output / GRID, image_grid(first_images, **layout).save)
+            replace_file(output / GRID, arrange(first_images, sampler).save)
             print(f"grid: {output / GRID}")
         if args.intermediates:
             steps = (args.intermediates, num_inference_steps)
@@ -213,17 +213,19 @@ def guidance_loss(args: GenerateArguments, device: torch.device) -> GuidanceLoss
     return sum_losses(losses)
 
 
-def rows_and_columns(sampler: GroupSampler, num_images: int) -> dict[str, Any]:
-    """Return the layout of the grid of images of which one source of randomness varies, for `image_grid`."""
+def arrange(images: list[Image.Image], sampler: GroupSampler) -> Image.Image:
+    """Return the grid of the first images: in line are those of a class, or with the same fixed randomness."""
+    names: dict[Any, str] = {**class_names(getattr(sampler.pipe, "unet", None))}
+    classes = [str(names.get(label, label)) for label in sampler.class_labels or []]
+    if not sampler.vary:
+        return grid_of_classes(images, classes) if 1 < len(classes) <= GRID_IMAGES // 2 else image_grid(images)
     fixed, varied = ("noise", "z") if sampler.vary == "z" else ("z", "noise")
-    names: dict[Any, str] = {**class_names(sampler.pipe.unet)}
     rows = []
-    for row, first in enumerate(range(0, num_images, VARY_COLUMNS)):
-        label = sampler.class_label(first)
-        prefix = "" if label is None else f"{names.get(label, label)}, "
+    for row in range(math.ceil(len(images) / VARY_COLUMNS)):
+        prefix = f"{classes[row % len(classes)]}, " if classes else ""
         rows.append(f"{prefix}{fixed} {sampler.seed + row}")
-    columns = [f"{varied} {sampler.seed + column}" for column in range(min(num_images, VARY_COLUMNS))]
-    return {"columns": VARY_COLUMNS, "column_labels": columns, "row_labels": rows}
+    columns = [f"{varied} {sampler.seed + column}" for column in range(min(len(images), VARY_COLUMNS))]
+    return image_grid(images, VARY_COLUMNS, columns, rows)
 
 
 def prepare(output: Path, settings: dict, overwrite: bool) -> None:

@@ -48,6 +48,7 @@ from ddgan.data.images import open_image
 from ddgan.data.sources import open_source
 from ddgan.sampling import image_files
 from ddgan.sampling.generation import sample
+from ddgan.sampling.grids import grid_of_classes
 from ddgan.sampling.groups import GroupSampler
 from ddgan.sampling.loading import load_pipeline, pipeline_hash, with_scheduler
 from ddgan.scripts import generate
@@ -492,6 +493,24 @@ def test_grid_and_intermediates_are_saved_next_to_the_images(tiny_model, whole, 
     assert grid.crop((4, 4, 100, 100)).tobytes() == first.tobytes()
     last = strip.crop((strip.width - 100, strip.height - 100, strip.width - 4, strip.height - 4))
     assert last.tobytes() == first.tobytes()  # the last prediction is the first image
+
+
+@pytest.mark.parametrize("names", [["ant", "bee"], ["ant", "a bee with a very long name"]])
+def test_the_grid_has_a_column_or_a_row_per_class(tmp_path, names):
+    unet = ClassConditionedUnet(**{**TINY_CONDITIONED, "num_classes": 2}, id2label=names)
+    ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    generate.main(flags(tmp_path / "model", tmp_path, "--class_labels", *names, "--grid", "--num_images", 5))
+    files = [Image.open(path) for path in sorted((tmp_path / "images").iterdir())]
+    expected = grid_of_classes(files, names)
+    assert Image.open(tmp_path / "grid.png").tobytes() == expected.tobytes()
+    rows_of_classes = len(names[1]) > 3
+    columns = 3 if rows_of_classes else 2
+    cells = [files[i].resize((96, 96), Image.Resampling.NEAREST).convert("RGB") for i in range(5)]
+    left, top = expected.width - columns * 100, 4 if rows_of_classes else 28
+    for i, cell in enumerate(cells):
+        column, row = (i // 2, i % 2) if rows_of_classes else (i % 2, i // 2)
+        corner = left + column * 100, top + row * 100
+        assert expected.crop((*corner, corner[0] + 96, corner[1] + 96)).tobytes() == cell.tobytes()
 
 
 def test_intermediates_that_cannot_be_shown_are_refused_before_sampling(tmp_path):
