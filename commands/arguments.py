@@ -822,7 +822,7 @@ class PushArguments(Arguments):
 
 @dataclass
 class SpaceArguments(Arguments):
-    """The models of the web demo."""
+    """The models of the web demo, and its address."""
 
     pipeline: list[str] | None = option(
         None, "pipeline folders or Hub repositories to offer (default: the embedded models)"
@@ -830,7 +830,10 @@ class SpaceArguments(Arguments):
     clip_model: str | None = option(
         None, f"CLIP model for text guidance (default: {DEFAULT_MODEL}, if it is in the cache of the Hub)"
     )
+    autoguidance: str | None = option(
+        None, "worse version of a pipeline for autoguidance, such as an earlier checkpoint: folder or Hub repository"
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        resolve_locations(self, "pipeline")
+        resolve_locations(self, "pipeline", "autoguidance")

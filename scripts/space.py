@@ -31,6 +31,8 @@ def run(args: SpaceArguments) -> None:
         os.environ[SPACE_VARIABLE] = ",".join(args.pipeline)
     if args.clip_model:
         os.environ["DDGAN_CLIP"] = args.clip_model
+    if args.autoguidance:
+        os.environ["DDGAN_AUTOGUIDANCE"] = args.autoguidance
     app = EXAMPLES / "space" / "app.py"
     sys.path.insert(0, str(app.parent))  # as if the app had been started, without arguments
     sys.argv[1:] = []

@@ -455,6 +455,7 @@ def test_a_request_beyond_the_time_limit_is_stopped(generation, models):
         ({"seed": "1"}, "The seed is not a whole number"),
         ({"scheduler": ["ddim"]}, "There is no such scheduler"),
         ({"label": "a"}, "The class is not one of those on the page"),
+        ({"autoguidance": None}, "The guidance scale is not a number"),
     ],
 )
 def test_a_request_to_the_api_with_other_values_than_the_page_offers_is_refused(generation, change, message):
@@ -465,6 +466,8 @@ def test_a_request_to_the_api_with_other_values_than_the_page_offers_is_refused(
 
 
 def test_targets_and_scales_of_other_types_are_refused(generation, models):
+    with pytest.raises(InputError, match="The kind of guidance is not one of those on the page"):
+        generation["guidance_loss"](None, "teal", None)
     for target in (["#BB2266"], {"a": 1}, 5):
         with pytest.raises(InputError, match="The color or prompt is not a text"):
             generation["guidance_loss"]("color", target, None)
@@ -494,6 +497,55 @@ def test_the_scale_of_guidance_is_that_of_40_steps(generation, models):
     expected = sample(pipe, [0, 1], 8, loss=loss, guidance_scale=100.0)
     assert same_images(guided.images, expected)
     assert not same_images(guided.images, sample(pipe, [0, 1], 8, loss=loss, guidance_scale=20.0))
+
+
+def test_a_worse_model_guides_those_that_it_can_guide(generation, models, monkeypatch, tmp_path):
+    unet = tiny_unet()
+    unet.conv_out.weight.data *= 3
+    guide = DDPMPipeline(unet.eval(), DDPMScheduler())
+    guide.save_pretrained(tmp_path)
+    monkeypatch.setenv("DDGAN_PIPELINE", f"{models / 'rgb-model'},{DDGAN}")
+    monkeypatch.setenv("DDGAN_AUTOGUIDANCE", str(tmp_path))
+    loaded = generation["load_models"]()
+    assert loaded["ddgan-mnist-16"].guide is None
+    model, progress = loaded["rgb-model"], generation["StepProgress"](lambda *_: None)
+    request = generation["GenerationRequest"](num_images=2, steps=8, scheduler="ddim", seed=0, autoguidance=2.5)
+    own = with_scheduler(model.pipe, "ddim", 8)
+    expected = sample(own, [0, 1], 8, guide=guide, guidance_scale=2.5)
+    assert same_images(generation["generate"](model, request, progress).images, expected)
+    assert not same_images(expected, sample(own, [0, 1], 8))
+    loss, pipe = ColorLoss("teal"), GuidedPipeline.from_pipe(own)
+    expected = sample(pipe, [0, 1], 8, loss=loss, guidance_scale=100.0, guide=guide, autoguidance_scale=2.5)
+    guided = generation["generate_guided"](model, request, progress, loss, 20.0, "sample")
+    assert same_images(guided.images, expected)
+
+    monkeypatch.setenv("DDGAN_PIPELINE", str(DDGAN))
+    with pytest.raises(
+        InputError, match=r"cannot guide any of the models\. ddgan-mnist-16: Autoguidance does not work"
+    ):
+        generation["load_models"]()
+
+
+def test_autoguidance_and_class_guidance_add_up(generation, models):
+    model = generation["load_model"](str(models / "class-conditional"), "animals")
+    guide = ClassConditionalPipeline.from_pretrained(models / "class-conditional")
+    for parameter in guide.unet.parameters():
+        parameter.data *= 1.5
+    model = generation["Model"](model.name, model.pipe, guide=guide)
+    request = generation["GenerationRequest"](num_images=2, steps=4, scheduler="ddim", seed=0, autoguidance=2.5)
+    generated = generation["generate"](model, request, generation["StepProgress"](lambda *_: None), 3.0)
+    options = {"guide": guide, "guidance_scale": 2.5, "class_guidance_scale": 3.0}
+    own = with_scheduler(model.pipe, "ddim", 4)
+    assert same_images(generated.images, sample(own, [0, 1], 4, [0, 1], **options))
+
+
+def test_a_request_without_a_model_is_refused(address):
+    client, labels = Client(address, verbose=False), ("Model", "Few-step model", "Diffusion model")
+    for endpoint in ("/generate_plain", "/generate_with_guidance", "/compare"):
+        parameters = client.view_api(return_format="dict")["named_endpoints"][endpoint]["parameters"]
+        models = {p["parameter_name"]: None for p in parameters if p["label"] in labels}
+        with pytest.raises(Exception, match=r"No model of this page was chosen\. Choose one of few-step"):
+            client.predict(**models, api_name=endpoint)
 
 
 def test_one_class_of_a_ddgan_is_varied(generation):
