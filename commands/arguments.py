@@ -833,6 +833,17 @@ class SpaceArguments(Arguments):
     autoguidance: str | None = option(
         None, "worse version of a pipeline for autoguidance, such as an earlier checkpoint: folder or Hub repository"
     )
+    host: str | None = option(
+        None,
+        "address to listen on; 0.0.0.0 makes the page accessible from other machines (default: GRADIO_SERVER_NAME, or "
+        "127.0.0.1)",
+    )
+    port: int | None = option(
+        None,
+        "port to listen on (default: the first free one from GRADIO_SERVER_PORT or 7860)",
+        minimum=1,
+        maximum=65535,
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,7 +1,7 @@
 """A Gradio page that generates images: plain, by class, guided by a color or a text prompt, and in few steps or many.
 
     ddgan space
-    ddgan space --pipeline google/ddpm-cifar10-32
+    ddgan space --pipeline google/ddpm-cifar10-32 --port 8080
 
 It offers the embedded pipelines, or those in the environment variable DDGAN_PIPELINE: folders or Hub repositories,
 separated by commas. DDGAN_CLIP sets the CLIP model for text guidance, and DDGAN_AUTOGUIDANCE a worse version of a
@@ -53,7 +53,7 @@ from generation import (
 from limits import RequestLimits, ShortLines
 from starlette.middleware import Middleware
 
-from ddgan.core.errors import run_command
+from ddgan.core.errors import InputError, run_command
 
 HEADLINE = """
 # Diffusion models
@@ -554,18 +554,31 @@ def comparison_result(elem_id: str) -> SimpleNamespace:
 
 
 def main() -> None:
-    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--host", help="address to listen on (default: GRADIO_SERVER_NAME, or 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, help="port to listen on (default: the first free one from GRADIO_SERVER_PORT or 7860)"
+    )
+    args = parser.parse_args()
     sys.stderr = ShortLines(sys.stderr)
     page = build(load_models(), *find_clip())
-    page.launch(
-        theme=THEME,
-        css=CSS,
-        show_error=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        app_kwargs={"middleware": [Middleware(RequestLimits)]},
-        footer_links=[],
-    )
+    try:
+        page.launch(
+            server_name=args.host,
+            server_port=args.port,
+            theme=THEME,
+            css=CSS,
+            show_error=False,
+            ssr_mode=False,
+            enable_monitoring=False,
+            app_kwargs={"middleware": [Middleware(RequestLimits)]},
+            footer_links=[],
+        )
+    except OSError as error:
+        raise InputError(
+            f"The page cannot be served (--host {args.host or 'default'}, --port {args.port or 'default'}): the port "
+            "is in use, or the host is not an address of this machine. Choose others."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from gradio_client import Client
 from gradio_client.utils import Status
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageColor
-from tiny import ROOT, few_step_scheduler, tiny_unet
+from tiny import ROOT, few_step_scheduler, free_port, tiny_unet
 from tiny_clip import save_clip
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ColorLoss, DDGANPipeline, GuidedPipeline
@@ -94,9 +94,10 @@ def address(models):
     pipelines = ",".join(
         map(str, (*(models / name for name in ("rgb-model", "class-conditional", "few-step")), DDGAN))
     )
-    command = [sys.executable, SPACE / "app.py"]
+    command = [sys.executable, "-m", "ddgan", "space", "--host", "127.0.0.1", "--port", str(free_port())]
     environment = {"DDGAN_PIPELINE": pipelines, "DDGAN_CLIP": str(models / "clip")}
     with serve(command, models / "log.txt", **environment) as address:
+        assert address == f"http://127.0.0.1:{command[-1]}"
         yield address
 
 
@@ -421,6 +422,15 @@ def test_the_app_prints_help_instead_of_starting():
     assert "usage: app.py" in result.stdout and "DDGAN_PIPELINE" in result.stdout
 
 
+def test_a_port_in_use_is_reported(address, models):
+    command = [sys.executable, SPACE / "app.py", "--port", address.rpartition(":")[2]]
+    environment = os.environ | {"DDGAN_PIPELINE": str(models / "rgb-model")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.returncode == 2
+    assert f"--port {command[-1]}): the port is in use" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
 def test_its_card_and_requirements_match_the_package():
     text = (SPACE / "README.md").read_text()
     card = yaml.safe_load(text.split("---")[1])
@@ -543,9 +553,9 @@ def test_a_request_without_a_model_is_refused(address):
     client, labels = Client(address, verbose=False), ("Model", "Few-step model", "Diffusion model")
     for endpoint in ("/generate_plain", "/generate_with_guidance", "/compare"):
         parameters = client.view_api(return_format="dict")["named_endpoints"][endpoint]["parameters"]
-        models = {p["parameter_name"]: None for p in parameters if p["label"] in labels}
-        with pytest.raises(Exception, match=r"No model of this page was chosen\. Choose one of few-step"):
-            client.predict(**models, api_name=endpoint)
+        empty = [p for p in parameters if p["label"] in labels or not p["parameter_has_default"]]
+        with pytest.raises(Exception, match=r"No model of this page was chosen\. Choose one of .*rgb-model"):
+            client.predict(**{p["parameter_name"]: None for p in empty}, api_name=endpoint)
 
 
 def test_one_class_of_a_ddgan_is_varied(generation):
