@@ -155,6 +155,7 @@ def finetune_few_step(
         grid=grid,
         prepare=prepare,
         finish=finish,
+        last_stage=distillation_steps if discriminator else 0,
         monitor=DiscriminatorAccuracyMonitor(),
         evaluation_monitor=DiversityMonitor(),
         card=describe(args, start, data, arguments, discriminator is not None, *captions),

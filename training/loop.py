@@ -552,7 +552,7 @@ class Trainer:
                 if self.accelerator.is_main_process:
                     replace_tree(self.folder.path, pipeline.save_pretrained)
             if self.accelerator.is_main_process:
-                plot_losses(self.folder.metrics, self.folder.loss_plot)
+                plot_losses(self.folder.metrics, self.folder.loss_plot, self.job.last_stage)
                 if self.progress.evaluations.last:
                     plot_evaluations(self.folder.metrics, self.folder.eval_plot, self.progress.evaluations)
                 write_card(self.folder, self.job.card, self._facts())
@@ -594,6 +594,7 @@ class Trainer:
             network=f"{type(network).__name__}, {count_parameters(network)[1]:,} parameters",
             image_size=describe_size(self.data.preprocessing),
             held_out=self.data.validation_plan and self.data.validation_plan.num_images,
+            last_stage=self.job.last_stage,
         )
 
     def _progress_bar(self) -> tqdm:
