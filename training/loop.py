@@ -419,9 +419,9 @@ class Trainer:
         return ordinary if self._due(self.args.log_samples_every) else {}
 
     def _validation_due(self) -> bool:
-        if self.data.validation_plan is None or self.progress.step == 0:
+        if self.data.validation_plan is None:
             return False
-        return self._due(self.data.validation_every) or self._is_last_step()
+        return self._due(self.data.validation_every) or self._is_last_step()  # also at step 0, before training
 
     def _evaluation_due(self) -> bool:
         if self.evaluator is None:
@@ -464,12 +464,13 @@ class Trainer:
         value = loss.item() / self.data.validation_samples  # pyright: ignore[reportAttributeAccessIssue]
         self.accelerator.log({VALIDATION_LOSS: value}, step=step)
         if self.metrics:
-            self.metrics.amend({VALIDATION_LOSS: value})
+            first = {} if step else {"epoch": 0.0, "images": 0}  # a row of its own
+            self.metrics.amend(first | {VALIDATION_LOSS: value})
             if self.lowest_validation is None or value < self.lowest_validation[0]:
                 self.lowest_validation = value, step
             lowest, at = self.lowest_validation
             best = ", the lowest so far" if at == step else f" (lowest: {lowest:.4f}, step {at})"
-            self.bar.write(f"step {step}: validation loss {value:.4f}{best}")
+            self.bar.write(f"step {step}: validation loss {value:.4f}{best if step else ', before training'}")
 
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the images of a micro-batch, in the memory format of the networks, and its labels on the device."""

@@ -106,7 +106,10 @@ class FinishedRun:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """The rows of metrics.csv, one for each optimizer step; values that a step does not have are NaN."""
+        """The rows of metrics.csv, one for each optimizer step; values that a step does not have are NaN.
+
+        With a validation loss there is also a row of step 0, which has no other loss.
+        """
         return read_metrics(self.files.metrics)
 
     @property

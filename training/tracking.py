@@ -105,6 +105,8 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
 class MetricsFile:
     """The metrics.csv of a run: one row per optimizer step, numbers in full precision, missing values empty.
 
+    Before them there may be a row of step 0, with the validation loss before training.
+
     Rows that are lost because somebody damaged or removed the file are reported, and the run continues.
     """
 
@@ -113,7 +115,7 @@ class MetricsFile:
         self.path, self.newest = path, {"step": resumed_step}
         rows, is_damaged = _read(path)
         rows = [row for row in rows if row["step"] <= resumed_step]
-        if lost := resumed_step - len(rows):
+        if lost := resumed_step - sum(row["step"] > 0 for row in rows):
             kept = ""
             if is_damaged:
                 damaged = unused_path(path.with_stem(f"{path.stem}-damaged"))
@@ -188,7 +190,7 @@ def _read(path: Path) -> tuple[list[dict[str, float]], bool]:
                 name: int(value) if name in ("step", "images") else float(value or "nan")
                 for name, value in zip(columns, values, strict=True)
             }
-            if row["step"] > (rows[-1]["step"] if rows else 0):
+            if row["step"] > (rows[-1]["step"] if rows else -1):
                 rows.append(row)
     return rows, len(rows) < len(lines) or bool(text and not header)
 
@@ -205,7 +207,8 @@ def plot_losses(metrics_path: Path, plot_path: Path, last_stage: int = 0) -> Non
     The validation loss, which few steps have, is plotted as it is. A vertical line marks the step `last_stage` (see
     `TrainingJob`), across which nothing is smoothed.
     """
-    rows = read_metrics(metrics_path)
+    all_rows = read_metrics(metrics_path)
+    rows = [row for row in all_rows if row["step"] > 0]
     if not rows:  # somebody has removed the file
         return
     steps = [row["step"] for row in rows]
@@ -223,7 +226,7 @@ def plot_losses(metrics_path: Path, plot_path: Path, last_stage: int = 0) -> Non
                 smooth = np.convolve(values[stage], np.ones(width) / width, mode="valid")
                 losses.plot(steps[stage][width - 1 :], smooth, color=f"C{color}", label=label)
                 label = None
-    if validated := [row for row in rows if not isnan(row.get(VALIDATION_LOSS, nan))]:
+    if validated := [row for row in all_rows if not isnan(row.get(VALIDATION_LOSS, nan))]:
         values = [row[VALIDATION_LOSS] for row in validated]
         losses.plot([row["step"] for row in validated], values, "ko-", markersize=3, label=VALIDATION_LOSS)
     if 0 < last_stage < steps[-1]:
