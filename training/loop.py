@@ -238,7 +238,13 @@ class Trainer:
                 self.job.prepare(self.folder)
             if checkpoint:
                 self.checkpoints.load(checkpoint)
-                logger.info(f"Resuming from {checkpoint}, step {step} of {self.total_steps}.")
+                if step < self.total_steps:
+                    logger.info(f"Resuming from {checkpoint}, step {step} of {self.total_steps}.")
+                else:
+                    logger.info(
+                        f"The run in {self.folder.path} is complete: all {step:,} steps are done. Choose another "
+                        "--output_dir for a new run, or raise --num_epochs or --max_train_steps to continue this one."
+                    )
                 if changes := changed_values(self.folder.config, *self.job.arguments):
                     logger.info(f"Changed since then: {', '.join(changes)}.")
         if is_main:

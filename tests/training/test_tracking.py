@@ -154,7 +154,7 @@ def test_losses_of_two_stages_are_not_mixed(tmp_path, titles, monkeypatch):
     losses, rates = figures[0].axes
     _, first, second, mark, _ = losses.get_lines()
     assert np.allclose(first.get_ydata(), 0.1) and np.allclose(second.get_ydata(), 2.0)
-    assert list(mark.get_xdata()) == [30, 30] == list(rates.get_lines()[1].get_xdata())
+    assert list(mark.get_xdata()) == [30, 30] == list(rates.get_lines()[0].get_xdata())
 
 
 def test_a_missing_tracker_is_reported_with_its_installation(monkeypatch):
