@@ -128,6 +128,8 @@ def test_before_after_compares_the_start_model_at_40_and_few_steps_with_the_resu
     assert same(Image.open(run / "samples" / "step-00000000.png"), before["2 steps"])
     assert same(Image.open(run / "samples" / "step-00000004.png"), after["2 steps"])
     assert not same(before["2 steps"], after["2 steps"])
+    listed = "2 and 1" if len(counts) > 1 else "2"
+    assert f"It was trained for {listed} sampling steps." in (run / "README.md").read_text()
 
 
 def test_a_run_killed_between_its_first_grids_completes_them(few_step, monkeypatch):
