@@ -356,7 +356,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if self.interrupt:
                 continue
             use_null_class = self.do_classifier_free_guidance and is_in_interval(guidance_interval, self.scheduler, t)
-            use_guide = guidance is not None and guidance.is_active(t)
+            active_guidance = guidance if guidance is not None and guidance.is_active(t) else None
             conditional_labels: torch.Tensor = class_labels[-len(sample) :]  # pyright: ignore
             scaled = self.scheduler.scale_model_input(sample, t)
             model_input = (torch.cat([scaled, scaled]) if use_null_class else scaled).to(self.unet.dtype)
@@ -366,13 +366,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if use_null_class:
                 unconditional, conditional = output.chunk(2)
                 output = unconditional + self.class_guidance_scale * (conditional - unconditional)
-            if use_guide:
-                output = output + guidance.update(conditional, scaled, t, conditional_labels)
+            if active_guidance is not None:
+                output = output + active_guidance.update(conditional, scaled, t, conditional_labels)
             if "use_clipped_model_output" in accepted:
                 # Guided predictions leave the range of images. Where DDIM clips the predicted image, the noise must be
                 # recomputed from the clipped one; otherwise the two are inconsistent and lead away from the training
                 # data.
-                step_kwargs["use_clipped_model_output"] = use_null_class or use_guide
+                step_kwargs["use_clipped_model_output"] = use_null_class or active_guidance is not None
             sample = self.scheduler.step(output, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:

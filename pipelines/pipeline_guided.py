@@ -298,9 +298,9 @@ class GuidedPipeline(DiffusionPipeline):
                 model_input = self.scheduler.scale_model_input(sample, t).detach().requires_grad_(guided)
                 with torch.set_grad_enabled(guided and gradient == "model"):
                     output = self.unet(model_input.to(self.unet.dtype), t, **condition).sample.to(dtype)
-                    use_guide = guidance is not None and guidance.is_active(t)
-                    if use_guide:
-                        output = output + guidance.update(output, model_input, t, **condition)
+                    active_guidance = guidance if guidance is not None and guidance.is_active(t) else None
+                    if active_guidance is not None:
+                        output = output + active_guidance.update(output, model_input, t, **condition)
 
                 # 3. guidance
                 if guided:
@@ -326,7 +326,7 @@ class GuidedPipeline(DiffusionPipeline):
                 if not isinstance(self.scheduler, DDPMScheduler):
                     output = output[:, :channels]
                 if "use_clipped_model_output" in accepted:  # for the reason given in ClassConditionalPipeline
-                    step_kwargs["use_clipped_model_output"] = use_guide
+                    step_kwargs["use_clipped_model_output"] = active_guidance is not None
                 sample = self.scheduler.step(output, t, sample, **step_kwargs).prev_sample
 
                 if callback_on_step_end is not None:

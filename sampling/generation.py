@@ -296,11 +296,11 @@ def _denoise(
     for t in scheduler.timesteps:
         model_input = scheduler.scale_model_input(sample, t)
         output = unet(model_input.to(unet.dtype), t, **condition).sample.float()
-        use_guide = guidance is not None and guidance.is_active(t)
-        if use_guide:
-            output = output + guidance.update(output, model_input, t, **condition)
+        active_guidance = guidance if guidance is not None and guidance.is_active(t) else None
+        if active_guidance is not None:
+            output = output + active_guidance.update(output, model_input, t, **condition)
         if "use_clipped_model_output" in accepted:  # for the reason given in ClassConditionalPipeline
-            step_kwargs["use_clipped_model_output"] = use_guide
+            step_kwargs["use_clipped_model_output"] = active_guidance is not None
         if not isinstance(scheduler, DDPMScheduler):  # only DDPM uses a learned variance in the extra channels
             output = output[:, :channels]
         sample = scheduler.step(output, t, sample, **step_kwargs).prev_sample

@@ -470,7 +470,7 @@ class Trainer:
         value = loss.item() / self.data.validation_samples  # pyright: ignore[reportAttributeAccessIssue]
         self.accelerator.log({VALIDATION_LOSS: value}, step=step)
         if self.metrics:
-            first = {} if step else {"epoch": 0.0, "images": 0}  # a row of its own
+            first: dict[str, float] = {} if step else {"epoch": 0.0, "images": 0}  # a row of its own
             self.metrics.amend(first | {VALIDATION_LOSS: value})
             if self.lowest_validation is None or value < self.lowest_validation[0]:
                 self.lowest_validation = value, step
