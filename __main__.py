@@ -2,7 +2,9 @@
 
 import difflib
 import sys
+from argparse import ArgumentParser
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 from ddgan import __version__
@@ -18,12 +20,14 @@ class Command(NamedTuple):
         module: the script, with the functions `parse` and `run`.
         summary: its line in the list of commands.
         flags: its flags in front of those of the user.
+        resumes: whether it resumes its earlier run if there is one in its output folder, which has its own name.
         launchable: whether it can run in several processes.
     """
 
     module: str
     summary: str
     flags: tuple[str, ...] = ()
+    resumes: bool = False
     launchable: bool = True
 
 
@@ -31,7 +35,8 @@ COMMANDS = {
     "demo": Command(
         "finetune_model",
         "fine-tune the embedded model on the embedded images, into the folder demo",
-        ("--config", str(EXAMPLES / "demo.yaml"), "--resume_from_checkpoint", "latest"),
+        ("--config", str(EXAMPLES / "demo.yaml")),
+        resumes=True,
     ),
     "finetune": Command("finetune_model", "fine-tune an unconditional pipeline on images"),
     "few-step": Command("finetune_few_step", "fine-tune a pipeline into one that samples in a few steps"),
@@ -75,12 +80,20 @@ def dispatch(argv: list[str]) -> None:
     command = COMMANDS[name]
     sys.argv[0] = f"ddgan {name}"  # in help and messages
     script = import_module(f"ddgan.{command.module}")
+    if command.resumes and _output_dir(flags, default=name).exists():
+        flags = ["--resume_from_checkpoint", "latest", *flags]
     flags = [*command.flags, *flags]
     if command.launchable:
         *arguments, processes = script.parse(flags, LaunchArguments)
         launch(processes, argv, lambda: script.run(*arguments))
     else:
         script.run(*script.parse(flags))
+
+
+def _output_dir(flags: list[str], default: str) -> Path:
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_dir", default=default)
+    return Path(parser.parse_known_args(flags)[0].output_dir).expanduser()
 
 
 if __name__ == "__main__":

@@ -496,7 +496,9 @@ class GenerateArguments(SamplingArguments):
         f"for a DDGAN: along each row of {VARY_COLUMNS} images, vary only the latents z, or only the noise (x_T and "
         "that of the steps), and save the --grid",
     )
-    grid: bool = option(False, f"arrange the first {GRID_IMAGES} images in grid.png")
+    grid: bool = option(
+        False, f"arrange the first {GRID_IMAGES} images in grid.png, those of one of several --class_labels in line"
+    )
     intermediates: int | None = option(
         None, "show this many denoising steps of the first image in intermediates.png", minimum=1
     )
@@ -513,8 +515,16 @@ class GenerateArguments(SamplingArguments):
         minimum=-MAX_GUIDANCE_SCALE,
         maximum=MAX_GUIDANCE_SCALE,
     )
+    autoguidance_scale: float | None = option(
+        None,
+        "with --color, --clip_prompt or --towards, scale of --autoguidance in addition to them",
+        minimum=1,
+        maximum=MAX_CLASS_GUIDANCE_SCALE,
+    )
     guidance_gradient: Literal["sample", "model"] | None = option(
-        None, "model: differentiate through the network too, which takes more time and memory (default: sample)"
+        None,
+        "model: differentiate through the network too, which takes more time and memory, and which few-step pipelines "
+        "need (default: model for a few-step pipeline, otherwise sample)",
     )
 
     def __post_init__(self):
@@ -534,14 +544,23 @@ class GenerateArguments(SamplingArguments):
         elif self.clip_model:
             raise InputError("--clip_model needs a --clip_prompt, or a CLIP loss in --towards.")
         if self.is_guided:
-            self.guidance_gradient = self.guidance_gradient or "sample"
             if self.guidance_scale == 0:
                 raise InputError("With --guidance_scale 0 the guidance has no effect: omit its target.")
-            if self.autoguidance or self.guidance_interval:
+            if self.class_guidance_scale is not None:
                 raise InputError(
-                    "--autoguidance and --guidance_interval do not work with guidance by a loss: omit them, or omit "
+                    "Guidance by a loss does not work with classifier-free guidance: omit --class_guidance_scale, or "
                     "--color, --clip_prompt and --towards."
                 )
+            if not self.autoguidance and (self.autoguidance_scale is not None or self.guidance_interval):
+                raise InputError(
+                    "With --color, --clip_prompt or --towards, --autoguidance_scale and --guidance_interval are for "
+                    "autoguidance: pass a worse version of the pipeline with --autoguidance."
+                )
+        elif self.autoguidance_scale is not None:
+            raise InputError(
+                "--autoguidance_scale is for --autoguidance in addition to --color, --clip_prompt or --towards: "
+                "without these, pass --guidance_scale."
+            )
         elif self.guidance_gradient or (
             self.guidance_scale is not None and not self.class_labels and not self.autoguidance
         ):
@@ -556,7 +575,17 @@ class GenerateArguments(SamplingArguments):
             )
 
     @property
+    def autoguidance_flag(self) -> str:
+        return "autoguidance_scale" if self.is_guided else "guidance_scale"
+
+    @property
+    def guidance(self) -> dict[str, float | list[float]]:
+        more = {} if self.autoguidance_scale is None else {"autoguidance_scale": self.autoguidance_scale}
+        return super().guidance | more
+
+    @property
     def is_guided(self) -> bool:
+        """Whether there is guidance by a loss."""
         return bool(self.color or self.clip_prompt or self.towards)
 
 
@@ -792,7 +821,7 @@ class PushArguments(Arguments):
 
 @dataclass
 class SpaceArguments(Arguments):
-    """The models of the web demo."""
+    """The models of the web demo, and its address."""
 
     pipeline: list[str] | None = option(
         None, "pipeline folders or Hub repositories to offer (default: the embedded models)"
@@ -800,7 +829,21 @@ class SpaceArguments(Arguments):
     clip_model: str | None = option(
         None, f"CLIP model for text guidance (default: {DEFAULT_MODEL}, if it is in the cache of the Hub)"
     )
+    autoguidance: str | None = option(
+        None, "worse version of a pipeline for autoguidance, such as an earlier checkpoint: folder or Hub repository"
+    )
+    host: str | None = option(
+        None,
+        "address to listen on; 0.0.0.0 makes the page accessible from other machines (default: GRADIO_SERVER_NAME, or "
+        "127.0.0.1)",
+    )
+    port: int | None = option(
+        None,
+        "port to listen on (default: the first free one from GRADIO_SERVER_PORT or 7860)",
+        minimum=1,
+        maximum=65535,
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        resolve_locations(self, "pipeline")
+        resolve_locations(self, "pipeline", "autoguidance")

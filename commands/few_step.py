@@ -155,6 +155,7 @@ def finetune_few_step(
         grid=grid,
         prepare=prepare,
         finish=finish,
+        last_stage=distillation_steps if discriminator else 0,
         monitor=DiscriminatorAccuracyMonitor(),
         evaluation_monitor=DiversityMonitor(),
         card=describe(args, start, data, arguments, discriminator is not None, *captions),
@@ -314,7 +315,7 @@ def describe(
     return CardFacts(
         title=run.model_save_name,
         summary=f"{kind} diffusion model that generates an image in {evaluations}: {origin}. It was trained for "
-        f"{' and '.join(map(str, args.num_inference_steps))} sampling steps.{classes}",
+        f"{_listed(args.num_inference_steps)} sampling steps.{classes}",
         usage=usage,
         settings=settings_for_card(*arguments),
         base_model=location_name(args.start_model),
@@ -325,6 +326,11 @@ def describe(
         grids_after={name: f"In {steps}, from the same seeds." for steps, name in after.items() if name},
         **carry_over_license(args.start_model),
     )
+
+
+def _listed(numbers: list[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 UNCONDITIONAL_USAGE = """

@@ -6,6 +6,7 @@ generated in fixed groups of consecutive seeds.
 
 import inspect
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,11 +33,11 @@ from ..guidance.registry import includes_clip, parse_loss, sum_losses
 from ..pipelines.pipeline_guided import DEFAULT_STEPS
 from ..sampling.arguments import VARY_COLUMNS
 from ..sampling.generation import check_call, class_label_ids, class_names, parse_class_labels
-from ..sampling.grids import image_grid, steps_strip
+from ..sampling.grids import grid_of_classes, image_grid, steps_strip
 from ..sampling.groups import GroupSampler, group_size, image_format
 from ..sampling.image_files import ImageFiles, existing_files, read_images
 from ..sampling.loading import DTYPES, load_guide, load_pipeline, pipeline_hash, with_scheduler
-from ..sampling.steps import trained_steps
+from ..sampling.steps import default_gradient, trained_steps
 from ..sampling.traces import check_traceable, intermediates
 from .arguments import GRID_IMAGES, GenerateArguments
 
@@ -112,10 +113,11 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     if args.is_guided and guidance_scale is None:
         timesteps = pipe.scheduler.config.num_train_timesteps
         guidance_scale = default_guidance_scale(num_inference_steps or min(DEFAULT_STEPS, timesteps))
+    gradient = (args.guidance_gradient or default_gradient(pipe)) if args.is_guided else None
     others = {"guidance_scale": guidance_scale, "guide": guide, "eta": args.eta}
     options: dict[str, Any] = args.guidance | {name: value for name, value in others.items() if value is not None}
     if loss:
-        options |= {"loss": loss, "gradient": args.guidance_gradient}
+        options |= {"loss": loss, "gradient": gradient}
     class_labels = None
     if args.class_labels:
         class_labels = parse_class_labels(args.class_labels, class_names(getattr(pipe, "unet", None)))
@@ -137,10 +139,11 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         "towards": args.towards,
         "clip_model": args.clip_model,
         "guidance_scale": guidance_scale,
-        "guidance_gradient": args.guidance_gradient,
+        "guidance_gradient": gradient,
         "format": args.format,
         "autoguidance": args.autoguidance and str(args.autoguidance),
         "autoguidance_contents": guide and pipeline_hash(guide),
+        "autoguidance_scale": args.autoguidance_scale,
         "class_guidance_scale": args.class_guidance_scale,
         "guidance_interval": args.guidance_interval,
     }
@@ -164,6 +167,11 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         prepare(output, settings, args.overwrite)
+        if gradient == "model" and not args.guidance_gradient:
+            print(
+                "In few steps the images hardly follow guidance unless its gradient passes through the network, so it "
+                "does: --guidance_gradient model."
+            )
     accelerator.wait_for_everyone()
 
     sampler = GroupSampler(pipe, size, args.seed, num_inference_steps, labels, options, args.vary)
@@ -186,8 +194,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         print(f"{args.num_images} images: {output / IMAGES}" + (f" ({rate:.3g} images per second)" if rate else ""))
         if args.grid:
             first_images = list(islice(GeneratedImages(output, files), GRID_IMAGES))
-            layout = rows_and_columns(sampler, len(first_images)) if args.vary else {}
-            replace_file(output / GRID, image_grid(first_images, **layout).save)
+            replace_file(output / GRID, arrange(first_images, sampler).save)
             print(f"grid: {output / GRID}")
         if args.intermediates:
             steps = (args.intermediates, num_inference_steps)
@@ -224,17 +231,19 @@ def guidance_loss(args: GenerateArguments, device: torch.device) -> GuidanceLoss
     return sum_losses(losses)
 
 
-def rows_and_columns(sampler: GroupSampler, num_images: int) -> dict[str, Any]:
-    """Return the layout of the grid of images of which one source of randomness varies, for `image_grid`."""
+def arrange(images: list[Image.Image], sampler: GroupSampler) -> Image.Image:
+    """Return the grid of the first images: in line are those of a class, or with the same fixed randomness."""
+    names: dict[Any, str] = {**class_names(getattr(sampler.pipe, "unet", None))}
+    classes = [str(names.get(label, label)) for label in sampler.class_labels or []]
+    if not sampler.vary:
+        return grid_of_classes(images, classes) if 1 < len(classes) <= GRID_IMAGES // 2 else image_grid(images)
     fixed, varied = ("noise", "z") if sampler.vary == "z" else ("z", "noise")
-    names: dict[Any, str] = {**class_names(sampler.pipe.unet)}
     rows = []
-    for row, first in enumerate(range(0, num_images, VARY_COLUMNS)):
-        label = sampler.class_label(first)
-        prefix = "" if label is None else f"{names.get(label, label)}, "
+    for row in range(math.ceil(len(images) / VARY_COLUMNS)):
+        prefix = f"{classes[row % len(classes)]}, " if classes else ""
         rows.append(f"{prefix}{fixed} {sampler.seed + row}")
-    columns = [f"{varied} {sampler.seed + column}" for column in range(min(num_images, VARY_COLUMNS))]
-    return {"columns": VARY_COLUMNS, "column_labels": columns, "row_labels": rows}
+    columns = [f"{varied} {sampler.seed + column}" for column in range(min(len(images), VARY_COLUMNS))]
+    return image_grid(images, VARY_COLUMNS, columns, rows)
 
 
 def prepare(output: Path, settings: dict, overwrite: bool) -> None:

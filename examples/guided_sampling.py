@@ -31,7 +31,7 @@ from ddgan.pipelines.pipeline_guided import DEFAULT_STEPS, SCALE_SCHEDULES
 from ddgan.sampling.generation import class_names, parse_class_labels
 from ddgan.sampling.grids import image_grid
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
-from ddgan.sampling.steps import trained_steps
+from ddgan.sampling.steps import default_gradient, trained_steps
 
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "noto-emoji-32"
 DEFAULT_LOSS = "color:#BB2266"
@@ -51,7 +51,10 @@ class Arguments(cli.Arguments):
         minimum=-MAX_GUIDANCE_SCALE,
         maximum=MAX_GUIDANCE_SCALE,
     )
-    gradient: Literal["sample", "model"] = option("sample", "model: differentiate through the network too")
+    gradient: Literal["sample", "model"] | None = option(
+        None,
+        "model: differentiate through the network too (default: model for a few-step pipeline, otherwise sample)",
+    )
     scale_schedule: str = option(
         "constant", "factor of the guidance scale as a function of the noise level", choices=SCALE_SCHEDULES
     )
@@ -105,7 +108,7 @@ def compare(pipe: GuidedPipeline, loss: GuidanceLoss, args: Arguments) -> None:
             scale,
             batch_size=args.num_images,
             num_inference_steps=args.num_inference_steps,
-            gradient=args.gradient,
+            gradient=args.gradient or default_gradient(pipe),
             scale_schedule=args.scale_schedule,
             guidance_start=args.guidance_start,
             guidance_end=args.guidance_end,

@@ -217,8 +217,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 "null class (its config has no `class_dropout` above 0), which classifier-free guidance needs. Sample "
                 f"with `{name}=1`, or train the network with class dropout."
             )
-        if guide is not None:
-            check_autoguidance_scale(guidance_scale)
         check_interval(guidance_interval, self.scheduler)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}, but must be 'pil', 'np', 'pt' or 'latent'.")
@@ -340,7 +338,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         )
         self._guidance_scale = guidance_scale
         self._class_guidance_scale = class_guidance_scale if guide is None else class_guidance_scale or 1.0
-        guidance = None if guide is None else Autoguidance(guide, self)
+        guidance = None if guide is None else Autoguidance(guide, self, guidance_scale, guidance_interval)
         self._interrupt = False
 
         device, dtype = self._execution_device, torch.promote_types(self.unet.dtype, torch.float32)
@@ -360,9 +358,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore[reportArgumentType, reportCallIssue]
             if self.interrupt:
                 continue
-            in_interval = is_in_interval(guidance_interval, self.scheduler, t)
-            use_null_class = in_interval and self.do_classifier_free_guidance
-            current_guidance = guidance if in_interval and self.guidance_scale > 1 else None
+            use_null_class = self.do_classifier_free_guidance and is_in_interval(guidance_interval, self.scheduler, t)
+            active_guidance = guidance if guidance is not None and guidance.is_active(t) else None
             conditional_labels: torch.Tensor = class_labels[-len(sample) :]  # pyright: ignore
             scaled = self.scheduler.scale_model_input(sample, t)
             model_input = (torch.cat([scaled, scaled]) if use_null_class else scaled).to(self.unet.dtype)
@@ -372,14 +369,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if use_null_class:
                 unconditional, conditional = output.chunk(2)
                 output = unconditional + self.class_guidance_scale * (conditional - unconditional)
-            if current_guidance is not None:
-                difference = current_guidance.difference(conditional, scaled, t, conditional_labels)
-                output = output + (self.guidance_scale - 1) * difference
+            if active_guidance is not None:
+                output = output + active_guidance.update(conditional, scaled, t, conditional_labels)
             if "use_clipped_model_output" in accepted:
                 # Guided predictions leave the range of images. Where DDIM clips the predicted image, the noise must be
                 # recomputed from the clipped one; otherwise the two are inconsistent and lead away from the training
                 # data.
-                step_kwargs["use_clipped_model_output"] = use_null_class or current_guidance is not None
+                step_kwargs["use_clipped_model_output"] = use_null_class or active_guidance is not None
             sample = self.scheduler.step(output, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
@@ -426,20 +422,41 @@ class Autoguidance:
     Args:
         guide (`DiffusionPipeline`): The worse model, a pipeline with a `unet` and a `scheduler`.
         pipe (`DiffusionPipeline`): The pipeline that it guides.
+        scale (`float`): The scale, at least 1 (no guidance).
+        interval (`tuple[float, float]`, *optional*): The noise levels with guidance, as in `__call__` above.
 
     Raises:
-        `ValueError`: If the guide was trained for other images, classes or noise levels.
+        `ValueError`: If the guide was trained for other images, classes or noise levels, one of the two networks is
+            that of a Denoising Diffusion GAN, or the scale or interval is invalid.
     """
 
-    def __init__(self, guide: DiffusionPipeline, pipe: DiffusionPipeline):
+    def __init__(
+        self,
+        guide: DiffusionPipeline,
+        pipe: DiffusionPipeline,
+        scale: float,
+        interval: Sequence[float] | None = None,
+    ):
+        if not scale >= 1:
+            raise ValueError(
+                f"The scale of autoguidance is {scale}, but must be at least 1: 1 means no guidance, and with a "
+                "smaller scale the samples would become more like those of the worse model."
+            )
+        check_interval(interval, pipe.scheduler)
         networks = [name for name, part in guide.components.items() if isinstance(part, torch.nn.Module)]
         if networks != ["unet"] or "scheduler" not in guide.components:
             raise ValueError(
                 f"A {type(guide).__name__} with the components {', '.join(sorted(guide.components))} cannot guide "
                 "another pipeline: a guide needs a `scheduler` and, as the only network, a `unet`."
             )
+        for part in (pipe, guide):
+            if part.unet.config.get("latent_dim"):
+                raise ValueError(
+                    f"Autoguidance does not work with the {type(part.unet).__name__} of a Denoising Diffusion GAN, "
+                    "which generates an image from latents z instead of predicting the mean of all possible ones."
+                )
         _check_has_noise_levels(pipe.scheduler)
-        self.unet, self.scheduler = guide.unet, pipe.scheduler
+        self.unet, self.scheduler, self.scale, self.interval = guide.unet, pipe.scheduler, scale, interval
         self.channels = pipe.unet.config.in_channels
         self.prediction_types = [_prediction_type(part.scheduler) for part in (guide, pipe)]
         theirs, ours = _image_facts(guide.unet), _image_facts(pipe.unet)
@@ -486,14 +503,18 @@ class Autoguidance:
     def _has_null_class(self) -> bool:
         return bool(self.unet.config.get("class_dropout"))
 
-    def difference(
+    def is_active(self, t: torch.Tensor | float) -> bool:
+        """Return whether there is guidance at a timestep."""
+        return self.scale > 1 and is_in_interval(self.interval, self.scheduler, t)
+
+    def update(
         self,
         prediction: torch.Tensor,
         model_input: torch.Tensor,
         t: torch.Tensor,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return prediction - guide; zero for further channels of the prediction, the learned variance.
+        """Return (scale - 1) (prediction - guide); zero for further channels of the prediction, the learned variance.
 
         Args:
             prediction (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Output of the guided network.
@@ -506,7 +527,7 @@ class Autoguidance:
         output = self._convert(output[:, : self.channels].to(prediction.dtype), model_input, t)
         difference = torch.zeros_like(prediction)
         difference[:, : self.channels] = prediction[:, : self.channels] - output
-        return difference
+        return (self.scale - 1) * difference
 
     def _convert(self, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Convert a prediction at x = signal x_0 + noise epsilon to what the guided network predicts."""
@@ -534,19 +555,6 @@ def noise_level(scheduler: SchedulerMixin, t: torch.Tensor | float) -> float:
     with np.errstate(divide="ignore"):  # pure noise, whose sigma is infinite
         log_sigmas = (np.log1p(-alphas) - np.log(alphas)) / 2
     return math.exp(np.interp(float(t), range(len(alphas)), log_sigmas))
-
-
-def check_autoguidance_scale(scale: float) -> None:
-    """Check the scale of autoguidance.
-
-    Raises:
-        `ValueError`: If it is below 1.
-    """
-    if not scale >= 1:
-        raise ValueError(
-            f"`guidance_scale` is {scale}, but with a guide it must be at least 1: 1 means no guidance, and with a "
-            "smaller scale the samples would become more like those of the worse model."
-        )
 
 
 def check_interval(interval: Sequence[float] | None, scheduler: SchedulerMixin) -> None:

@@ -80,6 +80,10 @@ class GuidedPipeline(DiffusionPipeline):
     differently (Euler). Where the scheduler clips or thresholds x_0, the loss sees the clipped image and the gradient
     passes straight through the clipping, so that it can bring a clipped pixel back.
 
+    With a `guide`, a worse version of the network, there is also
+    [autoguidance](https://arxiv.org/abs/2406.02507): the prediction is guide + autoguidance_scale (prediction -
+    guide), and the loss sees the predicted image that follows from it.
+
     This pipeline inherits from [`DiffusionPipeline`].
 
     Args:
@@ -97,6 +101,8 @@ class GuidedPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs: ClassVar = ["latents"]
+    # `Autoguidance` of pipeline_class_conditional.py where the package ddgan is installed: this file travels alone
+    _autoguidance: ClassVar[Any] = None
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
@@ -155,6 +161,9 @@ class GuidedPipeline(DiffusionPipeline):
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
         max_grad_norm: float | None = None,
+        guide: DiffusionPipeline | None = None,
+        autoguidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
         class_labels: int | str | list | torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -188,9 +197,19 @@ class GuidedPipeline(DiffusionPipeline):
                 Factor of the guidance scale as a function of alpha_bar, the noise level at the current timestep (1 for
                 no noise, 0 for pure noise): `"constant"`, `"alpha_bar"`, `"sqrt_alpha_bar"`,
                 `"sqrt_one_minus_alpha_bar"`, or a custom function. See `plot_scale_schedules`.
-            guidance_start (`float`, defaults to 0.0): Fraction of the steps at which guidance starts.
-            guidance_end (`float`, defaults to 1.0): Fraction of the steps at which guidance ends.
+            guidance_start (`float`, defaults to 0.0): Fraction of the steps at which guidance by the loss starts.
+            guidance_end (`float`, defaults to 1.0): Fraction of the steps at which guidance by the loss ends.
             max_grad_norm (`float`, *optional*): Maximum norm of each image's gradient, which is clipped to it.
+            guide (`DiffusionPipeline`, *optional*):
+                A pipeline with a worse version of the network for autoguidance, as in [`ClassConditionalPipeline`].
+                With `gradient="model"` the gradient also passes through its network. Needs the package ddgan.
+            autoguidance_scale (`float`, defaults to 1.0):
+                Scale of autoguidance, which is enabled above 1 and needs a `guide`.
+            guidance_interval (`tuple[float, float]`, *optional*):
+                The noise levels (low, high] at which there is autoguidance
+                ([arXiv 2404.07724](https://arxiv.org/abs/2404.07724)): standard deviations of the noise relative to
+                images in [-1, 1], sigma = sqrt((1 - alpha_bar) / alpha_bar). Defaults to all. The
+                steps with guidance by the loss are those from `guidance_start` to `guidance_end`.
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*):
                 For a class-conditional network, a class for all images or one per image: labels, names if the
                 network's config has `id2label`, or contexts (a float vector for all images, or a matrix).
@@ -215,7 +234,8 @@ class GuidedPipeline(DiffusionPipeline):
             [`GuidedPipelineOutput`] or `tuple`: The generated images and their guidance losses.
 
         Raises:
-            `ValueError`: If the scheduler does not support guidance, or an argument or the loss is invalid.
+            `ValueError`: If the scheduler does not support guidance, the guide is for other images, or an argument or
+                the loss is invalid.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -231,11 +251,17 @@ class GuidedPipeline(DiffusionPipeline):
             guidance_start,
             guidance_end,
             max_grad_norm,
+            guide,
+            autoguidance_scale,
+            guidance_interval,
             generator,
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
+        guidance = None
+        if guide is not None:
+            guidance = self._autoguidance(guide, self, autoguidance_scale, guidance_interval)
         scale_at = scale_schedule if callable(scale_schedule) else SCALE_SCHEDULES[scale_schedule]
 
         # 1. noise levels, conditioning and initial noise
@@ -245,18 +271,21 @@ class GuidedPipeline(DiffusionPipeline):
         alpha_bars = self._set_timesteps(num_inference_steps, device)
         self._num_timesteps = len(alpha_bars)
         condition = self._encode_class_labels(class_labels, batch_size, device)
+        if guidance is not None and condition:
+            guidance.check_class_labels(condition["class_labels"])
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         sample = latents.to(device, dtype) * self.scheduler.init_noise_sigma
         takes_z = "z" in _forward_parameters(self.unet)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_kwargs: dict[str, Any] = {"generator": generator} if takes_generator else {}
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_kwargs: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
 
         per_image_loss = _PerImageLoss(loss)
         guidance_losses = torch.full((len(alpha_bars), batch_size), torch.nan)
         guided_steps = range(round(guidance_start * len(alpha_bars)), round(guidance_end * len(alpha_bars)))
 
-        with _frozen(self.unet), self.progress_bar(total=len(alpha_bars)) as progress_bar:  # pyright: ignore[reportCallIssue]
+        networks = [self.unet] if guidance is None else [self.unet, guidance.unet]
+        with _frozen(*networks), self.progress_bar(total=len(alpha_bars)) as progress_bar:  # pyright: ignore[reportCallIssue]
             for i, (t, alpha_bar) in enumerate(zip(self.scheduler.timesteps, alpha_bars, strict=True)):
                 if self.interrupt:
                     continue
@@ -269,6 +298,9 @@ class GuidedPipeline(DiffusionPipeline):
                 model_input = self.scheduler.scale_model_input(sample, t).detach().requires_grad_(guided)
                 with torch.set_grad_enabled(guided and gradient == "model"):
                     output = self.unet(model_input.to(self.unet.dtype), t, **condition).sample.to(dtype)
+                    active_guidance = guidance if guidance is not None and guidance.is_active(t) else None
+                    if active_guidance is not None:
+                        output = output + active_guidance.update(output, model_input, t, **condition)
 
                 # 3. guidance
                 if guided:
@@ -293,6 +325,8 @@ class GuidedPipeline(DiffusionPipeline):
                 output = output.detach()
                 if not isinstance(self.scheduler, DDPMScheduler):
                     output = output[:, :channels]
+                if "use_clipped_model_output" in accepted:  # for the reason given in ClassConditionalPipeline
+                    step_kwargs["use_clipped_model_output"] = active_guidance is not None
                 sample = self.scheduler.step(output, t, sample, **step_kwargs).prev_sample
 
                 if callback_on_step_end is not None:
@@ -344,6 +378,9 @@ class GuidedPipeline(DiffusionPipeline):
         guidance_start,
         guidance_end,
         max_grad_norm,
+        guide,
+        autoguidance_scale,
+        guidance_interval,
         generator,
         latents,
         output_type,
@@ -371,6 +408,16 @@ class GuidedPipeline(DiffusionPipeline):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(
                 f"`max_grad_norm` is {max_grad_norm}, but must be greater than 0, or None for no clipping."
+            )
+        if guide is not None and self._autoguidance is None:
+            raise ValueError(
+                "A `guide` of a GuidedPipeline needs the package ddgan (diffusers-ddgan). Install it and load the "
+                "pipeline with `ddgan.GuidedPipeline.from_pretrained`."
+            )
+        if guide is None and (autoguidance_scale != 1 or guidance_interval is not None):
+            raise ValueError(
+                "`autoguidance_scale` and `guidance_interval` are for autoguidance, which needs a `guide`: a worse "
+                "version of the pipeline. Guidance by the loss is limited by `guidance_start` and `guidance_end`."
             )
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(
@@ -544,9 +591,9 @@ def _warn_once(message: str):
 
 
 @contextmanager
-def _frozen(network: torch.nn.Module) -> Iterator[None]:
+def _frozen(*networks: torch.nn.Module) -> Iterator[None]:
     """Disable gradients of the parameters, which guidance does not need."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    parameters = [parameter for network in networks for parameter in network.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:

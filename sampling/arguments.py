@@ -75,17 +75,21 @@ class SamplingArguments(Arguments):
         names = "guidance_scale", "class_guidance_scale", "guidance_interval"
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    @property
+    def autoguidance_flag(self) -> str:
+        """The flag with the scale of autoguidance."""
+        return "guidance_scale"
+
     def __post_init__(self):
         super().__post_init__()
         resolve_locations(self, "pipeline", "autoguidance")
         if self.autoguidance:
-            if self.guidance_scale is None:
-                raise InputError("--autoguidance needs its scale: pass --guidance_scale, for example 1.5.")
-            if self.guidance_scale < 1:
-                raise InputError(
-                    f"--guidance_scale {self.guidance_scale:g}: with --autoguidance it must be at least 1 (no "
-                    "guidance)."
-                )
+            flag = self.autoguidance_flag
+            scale = getattr(self, flag)
+            if scale is None:
+                raise InputError(f"--autoguidance needs its scale: pass --{flag}, for example 1.5.")
+            if scale < 1:
+                raise InputError(f"--{flag} {scale:g}: with --autoguidance it must be at least 1 (no guidance).")
         elif self.class_guidance_scale is not None:
             raise InputError(
                 "--class_guidance_scale is for classifier-free guidance in addition to --autoguidance: without that, "
@@ -97,5 +101,5 @@ class SamplingArguments(Arguments):
                     f"--guidance_interval {' '.join(f'{level:g}' for level in interval)}: pass two noise levels, the "
                     "lower one first, for example 0.2 5."
                 )
-            if self.guidance_scale is None:
-                raise InputError("--guidance_interval needs guidance: pass --guidance_scale.")
+            if getattr(self, self.autoguidance_flag) is None:
+                raise InputError(f"--guidance_interval needs guidance: pass --{self.autoguidance_flag}.")

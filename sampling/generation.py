@@ -20,12 +20,7 @@ from PIL import Image
 
 from .. import ClassConditionalPipeline, DDGANScheduler
 from ..core.errors import InputError, RunError
-from ..pipelines.pipeline_class_conditional import (
-    Autoguidance,
-    check_autoguidance_scale,
-    check_interval,
-    is_in_interval,
-)
+from ..pipelines.pipeline_class_conditional import Autoguidance
 from .grids import to_pil
 from .loading import with_scheduler
 from .spacing import changed_spacing, check_steps
@@ -62,7 +57,8 @@ def sample(
         options: Further arguments for the call of the pipeline, such as the loss of a guided one. `eta`, the scale of
             the noise in each step, is also for plain pipelines with a scheduler whose `step` takes it. So are `guide`,
             a worse version of the pipeline for autoguidance (arXiv 2406.02507), its `guidance_scale` of at least 1 and
-            its `guidance_interval`, as described for `ClassConditionalPipeline`.
+            its `guidance_interval`, as described for `ClassConditionalPipeline`; that of a guided pipeline is its
+            `autoguidance_scale`.
 
     Raises:
         InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, if a
@@ -114,8 +110,8 @@ def sample(
     arguments = {name: value for name, value in arguments.items() if value is not None}
     if not is_plain and "guide" in options and "guide" not in parameters:
         raise InputError(
-            f"A {type(pipe).__name__} takes no guide: autoguidance is for DDPMPipeline, DDIMPipeline and "
-            "ClassConditionalPipeline."
+            f"A {type(pipe).__name__} takes no guide: autoguidance is for DDPMPipeline, DDIMPipeline, "
+            "ClassConditionalPipeline and GuidedPipeline."
         )
     for name in arguments:
         if name not in parameters and not (is_plain and name in plain_options):
@@ -289,7 +285,10 @@ def _denoise(
 ) -> torch.Tensor:
     """Sample like a `DDPMPipeline` or `DDIMPipeline`, also with a guide and with schedulers that scale samples."""
     unet, scheduler = pipe.unet, pipe.scheduler
-    guidance = _autoguidance(pipe, guide, guidance_scale, guidance_interval)
+    try:
+        guidance = None if guide is None else Autoguidance(guide, pipe, guidance_scale, guidance_interval)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     condition = _class_condition(unet, class_labels)
     size, channels = unet.config.sample_size, unet.config.in_channels
     height, width = (size, size) if isinstance(size, int) else size
@@ -301,30 +300,15 @@ def _denoise(
     for t in scheduler.timesteps:
         model_input = scheduler.scale_model_input(sample, t)
         output = unet(model_input.to(unet.dtype), t, **condition).sample.float()
-        current_guidance = guidance if is_in_interval(guidance_interval, scheduler, t) else None
-        if current_guidance is not None:
-            output = output + (guidance_scale - 1) * current_guidance.difference(output, model_input, t, **condition)
+        active_guidance = guidance if guidance is not None and guidance.is_active(t) else None
+        if active_guidance is not None:
+            output = output + active_guidance.update(output, model_input, t, **condition)
         if "use_clipped_model_output" in accepted:  # for the reason given in ClassConditionalPipeline
-            step_kwargs["use_clipped_model_output"] = current_guidance is not None
+            step_kwargs["use_clipped_model_output"] = active_guidance is not None
         if not isinstance(scheduler, DDPMScheduler):  # only DDPM uses a learned variance in the extra channels
             output = output[:, :channels]
         sample = scheduler.step(output, t, sample, **step_kwargs).prev_sample
     return sample
-
-
-def _autoguidance(
-    pipe: DiffusionPipeline, guide: DiffusionPipeline | None, scale: float, interval: Sequence[float] | None
-) -> Autoguidance | None:
-    """Return the guidance of a pipeline by a guide; None without one or with a scale of 1, which has no effect."""
-    if guide is None:
-        return None
-    try:
-        check_autoguidance_scale(scale)
-        check_interval(interval, pipe.scheduler)
-        guidance = Autoguidance(guide, pipe)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    return guidance if scale > 1 else None
 
 
 def _class_condition(unet: ModelMixin, class_labels: Sequence[int | str] | None) -> dict[str, torch.Tensor]:

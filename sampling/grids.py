@@ -39,8 +39,7 @@ def image_grid(
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    factor = max(1, LEGIBLE_SIDE // max(images[0].size))
-    width, height = (side * factor for side in images[0].size)
+    width, height = (side * _enlargement(images[0].size) for side in images[0].size)
     font = ImageFont.load_default(label_size)
     top = 2 * label_size if column_labels else gutter
     left = math.ceil(max(map(font.getlength, row_labels))) + 2 * label_size if row_labels else gutter
@@ -56,6 +55,30 @@ def image_grid(
     for row, label in enumerate(row_labels):
         draw.text((left / 2, top + row * (height + gutter) + height / 2), label, "black", font, anchor="mm")
     return grid
+
+
+def grid_of_classes(images: Sequence[Image.Image], classes: Sequence[str]) -> Image.Image:
+    """Arrange images whose classes are used in turn.
+
+    The grid has one labeled column per class, or one labeled row if a name is longer than an image is wide.
+
+    Args:
+        images: Images of the same size, as for `image_grid`: image i is of class i modulo the number of classes.
+        classes: Name of each class.
+    """
+    classes = classes[: len(images)]
+    font, size = ImageFont.load_default(LABEL_SIZE), images[0].size
+    if max(map(font.getlength, classes)) <= size[0] * _enlargement(size):
+        return image_grid(images, len(classes), classes)
+    columns = math.ceil(len(images) / len(classes))
+    blanks = [Image.new("RGB", size, "white")] * (columns * len(classes) - len(images))
+    padded = [*images, *blanks]
+    in_rows = [image for row in range(len(classes)) for image in padded[row :: len(classes)]]
+    return image_grid(in_rows, columns, row_labels=classes)
+
+
+def _enlargement(size: tuple[int, int]) -> int:
+    return max(1, LEGIBLE_SIDE // max(size))
 
 
 def before_after(before: Mapping[str, Image.Image], after: Mapping[str, Image.Image]) -> Image.Image:

@@ -38,8 +38,8 @@ def with_usable_spacing(scheduler: Any, num_inference_steps: int) -> Any:
             continue
         if spacing != saved:
             _log_once(
-                f"{num_inference_steps} steps of a {type(scheduler).__name__} with {saved} timesteps would not start "
-                f"from noise: sampling with {spacing} timesteps."
+                f"Note: in {num_inference_steps} steps, {type(scheduler).__name__} samples with {spacing} timesteps, "
+                f"which start from noise, instead of the {saved} ones in its config. There is nothing to change."
             )
         return candidate
     if _timesteps(scheduler, num_inference_steps) is None:

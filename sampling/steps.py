@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Literal
 
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 
@@ -16,6 +17,14 @@ def trained_steps(pipe: DiffusionPipeline) -> list[int]:
     Few-step fine-tuning writes them into the scheduler's config. Empty for any other pipeline.
     """
     return pipe.scheduler.config.get("_num_inference_steps") or []
+
+
+def default_gradient(pipe: DiffusionPipeline) -> Literal["sample", "model"]:
+    """Return the default `gradient` of guidance by a loss: through the network for few-step pipelines.
+
+    Their images hardly change with the other gradient, see docs/guidance.md.
+    """
+    return "model" if trained_steps(pipe) else "sample"
 
 
 def default_steps(pipe: DiffusionPipeline) -> int | None:

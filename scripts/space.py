@@ -2,7 +2,8 @@
 
     python scripts/space.py --pipeline my-model
 
-Without --pipeline it offers the embedded models.
+Without --pipeline it offers the embedded models. Other settings of Gradio are environment variables, such as
+GRADIO_SHARE=True for a public link.
 """
 
 import os
@@ -31,9 +32,12 @@ def run(args: SpaceArguments) -> None:
         os.environ[SPACE_VARIABLE] = ",".join(args.pipeline)
     if args.clip_model:
         os.environ["DDGAN_CLIP"] = args.clip_model
+    if args.autoguidance:
+        os.environ["DDGAN_AUTOGUIDANCE"] = args.autoguidance
     app = EXAMPLES / "space" / "app.py"
-    sys.path.insert(0, str(app.parent))  # as if the app had been started, without arguments
-    sys.argv[1:] = []
+    sys.path.insert(0, str(app.parent))  # as if the app had been started
+    flags = {"--host": args.host, "--port": args.port}
+    sys.argv[1:] = [str(part) for flag, value in flags.items() if value is not None for part in (flag, value)]
     runpy.run_path(str(app), run_name="__main__")
 
 

@@ -78,8 +78,7 @@ def test_the_result_is_a_plain_pipeline_with_a_scheduler_for_its_steps(few_step)
     assert "pipe(num_inference_steps=2)" in card
     assert "in 2 network evaluations" in card
     images = re.findall(r"!\[.*?\]\((.*?)\)", card)
-    names = ("step-00000004.png", "step-00000000-ddim.png", "step-00000000.png")
-    assert images == [*(f"samples/{name}" for name in names), "loss.png"]  # each grid once
+    assert images == ["samples/step-00000004.png", "before_after.png", "loss.png"]
     assert card.index(images[0]) < card.index("```python") < card.index("## License") < card.index(images[1])
     assert all((run / image).is_file() for image in images)
 
@@ -129,6 +128,8 @@ def test_before_after_compares_the_start_model_at_40_and_few_steps_with_the_resu
     assert same(Image.open(run / "samples" / "step-00000000.png"), before["2 steps"])
     assert same(Image.open(run / "samples" / "step-00000004.png"), after["2 steps"])
     assert not same(before["2 steps"], after["2 steps"])
+    listed = "2 and 1" if len(counts) > 1 else "2"
+    assert f"It was trained for {listed} sampling steps." in (run / "README.md").read_text()
 
 
 def test_a_run_killed_between_its_first_grids_completes_them(few_step, monkeypatch):
@@ -164,6 +165,8 @@ def test_each_column_of_the_metrics_begins_with_its_stage(few_step, monkeypatch)
     assert Image.open(run / "loss.png").width > 500
     card = (run / "README.md").read_text()
     assert "| discriminator loss | " in card and "nan" not in card
+    last = (rows[2]["g_loss"] + rows[3]["g_loss"]) / 2
+    assert f"| generator loss | {last:.4f}, mean of the last 2 steps |" in card
 
 
 def test_a_run_that_ends_with_the_first_stage_has_no_discriminator(few_step):

@@ -1,5 +1,6 @@
 """The command `ddgan`: its list of commands, and the processes in which it runs them."""
 
+import logging
 import os
 import re
 import shlex
@@ -7,8 +8,9 @@ from importlib import import_module
 from unittest.mock import patch
 
 import pytest
+from accelerate.state import AcceleratorState
 from huggingface_hub import constants
-from tiny import ROOT
+from tiny import ROOT, finetune_flags
 
 from ddgan import __version__
 from ddgan.__main__ import COMMANDS, dispatch, main
@@ -19,7 +21,7 @@ DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "exampl
 # files and folders that users of the documented commands have, besides the outputs of other commands and path/to/...
 FILES = ["netG_1200.pth", "rose.png"]
 FOLDERS = (
-    "ddgan-emoji-32 ddgan-stacked-mnist demo digits/best generated/images mnist MNIST my-run noto-emoji-32 "
+    "data/MNIST ddgan-emoji-32 ddgan-stacked-mnist demo digits/best generated/images mnist MNIST my-run noto-emoji-32 "
     "my-worse-model stacked-mnist untrained"
 )
 
@@ -55,6 +57,16 @@ def test_an_unknown_command_is_reported_with_the_closest_one(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["generat"])
     assert capsys.readouterr().err.startswith("\nerror: There is no command generat. Did you mean generate?")
+
+
+def test_the_demo_resumes_its_run_and_reports_a_complete_one(tiny_model, images, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "ddgan")
+    for is_complete in (False, True):
+        caplog.clear()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        dispatch(["demo", *finetune_flags(tiny_model, images, tmp_path / "demo", "--num_epochs", 1)])
+        assert "There is no checkpoint" not in caplog.text
+        assert ("is complete: all 2 steps are done" in caplog.text) == is_complete
 
 
 def test_every_documented_command_is_accepted(tmp_path, monkeypatch):

@@ -202,7 +202,9 @@ class ValidationArguments(Arguments):
         0.0, "share of the images to hold out from training for the validation loss; 0: none", minimum=0, below=1
     )
     validation_every: int = option(
-        200, "optimizer steps between computations of the validation loss; it is always computed at the end", minimum=1
+        200,
+        "optimizer steps between computations of the validation loss, besides those before and after training",
+        minimum=1,
     )
 
     def __post_init__(self):

@@ -66,6 +66,8 @@ class TrainingJob:
             the networks still have the weights with which training started.
         finish: called in the main process with the run folder and the number of steps once everything is saved; the
             final card includes what it adds to the folder and to `card`.
+        last_stage: the optimizer step, from 0, at which the last stage of a run in stages begins, whose losses are
+            others than those before.
         monitor: reads the rows of metrics.csv as they are logged; returns a warning, or None.
         evaluation_monitor: likewise an evaluation, and the rows of metrics.csv with the comparable ones before it.
     """
@@ -82,5 +84,6 @@ class TrainingJob:
     grid: Callable[[list[Image.Image]], Image.Image] = image_grid
     prepare: Callable[[RunFolder], None] | None = None
     finish: Callable[[RunFolder, int], None] = lambda folder, step: None
+    last_stage: int = 0
     monitor: Callable[[list[dict[str, float]]], str | None] = lambda rows: None
     evaluation_monitor: Callable[[Evaluation, list[dict[str, float]]], str | None] | None = None

@@ -238,7 +238,13 @@ class Trainer:
                 self.job.prepare(self.folder)
             if checkpoint:
                 self.checkpoints.load(checkpoint)
-                logger.info(f"Resuming from {checkpoint}, step {step} of {self.total_steps}.")
+                if step < self.total_steps:
+                    logger.info(f"Resuming from {checkpoint}, step {step} of {self.total_steps}.")
+                else:
+                    logger.info(
+                        f"The run in {self.folder.path} is complete: all {step:,} steps are done. Choose another "
+                        "--output_dir for a new run, or raise --num_epochs or --max_train_steps to continue this one."
+                    )
                 if changes := changed_values(self.folder.config, *self.job.arguments):
                     logger.info(f"Changed since then: {', '.join(changes)}.")
         if is_main:
@@ -422,9 +428,9 @@ class Trainer:
         return ordinary if self._due(self.args.log_samples_every) else {}
 
     def _validation_due(self) -> bool:
-        if self.data.validation_plan is None or self.progress.step == 0:
+        if self.data.validation_plan is None:
             return False
-        return self._due(self.data.validation_every) or self._is_last_step()
+        return self._due(self.data.validation_every) or self._is_last_step()  # also at step 0, before training
 
     def _evaluation_due(self) -> bool:
         if self.evaluator is None:
@@ -467,12 +473,13 @@ class Trainer:
         value = loss.item() / self.data.validation_samples  # pyright: ignore[reportAttributeAccessIssue]
         self.accelerator.log({VALIDATION_LOSS: value}, step=step)
         if self.metrics:
-            self.metrics.amend({VALIDATION_LOSS: value})
+            first: dict[str, float] = {} if step else {"epoch": 0.0, "images": 0}  # a row of its own
+            self.metrics.amend(first | {VALIDATION_LOSS: value})
             if self.lowest_validation is None or value < self.lowest_validation[0]:
                 self.lowest_validation = value, step
             lowest, at = self.lowest_validation
             best = ", the lowest so far" if at == step else f" (lowest: {lowest:.4f}, step {at})"
-            self.bar.write(f"step {step}: validation loss {value:.4f}{best}")
+            self.bar.write(f"step {step}: validation loss {value:.4f}{best if step else ', before training'}")
 
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the images of a micro-batch, in the memory format of the networks, and its labels on the device."""
@@ -555,7 +562,7 @@ class Trainer:
                 if self.accelerator.is_main_process:
                     replace_tree(self.folder.path, pipeline.save_pretrained)
             if self.accelerator.is_main_process:
-                plot_losses(self.folder.metrics, self.folder.loss_plot)
+                plot_losses(self.folder.metrics, self.folder.loss_plot, self.job.last_stage)
                 if self.progress.evaluations.last:
                     plot_evaluations(self.folder.metrics, self.folder.eval_plot, self.progress.evaluations)
                 write_card(self.folder, self.job.card, self._facts())
@@ -597,6 +604,7 @@ class Trainer:
             network=f"{type(network).__name__}, {count_parameters(network)[1]:,} parameters",
             image_size=describe_size(self.data.preprocessing),
             held_out=self.data.validation_plan and self.data.validation_plan.num_images,
+            last_stage=self.job.last_stage,
         )
 
     def _progress_bar(self) -> tqdm:

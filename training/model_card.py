@@ -54,7 +54,7 @@ class RunFacts:
         processes: number of processes.
         precision: arithmetic precision of the training.
         hardware: name of the device.
-        losses: by column, the means over the last `loss_steps` steps.
+        losses: by column, the means over the last `loss_steps` steps, which are of one stage of the run.
         validation: the newest validation loss and the lowest, if the run has any.
         seconds: total time, including the time before the run was resumed.
         waiting_share: share of the training time spent waiting for data.
@@ -106,7 +106,10 @@ class FinishedRun:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """The rows of metrics.csv, one for each optimizer step; values that a step does not have are NaN."""
+        """The rows of metrics.csv, one for each optimizer step; values that a step does not have are NaN.
+
+        With a validation loss there is also a row of step 0, which has no other loss.
+        """
         return read_metrics(self.files.metrics)
 
     @property
@@ -124,6 +127,7 @@ def collect_facts(
     network: str,
     image_size: str,
     held_out: int | None,
+    last_stage: int,
 ) -> RunFacts:
     """Return the facts of a run so far; only the main process has its metrics.
 
@@ -131,10 +135,11 @@ def collect_facts(
         network: class and size of the network that is saved.
         image_size: size and channels of the images.
         held_out: number of images held out for the validation loss.
+        last_stage: the step at which the last stage begins; see `TrainingJob`.
     """
     step = progress.step
     all_rows = read_metrics(folder.metrics)
-    rows = all_rows[-_LOSS_STEPS:]
+    rows = [row for row in all_rows[-_LOSS_STEPS:] if row["step"] > last_stage or step <= last_stage]
     columns = [name for name in (rows[0] if rows else {}) if name.endswith("loss") and name != VALIDATION_LOSS]
     return RunFacts(
         network=network,
@@ -220,9 +225,12 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
     if evaluations.last:
         training["evaluations"] = f"{evaluations.count}, {evaluations.seconds / 60:.1f} minutes in total"
         card = replace(card, **_evaluation_for_card(evaluations, facts.step))
+    grids = {folder.grid(facts.step, name): caption for name, caption in card.grids_after.items()}
+    grids |= {folder.grid(0, name): caption for name, caption in card.grids_before.items()}
+    if len(grids) > 1 and folder.before_after.exists():  # shows them all
+        grids = {folder.before_after: "Samples before and after training, from the same seeds."}
     captions = {
-        **{folder.grid(facts.step, name): caption for name, caption in card.grids_after.items()},
-        **{folder.grid(0, name): caption for name, caption in card.grids_before.items()},
+        **grids,
         folder.loss_plot: "Training loss.",
         folder.eval_plot: "Evaluations during training.",
     }

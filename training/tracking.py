@@ -4,6 +4,7 @@ import csv
 import logging
 import os
 import shutil
+from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -104,6 +105,8 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
 class MetricsFile:
     """The metrics.csv of a run: one row per optimizer step, numbers in full precision, missing values empty.
 
+    Before them there may be a row of step 0, with the validation loss before training.
+
     Rows that are lost because somebody damaged or removed the file are reported, and the run continues.
     """
 
@@ -112,7 +115,7 @@ class MetricsFile:
         self.path, self.newest = path, {"step": resumed_step}
         rows, is_damaged = _read(path)
         rows = [row for row in rows if row["step"] <= resumed_step]
-        if lost := resumed_step - len(rows):
+        if lost := resumed_step - sum(row["step"] > 0 for row in rows):
             kept = ""
             if is_damaged:
                 damaged = unused_path(path.with_stem(f"{path.stem}-damaged"))
@@ -187,7 +190,7 @@ def _read(path: Path) -> tuple[list[dict[str, float]], bool]:
                 name: int(value) if name in ("step", "images") else float(value or "nan")
                 for name, value in zip(columns, values, strict=True)
             }
-            if row["step"] > (rows[-1]["step"] if rows else 0):
+            if row["step"] > (rows[-1]["step"] if rows else -1):
                 rows.append(row)
     return rows, len(rows) < len(lines) or bool(text and not header)
 
@@ -198,28 +201,38 @@ def lowest_validation_loss(rows: list[dict[str, float]]) -> tuple[float, int] | 
     return min(values, default=None)
 
 
-def plot_losses(metrics_path: Path, plot_path: Path) -> None:
+def plot_losses(metrics_path: Path, plot_path: Path, last_stage: int = 0) -> None:
     """Plot every column whose name ends in `loss`, as logged and smoothed, and the learning rates below.
 
-    The validation loss, which few steps have, is plotted as it is.
+    The validation loss, which few steps have, is plotted as it is. A vertical line marks the step `last_stage` (see
+    `TrainingJob`), across which nothing is smoothed.
     """
-    rows = read_metrics(metrics_path)
+    all_rows = read_metrics(metrics_path)
+    rows = [row for row in all_rows if row["step"] > 0]
     if not rows:  # somebody has removed the file
         return
     steps = [row["step"] for row in rows]
+    stages = [slice(bisect_right(steps, last_stage)), slice(bisect_right(steps, last_stage), None)]
     figure = _new_figure(height=5.5)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     names = [name for name in rows[0] if name.endswith("loss") and name != VALIDATION_LOSS]
     for color, name in enumerate(names):
         values = np.array([row[name] for row in rows])
         losses.plot(steps, values, color=f"C{color}", alpha=0.25, linewidth=0.8)
-        width = min(len(values), max(1, len(values) // 20))
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        mean = f", mean of the last {width} steps" if width > 1 else ""
-        losses.plot(steps[width - 1 :], smooth, color=f"C{color}", label=f"{name}{mean}")
-    if validated := [row for row in rows if not isnan(row.get(VALIDATION_LOSS, nan))]:
+        width = max(1, len(values) // 20)
+        label = f"{name}, mean of the last {width} steps" if width > 1 else name
+        for stage in stages:
+            if len(steps[stage]) >= width:
+                smooth = np.convolve(values[stage], np.ones(width) / width, mode="valid")
+                losses.plot(steps[stage][width - 1 :], smooth, color=f"C{color}", label=label)
+                label = None
+    if validated := [row for row in all_rows if not isnan(row.get(VALIDATION_LOSS, nan))]:
         values = [row[VALIDATION_LOSS] for row in validated]
         losses.plot([row["step"] for row in validated], values, "ko-", markersize=3, label=VALIDATION_LOSS)
+    if 0 < last_stage < steps[-1]:
+        for axes in (losses, rates):
+            axes.axvline(last_stage, color="0.4", linewidth=0.9, linestyle="--")
+        losses.plot([], [], color="0.4", linewidth=0.9, linestyle="--", label=f"stage 2 begins at step {last_stage:,}")
     losses.set_yscale("log")
     losses.set_ylabel("loss")
     losses.grid(alpha=0.3, which="both")

@@ -1,10 +1,11 @@
 """A Gradio page that generates images: plain, by class, guided by a color or a text prompt, and in few steps or many.
 
     ddgan space
-    ddgan space --pipeline google/ddpm-cifar10-32
+    ddgan space --pipeline google/ddpm-cifar10-32 --port 8080
 
 It offers the embedded pipelines, or those in the environment variable DDGAN_PIPELINE: folders or Hub repositories,
-separated by commas. DDGAN_CLIP sets the CLIP model for text guidance.
+separated by commas. DDGAN_CLIP sets the CLIP model for text guidance, and DDGAN_AUTOGUIDANCE a worse version of a
+pipeline for autoguidance.
 
 Together with the package `ddgan` this folder is a Hugging Face Space: ddgan push --space uploads both.
 """
@@ -28,6 +29,7 @@ import gradio as gr
 from generation import (
     ALL_CLASSES,
     DEFAULT_STEPS,
+    MAX_AUTOGUIDANCE,
     MAX_CLASS_GUIDANCE,
     MAX_IMAGES,
     MAX_PROMPT_LENGTH,
@@ -38,6 +40,7 @@ from generation import (
     StepProgress,
     enlarge,
     find_clip,
+    find_model,
     generate,
     generate_guided,
     guidance_loss,
@@ -50,7 +53,7 @@ from generation import (
 from limits import RequestLimits, ShortLines
 from starlette.middleware import Middleware
 
-from ddgan.core.errors import run_command
+from ddgan.core.errors import InputError, run_command
 
 HEADLINE = """
 # Diffusion models
@@ -243,7 +246,7 @@ def generation_tab(models: dict[str, Model]) -> SimpleNamespace:
 
     @show_errors
     def generate_plain(data, progress=PROGRESS):
-        model, request = models[data[choice.name]], read_request(data, settings, choice)
+        model, request = find_model(models, data[choice.name]), read_request(data, settings, choice)
         if model.is_ddgan and data[vary] != "both":
             request = replace(request, vary=data[vary])
         generated = generate(model, request, StepProgress(progress), data[class_guidance])
@@ -328,7 +331,7 @@ def guidance_tab(models: dict[str, Model], clip: str | None, why_no_clip: str) -
     def generate_with_guidance(data, progress=PROGRESS):
         name, target = data[kind], data[color] or "" if data[kind] == "color" else data[prompt]
         loss = guidance_loss(name, target, clip)
-        model, request = models[data[choice.name]], read_request(data, settings, choice)
+        model, request = find_model(models, data[choice.name]), read_request(data, settings, choice)
         step_progress = StepProgress(progress)
         guided = generate_guided(model, request, step_progress, loss, data[scale], data[gradient])
         unguided = generate(model, request, step_progress) if data[show_unguided] else None
@@ -370,6 +373,14 @@ def settings_controls(first: Model) -> SimpleNamespace:
         steps=gr.Slider(1, first.max_steps, first.default_steps, step=1, precision=0, label="Steps"),
         scheduler=scheduler_choice(first, "Scheduler"),
         seed=seed_field(),
+        autoguidance=gr.Slider(
+            *(1, MAX_AUTOGUIDANCE, 1),
+            step=0.25,
+            precision=2,
+            label="Autoguidance scale",
+            info="Guidance by a worse version of the model; 1 turns it off.",
+            visible=first.guide is not None,
+        ),
     )
 
 
@@ -387,12 +398,13 @@ def update_model(model: Model, choice: SimpleNamespace, settings: SimpleNamespac
         choice.label: gr.update(choices=class_choices(model), value=ALL_CLASSES, visible=bool(model.classes)),
         settings.steps: gr.update(maximum=model.max_steps, value=model.default_steps),
         settings.scheduler: gr.update(choices=schedulers, value=schedulers[0], visible=len(schedulers) > 1),
+        settings.autoguidance: gr.update(value=1, visible=model.guide is not None),
     }
 
 
 def read_request(data: dict, settings: SimpleNamespace, choice: SimpleNamespace) -> GenerationRequest:
     controls = (settings.images, settings.steps, settings.scheduler, settings.seed, choice.label)
-    return GenerationRequest(*(data[control] for control in controls))
+    return GenerationRequest(*(data[control] for control in controls), autoguidance=data[settings.autoguidance])
 
 
 def seed_field() -> gr.Number:
@@ -446,6 +458,8 @@ def caption(request: GenerationRequest, result: GenerationResult) -> str:
     seeds = f"seeds {first} to {last}" if request.num_images > 1 else f"seed {first}"
     scheduler = "" if request.scheduler == "as-saved" else f"{request.scheduler} · "
     text = f"{count_steps(request.steps)} in {result.seconds:.2g} s · {scheduler}{seeds}"
+    if request.autoguidance > 1:
+        text += f" · autoguidance scale {request.autoguidance:g}"
     return f"{text}\n\n{result.warning}" if result.warning else text
 
 
@@ -483,7 +497,7 @@ def comparison_tab(few: list[Model], many: list[Model]) -> None:
     @show_errors
     def compare(data, progress=PROGRESS):
         step_progress = StepProgress(progress)
-        few_step, other = models[data[left.name]], models[data[right.name]]
+        few_step, other = (find_model(models, data[side.name]) for side in (left, right))
         few_request = GenerationRequest(data[num_images], data[few_steps], "as-saved", data[seed])
         other_request = GenerationRequest(data[num_images], data[steps], data[scheduler], data[seed])
         sides = ((left_result, few_step, few_request), (right_result, other, other_request))
@@ -540,18 +554,31 @@ def comparison_result(elem_id: str) -> SimpleNamespace:
 
 
 def main() -> None:
-    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--host", help="address to listen on (default: GRADIO_SERVER_NAME, or 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, help="port to listen on (default: the first free one from GRADIO_SERVER_PORT or 7860)"
+    )
+    args = parser.parse_args()
     sys.stderr = ShortLines(sys.stderr)
     page = build(load_models(), *find_clip())
-    page.launch(
-        theme=THEME,
-        css=CSS,
-        show_error=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        app_kwargs={"middleware": [Middleware(RequestLimits)]},
-        footer_links=[],
-    )
+    try:
+        page.launch(
+            server_name=args.host,
+            server_port=args.port,
+            theme=THEME,
+            css=CSS,
+            show_error=False,
+            ssr_mode=False,
+            enable_monitoring=False,
+            app_kwargs={"middleware": [Middleware(RequestLimits)]},
+            footer_links=[],
+        )
+    except OSError as error:
+        raise InputError(
+            f"The page cannot be served (--host {args.host or 'default'}, --port {args.port or 'default'}): the port "
+            "is in use, or the host is not an address of this machine. Choose others."
+        ) from error
 
 
 if __name__ == "__main__":

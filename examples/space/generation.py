@@ -7,8 +7,8 @@ import sys
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from ddgan.core.errors import InputError, RunError
 from ddgan.guidance.arguments import DEFAULT_MODEL
 from ddgan.hub.arguments import CARD_NAME
 from ddgan.hub.upload import SPACE_VARIABLE
+from ddgan.pipelines.pipeline_class_conditional import Autoguidance
 from ddgan.sampling.generation import sample
 from ddgan.sampling.grids import steps_strip
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
@@ -31,6 +32,7 @@ from ddgan.sampling.steps import steps_warning, trained_steps
 from ddgan.sampling.traces import DenoisingTrace, Step, trace_steps
 
 CLIP_VARIABLE = "DDGAN_CLIP"  # environment variable that names the CLIP model
+GUIDE_VARIABLE = "DDGAN_AUTOGUIDANCE"  # environment variable that names the guide of autoguidance
 EMBEDDED_MODELS = Path(__file__).resolve().parents[1] / "models"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -45,6 +47,7 @@ DEFAULT_STEPS = 40
 DEFAULT_GUIDANCE, FEW_STEP_GUIDANCE = 20.0, 40.0
 DEFAULT_CLASS_GUIDANCE = 1.5  # best on digits, see docs/class_conditional.md
 MAX_CLASS_GUIDANCE = 10.0
+MAX_AUTOGUIDANCE = 5.0
 STRIP_STEPS = 8
 MIN_DISPLAY_SIDE = 256  # pixels; smaller images are enlarged
 
@@ -59,12 +62,14 @@ class Model:
         name: its name on the page.
         card: the text of its model card without the metadata; empty if it has none.
         repo_id: its repository on the Hub, if it was loaded from there.
+        guide: a worse version of it for autoguidance.
     """
 
     name: str
     pipe: DiffusionPipeline
     card: str = ""
     repo_id: str | None = None
+    guide: DiffusionPipeline | None = None
 
     @property
     def channels(self) -> int:
@@ -170,6 +175,7 @@ class GenerationRequest:
         label: a class of the model, or `ALL_CLASSES`.
         vary: for a DDGAN, what differs between the images, the latents z or all other noise; None for both. All images
             then have one class, the first one for `ALL_CLASSES`.
+        autoguidance: scale of autoguidance, at least 1 (none); ignored by models without a guide.
 
     Raises:
         InputError: if a number was left empty, or a value is not one that the page offers: requests to its API may
@@ -182,6 +188,7 @@ class GenerationRequest:
     seed: int
     label: int | None = ALL_CLASSES
     vary: Literal["z", "noise"] | None = None
+    autoguidance: float = 1.0
 
     def __post_init__(self):
         numbers = (("number of images", self.num_images), ("number of steps", self.steps), ("seed", self.seed))
@@ -194,6 +201,7 @@ class GenerationRequest:
             raise InputError("There is no such scheduler.")
         if not isinstance(self.label, int | None):
             raise InputError("The class is not one of those on the page.")
+        _check_scale(self.autoguidance)
 
     @property
     def seeds(self) -> range:
@@ -263,13 +271,14 @@ class StepProgress:
 def load_models() -> dict[str, Model]:
     """Load the pipelines in the environment variable `DDGAN_PIPELINE`, or the embedded ones.
 
-    The variable holds comma-separated folders or Hub repositories.
+    The variable holds comma-separated folders or Hub repositories. `DDGAN_AUTOGUIDANCE` may name a worse version of
+    one or some of them.
 
     Returns:
         The models by name: color models before others, and among these few-step models, which are fast, first.
 
     Raises:
-        InputError: if no pipeline is found, or one of them cannot be used here.
+        InputError: if no pipeline is found, one of them cannot be used here, or the guide fits none of them.
     """
     named = [item.strip() for item in os.environ.get(SPACE_VARIABLE, "").split(",") if item.strip()]
     paths_or_repos = named or sorted(str(index.parent) for index in EMBEDDED_MODELS.glob("*/model_index.json"))
@@ -279,7 +288,40 @@ def load_models() -> dict[str, Model]:
             "on the Hub."
         )
     models = [load_model(path_or_repo, name) for name, path_or_repo in unique_names(paths_or_repos).items()]
+    if guide := os.environ.get(GUIDE_VARIABLE):
+        models = with_guide(models, guide)
     return {model.name: model for model in sorted(models, key=_rank)}
+
+
+def with_guide(models: list[Model], path_or_repo: str) -> list[Model]:
+    """Load a worse version of one or some models, and return the models with it as the guide of these.
+
+    Raises:
+        InputError: if it cannot be loaded, or can guide none of the models.
+    """
+    guide = load_pipeline(path_or_repo, device=DEVICE)
+    guided, reason = [], ""
+    for model in models:
+        try:
+            Autoguidance(guide, model.pipe, scale=1.0)
+            guided.append(replace(model, guide=guide))
+        except ValueError as error:
+            guided.append(model)
+            reason = f"{model.name}: {error}"
+    if not any(model.guide for model in guided):
+        raise InputError(f"{path_or_repo} cannot guide any of the models. {reason}")
+    return guided
+
+
+def find_model(models: Mapping[str, Model], name: Any) -> Model:
+    """Return the model of a name on the page.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if not isinstance(name, str) or name not in models:
+        raise InputError(f"No model of this page was chosen. Choose one of {', '.join(models)}.")
+    return models[name]
 
 
 def _rank(model: Model) -> tuple[bool, bool]:
@@ -354,8 +396,10 @@ def guidance_loss(kind: str, target: str, clip: str | None) -> GuidanceLoss:
         clip: the `model` argument of `CLIPLoss`.
 
     Raises:
-        InputError: if the target is empty, too long or not a color.
+        InputError: if the kind is another one, or the target is empty, too long or not a color.
     """
+    if kind not in ("color", "prompt"):
+        raise InputError("The kind of guidance is not one of those on the page.")
     if not isinstance(target, str):
         raise InputError("The color or prompt is not a text.")
     if kind == "prompt":
@@ -382,9 +426,12 @@ def generate(
         return generate_guided(
             model, request, progress, lambda images: images.mean((1, 2, 3)), 0.0, "sample", "unguided"
         )
-    options = {"guidance_scale": class_guidance} if model.supports_class_guidance else {}
+    options: dict[str, Any] = {"guidance_scale": class_guidance} if model.supports_class_guidance else {}
     if options:
         _check_scale(class_guidance)
+    if model.guide and request.autoguidance > 1:
+        options = {f"class_{name}": scale for name, scale in options.items()}
+        options |= {"guide": model.guide, "guidance_scale": request.autoguidance}
     return _generate(
         model, with_scheduler(model.pipe, request.scheduler, request.steps), request, progress, "unguided", **options
     )
@@ -414,7 +461,9 @@ def generate_guided(
         raise InputError(str(error)) from error
     pipe.set_progress_bar_config(disable=True)
     scale_per_step = scale * DEFAULT_STEPS / request.steps
-    options = {"loss": loss, "guidance_scale": scale_per_step, "gradient": gradient}
+    options: dict[str, Any] = {"loss": loss, "guidance_scale": scale_per_step, "gradient": gradient}
+    if model.guide and request.autoguidance > 1:
+        options |= {"guide": model.guide, "autoguidance_scale": request.autoguidance}
     return _generate(model, pipe, request, progress, description, **options)
 
 

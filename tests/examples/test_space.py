@@ -25,7 +25,7 @@ from gradio_client import Client
 from gradio_client.utils import Status
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageColor
-from tiny import ROOT, few_step_scheduler, tiny_unet
+from tiny import ROOT, few_step_scheduler, free_port, tiny_unet
 from tiny_clip import save_clip
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ColorLoss, DDGANPipeline, GuidedPipeline
@@ -94,9 +94,10 @@ def address(models):
     pipelines = ",".join(
         map(str, (*(models / name for name in ("rgb-model", "class-conditional", "few-step")), DDGAN))
     )
-    command = [sys.executable, SPACE / "app.py"]
+    command = [sys.executable, "-m", "ddgan", "space", "--host", "127.0.0.1", "--port", str(free_port())]
     environment = {"DDGAN_PIPELINE": pipelines, "DDGAN_CLIP": str(models / "clip")}
     with serve(command, models / "log.txt", **environment) as address:
+        assert address == f"http://127.0.0.1:{command[-1]}"
         yield address
 
 
@@ -421,6 +422,15 @@ def test_the_app_prints_help_instead_of_starting():
     assert "usage: app.py" in result.stdout and "DDGAN_PIPELINE" in result.stdout
 
 
+def test_a_port_in_use_is_reported(address, models):
+    command = [sys.executable, SPACE / "app.py", "--port", address.rpartition(":")[2]]
+    environment = os.environ | {"DDGAN_PIPELINE": str(models / "rgb-model")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.returncode == 2
+    assert f"--port {command[-1]}): the port is in use" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
 def test_its_card_and_requirements_match_the_package():
     text = (SPACE / "README.md").read_text()
     card = yaml.safe_load(text.split("---")[1])
@@ -455,6 +465,7 @@ def test_a_request_beyond_the_time_limit_is_stopped(generation, models):
         ({"seed": "1"}, "The seed is not a whole number"),
         ({"scheduler": ["ddim"]}, "There is no such scheduler"),
         ({"label": "a"}, "The class is not one of those on the page"),
+        ({"autoguidance": None}, "The guidance scale is not a number"),
     ],
 )
 def test_a_request_to_the_api_with_other_values_than_the_page_offers_is_refused(generation, change, message):
@@ -465,6 +476,8 @@ def test_a_request_to_the_api_with_other_values_than_the_page_offers_is_refused(
 
 
 def test_targets_and_scales_of_other_types_are_refused(generation, models):
+    with pytest.raises(InputError, match="The kind of guidance is not one of those on the page"):
+        generation["guidance_loss"](None, "teal", None)
     for target in (["#BB2266"], {"a": 1}, 5):
         with pytest.raises(InputError, match="The color or prompt is not a text"):
             generation["guidance_loss"]("color", target, None)
@@ -494,6 +507,55 @@ def test_the_scale_of_guidance_is_that_of_40_steps(generation, models):
     expected = sample(pipe, [0, 1], 8, loss=loss, guidance_scale=100.0)
     assert same_images(guided.images, expected)
     assert not same_images(guided.images, sample(pipe, [0, 1], 8, loss=loss, guidance_scale=20.0))
+
+
+def test_a_worse_model_guides_those_that_it_can_guide(generation, models, monkeypatch, tmp_path):
+    unet = tiny_unet()
+    unet.conv_out.weight.data *= 3
+    guide = DDPMPipeline(unet.eval(), DDPMScheduler())
+    guide.save_pretrained(tmp_path)
+    monkeypatch.setenv("DDGAN_PIPELINE", f"{models / 'rgb-model'},{DDGAN}")
+    monkeypatch.setenv("DDGAN_AUTOGUIDANCE", str(tmp_path))
+    loaded = generation["load_models"]()
+    assert loaded["ddgan-mnist-16"].guide is None
+    model, progress = loaded["rgb-model"], generation["StepProgress"](lambda *_: None)
+    request = generation["GenerationRequest"](num_images=2, steps=8, scheduler="ddim", seed=0, autoguidance=2.5)
+    own = with_scheduler(model.pipe, "ddim", 8)
+    expected = sample(own, [0, 1], 8, guide=guide, guidance_scale=2.5)
+    assert same_images(generation["generate"](model, request, progress).images, expected)
+    assert not same_images(expected, sample(own, [0, 1], 8))
+    loss, pipe = ColorLoss("teal"), GuidedPipeline.from_pipe(own)
+    expected = sample(pipe, [0, 1], 8, loss=loss, guidance_scale=100.0, guide=guide, autoguidance_scale=2.5)
+    guided = generation["generate_guided"](model, request, progress, loss, 20.0, "sample")
+    assert same_images(guided.images, expected)
+
+    monkeypatch.setenv("DDGAN_PIPELINE", str(DDGAN))
+    with pytest.raises(
+        InputError, match=r"cannot guide any of the models\. ddgan-mnist-16: Autoguidance does not work"
+    ):
+        generation["load_models"]()
+
+
+def test_autoguidance_and_class_guidance_add_up(generation, models):
+    model = generation["load_model"](str(models / "class-conditional"), "animals")
+    guide = ClassConditionalPipeline.from_pretrained(models / "class-conditional")
+    for parameter in guide.unet.parameters():
+        parameter.data *= 1.5
+    model = generation["Model"](model.name, model.pipe, guide=guide)
+    request = generation["GenerationRequest"](num_images=2, steps=4, scheduler="ddim", seed=0, autoguidance=2.5)
+    generated = generation["generate"](model, request, generation["StepProgress"](lambda *_: None), 3.0)
+    options = {"guide": guide, "guidance_scale": 2.5, "class_guidance_scale": 3.0}
+    own = with_scheduler(model.pipe, "ddim", 4)
+    assert same_images(generated.images, sample(own, [0, 1], 4, [0, 1], **options))
+
+
+def test_a_request_without_a_model_is_refused(address):
+    client, labels = Client(address, verbose=False), ("Model", "Few-step model", "Diffusion model")
+    for endpoint in ("/generate_plain", "/generate_with_guidance", "/compare"):
+        parameters = client.view_api(return_format="dict")["named_endpoints"][endpoint]["parameters"]
+        empty = [p for p in parameters if p["label"] in labels or not p["parameter_has_default"]]
+        with pytest.raises(Exception, match=r"No model of this page was chosen\. Choose one of .*rgb-model"):
+            client.predict(**{p["parameter_name"]: None for p in empty}, api_name=endpoint)
 
 
 def test_one_class_of_a_ddgan_is_varied(generation):

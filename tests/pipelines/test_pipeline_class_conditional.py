@@ -312,8 +312,8 @@ def test_predictions_of_a_guide_are_converted(source, target):
     outputs = {"epsilon": noise, "sample": image, "v_prediction": velocity}
     guide.unet.forward = lambda *args, **kwargs: (outputs[source],)
     noisy = alpha.sqrt() * image + (1 - alpha).sqrt() * noise
-    difference = Autoguidance(guide, pipe).difference(outputs[target] + 0.5, noisy, t, torch.tensor([0, 1]))
-    torch.testing.assert_close(difference, torch.full_like(noise, 0.5), rtol=0, atol=1e-6)
+    update = Autoguidance(guide, pipe, 3.0).update(outputs[target] + 0.5, noisy, t, torch.tensor([0, 1]))
+    torch.testing.assert_close(update, torch.full_like(noise, 1.0), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_an_incompatible_guide_is_refused(guide, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"guidance_scale": 0.5, "guide": True}, "`guidance_scale` is 0.5, but with a guide it must be at least 1"),
+        ({"guidance_scale": 0.5, "guide": True}, "The scale of autoguidance is 0.5, but must be at least 1"),
         ({"class_guidance_scale": 2.0}, "`class_guidance_scale` is 2.0, but there is no `guide`"),
         ({"guidance_scale": 2.0, "guidance_interval": (5.0, 0.2)}, r"\(5.0, 0.2\), but must be two noise levels"),
         ({"guidance_scale": 2.0, "guidance_interval": (0.2,)}, r"\(0.2,\), but must be two noise levels"),

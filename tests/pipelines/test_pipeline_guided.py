@@ -1,6 +1,7 @@
 """Guided sampling with tiny networks."""
 
 import inspect
+import runpy
 from contextlib import contextmanager
 
 import numpy as np
@@ -163,6 +164,19 @@ class Offset(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=self.weight * sample + self.config.offset)
 
 
+class Slope(ModelMixin, ConfigMixin):
+    """A network that outputs a multiple of the sample."""
+
+    @register_to_config
+    def __init__(self, slope: float, sample_size: int = 8, in_channels: int = 3):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(slope))
+
+    def forward(self, sample, timestep, return_dict=True):
+        output = self.weight * sample
+        return UNet2DOutput(sample=output) if return_dict else (output,)
+
+
 # --- samples ---
 
 
@@ -247,6 +261,95 @@ def test_a_network_that_predicts_x_0_is_guided_like_the_equivalent_v_prediction(
     actual, same_losses = generate(guided_denoiser(kind, "sample"), **options)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(same_losses, losses, rtol=0, atol=1e-4)
+
+
+# --- autoguidance ---
+
+
+def worse_unet(**changes):
+    unet = tiny_unet(**changes).eval()
+    torch.manual_seed(1)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return unet
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_with_scale_zero_autoguidance_is_that_of_class_conditional_pipelines(kind, prediction_type):
+    classes = {"num_class_embeds": 3}
+    scheduler = kind(prediction_type=prediction_type)
+    own = ClassConditionalPipeline(tiny_unet(**classes).eval(), scheduler)
+    guide = ClassConditionalPipeline(worse_unet(**classes), DDIMScheduler())
+    own.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 6, "output_type": "latent", "guide": guide, "guidance_interval": (0.1, 20.0)}
+    expected = own([2, 0], generator=generators(3, 4), guidance_scale=2.5, **settings).images
+    settings |= {"class_labels": [2, 0], "batch_size": 2}
+    samples, unguided = (
+        GuidedPipeline.from_pipe(own)(
+            GREEN, 0.0, generator=generators(3, 4), autoguidance_scale=scale, **settings
+        ).images
+        for scale in (2.5, 1.0)
+    )
+    torch.testing.assert_close(samples, expected)
+    assert (samples - unguided).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("gradient", ["sample", "model"])
+def test_autoguidance_and_a_loss_add_up(gradient):
+    # each network is a line through the origin, so the guided prediction is one, too
+    pipe = guided(DDIMScheduler(clip_sample=False), Slope(0.5))
+    guide = guided(DDIMScheduler(clip_sample=False), Slope(0.3))
+    combined = guided(DDIMScheduler(clip_sample=False), Slope(0.3 + 3.0 * (0.5 - 0.3)))
+    expected, expected_losses = generate(combined, gradient=gradient)
+    samples, losses = generate(pipe, gradient=gradient, guide=guide, autoguidance_scale=3.0)
+    torch.testing.assert_close(samples, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(losses, expected_losses, rtol=0, atol=1e-4)
+    assert (samples - generate(pipe, gradient=gradient)[0]).abs().max() > 0.1
+    assert all(parameter.requires_grad for network in (pipe, guide) for parameter in network.unet.parameters())
+
+
+def test_the_interval_is_that_of_autoguidance_and_leaves_the_loss_alone():
+    pipe, guide = guided(), guided(unet=worse_unet())
+    sizes = []
+    guide.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    options = {"guide": guide, "autoguidance_scale": 2.0}
+    samples, losses = generate(pipe, guidance_interval=(0.5, 5.0), **options)
+    alphas = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps]
+    inside = ((1 - alphas) / alphas) ** 0.5
+    assert len(sizes) == ((inside > 0.5) & (inside <= 5)).sum() and 0 < len(sizes) < 4
+    assert losses.isfinite().all()
+    outside, _ = generate(pipe, guidance_interval=(1e6, 1e7), **options)
+    assert torch.equal(outside, generate(pipe)[0]) and not torch.equal(outside, samples)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"autoguidance_scale": 2.0}, "for autoguidance, which needs a `guide`"),
+        ({"guidance_interval": (0.2, 5.0)}, "for autoguidance, which needs a `guide`"),
+        ({"guide": guided, "autoguidance_scale": 0.5}, "The scale of autoguidance is 0.5, but must be at least 1"),
+        ({"guide": guided, "guidance_interval": (5.0, 0.2)}, "must be two noise levels"),
+        ({"guide": lambda: guided(unet=worse_unet(sample_size=16))}, r"its image size .* \(16, 16\)"),
+        ({"guide": lambda: guided(DDGANScheduler(), tiny_generator())}, "not work with the NCSNpp of a Denoising"),
+    ],
+)
+def test_invalid_autoguidance_is_refused(options, message):
+    options = {name: value() if callable(value) else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        generate(guided(), **options)
+
+
+def test_autoguidance_of_a_ddgan_is_refused():
+    pipe = guided(DDGANScheduler(), tiny_generator())
+    with pytest.raises(ValueError, match="Autoguidance does not work with the NCSNpp of a Denoising Diffusion GAN"):
+        generate(pipe, guide=guided(), autoguidance_scale=2.0)
+
+
+def test_a_guide_needs_the_package():
+    alone = runpy.run_path(str(ROOT / "pipelines" / "pipeline_guided.py"))["GuidedPipeline"]
+    with pytest.raises(ValueError, match="A `guide` of a GuidedPipeline needs the package ddgan"):
+        generate(alone(tiny_unet().eval(), DDIMScheduler()), guide=guided(), autoguidance_scale=2.0)
 
 
 # --- the gradient ---

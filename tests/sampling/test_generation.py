@@ -103,7 +103,7 @@ def test_autoguidance_covers_the_classes_of_a_plain_pipeline():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_scale": 0.5}, "`guidance_scale` is 0.5, but with a guide it must be at least 1"),
+        ({"guidance_scale": 0.5}, "The scale of autoguidance is 0.5, but must be at least 1"),
         ({"guidance_interval": [2.0, 1.0]}, "must be two noise levels"),
         ({"class_guidance_scale": 2.0}, "A DDPMPipeline takes no class_guidance_scale"),
         (

@@ -34,6 +34,7 @@ from tiny_clip import save_clip
 from ddgan import (
     ClassConditionalPipeline,
     ClassConditionedUnet,
+    ColorLoss,
     DDGANPipeline,
     DDGANScheduler,
     GuidedPipeline,
@@ -47,6 +48,7 @@ from ddgan.data.images import open_image
 from ddgan.data.sources import open_source
 from ddgan.sampling import image_files
 from ddgan.sampling.generation import sample
+from ddgan.sampling.grids import grid_of_classes
 from ddgan.sampling.groups import GroupSampler
 from ddgan.sampling.loading import load_pipeline, pipeline_hash, with_scheduler
 from ddgan.scripts import generate
@@ -316,6 +318,45 @@ def test_autoguidance_of_an_unconditional_pipeline(tiny_model, whole, tmp_path):
         generate.main(flags(tiny_model, tmp_path / "two", *auto, 2))
 
 
+def test_autoguidance_and_guidance_by_a_loss_combine(tiny_model, tmp_path):
+    worse = save_worse(tiny_model, tmp_path / "worse")
+    auto, color = ["--autoguidance", worse, "--autoguidance_scale", 2], ["--color", "teal", "--guidance_scale", 40]
+    kinds = {
+        "color": color,
+        "both": [*auto, *color],
+        "scale 1": ["--autoguidance", worse, "--autoguidance_scale", 1, *color],
+        "interval": [*auto, *color, "--guidance_interval", 0, 5],
+    }
+    for name, more in kinds.items():
+        generate.main(flags(tiny_model, tmp_path / name, *more))
+    results = {name: images(tmp_path / name) for name in kinds}
+    assert results.pop("scale 1") == results["color"]
+    assert all(a != b for a, b in itertools.combinations(results.values(), 2))
+    pipe = GuidedPipeline.from_pipe(with_scheduler(load_pipeline(str(tiny_model)), "ddim", 3))
+    options = {"loss": ColorLoss("teal"), "guidance_scale": 40.0, "guide": load_pipeline(str(worse))}
+    (expected,) = sample(pipe, [4], 3, autoguidance_scale=2.0, **options)
+    assert level_difference(Image.open(tmp_path / "both" / "images" / "000004.png"), expected) <= 1
+    settings = json.loads((tmp_path / "interval" / "generate.json").read_text())
+    assert settings["autoguidance_scale"] == 2 and settings["guidance_interval"] == [0, 5]
+    with pytest.raises(InputError, match=r"autoguidance_scale was 2\.0, is 3\.0"):
+        generate.main(flags(tiny_model, tmp_path / "both", *auto, *color, "--autoguidance_scale", 3))
+
+
+def test_few_step_pipelines_are_guided_through_their_network(tmp_path, capsys):
+    DDPMPipeline(tiny_unet(), few_step_scheduler(3)).save_pretrained(tmp_path / "model")
+    color = ["--scheduler", "as-saved", "--color", "teal"]
+    for name, more in (("default", []), ("model", ["--guidance_gradient", "model"])):
+        generate.main(flags(tmp_path / "model", tmp_path / name, *color, *more))
+        printed = capsys.readouterr().out
+        assert ("its gradient passes through the network, so it does: --guidance_gradient model" in printed) == (
+            name == "default"
+        )
+    generate.main(flags(tmp_path / "model", tmp_path / "sample", *color, "--guidance_gradient", "sample"))
+    assert images(tmp_path / "default") == images(tmp_path / "model") != images(tmp_path / "sample")
+    settings = json.loads((tmp_path / "default" / "generate.json").read_text())
+    assert settings["guidance_gradient"] == "model"
+
+
 def test_autoguidance_and_classifier_free_guidance_combine(tmp_path):
     unet = ClassConditionedUnet(**TINY_CONDITIONED)
     unet.class_embedding.weight.data *= 20
@@ -454,6 +495,24 @@ def test_grid_and_intermediates_are_saved_next_to_the_images(tiny_model, whole, 
     assert last.tobytes() == first.tobytes()  # the last prediction is the first image
 
 
+@pytest.mark.parametrize("names", [["ant", "bee"], ["ant", "a bee with a very long name"]])
+def test_the_grid_has_a_column_or_a_row_per_class(tmp_path, names):
+    unet = ClassConditionedUnet(**{**TINY_CONDITIONED, "num_classes": 2}, id2label=names)
+    ClassConditionalPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    generate.main(flags(tmp_path / "model", tmp_path, "--class_labels", *names, "--grid", "--num_images", 5))
+    files = [Image.open(path) for path in sorted((tmp_path / "images").iterdir())]
+    expected = grid_of_classes(files, names)
+    assert Image.open(tmp_path / "grid.png").tobytes() == expected.tobytes()
+    rows_of_classes = len(names[1]) > 3
+    columns = 3 if rows_of_classes else 2
+    cells = [files[i].resize((96, 96), Image.Resampling.NEAREST).convert("RGB") for i in range(5)]
+    left, top = expected.width - columns * 100, 4 if rows_of_classes else 28
+    for i, cell in enumerate(cells):
+        column, row = (i // 2, i % 2) if rows_of_classes else (i % 2, i // 2)
+        corner = left + column * 100, top + row * 100
+        assert expected.crop((*corner, corner[0] + 96, corner[1] + 96)).tobytes() == cell.tobytes()
+
+
 def test_intermediates_that_cannot_be_shown_are_refused_before_sampling(tmp_path):
     ScoreSdeVePipeline(tiny_unet(), ScoreSdeVeScheduler()).save_pretrained(tmp_path / "sde")
     ConsistencyModelPipeline(tiny_unet(), CMStochasticIterativeScheduler()).save_pretrained(tmp_path / "consistency")
@@ -581,7 +640,15 @@ def test_settings_are_saved(whole):
         (["--autoguidance", "."], "--autoguidance needs its scale: pass --guidance_scale"),
         (["--autoguidance", ".", "--guidance_scale", 0.5], "--guidance_scale 0.5: with --autoguidance it must be at"),
         (["--autoguidance", ".", "--guidance_scale", 2], "The folder . holds no pipeline"),
-        (["--autoguidance", ".", "--guidance_scale", 2, "--color", "teal"], "--autoguidance and .* loss: omit them"),
+        (["--autoguidance", ".", "--guidance_scale", 2, "--color", "teal"], "its scale: pass --autoguidance_scale"),
+        (["--autoguidance_scale", 2, "--color", "teal"], "--autoguidance_scale and .*: pass a worse version"),
+        (["--autoguidance_scale", 2], "--autoguidance_scale is for --autoguidance in addition to --color"),
+        (["--autoguidance", ".", "--autoguidance_scale", 0.5, "--color", "teal"], "--autoguidance_scale is 0.5"),
+        (["--guidance_interval", 0, 5, "--color", "teal"], "needs guidance: pass --autoguidance_scale"),
+        (
+            ["--autoguidance", ".", "--autoguidance_scale", 2, "--class_guidance_scale", 2, "--color", "teal"],
+            "omit --class_guidance_scale, or --color",
+        ),
         (["--class_labels", 1, "--class_guidance_scale", 2], "--class_guidance_scale is for .* --autoguidance"),
         (["--class_labels", 1, "--guidance_interval", 0, 5], "--guidance_interval needs guidance"),
         (["--guidance_interval", 5, 1, "--guidance_scale", 2], "--guidance_interval 5 1: pass two noise levels"),

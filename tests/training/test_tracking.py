@@ -4,6 +4,7 @@ import shutil
 from math import isnan
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -141,6 +142,19 @@ def test_every_loss_is_plotted(tmp_path, titles):
     MetricsFile(tmp_path / "metrics.csv", resumed_step=0).append(rows)
     plot_losses(tmp_path / "metrics.csv", tmp_path / "loss.png")
     assert titles == [["g_loss, mean of the last 2 steps", "d_loss, mean of the last 2 steps"]]
+
+
+def test_losses_of_two_stages_are_not_mixed(tmp_path, titles, monkeypatch):
+    figures, new_figure = [], tracking._new_figure
+    monkeypatch.setattr(tracking, "_new_figure", lambda **size: figures.append(new_figure(**size)) or figures[-1])
+    rows = [{"step": step, "loss": 0.1 if step <= 30 else 2.0, "learning_rate": 0.1} for step in range(1, 61)]
+    MetricsFile(tmp_path / "metrics.csv", resumed_step=0).append(rows)
+    plot_losses(tmp_path / "metrics.csv", tmp_path / "loss.png", last_stage=30)
+    assert titles == [["loss, mean of the last 3 steps", "stage 2 begins at step 30"]]
+    losses, rates = figures[0].axes
+    _, first, second, mark, _ = losses.get_lines()
+    assert np.allclose(first.get_ydata(), 0.1) and np.allclose(second.get_ydata(), 2.0)
+    assert list(mark.get_xdata()) == [30, 30] == list(rates.get_lines()[0].get_xdata())
 
 
 def test_a_missing_tracker_is_reported_with_its_installation(monkeypatch):

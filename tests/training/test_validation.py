@@ -108,7 +108,7 @@ def test_a_run_resumes_only_with_the_same_images(finetune):
 def test_it_is_the_loss_of_the_saved_weights_on_the_held_out_images(finetune, images, monkeypatch):
     monkeypatch.setattr(SAMPLES, 256)
     run = finetune("run", *every(2), "--random_flip", "--min_snr_gamma", 5, "--ema_decay", 0.5)
-    assert list(validated(run)) == [2, 4]
+    assert list(validated(run)) == [0, 2, 4]
     pipe = DDPMPipeline.from_pretrained(run)  # with EMA weights, and dropout off
     args = DataArguments(train_data_dir=str(images))
     validation = ValidationArguments(validation_fraction=0.25)
@@ -134,7 +134,7 @@ def test_it_is_the_loss_of_the_saved_weights_on_the_held_out_images(finetune, im
 def test_it_does_not_change_while_the_weights_do_not(finetune):
     run = finetune("run", *every(1), "--learning_rate", 0)
     values = validated(run)
-    assert list(values) == [1, 2, 3, 4] and len(set(values.values())) == 1
+    assert list(values) == [0, 1, 2, 3, 4] and len(set(values.values())) == 1
 
 
 def test_accumulation_gives_the_same_value(finetune):
@@ -159,10 +159,10 @@ def test_two_processes_compute_what_one_computes(finetune, tiny_model, images, t
 def test_training_is_bit_identical_however_often_it_is_computed(finetune):
     often = finetune("often", *every(1), "--dataloader_num_workers", 1)
     rarely = finetune("rarely", *every(100))
-    assert list(validated(rarely)) == [4]
+    assert list(validated(rarely)) == [0, 4]
     assert validated(often)[4] == validated(rarely)[4]
     assert largest_difference(weights(often), weights(rarely)) == 0
-    losses = [[row["loss"] for row in read_metrics(run / "metrics.csv")] for run in (often, rarely)]
+    losses = [[row["loss"] for row in read_metrics(run / "metrics.csv")[1:]] for run in (often, rarely)]
     assert losses[0] == losses[1]
 
 
@@ -179,17 +179,20 @@ def test_a_resumed_run_has_the_same_values(finetune, monkeypatch):
     call = DenoisingObjective.__call__
 
     def stopped(objective, network, batch):
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and batch.step == stop_at:
             signal.raise_signal(signal.SIGTERM)
         return call(objective, network, batch)
 
-    with monkeypatch.context() as patches, pytest.raises(SystemExit, match="143"):
-        patches.setattr(DenoisingObjective, "__call__", stopped)
-        finetune("stopped", *flags)
-    assert len(read_metrics(straight.parent / "stopped" / "metrics.csv")) == 2
-    stopped_run = finetune("stopped", *flags, "--resume_from_checkpoint", "latest")
-    assert (straight / "metrics.csv").read_text() == (stopped_run / "metrics.csv").read_text()
-    assert largest_difference(weights(straight), weights(stopped_run)) == 0
+    for stop_at in (0, 2):
+        name = f"stopped at {stop_at}"
+        with monkeypatch.context() as patches, pytest.raises(SystemExit, match="143"):
+            patches.setattr(DenoisingObjective, "__call__", stopped)
+            finetune(name, *flags)
+        stopped_rows = read_metrics(straight.parent / name / "metrics.csv")
+        assert [row["step"] for row in stopped_rows] == list(range(stop_at and stop_at + 1))
+        stopped_run = finetune(name, *flags, "--resume_from_checkpoint", "latest")
+        assert (straight / "metrics.csv").read_text() == (stopped_run / "metrics.csv").read_text()
+        assert largest_difference(weights(straight), weights(stopped_run)) == 0
 
 
 def test_a_held_out_image_that_breaks_later_ends_the_run_with_a_checkpoint(finetune, images, tmp_path, monkeypatch):
@@ -201,8 +204,14 @@ def test_a_held_out_image_that_breaks_later_ends_the_run_with_a_checkpoint(finet
     copies.mkdir()
     for path in images.iterdir():
         (copies / path.name).write_bytes(path.read_bytes())
-    check = "ddgan.training.loading._check_readable"
-    monkeypatch.setattr(check, lambda source, preprocessing: (copies / name).write_bytes(b""))
+    call = DenoisingObjective.__call__
+
+    def break_it(objective, network, batch):
+        if torch.is_grad_enabled():
+            (copies / name).write_bytes(b"")
+        return call(objective, network, batch)
+
+    monkeypatch.setattr(DenoisingObjective, "__call__", break_it)
     with pytest.raises(RunError, match=name):
         finetune("run", "--train_data_dir", copies, *every(2))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
@@ -222,13 +231,13 @@ def test_it_is_printed_plotted_tracked_and_on_the_card(finetune, capsys, caplog,
     worse = ("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 2, "--learning_rate", 1, "--ema_decay", 0)
     run = finetune("run", *every(1), *worse, "--report_to", "tensorboard")
     values = validated(run)
-    assert min(values, key=values.get) == 1
+    assert list(values) == [0, 1, 2, 3, 4] and values[0] == values[1] == min(values.values())
     printed = capsys.readouterr()
     lines = printed.out + printed.err
-    assert f"step 1: validation loss {values[1]:.4f}, the lowest so far" in lines
-    assert f"step 4: validation loss {values[4]:.4f} (lowest: {values[1]:.4f}, step 1)" in lines
+    assert f"step 0: validation loss {values[0]:.4f}, before training" in lines
+    assert f"step 4: validation loss {values[4]:.4f} (lowest: {values[0]:.4f}, step 0)" in lines
     assert any(message.startswith("Training on 10 images (3 more are held out): ") for message in caplog.messages)
-    row = f"{values[4]:.4f} at step 4, lowest {values[1]:.4f} at step 1; of 3 held-out images"
+    row = f"{values[4]:.4f} at step 4, lowest {values[0]:.4f} at step 0; of 3 held-out images"
     assert f"| validation loss | {row} |" in ModelCard.load(run / "README.md").content
     (line,) = (line for line in plotted[-1].axes[0].get_lines() if line.get_label() == "validation_loss")
     assert (list(line.get_xdata()), list(line.get_ydata())) == (list(values), list(values.values()))
@@ -260,7 +269,7 @@ def test_a_class_conditional_run_has_one_too(tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     flags = ["--train_data_dir", images, "--output_dir", tmp_path / "run", "--max_train_steps", 2, *every(1)]
     train_class_conditional.main([*map(str, flags), *small.split()])
-    assert list(validated(tmp_path / "run")) == [1, 2]
+    assert list(validated(tmp_path / "run")) == [0, 1, 2]
     # the value of image i is 20 i, and its class i % 3
     pairs = {
         (round((image[0, 0, 0].item() + 1) * 127.5) // 20 % 3, label.item())
