@@ -37,7 +37,13 @@ from ..guidance.arguments import (
     split_loss,
 )
 from ..hub.arguments import CARD_NAME, check_repo_id
-from ..sampling.arguments import MAX_CLASS_GUIDANCE_SCALE, SCHEDULERS, VARY_COLUMNS, SamplingArguments
+from ..sampling.arguments import (
+    MAX_CLASS_GUIDANCE_SCALE,
+    SCHEDULERS,
+    VARY_COLUMNS,
+    PipelineArguments,
+    SamplingArguments,
+)
 from ..training.arguments import MAX_GRID_IMAGES, MAX_IMAGE_SIZE, DataArguments, LearningRateArguments, RunArguments
 
 # --freeze choice -> substrings of the names of the parameters that are still trained
@@ -472,7 +478,7 @@ class ClassifierRunArguments(UnclippedRunArguments):
 
 
 @dataclass
-class GenerateArguments(SamplingArguments):
+class GenerateArguments(SamplingArguments, PipelineArguments):
     """The pipeline, how to sample it, and the output folder."""
 
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
@@ -579,14 +585,9 @@ def _is_statistics(path: Path) -> bool:
 
 
 @dataclass
-class EvaluateArguments(SamplingArguments):
-    """The samples to measure, the reference images and the features."""
+class MeasurementArguments(SamplingArguments):
+    """How samples are generated and measured: their number, the reference images and the features."""
 
-    images: str | None = option(
-        None,
-        "existing images to measure instead of --pipeline: folder of images or shards, .parquet, or .npz with arr_0",
-        objects=IMAGE_OBJECTS,
-    )
     num_images: int | None = option(
         None,
         f"images to measure (default: {DEFAULT_NUM_IMAGES:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with "
@@ -604,12 +605,6 @@ class EvaluateArguments(SamplingArguments):
     num_reference: int | None = option(
         None, "size of a random subset of the reference (default: all images)", minimum=MIN_IMAGES
     )
-    held_out: str | None = option(
-        None,
-        "images not used in training, to detect memorization; --reference must be the training images",
-        objects=IMAGE_OBJECTS,
-    )
-    held_out_split: str | None = option(None, "split of the held-out images (default: test, if they have splits)")
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     value_range: list[float] | None = option(
         None,
@@ -625,19 +620,36 @@ class EvaluateArguments(SamplingArguments):
     classifier: str | None = option(
         None, "classifier folder that predicts classes and digits (default: the feature extractor, if it is one)"
     )
-    stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
     batch_size: int = option(
         64, "images per forward pass; for samples on a CPU it depends on the image size only", minimum=1
     )
     class_labels: list[str | int] | None = option(
         None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
+    cache_dir: str = option(str(CACHE_DIR), "folder for cached features of references")
+
+
+@dataclass
+class EvaluateArguments(MeasurementArguments, PipelineArguments):
+    """The samples to measure, the reference images and the features."""
+
+    images: str | None = option(
+        None,
+        "existing images to measure instead of --pipeline: folder of images or shards, .parquet, or .npz with arr_0",
+        objects=IMAGE_OBJECTS,
+    )
+    held_out: str | None = option(
+        None,
+        "images not used in training, to detect memorization; --reference must be the training images",
+        objects=IMAGE_OBJECTS,
+    )
+    held_out_split: str | None = option(None, "split of the held-out images (default: test, if they have splits)")
+    stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
     output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
     save_images: str | None = option(None, "save the samples in this folder")
     save_statistics: str | None = option(
         None, "write mean and covariance of the features of --reference, with their protocol, to this .npz file"
     )
-    cache_dir: str = option(str(CACHE_DIR), "folder for cached features of references")
     update_card: bool = option(False, "write the metrics into the model card of the pipeline folder")
 
     def __post_init__(self):
@@ -647,7 +659,7 @@ class EvaluateArguments(SamplingArguments):
         if self.images and self.save_images:
             raise InputError("--save_images saves the samples of a --pipeline; those of --images already exist.")
         if self.images:
-            for argument in fields(SamplingArguments):
+            for argument in (*fields(PipelineArguments), *fields(SamplingArguments)):
                 if (value := getattr(self, argument.name)) != argument.default:
                     raise InputError(
                         f"--{argument.name} {value} is for sampling a --pipeline, but --images exist already: omit it."
