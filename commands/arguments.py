@@ -471,6 +471,8 @@ class ClassifierRunArguments(UnclippedRunArguments):
             raise InputError("The classifier is too small for --gradient_checkpointing: omit it.")
         if self.push_to_hub:
             raise InputError("--push_to_hub uploads pipelines, not classifiers: omit it.")
+        if self.posthoc_ema:
+            raise InputError("--posthoc_ema is for pipelines, whose samples are measured with each EMA: omit it.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
