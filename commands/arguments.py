@@ -7,7 +7,7 @@ and `training/arguments.py`.
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from zipfile import BadZipFile, ZipFile
 
 from ..conversion.published_models import PUBLISHED_MODELS
@@ -15,11 +15,13 @@ from ..core.cli import Arguments, option
 from ..core.errors import InputError
 from ..core.files import check_can_write, contains_files
 from ..core.locations import resolve_locations, resolve_paths
+from ..core.run_files import CONFIG_FILE
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import (
     CACHE_DIR,
     EXTRACTOR_NAMES,
     INCEPTION,
+    METRIC_NAMES,
     MIN_IMAGES,
     NORM_GROUPS,
     PIXELS,
@@ -44,7 +46,14 @@ from ..sampling.arguments import (
     PipelineArguments,
     SamplingArguments,
 )
-from ..training.arguments import MAX_GRID_IMAGES, MAX_IMAGE_SIZE, DataArguments, LearningRateArguments, RunArguments
+from ..training.arguments import (
+    MAX_EMA_LENGTH,
+    MAX_GRID_IMAGES,
+    MAX_IMAGE_SIZE,
+    DataArguments,
+    LearningRateArguments,
+    RunArguments,
+)
 
 # --freeze choice -> substrings of the names of the parameters that are still trained
 TRAINED_PARTS = {
@@ -733,6 +742,51 @@ class EvaluateArguments(MeasurementArguments, PipelineArguments):
     def card(self) -> Path:
         """The model card of the pipeline folder."""
         return Path(str(self.pipeline or "")) / CARD_NAME
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts/choose_ema.py
+
+
+@dataclass
+class ChooseEMAArguments(MeasurementArguments):
+    """The run, the lengths of the EMA to try, and how their samples are measured."""
+
+    run: str | None = option(None, "folder of a run with --posthoc_ema")
+    lengths: list[float] = option(
+        [0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2, 0.25],
+        "lengths of the EMA to try: standard deviations of the averaged steps, relative to the number of steps",
+        above=0,
+        below=MAX_EMA_LENGTH,
+    )
+    best_metric: str = option("fid", f"metric that selects the best length: {', '.join(METRIC_NAMES)}")
+    num_images: int = option(1000, "samples of each length to measure", minimum=MIN_IMAGES)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.run or not self.reference:
+            raise InputError(
+                "Pass the run and the images to measure against: --run my-model --reference path/to/images."
+            )
+        if not self.lengths:
+            raise InputError("--lengths needs at least one length.")
+        if self.best_metric not in METRIC_NAMES:
+            raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRIC_NAMES)}.")
+        resolve_paths(self, "run")
+        if not (Path(self.run) / CONFIG_FILE).is_file():
+            raise InputError(f"--run {self.run} is not the folder of a training run: it has no {CONFIG_FILE}.")
+        self.evaluation()  # checks the flags of the measurement
+        self.lengths = sorted(set(self.lengths))
+
+    def evaluation(self, pipeline: Any = None) -> EvaluateArguments:
+        """Return the arguments with which `ddgan evaluate` measures a pipeline like this command.
+
+        Args:
+            pipeline: a pipeline in memory; None for that of the run.
+        """
+        shared = {argument.name: getattr(self, argument.name) for argument in fields(MeasurementArguments)}
+        output = Path(str(self.run), "posthoc", "evaluation.json")
+        return EvaluateArguments(pipeline=self.run if pipeline is None else pipeline, output=str(output), **shared)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
