@@ -637,7 +637,7 @@ class MeasurementArguments(SamplingArguments):
     class_labels: list[str | int] | None = option(
         None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
-    cache_dir: str = option(str(CACHE_DIR), "folder for cached features of references")
+    cache_dir: str = option(str(CACHE_DIR), "folder for cached features")
 
 
 @dataclass
