@@ -44,6 +44,7 @@ COMMANDS = {
     "train-class-conditional": Command("train_class_conditional", "train a class-conditional diffusion model"),
     "generate": Command("scripts.generate", "generate images with a pipeline"),
     "evaluate": Command("scripts.evaluate", "measure a pipeline or images against reference images"),
+    "choose-ema": Command("scripts.choose_ema", "choose the length of a run's EMA after training"),
     "train-classifier": Command("scripts.train_classifier", "train a classifier for evaluation"),
     "convert": Command(
         "scripts.convert_ddgan_checkpoint", "convert a published checkpoint of DDGANs to a pipeline", launchable=False

@@ -20,6 +20,7 @@ from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .commands.arguments import (
+    ChooseEMAArguments,
     ClassConditionalArguments,
     ClassConditionalLearningRateArguments,
     ClassConditionalRunArguments,
@@ -52,6 +53,7 @@ from .training.arguments import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from .commands.choose_ema import ChosenEMA
     from .commands.generate import GeneratedImages
     from .evaluation.results import Results
     from .training.model_card import FinishedRun
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = [
     "InputError",
     "RunError",
+    "choose_ema",
     "convert",
     "evaluate",
     "few_step",
@@ -266,6 +269,28 @@ def evaluate(*arguments: Any) -> "Results":
         RunError: if an image cannot be read.
     """
     from .commands.evaluate import evaluate as run
+
+    return run(*arguments)  # pyright: ignore[reportReturnType]
+
+
+@_takes_flags_of(ChooseEMAArguments)
+def choose_ema(*arguments: Any) -> "ChosenEMA":
+    """Choose the length of a run's EMA after training; see `evaluate` and `ddgan choose-ema`.
+
+    Args:
+        run: the folder of a run with `posthoc_ema=True`.
+        reference: a list of PIL images, a `datasets.Dataset`, a path, or the name of a dataset.
+        flags: the flags of `ddgan choose-ema`.
+
+    Returns:
+        The outcome: the chosen `length`, the `results` of every length, and the `pipeline` in its `folder`; None in
+        processes other than the main one.
+
+    Raises:
+        InputError: if the arguments are invalid, or the run has no snapshots.
+        RunError: if an image cannot be read, or the pipeline cannot be written.
+    """
+    from .commands.choose_ema import choose_ema as run
 
     return run(*arguments)  # pyright: ignore[reportReturnType]
 

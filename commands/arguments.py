@@ -7,7 +7,7 @@ and `training/arguments.py`.
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from zipfile import BadZipFile, ZipFile
 
 from ..conversion.published_models import PUBLISHED_MODELS
@@ -15,11 +15,13 @@ from ..core.cli import Arguments, option
 from ..core.errors import InputError
 from ..core.files import check_can_write, contains_files
 from ..core.locations import resolve_locations, resolve_paths
+from ..core.run_files import CONFIG_FILE
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import (
     CACHE_DIR,
     EXTRACTOR_HELP,
     INCEPTION,
+    METRIC_NAMES,
     MIN_IMAGES,
     NORM_GROUPS,
     STACKED_MNIST_SAMPLES,
@@ -37,8 +39,21 @@ from ..guidance.arguments import (
     split_loss,
 )
 from ..hub.arguments import CARD_NAME, check_repo_id
-from ..sampling.arguments import MAX_CLASS_GUIDANCE_SCALE, SCHEDULERS, VARY_COLUMNS, SamplingArguments
-from ..training.arguments import MAX_GRID_IMAGES, MAX_IMAGE_SIZE, DataArguments, LearningRateArguments, RunArguments
+from ..sampling.arguments import (
+    MAX_CLASS_GUIDANCE_SCALE,
+    SCHEDULERS,
+    VARY_COLUMNS,
+    PipelineArguments,
+    SamplingArguments,
+)
+from ..training.arguments import (
+    MAX_EMA_LENGTH,
+    MAX_GRID_IMAGES,
+    MAX_IMAGE_SIZE,
+    DataArguments,
+    LearningRateArguments,
+    RunArguments,
+)
 
 # --freeze choice -> substrings of the names of the parameters that are still trained
 TRAINED_PARTS = {
@@ -468,6 +483,8 @@ class ClassifierRunArguments(UnclippedRunArguments):
             raise InputError("The classifier is too small for --gradient_checkpointing: omit it.")
         if self.push_to_hub:
             raise InputError("--push_to_hub uploads pipelines, not classifiers: omit it.")
+        if self.posthoc_ema:
+            raise InputError("--posthoc_ema is for pipelines, whose samples are measured with each EMA: omit it.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,7 +492,7 @@ class ClassifierRunArguments(UnclippedRunArguments):
 
 
 @dataclass
-class GenerateArguments(SamplingArguments):
+class GenerateArguments(SamplingArguments, PipelineArguments):
     """The pipeline, how to sample it, and the output folder."""
 
     output_dir: str = option("generated", "folder for images/, grid.png, intermediates.png and generate.json")
@@ -611,14 +628,9 @@ def _is_statistics(path: Path) -> bool:
 
 
 @dataclass
-class EvaluateArguments(SamplingArguments):
-    """The samples to measure, the reference images and the features."""
+class MeasurementArguments(SamplingArguments):
+    """How samples are generated and measured: their number, the reference images and the features."""
 
-    images: str | None = option(
-        None,
-        "existing images to measure instead of --pipeline: folder of images or shards, .parquet, or .npz with arr_0",
-        objects=IMAGE_OBJECTS,
-    )
     num_images: int | None = option(
         None,
         f"images to measure (default: {DEFAULT_NUM_IMAGES:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with "
@@ -636,12 +648,6 @@ class EvaluateArguments(SamplingArguments):
     num_reference: int | None = option(
         None, "size of a random subset of the reference (default: all images)", minimum=MIN_IMAGES
     )
-    held_out: str | None = option(
-        None,
-        "images not used in training, to detect memorization; --reference must be the training images",
-        objects=IMAGE_OBJECTS,
-    )
-    held_out_split: str | None = option(None, "split of the held-out images (default: test, if they have splits)")
     image_column: str | None = option(None, "column with the images (default: the first image column)")
     value_range: list[float] | None = option(
         None,
@@ -653,19 +659,36 @@ class EvaluateArguments(SamplingArguments):
     classifier: str | None = option(
         None, "classifier folder that predicts classes and digits (default: the feature extractor, if it is one)"
     )
-    stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
     batch_size: int = option(
         64, "images per forward pass; for samples on a CPU it depends on the image size only", minimum=1
     )
     class_labels: list[str | int] | None = option(
         None, "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal"
     )
+    cache_dir: str = option(str(CACHE_DIR), "folder for cached features")
+
+
+@dataclass
+class EvaluateArguments(MeasurementArguments, PipelineArguments):
+    """The samples to measure, the reference images and the features."""
+
+    images: str | None = option(
+        None,
+        "existing images to measure instead of --pipeline: folder of images or shards, .parquet, or .npz with arr_0",
+        objects=IMAGE_OBJECTS,
+    )
+    held_out: str | None = option(
+        None,
+        "images not used in training, to detect memorization; --reference must be the training images",
+        objects=IMAGE_OBJECTS,
+    )
+    held_out_split: str | None = option(None, "split of the held-out images (default: test, if they have splits)")
+    stacked_mnist: bool = option(False, "count modes of StackedMNIST: a digit in each channel")
     output: str = option("evaluation.json", "JSON file for all metrics and their protocol")
     save_images: str | None = option(None, "save the samples in this folder")
     save_statistics: str | None = option(
         None, "write mean and covariance of the features of --reference, with their protocol, to this .npz file"
     )
-    cache_dir: str = option(str(CACHE_DIR), "folder for cached features of references")
     update_card: bool = option(False, "write the metrics into the model card of the pipeline folder")
 
     def __post_init__(self):
@@ -675,7 +698,7 @@ class EvaluateArguments(SamplingArguments):
         if self.images and self.save_images:
             raise InputError("--save_images saves the samples of a --pipeline; those of --images already exist.")
         if self.images:
-            for argument in fields(SamplingArguments):
+            for argument in (*fields(PipelineArguments), *fields(SamplingArguments)):
                 if (value := getattr(self, argument.name)) != argument.default:
                     raise InputError(
                         f"--{argument.name} {value} is for sampling a --pipeline, but --images exist already: omit it."
@@ -747,6 +770,51 @@ class EvaluateArguments(SamplingArguments):
     def card(self) -> Path:
         """The model card of the pipeline folder."""
         return Path(str(self.pipeline or "")) / CARD_NAME
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scripts/choose_ema.py
+
+
+@dataclass
+class ChooseEMAArguments(MeasurementArguments):
+    """The run, the lengths of the EMA to try, and how their samples are measured."""
+
+    run: str | None = option(None, "folder of a run with --posthoc_ema")
+    lengths: list[float] = option(
+        [0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2, 0.25],
+        "lengths of the EMA to try: standard deviations of the averaged steps, relative to the number of steps",
+        above=0,
+        below=MAX_EMA_LENGTH,
+    )
+    best_metric: str = option("fid", f"metric that selects the best length: {', '.join(METRIC_NAMES)}")
+    num_images: int = option(1000, "samples of each length to measure", minimum=MIN_IMAGES)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.run or not self.reference:
+            raise InputError(
+                "Pass the run and the images to measure against: --run my-model --reference path/to/images."
+            )
+        if not self.lengths:
+            raise InputError("--lengths needs at least one length.")
+        if self.best_metric not in METRIC_NAMES:
+            raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRIC_NAMES)}.")
+        resolve_paths(self, "run")
+        if not (Path(self.run) / CONFIG_FILE).is_file():
+            raise InputError(f"--run {self.run} is not the folder of a training run: it has no {CONFIG_FILE}.")
+        self.evaluation()  # checks the flags of the measurement
+        self.lengths = sorted(set(self.lengths))
+
+    def evaluation(self, pipeline: Any = None) -> EvaluateArguments:
+        """Return the arguments with which `ddgan evaluate` measures a pipeline like this command.
+
+        Args:
+            pipeline: a pipeline in memory; None for that of the run.
+        """
+        shared = {argument.name: getattr(self, argument.name) for argument in fields(MeasurementArguments)}
+        output = Path(str(self.run), "posthoc", "evaluation.json")
+        return EvaluateArguments(pipeline=self.run if pipeline is None else pipeline, output=str(output), **shared)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

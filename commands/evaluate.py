@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -60,11 +60,37 @@ def evaluate(args: EvaluateArguments) -> Results | None:
 
     Raises:
         InputError: if the samples, the reference or the extractor cannot be used.
-        RunError: if an image cannot be read.
+        RunError: if an image cannot be read, or the results cannot be written.
     """
-    assert args.feature_extractor is not None
     started = time.perf_counter()
     accelerator = start_accelerate()
+
+    def report(results: Results) -> None:
+        with user_errors(InputError), naming_output(args):
+            write_results(results, args, round(time.perf_counter() - started, 1))
+        print_results(results, args)
+
+    results = measure(args, accelerator, report)
+    accelerator.end_training()
+    return results
+
+
+def measure(
+    args: EvaluateArguments, accelerator: Accelerator, report: Callable[[Results], None] | None = None
+) -> Results | None:
+    """Measure the samples; every process must call this.
+
+    Args:
+        report: called with the results in the main process, before the features of the samples are removed from the
+            cache. Without it they are kept, so that the same samples are not generated again.
+
+    Returns:
+        The results, in the main process.
+
+    Raises:
+        InputError, RunError: see `evaluate`.
+    """
+    assert args.feature_extractor is not None
     with one_thread_per_operation(accelerator.device) as threads:
         with user_errors(InputError):
             extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
@@ -82,13 +108,12 @@ def evaluate(args: EvaluateArguments) -> Results | None:
                 features = extract_sample_features(samples, extractor, classifier, args, accelerator, threads, parts)
             if features is not None:
                 facts = samples.facts
-                with user_errors(InputError), naming_output(args):
+                with user_errors(InputError):
                     results = compute_results(facts, features, extractor, reference, held_out, classifier, requested)
-                    write_results(results, args, round(time.perf_counter() - started, 1))
-                print_results(results, args)
-                if parts:
+                if report:
+                    report(results)
+                if report and parts:
                     shutil.rmtree(parts, ignore_errors=True)
-    accelerator.end_training()
     return results
 
 

@@ -21,12 +21,22 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass
-class SamplingArguments(Arguments):
-    """The pipeline, and how to sample from it."""
+class PipelineArguments(Arguments):
+    """The pipeline to sample from."""
 
     pipeline: str | None = option(
         None, "pipeline folder or Hub repository to sample from", objects="a DiffusionPipeline"
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        resolve_locations(self, "pipeline")
+
+
+@dataclass
+class SamplingArguments(Arguments):
+    """How to sample from a pipeline."""
+
     seed: int = option(0, "seed of the first image; image i uses seed + i", minimum=0)
     scheduler: str = option("as-saved", "scheduler to sample with", choices=["as-saved", *SCHEDULERS])
     num_inference_steps: int | None = option(
@@ -82,7 +92,7 @@ class SamplingArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
-        resolve_locations(self, "pipeline", "autoguidance")
+        resolve_locations(self, "autoguidance")
         if self.autoguidance:
             flag = self.autoguidance_flag
             scale = getattr(self, flag)

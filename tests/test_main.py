@@ -19,7 +19,7 @@ from ddgan.core.launch import LaunchArguments, launch
 
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
 # files and folders that users of the documented commands have, besides the outputs of other commands and path/to/...
-FILES = ["netG_1200.pth", "rose.png"]
+FILES = ["netG_1200.pth", "rose.png", "my-run/config.yaml"]
 FOLDERS = (
     "data/MNIST ddgan-emoji-32 ddgan-stacked-mnist demo digits/best generated/images mnist MNIST my-run noto-emoji-32 "
     "my-worse-model stacked-mnist untrained"

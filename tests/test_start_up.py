@@ -94,6 +94,13 @@ WRONG = {  # command -> flags and the message about them
         (f"{MODEL} --classifier . --output /dev/null", "/dev/null is not a regular file. Choose another file."),
         (f"{MODEL} --classifier . --save_images {LONG}", "cannot be created: File name too long"),
     ],
+    "choose-ema": [
+        ("--run my-run", "Pass the run and the images to measure against"),
+        ("--run nowhere --reference .", "--run nowhere does not exist"),
+        ("--run . --reference .", "--run . is not the folder of a training run"),
+        ("--run . --reference . --lengths 0.3", "--lengths is 0.3; it must be less than 0.288"),
+        ("--run . --reference . --best_metric fids", "--best_metric is fids; it must be one of fid"),
+    ],
     "convert": [
         ("--checkpoint_path nowhere.pth --output_dir out", "does not exist"),
         ("--checkpoint_path . --output_dir /dev/null/x", "--output_dir /dev/null/x cannot be created"),

@@ -14,6 +14,8 @@ from ..data.arguments import IMAGE_OBJECTS, check_value_range
 from ..evaluation.arguments import EXTRACTOR_HELP, METRIC_NAMES, MIN_IMAGES, WEIGHTS_HELP, resolve_extractor
 
 MAX_GRID_IMAGES = 10_000
+NUM_SNAPSHOTS = 16  # of the EMAs of a run
+MAX_EMA_LENGTH = 12**-0.5  # of the average with the same weight for all steps
 MAX_IMAGE_SIZE = 16_384  # pixels; far above what any network here can be trained at
 
 
@@ -109,6 +111,11 @@ class RunArguments(Arguments):
         1.0, "EMA warmup: the decay after n steps is 1 - (1 + n / inv_gamma) ** -power", above=0
     )
     ema_power: float = option(0.75, "EMA warmup: see --ema_inv_gamma", above=0)
+    posthoc_ema: bool = option(
+        False,
+        f"keep {NUM_SNAPSHOTS} snapshots of two EMAs, from which ddgan choose-ema computes EMAs of other lengths "
+        "after the run; --dry_run prints the memory and the disk space",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "mixed precision (default: as configured in Accelerate)"
     )

@@ -28,7 +28,7 @@ _NAME = re.compile(r"step-(\d{8})")
 _STATE = "state.json"
 _FILES, _CHECKSUM = "files", "checksum"  # keys of state.json: size and digest of each other file; digest of state.json
 # files that each process writes; their names contain its index
-_WRITTEN_BY = re.compile(r"(?:^|/)(?:random_states|ema|stream|_)_(\d+)[._]")
+_WRITTEN_BY = re.compile(r"(?:^|/)(?:random_states|ema|posthoc_ema|stream|_)_(\d+)[._]")
 
 _OPTIMIZER_SETTINGS = ("betas", "eps", "weight_decay")  # of Adam and AdamW
 
@@ -39,6 +39,7 @@ _INVARIANTS = {
     "seed": "seed",
     "processes": "number of processes",
     "averaged weights": "EMA weights",
+    "post-hoc EMA": "--posthoc_ema",
     "shards": "FSDP shards",
     "trained parameters": "trained parameters (their fingerprint)",
     "prediction type": "prediction type",
@@ -46,6 +47,9 @@ _INVARIANTS = {
     "scaled gradients": "fp16 gradient scaling",
     "8-bit optimizer": "--use_8bit_adam",
 }
+
+# values in checkpoints of earlier versions, which did not save them
+_EARLIER = {"post-hoc EMA": False}
 
 # of those whose number of processes must be the same
 _REASONS = {
@@ -253,15 +257,16 @@ class Checkpoints:
         """
         state = load_state(checkpoint)
         for key, value in self.invariants.items():
-            if state.get(key, value) != value:  # earlier versions saved fewer keys
+            saved = state.get(key, _EARLIER.get(key, value))  # earlier versions saved fewer keys
+            if saved != value:
                 advice = _REASONS.get(
                     key,
                     "use the same images, --validation_fraction, network, trained parameters, prediction type, "
-                    "--seed, --ema_decay, --use_8bit_adam, numbers of sampling steps, fp16 setting and global batch "
-                    "size (--batch_size x --grad_accumulation_steps x processes)",
+                    "--seed, --ema_decay, --posthoc_ema, --use_8bit_adam, numbers of sampling steps, fp16 setting and "
+                    "global batch size (--batch_size x --grad_accumulation_steps x processes)",
                 )
                 raise InputError(
-                    f"{checkpoint} was saved with {_INVARIANTS[key]} = {state[key]}, but this run has {value}, so it "
+                    f"{checkpoint} was saved with {_INVARIANTS[key]} = {saved}, but this run has {value}, so it "
                     f"cannot resume exactly; {advice}, or start a new run in another folder."
                 )
         if state["step"] > total_steps:
@@ -375,8 +380,14 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def resume_invariants(job: TrainingJob, plan: BatchPlan, accelerator: Accelerator) -> dict[str, Any]:
-    """Return the values that a run must share with a checkpoint to resume from it, keyed like `_INVARIANTS`."""
+def resume_invariants(
+    job: TrainingJob, plan: BatchPlan, accelerator: Accelerator, posthoc_ema: bool
+) -> dict[str, Any]:
+    """Return the values that a run must share with a checkpoint to resume from it, keyed like `_INVARIANTS`.
+
+    Args:
+        posthoc_ema: whether the run has `--posthoc_ema`.
+    """
     trained_parameters = [
         [name, *parameter.shape]
         for trained in job.networks
@@ -390,6 +401,7 @@ def resume_invariants(job: TrainingJob, plan: BatchPlan, accelerator: Accelerato
         "seed": plan.seed,
         **({"processes": plan.processes} if plan.num_images is None else {}),
         "averaged weights": job.ema.enabled,
+        "post-hoc EMA": posthoc_ema,
         "shards": num_shards(accelerator),
         "trained parameters": fingerprint(trained_parameters),
         **({"prediction type": scheduler.config.prediction_type} if scheduler else {}),

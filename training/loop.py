@@ -36,6 +36,7 @@ from .model_card import (
 )
 from .objectives.micro_batch import MicroBatch
 from .overview import count_parameters, describe_size, format_duration, opening, overview, saved_bytes
+from .posthoc_ema import PosthocEMA
 from .progress import RunProgress
 from .randomness import PerSampleRNG, fold_in
 from .run_folder import RunFolder
@@ -119,6 +120,8 @@ class Trainer:
             lr_schedule = spec.lr_schedule(spec.optimizer, self.total_steps - spec.first_step)
             self.networks.append(_Prepared(spec, *accelerator.prepare(spec.network, spec.optimizer, lr_schedule)))
         job.ema.prepare(accelerator)
+        self.posthoc_ema = PosthocEMA(job.ema.network, args, self.total_steps)
+        self.posthoc_ema.prepare(accelerator)
 
         self.progress = RunProgress(accelerator)
         self.position = StreamPosition(accelerator, streaming=self.plan.num_images is None)
@@ -130,10 +133,11 @@ class Trainer:
                 self.progress,
                 PreparedState(accelerator, [network.lr_schedule for network in self.networks], peak_rates),
                 job.ema,
+                self.posthoc_ema,
                 self.position,
                 BestPipeline(accelerator, self.folder, self.progress),
             ],
-            invariants=resume_invariants(job, self.plan, accelerator),
+            invariants=resume_invariants(job, self.plan, accelerator, args.posthoc_ema),
         )
         self.step_log = StepLog(accelerator, self.plan, self.checkpoints)
         self.time_is_estimated = False
@@ -175,7 +179,9 @@ class Trainer:
         with closing(self.data.batches(0, 1, None)) as batches:
             batch = next(batches)
         activations = None if self.job.prepare else [self._activations(i, batch) for i in range(len(self.networks))]
-        rows = overview(self.job, self.data, self.args, self.total_steps, self.accelerator, step, activations)
+        rows = overview(
+            self.job, self.data, self.args, self.total_steps, self.accelerator, self.posthoc_ema, step, activations
+        )
         return FinishedRun(self.folder.path, overview=rows if self.accelerator.is_main_process else None)
 
     def _activations(self, index: int, batch: Batch) -> int:
@@ -250,6 +256,7 @@ class Trainer:
         if is_main:
             self.checkpoints.set_aside_damaged()
             self.checkpoints.remove_after(step)
+            self.posthoc_ema.remove_after(step)  # after the checkpoints that need them
             self._write_config()
             self.metrics = MetricsFile(self.folder.metrics, step)
             self.lowest_validation = lowest_validation_loss(read_metrics(self.folder.metrics))
@@ -269,7 +276,8 @@ class Trainer:
         # closing ends the data loader workers; messages are printed above the progress bar
         with closing(batches), self._progress_bar() as self.bar, logging_redirect_tqdm(tqdm_class=tqdm):
             try:
-                # the run may have been stopped at this step, before or during these two
+                # the run may have been stopped at this step, before or during these
+                self._save_ema_snapshot()
                 if self._validation_due():
                     self._validate()
                 if self._evaluation_due():
@@ -280,6 +288,7 @@ class Trainer:
                     self.stop.raise_if_requested()
                     if self._due(_LOG_EVERY):
                         self._log()
+                    self._save_ema_snapshot()
                     if self._validation_due():
                         self._validate()
                     # before the evaluation, whose best pipeline is shown with this grid
@@ -346,6 +355,7 @@ class Trainer:
             network.lr_schedule.step()
         self.job.ema.step()
         self.progress.step += 1
+        self.posthoc_ema.step(self.progress.step)
         self.step_log.add(self.progress.step, rates, sums, norms)
 
     def _read_global_batch(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -546,6 +556,13 @@ class Trainer:
         steps = range(self.progress.evaluations.since, evaluation.step)
         rows = [row for row in read_metrics(self.folder.metrics) if row["step"] in steps]
         return [row for row in rows if not any(math.isnan(row.get(key, math.nan)) for key in evaluation.metrics)]
+
+    def _save_ema_snapshot(self) -> None:
+        """Write a snapshot of the EMAs of `--posthoc_ema` at the steps that have one."""
+        if self.progress.step in self.posthoc_ema.snapshot_steps:
+            self._check_weights()
+            with self.progress.clock.paused():
+                self.posthoc_ema.save_snapshot(self.progress.step)
 
     def _save_checkpoint(self) -> None:
         self._check_weights()

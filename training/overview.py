@@ -15,6 +15,7 @@ from .loading import TrainingData
 from .model_card import describe_hardware, describe_precision
 from .optimizers import state_bytes
 from .plan import BatchPlan
+from .posthoc_ema import PosthocEMA
 
 
 def opening(
@@ -38,12 +39,14 @@ def overview(
     args: RunArguments,
     total_steps: int,
     accelerator: Accelerator,
+    posthoc_ema: PosthocEMA,
     first_step: int,
     activations: Sequence[int] | None,
 ) -> dict[str, str]:
     """Return the sizes of a run, its memory and its disk space, as rows of a table.
 
     Args:
+        posthoc_ema: the EMAs of `--posthoc_ema`.
         first_step: the step from which it starts or resumes.
         activations: bytes that each network keeps for the backward pass, for one image; None if unknown.
     """
@@ -58,8 +61,8 @@ def overview(
         "length": length + (f", of which {first_step:,} are done" if first_step else ""),
         "batch": describe_batch(plan),
         "hardware": f"{describe_hardware(accelerator)}, {describe_precision(accelerator)}",
-        "memory": _memory(job, args, activations),
-        "disk": _disk(job, args, total_steps),
+        "memory": _memory(job, args, posthoc_ema, activations),
+        "disk": _disk(job, args, posthoc_ema, total_steps),
         "run folder": args.output_dir,
     }
 
@@ -81,7 +84,7 @@ def saved_bytes(loss: Callable[[], object], network: torch.nn.Module) -> int:
     return sum(sizes.values())
 
 
-def _memory(job: TrainingJob, args: RunArguments, activations: Sequence[int] | None) -> str:
+def _memory(job: TrainingJob, args: RunArguments, posthoc_ema: PosthocEMA, activations: Sequence[int] | None) -> str:
     """Describe the memory of one process in a training step. Networks are updated one after the other."""
     trained = sum(_trained_bytes(spec.network) for spec in job.networks)
     parts = {
@@ -90,6 +93,8 @@ def _memory(job: TrainingJob, args: RunArguments, activations: Sequence[int] | N
         "optimizer": sum(state_bytes(spec.optimizer) for spec in job.networks),
         "EMA": _bytes(job.ema.weights()),
     }
+    if posthoc_ema.averages:
+        parts["post-hoc EMA"] = _bytes(posthoc_ema.weights())
     more = ", and activations"
     if activations is not None:
         parts["activations"] = max(activations) * args.batch_size
@@ -98,18 +103,24 @@ def _memory(job: TrainingJob, args: RunArguments, activations: Sequence[int] | N
     return f"about {format_size(sum(parts.values()))} per process, without libraries ({listed}){more}"
 
 
-def _disk(job: TrainingJob, args: RunArguments, total_steps: int) -> str:
-    """Describe the disk space for the pipeline and the checkpoints; one is removed after the next is written."""
+def _disk(job: TrainingJob, args: RunArguments, posthoc_ema: PosthocEMA, total_steps: int) -> str:
+    """Describe the disk space for the pipeline, the checkpoints and the EMA snapshots.
+
+    A checkpoint is removed after the next is written.
+    """
     weights = sum(_bytes(spec.network.parameters()) for spec in job.networks)
     optimizers = sum(state_bytes(spec.optimizer) for spec in job.networks)
     pipeline = _bytes(job.ema.network.parameters())
-    checkpoint = weights + optimizers + _bytes(job.ema.weights())
+    checkpoint = weights + optimizers + _bytes(job.ema.weights()) + _bytes(posthoc_ema.weights())
     saves = -(-total_steps // args.checkpointing_steps) if args.checkpointing_steps else 1
     kept = min(saves, args.checkpoints_total_limit + 1) if args.checkpoints_total_limit else saves
     folder = Path(args.output_dir).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    needed = kept * checkpoint + 2 * pipeline
+    snapshots = len(posthoc_ema.snapshot_steps)
+    needed = kept * checkpoint + 2 * pipeline + snapshots * posthoc_ema.snapshot_bytes
     checkpoints = f"{kept} {'checkpoint' if kept == 1 else 'checkpoints'} of {format_size(checkpoint)}"
+    if snapshots:
+        checkpoints += f", {snapshots} EMA snapshots of {format_size(posthoc_ema.snapshot_bytes)}"
     verdict = "" if needed < free else ": not enough"
     return (
         f"about {format_size(needed)} ({checkpoints}, pipeline of {format_size(pipeline)}); {format_size(free)} are "

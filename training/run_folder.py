@@ -26,6 +26,8 @@ class RunFolder:
         before_after: grids of samples before and after training, side by side.
         best: folder of the pipeline with the best evaluation.
         checkpoints: folder of the checkpoints.
+        ema_snapshots: with `--posthoc_ema`, folder of the EMA snapshots.
+        posthoc: folder of the pipeline with the EMA that `ddgan choose-ema` has chosen.
         teacher: samples of the start model that few-step fine-tuning learns from, while it runs.
         logs: folder of the trackers that write local files.
     """
@@ -40,12 +42,18 @@ class RunFolder:
         self.before_after = self.path / "before_after.png"
         self.best = self.path / "best"
         self.checkpoints = self.path / "checkpoints"
+        self.ema_snapshots = self.path / "ema_snapshots"
+        self.posthoc = self.path / "posthoc"
         self.teacher = self.path / "teacher.safetensors"
         self.logs = self.path / "logs"
 
     def grid(self, step: int, name: str = "") -> Path:
         """Return the path of the sample grid of a step, or of a further grid of that step."""
         return self.path / SAMPLES_FOLDER / f"step-{step:08d}{name and f'-{name}'}.png"
+
+    def ema_snapshot(self, step: int) -> Path:
+        """Return the path of the EMA snapshot of a step."""
+        return self.ema_snapshots / f"step-{step:08d}.safetensors"
 
     def newest_grid(self, step: int) -> Path | None:
         """Return the newest existing sample grid up to a step."""
@@ -74,7 +82,7 @@ class RunFolder:
     def remove_leftovers(self) -> None:
         """Remove the temporary files of interrupted writes and uploads, but not those of an upload in progress."""
         remove_abandoned_snapshots(self.path)
-        folders = (self.path, self.path / SAMPLES_FOLDER, self.checkpoints)
+        folders = (self.path, self.path / SAMPLES_FOLDER, self.checkpoints, self.ema_snapshots)
         for path in [path for folder in folders for path in folder.glob(".tmp-*")]:
             if not path.name.startswith(SNAPSHOT):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

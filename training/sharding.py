@@ -20,6 +20,16 @@ def local_shards(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Para
     return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]  # pyright: ignore[reportReturnType]
 
 
+def gather_shards(shard: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Gather a tensor whose local shards correspond to those of a parameter; every process must call this."""
+    if not isinstance(parameter, DTensor):
+        return shard
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # the shape and the stride, because the shards may have different sizes
+    sharded = DTensor.from_local(shard, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+    return sharded.full_tensor()
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Gather a tensor from its shards; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

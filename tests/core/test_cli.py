@@ -243,6 +243,7 @@ EVERY_COMMAND = {
     "scripts.train_classifier": {"train_data_dir": "images"},
     "scripts.generate": {"pipeline": "model"},
     "scripts.evaluate": {"pipeline": "model", "reference": "images"},
+    "scripts.choose_ema": {"run": "my-run", "reference": "images"},
     "scripts.convert_ddgan_checkpoint": {"checkpoint_path": "a.pth", "output_dir": "out"},
     "scripts.push_to_hub": {"folder": "model", "repo_id": "a/b"},
     "examples.guided_sampling": {},

@@ -116,14 +116,14 @@ def test_the_gradient_is_that_of_the_mean_over_the_global_batch(finetune, model)
 @pytest.mark.slow
 def test_two_processes_equal_one_also_if_one_has_no_image_left(finetune, model, tmp_path):
     images = write_images(tmp_path / "nine", 9)  # global batches of 8 and 1: in the second, one process has no image
-    flags = ("--start_model", model, "--train_data_dir", images, *LOW_RATE)
-    one = finetune("one", *flags, "--batch_size", 8)
+    rate = (*LOW_RATE, "--posthoc_ema")
+    one = finetune("one", "--start_model", model, "--train_data_dir", images, *rate, "--batch_size", 8)
     two = tmp_path / "two"
     several_nodes = ("accelerate.commands.launch", "--config_file", "examples/accelerate/several_nodes.yaml")
     sizes = ("--num_machines", 2, "--num_processes", 2, "--mixed_precision", "no")
     address = ("--main_process_ip", "127.0.0.1", "--main_process_port", free_port())
     launcher = (*several_nodes, *sizes, *address, "--machine_rank")
-    nodes = [start(model, images, two, *LOW_RATE, "--batch_size", 4, launcher=(*launcher, i)) for i in range(2)]
+    nodes = [start(model, images, two, *rate, "--batch_size", 4, launcher=(*launcher, i)) for i in range(2)]
     for node in nodes:
         output, _ = node.communicate(timeout=300)
         assert node.returncode == 0, output
@@ -131,6 +131,8 @@ def test_two_processes_equal_one_also_if_one_has_no_image_left(finetune, model, 
     assert largest_difference(weights(one), weights(two)) < 1e-6
     norms = [[row["grad_norm"] for row in read_metrics(run / "metrics.csv")] for run in (one, two)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # Adam would hide a gradient of the wrong scale
+    averages = [load_file(run / "ema_snapshots" / "step-00000004.safetensors") for run in (one, two)]
+    assert largest_difference(*averages) < 1e-6
     assert "| global batch size | 8, 2 processes |" in (two / "README.md").read_text()
     for name in ("samples/step-00000004.png", "before_after.png", "loss.png"):
         assert (two / name).exists()

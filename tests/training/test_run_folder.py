@@ -56,8 +56,8 @@ def test_a_checkpoint_of_an_earlier_version_resumes_bit_identical(finetune):
     state = load_state(old)
     assert list(state) == [
         *("step", "seconds", "broken", "evaluations", "images", "images_per_step", "seed"),
-        *("averaged weights", "shards", "trained parameters", "prediction type", "scaled gradients"),
-        "8-bit optimizer",
+        *("averaged weights", "post-hoc EMA", "shards", "trained parameters", "prediction type"),
+        *("scaled gradients", "8-bit optimizer"),
         *("files", "checksum"),
     ]
     kept = ("step", "seconds", "broken", "images", "images_per_step", "seed", "averaged weights")

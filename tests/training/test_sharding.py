@@ -49,7 +49,7 @@ def test_a_sharded_run_saves_whole_pipelines_and_resumes_bit_identical(tiny_mode
     ImageClassifier(8, 3, 3, (8,)).save_pretrained(tmp_path / "classifier")
     flags = ("--batch_size", 4, "--max_train_steps", 5, "--checkpointing_steps", 3, "--log_samples_every", 2)
     # three batches: in the second round one process generates images that are discarded, as both must call the network
-    flags += ("--eval_every", 2, "--eval_images", 12, "--feature_extractor", tmp_path / "classifier")
+    flags += ("--posthoc_ema", "--eval_every", 2, "--eval_images", 12, "--feature_extractor", tmp_path / "classifier")
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     for run, more in ((straight, ()), (resumed, ("--resume_from_checkpoint", "latest"))):
         run_ranks(script, *finetune_flags(tiny_model, images, run, *flags, *more), output=tmp_path / "output.txt")
@@ -67,3 +67,12 @@ def test_a_sharded_run_saves_whole_pipelines_and_resumes_bit_identical(tiny_mode
     assert load_file(straight / unet).keys() == load_file(tiny_model / unet).keys()
     assert largest_difference(load_file(straight / "best" / unet), load_file(resumed / "best" / unet)) == 0
     assert load_file(straight / "best" / unet).keys() == load_file(tiny_model / unet).keys()
+    first, *others = [path.name for path in sorted((straight / "ema_snapshots").iterdir())]
+    assert len(others) == 4
+    for name in (first, *others):
+        ours, theirs = (load_file(run / "ema_snapshots" / name) for run in (straight, resumed))
+        assert largest_difference(ours, theirs) == 0
+    start, after_a_step = load_file(tiny_model / unet), load_file(straight / "ema_snapshots" / first)
+    for length in (0.05, 0.1):  # Adam's first step is at most the learning rate, plus weight decay
+        whole = {name: after_a_step[f"{length}/{name}"] for name in start}
+        assert 0 < largest_difference(whole, start) < 1.1e-2
