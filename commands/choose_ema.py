@@ -18,7 +18,7 @@ from ..core.locks import locked
 from ..core.threads import one_thread_per_operation
 from ..evaluation.extractors import load_extractor
 from ..evaluation.metrics import METRICS, available_metrics
-from ..evaluation.reporting import format_value, measured_by, metric_title, update_card
+from ..evaluation.reporting import format_value, full_title, metric_title, update_card
 from ..evaluation.results import Results
 from ..hub.cards import code_section, read_card, replace_loaded, string_literal, table
 from ..hub.folders import code_files
@@ -65,7 +65,7 @@ class ChosenEMA:
         """Title of the metric that selected the length, with the network that measured it."""
         protocol = self.results[None].protocol
         classifier = protocol.classifier and protocol.classifier.name
-        return metric_title(self.metric, measured_by(self.metric, protocol.extractor.name, classifier))
+        return full_title(self.metric, protocol.extractor.name, classifier)
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -105,7 +105,8 @@ def choose_ema(args: ChooseEMAArguments) -> ChosenEMA | None:
             if measured:
                 key = _metric_key(args.best_metric, measured)
                 results[length] = measured
-                print(f"{_name(length)}: {metric_title(key)} {format_value(measured.metrics[key])}")
+                title = metric_title(key, measured.protocol.extractor.name)
+                print(f"{_name(length)}: {title} {format_value(measured.metrics[key])}")
         if accelerator.is_main_process:
             chosen = _choose(args, folder, snapshots, results)
             _set_weights(pipeline, snapshots, chosen.length)
@@ -141,8 +142,8 @@ def _check_metric(args: ChooseEMAArguments) -> None:
     assert evaluation.feature_extractor is not None
     with user_errors(InputError):
         extractor = load_extractor(evaluation.feature_extractor, evaluation.extractor_weights)
-    inputs = {"features", "reference", "reference_gaussian", extractor.logits_input}
-    measured = available_metrics(inputs | {"confusion"} if args.class_labels is not None else inputs)
+    classes = {"confusion"} if args.class_labels is not None else set()
+    measured = available_metrics(extractor.metric_inputs | classes)
     if args.best_metric not in measured:
         raise InputError(
             f"--best_metric is {args.best_metric}, which cannot be measured with these flags and {extractor.name}. "
@@ -307,7 +308,8 @@ def _print_outcome(chosen: ChosenEMA) -> None:
         for key in chosen.results[None].metrics
         if METRICS[key.partition("@")[0]].is_headline or key == chosen.metric
     ]
-    rows = [["", *map(metric_title, shown)]]
+    extractor = chosen.results[None].protocol.extractor.name
+    rows = [["", *(metric_title(key, extractor) for key in shown)]]
     for length, results in chosen.results.items():
         mark = " *" if length == chosen.length else ""
         rows.append([_name(length) + mark, *(format_value(results.metrics[key]) for key in shown)])

@@ -54,6 +54,13 @@ class FeatureExtractor(nn.Module):
         self.network = network.eval().requires_grad_(False)
         self.digest = weights_digest(network)
 
+    @property
+    def metric_inputs(self) -> set[str]:
+        """The attributes of `MetricInputs` that this network computes from samples and a reference."""
+        more = {self.logits_input} if self.logits_input else set()
+        more |= {"clip_features"} if self.is_clip else set()
+        return {"features", "reference", "reference_gaussian"} | more
+
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return `features` and, from a classifier, `logits`, on the CPU."""

@@ -216,10 +216,7 @@ class Evaluator:
             raise InputError(f"--eval_every: {error}") from error
 
     def _require_best_metric(self) -> None:
-        inputs = {"features", "reference", "reference_gaussian", self.extractor.logits_input}
-        inputs |= {"confusion"} if self.classifier else set()
-        inputs |= {"clip_features"} if self.extractor.is_clip else set()
-        measured = available_metrics(inputs)
+        measured = available_metrics(self.extractor.metric_inputs | ({"confusion"} if self.classifier else set()))
         if self.args.best_metric not in measured:
             raise InputError(
                 f"--best_metric is {self.args.best_metric}, which this run does not measure with "

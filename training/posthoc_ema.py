@@ -90,7 +90,7 @@ class PosthocEMA:
         """Update the EMAs after an optimizer step, the first of which is 1 (section 3.1 of the paper)."""
         for average, gamma in zip(self.averages, self.exponents, strict=True):
             decay = (1 - 1 / step) ** (gamma + 1)  # 0 at step 1: the initial weights are not part of the average
-            torch._foreach_lerp_(average, self._shards(), 1 - decay)
+            torch._foreach_lerp_(average, self._shards(), 1 - decay)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def save_snapshot(self, step: int) -> None:
         """Write the EMAs to the snapshot of a step; every process must call this.
