@@ -20,5 +20,7 @@ unet = UNet2DModel(
     attention_head_dim=32,
     norm_num_groups=8,
 )
-scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+scheduler = DDPMScheduler(
+    beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
+)
 DDPMPipeline(unet, scheduler).save_pretrained(sys.argv[1])
