@@ -94,7 +94,7 @@ def test_two_processes_choose_like_one(run, trained, measurement, tmp_path):
         ROOT / "scripts" / "choose_ema.py", "--run", two, *flags, output=tmp_path / "output.txt", machines=2
     )
     assert json.loads((two / "posthoc" / "ema_lengths.json").read_text())["metrics"] == one["metrics"]
-    assert output.count("length 0.05: FID@20") == 1
+    assert output.count("length 0.05: FD@20") == 1
 
 
 def test_the_card_states_the_length_and_only_what_is_true_of_its_weights(run, measurement):
@@ -108,10 +108,10 @@ def test_the_card_states_the_length_and_only_what_is_true_of_its_weights(run, me
     assert "@12" not in text and "| trained for | 16 of 16 optimizer steps" in text and "All settings" in text
     value = outcome["metrics"]["length 0.05"]["fid@20"]["value"]
     assert f"| length 0.05 | {value:.4g} (chosen) |" in text
-    assert "This length was selected by FID@20 (pixels-8x8) among" in text
+    assert "This length was selected by FD@20 (pixels-8x8) among" in text
     card = ModelCard(text)
-    assert {result.metric_type for result in card.data.eval_results} >= {"fid-pixels-8x8"}
-    assert [r.metric_value for r in card.data.eval_results if r.metric_type == "fid-pixels-8x8"] == pytest.approx(
+    assert {result.metric_type for result in card.data.eval_results} >= {"fd-pixels-8x8"}
+    assert [r.metric_value for r in card.data.eval_results if r.metric_type == "fd-pixels-8x8"] == pytest.approx(
         [value], rel=1e-4
     )
     assert card.data.model_name == "my-run, EMA length 0.05"
