@@ -211,25 +211,24 @@ def plot_losses(metrics_path: Path, plot_path: Path, last_stage: int = 0) -> Non
     rows = [row for row in all_rows if row["step"] > 0]
     if not rows:  # somebody has removed the file
         return
-    steps = [row["step"] for row in rows]
-    stages = [slice(bisect_right(steps, last_stage)), slice(bisect_right(steps, last_stage), None)]
     figure = _new_figure(height=5.5)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     names = [name for name in rows[0] if name.endswith("loss") and name != VALIDATION_LOSS]
     for color, name in enumerate(names):
-        values = np.array([row[name] for row in rows])
+        steps, values = _series(rows, name)
         losses.plot(steps, values, color=f"C{color}", alpha=0.25, linewidth=0.8)
         width = max(1, len(values) // 20)
         label = f"{name}, mean of the last {width} steps" if width > 1 else name
-        for stage in stages:
+        first = bisect_right(steps, last_stage)  # of the last stage
+        for stage in (slice(first), slice(first, None)):
             if len(steps[stage]) >= width:
                 smooth = np.convolve(values[stage], np.ones(width) / width, mode="valid")
                 losses.plot(steps[stage][width - 1 :], smooth, color=f"C{color}", label=label)
                 label = None
-    if validated := [row for row in all_rows if not isnan(row.get(VALIDATION_LOSS, nan))]:
-        values = [row[VALIDATION_LOSS] for row in validated]
-        losses.plot([row["step"] for row in validated], values, "ko-", markersize=3, label=VALIDATION_LOSS)
-    if 0 < last_stage < steps[-1]:
+    steps, values = _series(all_rows, VALIDATION_LOSS)
+    if steps:
+        losses.plot(steps, values, "ko-", markersize=3, label=VALIDATION_LOSS)
+    if 0 < last_stage < rows[-1]["step"]:
         for axes in (losses, rates):
             axes.axvline(last_stage, color="0.4", linewidth=0.9, linestyle="--")
         losses.plot([], [], color="0.4", linewidth=0.9, linestyle="--", label=f"stage 2 begins at step {last_stage:,}")
@@ -238,11 +237,17 @@ def plot_losses(metrics_path: Path, plot_path: Path, last_stage: int = 0) -> Non
     losses.grid(alpha=0.3, which="both")
     losses.legend()
     for color, name in enumerate(name for name in rows[0] if name.endswith("learning_rate")):
-        rates.plot(steps, [row[name] for row in rows], color=f"C{color}")
+        rates.plot(*_series(rows, name), color=f"C{color}")
     rates.set_ylabel("learning rate")
     rates.set_xlabel("optimizer step")
     rates.grid(alpha=0.3)
     replace_file(plot_path, lambda temporary: figure.savefig(temporary, dpi=110))
+
+
+def _series(rows: list[dict[str, float]], name: str) -> tuple[list[float], np.ndarray]:
+    """Return the steps that have a value in a column, and the values."""
+    present = [row for row in rows if not isnan(row.get(name, nan))]
+    return [row["step"] for row in present], np.array([row[name] for row in present])
 
 
 def plot_evaluations(metrics_path: Path, plot_path: Path, history: EvaluationHistory) -> None:

@@ -144,6 +144,20 @@ def test_every_loss_is_plotted(tmp_path, titles):
     assert titles == [["g_loss, mean of the last 2 steps", "d_loss, mean of the last 2 steps"]]
 
 
+def test_a_loss_that_few_steps_have_is_plotted_between_them(tmp_path, titles, monkeypatch):
+    figures, new_figure = [], tracking._new_figure
+    monkeypatch.setattr(tracking, "_new_figure", lambda **size: figures.append(new_figure(**size)) or figures[-1])
+    rows = [{"step": step, "d_loss": 0.2, "d_learning_rate": 0.1} for step in range(1, 121)]
+    for row in rows[::3]:
+        row |= {"g_loss": 0.1, "g_learning_rate": 0.3}
+    MetricsFile(tmp_path / "metrics.csv", resumed_step=0).append(rows)
+    plot_losses(tmp_path / "metrics.csv", tmp_path / "loss.png")
+    losses, rates = figures[0].axes
+    plotted = {line.get_color(): line for line in losses.get_lines()}["C1"]  # the smoothed one comes last
+    assert list(plotted.get_xdata()) == list(range(4, 121, 3)) and np.allclose(plotted.get_ydata(), 0.1)
+    assert list(rates.get_lines()[1].get_xdata()) == list(range(1, 121, 3))
+
+
 def test_losses_of_two_stages_are_not_mixed(tmp_path, titles, monkeypatch):
     figures, new_figure = [], tracking._new_figure
     monkeypatch.setattr(tracking, "_new_figure", lambda **size: figures.append(new_figure(**size)) or figures[-1])
