@@ -86,5 +86,7 @@ def print_sizes(folder: Path, copy: Path) -> None:
         print(f"{format_size(count):>10}  {name}")
     print(f"{format_size(sum(sizes.values())):>10}  in {len(sizes)} files")
     local = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    names = sorted({path.parts[0] for path in local if path.as_posix() not in sizes})
-    print(f"not uploaded: {', '.join(name for name in names if not name.startswith('.tmp-')) or 'nothing'}\n")
+    left = sorted({path.parts[0] for path in local if path.as_posix() not in sizes})
+    partly = {name.partition("/")[0] for name in sizes}
+    names = [f"other files of {name}" if name in partly else name for name in left if not name.startswith(".tmp-")]
+    print(f"not uploaded: {', '.join(names) or 'nothing'}\n")
