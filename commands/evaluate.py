@@ -250,7 +250,7 @@ class PipelineSamples:
                 **guidance,
                 "dtype": args.dtype,
                 "device": accelerator.device.type,
-                "drawn_at_once": self.batch_size,
+                "batch_size": self.batch_size,
             },
         )
 

@@ -281,7 +281,7 @@ class Evaluator:
                     "seeds": f"{self.run.seed} to {self.run.seed + count - 1}",
                     "class_labels": self.labels and f"0 to {self.labels[-1]} in turn",
                     "device": self.accelerator.device.type,
-                    "drawn_at_once": self.batch_size,
+                    "batch_size": self.batch_size,
                 },
             )
             evaluation[0] = self._evaluation(

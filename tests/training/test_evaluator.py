@@ -251,7 +251,7 @@ def test_the_cards_have_the_numbers_with_their_protocol(run, classifier):
         assert written[fid].metric_value == pytest.approx(measured[step]["fid@13"], rel=1e-5)
         assert len(written) == len(NAMES)
         samples = written[fid].metric_args["samples"]
-        for text in (f"step {step},", "weights averaged (EMA)", "seeds 0 to 12", "DDIMScheduler", "drawn at once 8"):
+        for text in (f"step {step},", "weights averaged (EMA)", "seeds 0 to 12", "DDIMScheduler", "batch size 8"):
             assert text in samples
         assert "images 13" in written[fid].metric_args["reference"]
         assert f"pipeline run, step {step}, weights" in card.content
