@@ -16,7 +16,7 @@ from ..core.errors import InputError, RunError, write_problem
 from ..core.files import replace_folder
 from ..core.locks import locked
 from ..core.threads import one_thread_per_operation
-from ..evaluation.extractors import load_extractor
+from ..evaluation.extractors import FeatureExtractor
 from ..evaluation.metrics import METRICS, available_metrics
 from ..evaluation.reporting import format_value, full_title, metric_title, update_card
 from ..evaluation.results import Results
@@ -27,7 +27,7 @@ from ..sampling.loading import load_pipeline
 from ..training.posthoc_ema import EMASnapshots
 from ..training.run_folder import RunFolder
 from .arguments import ChooseEMAArguments
-from .evaluate import PipelineSamples, measure, user_errors
+from .evaluate import PipelineSamples, measure, selected_extractor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +92,8 @@ def choose_ema(args: ChooseEMAArguments) -> ChosenEMA | None:
         )
     snapshots = EMASnapshots.open(folder)
     _check_lengths(args, snapshots)
-    _check_metric(args)
+    extractor = selected_extractor(args.evaluation(), accelerator)
+    _check_metric(args, extractor)
     pipeline = load_pipeline(str(args.run), trust_remote_code=args.trust_remote_code)
     _check_network(pipeline, snapshots, folder)
     chosen = None
@@ -101,7 +102,7 @@ def choose_ema(args: ChooseEMAArguments) -> ChosenEMA | None:
         for length in (None, *args.lengths):
             if length is not None:
                 _set_weights(pipeline, snapshots, length)
-            measured = measure(args.evaluation(pipeline), accelerator)
+            measured = measure(args.evaluation(pipeline), accelerator, extractor=extractor)
             if measured:
                 key = _metric_key(args.best_metric, measured)
                 results[length] = measured
@@ -136,12 +137,8 @@ def _check_lengths(args: ChooseEMAArguments, snapshots: EMASnapshots) -> None:
         )
 
 
-def _check_metric(args: ChooseEMAArguments) -> None:
+def _check_metric(args: ChooseEMAArguments, extractor: FeatureExtractor) -> None:
     """Check that the samples can be measured with the metric that selects the length."""
-    evaluation = args.evaluation()
-    assert evaluation.feature_extractor is not None
-    with user_errors(InputError):
-        extractor = load_extractor(evaluation.feature_extractor, evaluation.extractor_weights)
     classes = {"confusion"} if args.class_labels is not None else set()
     measured = available_metrics(extractor.metric_inputs | classes)
     if args.best_metric not in measured:

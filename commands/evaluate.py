@@ -76,13 +76,17 @@ def evaluate(args: EvaluateArguments) -> Results | None:
 
 
 def measure(
-    args: EvaluateArguments, accelerator: Accelerator, report: Callable[[Results], None] | None = None
+    args: EvaluateArguments,
+    accelerator: Accelerator,
+    report: Callable[[Results], None] | None = None,
+    extractor: FeatureExtractor | None = None,
 ) -> Results | None:
     """Measure the samples; every process must call this.
 
     Args:
         report: called with the results in the main process, before the features of the samples are removed from the
             cache. Without it they are kept, so that the same samples are not generated again.
+        extractor: that of `args`, if it is loaded already.
 
     Returns:
         The results, in the main process.
@@ -90,10 +94,9 @@ def measure(
     Raises:
         InputError, RunError: see `evaluate`.
     """
-    assert args.feature_extractor is not None
     with one_thread_per_operation(accelerator.device) as threads:
+        extractor = extractor or selected_extractor(args, accelerator)
         with user_errors(InputError):
-            extractor = load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
             classifier = select_classifier(args, extractor, accelerator.device)
         samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args, classifier)
         requested = None if args.stacked_mnist else requested_classes(samples, classifier)
@@ -115,6 +118,17 @@ def measure(
                 if report and parts:
                     shutil.rmtree(parts, ignore_errors=True)
     return results
+
+
+def selected_extractor(args: EvaluateArguments, accelerator: Accelerator) -> FeatureExtractor:
+    """Load the feature extractor of the arguments.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    assert args.feature_extractor is not None
+    with user_errors(InputError):
+        return load_extractor(args.feature_extractor, args.extractor_weights, accelerator.device)
 
 
 @contextmanager
