@@ -26,6 +26,7 @@ from ..evaluation.arguments import (
     NORM_GROUPS,
     STACKED_MNIST_SAMPLES,
     WEIGHTS_HELP,
+    check_metric_name,
     resolve_extractor,
 )
 from ..guidance.arguments import (
@@ -798,8 +799,7 @@ class ChooseEMAArguments(MeasurementArguments):
             )
         if not self.lengths:
             raise InputError("--lengths needs at least one length.")
-        if self.best_metric not in METRIC_NAMES:
-            raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRIC_NAMES)}.")
+        check_metric_name(self)
         resolve_paths(self, "run")
         if not (Path(self.run) / CONFIG_FILE).is_file():
             raise InputError(f"--run {self.run} is not the folder of a training run: it has no {CONFIG_FILE}.")

@@ -54,6 +54,16 @@ STACKED_MNIST_SAMPLES = 25_600  # the usual number of samples for counting modes
 NORM_GROUPS = 8  # of an `ImageClassifier`, which divide its widths
 
 
+def check_metric_name(arguments: Any) -> None:
+    """Check that `best_metric` of these arguments is the name of a metric.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if arguments.best_metric not in METRIC_NAMES:
+        raise InputError(f"--best_metric is {arguments.best_metric}; it must be one of {', '.join(METRIC_NAMES)}.")
+
+
 def resolve_extractor(arguments: Any) -> None:
     """Check that `feature_extractor` of these arguments, if given, is the name of one or an existing folder.
 

@@ -11,7 +11,14 @@ from ..core.extras import missing_extra
 from ..core.files import check_can_write
 from ..core.locations import is_url, resolve_locations, resolve_paths
 from ..data.arguments import IMAGE_OBJECTS, check_value_range
-from ..evaluation.arguments import EXTRACTOR_HELP, METRIC_NAMES, MIN_IMAGES, WEIGHTS_HELP, resolve_extractor
+from ..evaluation.arguments import (
+    EXTRACTOR_HELP,
+    METRIC_NAMES,
+    MIN_IMAGES,
+    WEIGHTS_HELP,
+    check_metric_name,
+    resolve_extractor,
+)
 
 MAX_GRID_IMAGES = 10_000
 NUM_SNAPSHOTS = 16  # of the EMAs of a run
@@ -189,8 +196,7 @@ class EvaluationArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.best_metric not in METRIC_NAMES:
-            raise InputError(f"--best_metric is {self.best_metric}; it must be one of {', '.join(METRIC_NAMES)}.")
+        check_metric_name(self)
         resolve_extractor(self)
         for argument in fields(self):
             if self.eval_every is None and (value := getattr(self, argument.name)) != argument.default:

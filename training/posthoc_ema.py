@@ -64,9 +64,8 @@ class PosthocEMA:
     def __init__(self, network: torch.nn.Module, args: RunArguments, total_steps: int):
         self.network, self.folder = network, RunFolder(args.output_dir)
         self.exponents = [exponent(length) for length in TRACKED_LENGTHS] if args.posthoc_ema else []
-        self.snapshot_steps = {-(-total_steps * i // NUM_SNAPSHOTS) for i in range(1, NUM_SNAPSHOTS + 1)}
-        if not args.posthoc_ema:
-            self.snapshot_steps = set()
+        count = NUM_SNAPSHOTS if args.posthoc_ema else 0
+        self.snapshot_steps = {-(-total_steps * i // count) for i in range(1, count + 1)}
         self.averages: list[list[torch.Tensor]] = []
 
     def prepare(self, accelerator: Accelerator) -> None:
