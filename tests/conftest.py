@@ -83,6 +83,17 @@ def tiny_model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> Path:
+    """The folder of a tiny CLIP model."""
+    from tiny_clip import save_clip  # imports Transformers
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    save_clip(folder)
+    return folder
+
+
 @pytest.fixture
 def two_threads():
     """Set the number of threads of PyTorch to 2."""

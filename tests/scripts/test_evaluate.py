@@ -14,7 +14,6 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import ROOT, few_step_scheduler, run_ranks, tiny_unet, write_images
-from tiny_clip import save_clip
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, GuidedPipeline
 from ddgan.commands import evaluate as command
@@ -697,15 +696,6 @@ def test_the_table_has_each_number_with_its_floor(run, folders, capsys):
         entry = results["metrics"][f"{key}@40"]
         assert f"{entry['value']:.4g}" in line and f"{entry['floor']['value']:.4g}" in line
     assert "floor: 20 images of one half of the reference against 20 of the other" in printed
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    """The folder of a tiny CLIP model."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "clip"
-    save_clip(folder)
-    return folder
 
 
 def test_features_of_clip_give_cmmd(run, folders, clip, capsys):

@@ -29,7 +29,6 @@ from tiny import (
     tiny_classes,
     tiny_unet,
 )
-from tiny_clip import save_clip
 
 from ddgan import (
     ClassConditionalPipeline,
@@ -390,14 +389,6 @@ def test_numbers_that_name_classes_mean_these_classes(tmp_path):
     assert images(tmp_path / "named") == images(tmp_path / "numbered")
     with pytest.raises(InputError, match="no class '0' among the 3 classes"):
         generate.main(flags(tmp_path / "model", tmp_path / "other", "--class_labels", 0))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "clip"
-    save_clip(folder)
-    return folder
 
 
 def guidance(clip: Path) -> list:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ddgan.core.errors import InputError
@@ -19,6 +20,14 @@ from ddgan.training.tracking import MetricsFile, plot_evaluations, plot_losses, 
 def evaluation(step: int, best_metric: str = "fid", **values: float) -> Evaluation:
     metrics = {f"{name}@13": MetricValue(value) for name, value in values.items()}
     return Evaluation(step, metrics, {"fid": MetricValue(0.1)}, {}, "key", "images", "all", [], best_metric)
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """The figures that are plotted."""
+    plotted, new_figure = [], tracking._new_figure
+    monkeypatch.setattr(tracking, "_new_figure", lambda **size: plotted.append(new_figure(**size)) or plotted[-1])
+    return plotted
 
 
 @pytest.fixture
@@ -144,9 +153,7 @@ def test_every_loss_is_plotted(tmp_path, titles):
     assert titles == [["g_loss, mean of the last 2 steps", "d_loss, mean of the last 2 steps"]]
 
 
-def test_a_loss_that_few_steps_have_is_plotted_between_them(tmp_path, titles, monkeypatch):
-    figures, new_figure = [], tracking._new_figure
-    monkeypatch.setattr(tracking, "_new_figure", lambda **size: figures.append(new_figure(**size)) or figures[-1])
+def test_a_loss_that_few_steps_have_is_plotted_between_them(tmp_path, figures):
     rows = [{"step": step, "d_loss": 0.2, "d_learning_rate": 0.1} for step in range(1, 121)]
     for row in rows[::3]:
         row |= {"g_loss": 0.1, "g_learning_rate": 0.3}
@@ -158,9 +165,7 @@ def test_a_loss_that_few_steps_have_is_plotted_between_them(tmp_path, titles, mo
     assert list(rates.get_lines()[1].get_xdata()) == list(range(1, 121, 3))
 
 
-def test_losses_of_two_stages_are_not_mixed(tmp_path, titles, monkeypatch):
-    figures, new_figure = [], tracking._new_figure
-    monkeypatch.setattr(tracking, "_new_figure", lambda **size: figures.append(new_figure(**size)) or figures[-1])
+def test_losses_of_two_stages_are_not_mixed(tmp_path, titles, figures):
     rows = [{"step": step, "loss": 0.1 if step <= 30 else 2.0, "learning_rate": 0.1} for step in range(1, 61)]
     MetricsFile(tmp_path / "metrics.csv", resumed_step=0).append(rows)
     plot_losses(tmp_path / "metrics.csv", tmp_path / "loss.png", last_stage=30)
