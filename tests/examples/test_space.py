@@ -134,9 +134,24 @@ def choose(page, name: str) -> None:
     page.get_by_role("radio", name=name, exact=True).first.click()
 
 
-def set_steps(page, count: int) -> None:
+def open_settings(page) -> None:
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("number input for Steps").fill(str(count))
+
+
+def fill(page, label: str, value: str) -> None:
+    """Fill in a field, again if its value is lost: Gradio sets fields once more after it has shown them."""
+    field = page.get_by_label(label)
+    for _ in range(3):
+        field.fill(value)
+        page.wait_for_timeout(500)
+        if field.input_value() == value:
+            return
+    raise AssertionError(f"{label}: {field.input_value()!r} instead of {value!r}")
+
+
+def set_steps(page, count: int) -> None:
+    open_settings(page)
+    fill(page, "number input for Steps", str(count))
 
 
 def open_guidance(page) -> None:
@@ -177,7 +192,7 @@ def test_color_guidance_moves_the_images_to_the_chosen_color(browser, address):
         page.locator(".picker input").fill("#11aa44")
         page.locator(".picker input").press("Enter")
         page.get_by_role("heading", name="Diffusion models").click()
-        page.get_by_label("number input for Guidance scale").fill("60")
+        fill(page, "number input for Guidance scale", "60")
         click(page, "Generate")
         guided, unguided = images_in(page, "guided-images"), images_in(page, "guided-unguided")
         assert len(guided) == len(unguided) == 4
@@ -237,7 +252,7 @@ def test_class_buttons_select_the_class(browser, address, models):
         click(page, "Generate")  # with the class guidance of the model's card
         expected = sample(pipe, range(4), 40, ["wolf"] * 4, guidance_scale=3.0)
         assert same_images(images_in(page, "images"), expected)
-        page.get_by_label("number input for Class guidance scale").fill("1")
+        fill(page, "number input for Class guidance scale", "1")
         click(page, "Generate")
         page.get_by_text("seeds 0 to 3").wait_for()
         page.wait_for_url("**class_guidance=1&*")
@@ -260,7 +275,7 @@ def test_only_settings_with_an_effect_are_shown(browser, address):
     with open_page(browser, address) as page:
         choose(page, "ddgan-mnist-16")
         page.get_by_text("Denoising Diffusion GAN, 4 timesteps").wait_for()
-        page.get_by_role("button", name="Settings").click()
+        open_settings(page)
         page.get_by_label("number input for Steps").wait_for()
         assert not page.get_by_label("Scheduler").is_visible()  # there is one only
         assert not page.get_by_text("Class guidance scale").is_visible()
@@ -279,11 +294,11 @@ def test_a_link_restores_the_settings(browser, address):
         choose(page, "class-conditional")
         choose(page, "dog")
         page.get_by_label("Prompt", exact=True).fill("a dog & a wolf")
-        page.get_by_role("button", name="Settings").click()
-        page.get_by_label("Seed of the first image").fill("7")
+        open_settings(page)
+        fill(page, "Seed of the first image", "7")
         page.get_by_label("Also generate the same seeds without guidance").uncheck()
         # last, because the choice of the model sets the steps as well, perhaps later than it shows the classes
-        page.get_by_label("number input for Steps").fill("3")
+        fill(page, "number input for Steps", "3")
         click(page, "Generate")
         images, link = images_in(page, "guided-images"), page.url
         caption = page.locator("#guided-caption").inner_text()
@@ -298,7 +313,7 @@ def test_a_link_restores_the_settings(browser, address):
         page.goto(
             f"{address}/?tab=generate&model=gone&steps=99999&seed=x&images=2&class=7"
         )  # what is unusable is ignored
-        page.get_by_role("button", name="Settings").click()
+        open_settings(page)
         page.wait_for_function("document.querySelector('[aria-label=\"number input for Images\"]')?.value == '2'")
         click(page, "Generate")
         page.get_by_text("4 steps in").wait_for()
@@ -308,7 +323,7 @@ def test_a_link_restores_the_settings(browser, address):
 def test_a_few_step_model_is_compared_with_the_most_similar_model(browser, address):
     with open_page(browser, address) as page:
         page.get_by_role("tab", name="Few steps vs. many").click()
-        page.get_by_role("button", name="Settings").click()
+        open_settings(page)
         page.get_by_role("radio", name="2", exact=True).click()
         click(page, "Generate with both")
         few = page.locator("#few .grid-container img")
@@ -324,11 +339,11 @@ def test_a_few_step_model_is_compared_with_the_most_similar_model(browser, addre
 
 def test_errors_are_shown_without_paths(browser, address, models):
     with open_page(browser, address) as page:
-        page.get_by_role("button", name="Settings").click()
-        page.get_by_label("Seed of the first image").fill("")
+        open_settings(page)
+        fill(page, "Seed of the first image", "")
         click(page, "Generate")
         page.get_by_text("The seed is empty. Enter a whole number.").wait_for()
-        page.get_by_label("Seed of the first image").fill("99999999999")
+        fill(page, "Seed of the first image", "99999999999")
         click(page, "Generate")
         page.get_by_text("Value 99999999999 is greater than maximum value 2147483647").wait_for()
         config = page.request.get(f"{address}/config").text() + page.content()
