@@ -76,6 +76,11 @@ MAX_ATTENTION_HEIGHT = 16  # of the feature maps with attention by default, as i
 MAX_WIDTH, MAX_LAYERS = 16_384, 100  # far above any network that can be trained
 
 CLASS_DATASETS = ("mnist", "fashion_mnist")
+# flags of train_class_conditional.py that describe a new network
+NETWORK_SETTINGS = (
+    *("unet", "block_out_channels", "class_emb_size"),
+    *("layers_per_block", "attention_levels", "norm_num_groups"),
+)
 MIN_WIDTH = 8  # channels of one attention head in the blocks of Diffusers
 
 GRID_IMAGES = 64
@@ -313,7 +318,11 @@ class ClassConditionalArguments(Arguments):
     """The class-conditional network, and its loss."""
 
     _argument_group_name = "class conditioning"
-    _alternatives = ({"dataset", "dataset_name", "train_data_dir"}, {"data_dir", "dataset_name", "train_data_dir"})
+    _alternatives = (
+        {"dataset", "dataset_name", "train_data_dir"},
+        {"data_dir", "dataset_name", "train_data_dir"},
+        *({"start_model", name} for name in (*NETWORK_SETTINGS, "image_channels", "prediction_type")),
+    )
 
     dataset: str | None = option(
         None,
@@ -324,10 +333,21 @@ class ClassConditionalArguments(Arguments):
         None, "folder with torchvision's MNIST/raw or FashionMNIST/raw, for --dataset (default: data)"
     )
 
+    start_model: str | None = option(
+        None,
+        "pretrained model to start from instead of a new network: pipeline folder or Hub repository of an "
+        "unconditional UNet2DModel, which gets the classes, or of an earlier result of this command",
+        objects="a DiffusionPipeline",
+    )
+    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
+
     unet: Literal["class_conditioned", "context"] = option(
         "class_conditioned", "pass the class as extra input channels, or as factors of the features"
     )
-    image_channels: Literal[1, 2, 3, 4] = option(1, "channels of the images: gray, gray and alpha, RGB, RGBA")
+    image_channels: Literal[1, 2, 3, 4] | None = option(
+        None,
+        "channels of the images: gray, gray and alpha, RGB, RGBA (default: 1; with --start_model those of the model)",
+    )
     class_dropout: float = option(
         0.0, "probability of the null class in training; above 0 allows classifier-free guidance", minimum=0, below=1
     )
@@ -348,7 +368,9 @@ class ClassConditionalArguments(Arguments):
         32, "class_conditioned: groups of the group norms; must divide the channels of every level", minimum=1
     )
 
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("epsilon", "what the network predicts")
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
+        None, "what the network predicts (default: epsilon; with --start_model what that model predicts)"
+    )
     min_snr_gamma: float | None = option(
         None, "weight the loss by min(SNR, gamma); 5 is common (default: no weighting)", above=0
     )
@@ -365,6 +387,15 @@ class ClassConditionalArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.start_model is not None:
+            new = ClassConditionalArguments()
+            changed = [f"--{name}" for name in NETWORK_SETTINGS if getattr(self, name) != getattr(new, name)]
+            if changed:
+                raise InputError(
+                    f"--start_model {self.start_model} is trained as it is, and {', '.join(changed)} would describe a "
+                    "new network: leave out one or the other."
+                )
+        resolve_locations(self, "start_model")
         if not self.block_out_channels:
             raise InputError("--block_out_channels needs at least one width.")
         if self.guidance_scale > 1 and not self.class_dropout:

@@ -5,12 +5,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
 from torchvision.datasets import MNIST, FashionMNIST
 
 from .. import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
 from ..core.errors import InputError
-from ..hub.cards import CardFacts, string_literal
+from ..core.files import location_name
+from ..hub.cards import CardFacts, carry_over_license, string_literal
 from ..sampling.generation import PipelineSampler
 from ..sampling.loading import ddim_usage
 from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments, ValidationArguments
@@ -21,6 +22,7 @@ from ..training.model_card import FinishedRun, settings_for_card
 from ..training.objectives.denoising import ClassConditionalObjective
 from ..training.optimizers import adamw
 from ..training.session import Session
+from ..training.start_model import image_size, load_start_model, model_classes
 from .arguments import (
     ClassConditionalArguments,
     ClassConditionalLearningRateArguments,
@@ -40,7 +42,7 @@ def train_class_conditional(
     validation: ValidationArguments,
     args: ClassConditionalArguments,
 ) -> FinishedRun:
-    """Train a class-conditional network from scratch with the denoising loss and AdamW.
+    """Train a class-conditional network, new or pretrained, with the denoising loss and AdamW.
 
     Raises:
         InputError: if the arguments are invalid.
@@ -49,21 +51,30 @@ def train_class_conditional(
     session = Session.open(run)
     with session.accelerator.main_process_first():  # the other processes find the downloaded files
         chosen_data = choose_data(args, data_args)
-    size = data_args.size or [28, 28]
-    data = session.load_data(chosen_data, args.image_channels, size, label_args, validation=validation)
+    start = load_start(args, data_args)
+    size = data_args.size or [28, 28] if start is None else list(image_size(start.unet))
+    channels = args.image_channels or 1 if start is None else start.unet.config.in_channels
+    data = session.load_data(chosen_data, channels, size, label_args, validation=validation)
     classes = data.classes
     assert classes is not None  # images without labels raise an error
     labels, grid = session.plan_grid(classes)
-    torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
-    unet = build(args, size, classes)
+    if start is None:
+        torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
+        unet = build(args, size, classes)
+        scheduler = DDPMScheduler(
+            NUM_TRAIN_TIMESTEPS,
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type=args.prediction_type or "epsilon",
+            timestep_spacing="trailing",  # samples in a few steps then start from noise (arXiv 2305.08891, sec. 3.3)
+        )
+        origin, facts = f" trained on {data.name}", {}
+    else:
+        assert args.start_model is not None
+        unet, scheduler = with_classes(start, classes, args), start.scheduler
+        origin = f": {location_name(args.start_model)}, fine-tuned on {data.name}"
+        facts = {"base_model": location_name(args.start_model), **carry_over_license(args.start_model)}
     if run.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    scheduler = DDPMScheduler(
-        NUM_TRAIN_TIMESTEPS,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type=args.prediction_type,
-        timestep_spacing="trailing",  # samples in a few steps then start from noise (arXiv 2305.08891, sec. 3.3)
-    )
     objective = ClassConditionalObjective(
         scheduler,
         len(classes),
@@ -77,8 +88,8 @@ def train_class_conditional(
     arguments = (session.run, learning_rate, data_args, label_args, evaluation, validation, args)
     card = CardFacts(
         title=run.model_save_name,
-        summary=f"A class-conditional diffusion model trained on {data.name}, for images of {size[0]}x{size[1]} "
-        f"pixels. Its {len(classes)} classes are {', '.join(classes)}; the sample grid has one row per class.",
+        summary=f"A class-conditional diffusion model{origin}, for images of {size[0]}x{size[1]} pixels. Its "
+        f"{len(classes)} classes are {', '.join(classes)}; the sample grid has one row per class.",
         usage=USAGE.format(
             model=string_literal(run.folder_name),
             name=string_literal(classes[0]),
@@ -89,7 +100,8 @@ def train_class_conditional(
         settings=settings_for_card(*arguments),
         dataset=data.name,
         data_license=data.license,
-        tags=["ddpm", "class-conditional"],
+        tags=["ddpm", "class-conditional", *(["fine-tuned"] if start else [])],
+        **facts,
     )
     job = TrainingJob(
         networks=[
@@ -142,6 +154,62 @@ def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> Da
     return replace(data_args, train_data_dir=str(folder))
 
 
+def load_start(
+    args: ClassConditionalArguments, data_args: DataArguments
+) -> DDPMPipeline | ClassConditionalPipeline | None:
+    """Return the start model; None for a new network.
+
+    Raises:
+        InputError: see `load_start_model`, or if it generates images of other channels.
+    """
+    if args.start_model is None:
+        return None
+    start = load_start_model(
+        args.start_model,
+        data_args.size,
+        args.prediction_type,
+        allow_classes=True,
+        trust_remote_code=args.trust_remote_code,
+    )
+    channels = start.unet.config.in_channels
+    if args.image_channels not in (None, channels):
+        raise InputError(
+            f"--image_channels {args.image_channels} does not fit --start_model {args.start_model}, whose images have "
+            f"{channels}."
+        )
+    return start
+
+
+def with_classes(
+    start: DDPMPipeline | ClassConditionalPipeline, classes: list[str], args: ClassConditionalArguments
+) -> ClassConditionedUnet:
+    """Return the network of a start model, which gets these classes if it has none.
+
+    Raises:
+        InputError: if it has other classes, or was trained with another probability of the null class.
+    """
+    unet = start.unet
+    if isinstance(start, DDPMPipeline):
+        return ClassConditionedUnet.from_unet(unet, len(classes), args.class_dropout, dict(enumerate(classes)))
+    if not isinstance(unet, ClassConditionedUnet):
+        raise InputError(
+            f"--start_model {args.start_model} has a class-conditional {type(unet).__name__}: start from an "
+            "unconditional UNet2DModel, or from a ClassConditionedUnet."
+        )
+    known = model_classes(start) or []
+    if known != classes:
+        raise InputError(
+            f"--start_model {args.start_model} has the classes {', '.join(known)}, and the images have "
+            f"{', '.join(classes)}: they must be the same, in the same order."
+        )
+    if unet.config.class_dropout != args.class_dropout:
+        raise InputError(
+            f"--class_dropout {args.class_dropout:g} does not fit --start_model {args.start_model}, which was trained "
+            f"with {unet.config.class_dropout:g}: pass this value."
+        )
+    return unet
+
+
 def build(args: ClassConditionalArguments, size: list[int], classes: list[str]) -> ClassConditionedUnet | ContextUnet:
     """Return a new network for images of this height and width and these classes.
 
@@ -149,9 +217,10 @@ def build(args: ClassConditionalArguments, size: list[int], classes: list[str]) 
         InputError: if the arguments do not fit together.
     """
     widths = args.block_out_channels
+    channels = args.image_channels or 1
     shared = {
-        "in_channels": args.image_channels,
-        "out_channels": args.image_channels,
+        "in_channels": channels,
+        "out_channels": channels,
         "class_dropout": args.class_dropout,
         "id2label": dict(enumerate(classes)),
     }

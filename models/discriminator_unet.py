@@ -97,7 +97,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
         unet_config = {name: value for name, value in inner.config.items() if name in arguments}
         state = inner.state_dict()
         num_class_labels = class_emb_size = None
-        if inner is not unet:
+        if inner is not unet and inner.class_embedding is None:  # the class enters as channels of the input
             num_class_labels = unet.num_labels
             if unet.class_embedding is None:  # one-hot vectors, and zeros for the null class
                 class_emb_size = unet.config.num_classes

@@ -14,9 +14,19 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from diffusers import DDPMScheduler
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
-from tiny import ROOT, command, free_port, largest_difference, make_dataset, weights, write_class_folders
+from tiny import (
+    ROOT,
+    command,
+    free_port,
+    largest_difference,
+    make_dataset,
+    tiny_pipeline,
+    weights,
+    write_class_folders,
+)
 from torchvision.datasets import MNIST
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet, train_class_conditional
@@ -248,6 +258,72 @@ def test_a_flag_overrides_its_alternatives_in_a_file(tmp_path, monkeypatch):
     assert (data.train_data_dir, args.dataset, run.mixed_precision) == (None, "mnist", "no")
     run, _, data, _ = arguments("--recipe", "emoji_32", *config)
     assert (data.dataset_name, data.train_data_dir, data.image_size, run.max_train_steps) == (None, "mine", 16, 9)
+
+
+# ---- start models
+
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory) -> Path:
+    """A pipeline for gray images, with a linear noise schedule and a license."""
+    folder = tmp_path_factory.mktemp("models") / "unconditional"
+    tiny_pipeline(DDPMScheduler(500), in_channels=1, out_channels=1, freq_shift=1).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return folder
+
+
+def test_an_unconditional_model_becomes_class_conditional(train, unconditional):
+    run = train("run", "--start_model", unconditional, *GUIDED, network="", size=16)
+    pipe = ClassConditionalPipeline.from_pretrained(run)
+    assert pipe.labels == {"a": 0, "b": 1, "c": 2}
+    assert pipe.unet.config.sample_size == 16
+    assert (pipe.scheduler.config.num_train_timesteps, pipe.scheduler.config.beta_schedule) == (500, "linear")
+    before = load_file(unconditional / "unet" / "diffusion_pytorch_model.safetensors")
+    after = {name.removeprefix("unet."): weight for name, weight in weights(run).items()}
+    assert after.keys() == before.keys() | {"class_embedding.weight"}
+    assert after["class_embedding.weight"].any()
+    assert 0 < largest_difference(before, {name: after[name] for name in before}) < 0.1
+    generated = pipe(["b", "c"], guidance_scale=2, num_inference_steps=2, output_type="np").images
+    assert generated.shape == (2, 16, 16, 1)
+
+    card = (run / "README.md").read_text()
+    assert "A class-conditional diffusion model: unconditional, fine-tuned on kinds" in card
+    assert "license: mit" in card and "fine-tuned" in yaml.safe_load(card.split("---")[1])["tags"]
+
+
+def test_a_class_conditional_model_is_trained_further(train, tmp_path, kinds):
+    first = train("first", *GUIDED)
+    again = train("again", "--start_model", first, "--learning_rate", 0, *GUIDED, network="")
+    assert largest_difference(weights(first), weights(again)) == 0
+    config = ClassConditionalPipeline.from_pretrained(again).unet.config
+    assert (config.conditioning, config.class_dropout) == ("input", 0.5)
+    with pytest.raises(InputError, match=r"--class_dropout 0 does not fit .*, which was trained with 0\.5"):
+        train("other", "--start_model", first, network="")
+    renamed = shutil.copytree(kinds, tmp_path / "renamed")
+    (renamed / "c").rename(renamed / "d")
+    with pytest.raises(InputError, match="has the classes a, b, c, and the images have a, b, d"):
+        train("other", "--start_model", first, *GUIDED, network="", data=("--train_data_dir", renamed))
+
+
+def test_a_start_model_replaces_the_network_of_a_recipe(unconditional):
+    *_, args = arguments("--recipe", "fast", "--start_model", str(unconditional))
+    assert (args.class_dropout, args.prediction_type) == (0.1, None)
+    assert args.block_out_channels == ClassConditionalArguments().block_out_channels
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--block_out_channels", 8, 16, "--norm_num_groups", 4], "--block_out_channels, --norm_num_groups would"),
+        (["--unet", "context"], "--unet would describe a new network"),
+        (["--image_channels", 3], "--image_channels 3 does not fit .*, whose images have 1"),
+        (["--image_size", 9], "multiples of 2; 9 x 9 is not"),
+    ],
+)
+def test_settings_that_contradict_a_start_model_are_refused(train, unconditional, tmp_path, more, message):
+    with pytest.raises(InputError, match=message):
+        train("run", "--start_model", unconditional, *more, network="")
+    assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
 # ---- data

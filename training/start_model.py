@@ -83,8 +83,7 @@ def load_start_model(
     if classes and not allow_classes:
         raise InputError(
             f"The UNet of {start_model} is class-conditional; this script fine-tunes unconditional ones. "
-            "ddgan few-step also fine-tunes class-conditional ones, and ddgan train-class-conditional trains them "
-            "from scratch."
+            "ddgan train-class-conditional and ddgan few-step also take class-conditional ones."
         )
     _use_size(unet, start_model, size)
     unet.register_to_config(_name_or_path=location_name(start_model))  # not its path on this machine

@@ -139,12 +139,17 @@ def test_noise_level_matters():
     assert not torch.allclose(model(sample, 0), model(sample, 500))
 
 
-@pytest.mark.parametrize(("class_emb_size", "class_dropout"), [(2, 0.0), (2, 0.1), (None, 0.1)])
-def test_class_conditioned_unet_keeps_its_features_and_classes(class_emb_size, class_dropout):
+@pytest.mark.parametrize(
+    ("conditioning", "class_emb_size", "class_dropout"),
+    [("input", 2, 0.0), ("input", 2, 0.1), ("input", None, 0.1), ("time", None, 0.1)],
+)
+def test_class_conditioned_unet_keeps_its_features_and_classes(conditioning, class_emb_size, class_dropout):
     names = ("sample_size", "layers_per_block", "block_out_channels", "down_block_types", "up_block_types")
     config = {name: TINY[name] for name in (*names, "attention_head_dim", "norm_num_groups")}
     torch.manual_seed(0)
-    unet = ClassConditionedUnet(**config, num_classes=3, class_emb_size=class_emb_size, class_dropout=class_dropout)
+    unet = ClassConditionedUnet(
+        **config, num_classes=3, class_emb_size=class_emb_size, class_dropout=class_dropout, conditioning=conditioning
+    )
     model = with_heads(UNetDiscriminator.from_unet(unet, num_heads=2))
     sample, t = inputs(channels=1)
     labels = torch.tensor([0, 2, unet.num_labels - 1])

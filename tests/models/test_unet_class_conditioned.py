@@ -92,6 +92,65 @@ def test_with_class_dropout_there_is_one_more_label(class_emb_size):
         tiny(class_emb_size=class_emb_size)(sample, t, null)
 
 
+PRETRAINED = {
+    "as google/ddpm-celebahq-256": {
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+        "attention_head_dim": None,
+    },
+    "scale and shift, learned variance": {
+        "resnet_time_scale_shift": "scale_shift",
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "out_channels": 2,
+        "act_fn": "gelu",
+    },
+    "centered input, not square": {"center_input_sample": True, "sample_size": (8, 12)},
+}
+
+
+def unconditional(**changes) -> UNet2DModel:
+    torch.manual_seed(0)
+    config = {name: value for name, value in TINY.items() if name != "num_classes"}
+    return UNet2DModel(**{**config, "in_channels": 1, "out_channels": 1, **changes})
+
+
+@pytest.mark.parametrize("options", PRETRAINED.values(), ids=PRETRAINED)
+def test_a_pretrained_unet_gets_classes_and_first_predicts_the_same_for_each(tmp_path, options):
+    unet = unconditional(**options)
+    sample, t, _ = inputs(width=12 if "sample_size" in options else 8)
+    expected = unet(sample, t).sample
+    model = ClassConditionedUnet.from_unet(unet, 3, class_dropout=0.1, id2label=["a", "b", "c"])
+    for labels in ([2, 0, 1], [3, 3, 3]):
+        assert torch.equal(model(sample, t, torch.tensor(labels)).sample, expected)
+    assert (model.config.num_classes, model.config.class_dropout) == (3, 0.1)
+    assert model.config.sample_size == unet.config.sample_size
+
+    model(sample, t, torch.tensor([0, 2, 2])).sample.square().sum().backward()
+    gradient = model.unet.class_embedding.weight.grad
+    assert [bool(row.any()) for row in gradient] == [True, False, True, False]
+    with torch.no_grad():
+        model.unet.class_embedding.weight.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = ClassConditionedUnet.from_pretrained(tmp_path)
+    output = loaded(sample, t, torch.tensor([2, 0, 1])).sample
+    assert torch.equal(output, model(sample, t, torch.tensor([2, 0, 1])).sample)
+    assert not torch.allclose(output, expected)
+    assert torch.equal(unet(sample, t).sample, expected), "the pretrained network must not change"
+
+
+def test_a_class_conditional_unet_gets_no_classes():
+    with pytest.raises(ValueError, match="class-conditional already"):
+        ClassConditionedUnet.from_unet(unconditional(num_class_embeds=3), 3)
+
+
+def test_the_class_enters_at_the_input_or_with_the_timestep():
+    with pytest.raises(ValueError, match="`conditioning` is 'output'"):
+        tiny(conditioning="output")
+
+
 def test_the_network_itself_is_deterministic():
     model = tiny(class_dropout=0.9).train()
     assert torch.equal(model(*inputs()).sample, model(*inputs()).sample)
@@ -128,7 +187,8 @@ def test_images_need_not_be_square():
 
 
 @pytest.mark.parametrize("id2label", [{0: "a", 1: "b", 2: "c"}, ["a", "b", "c"]], ids=str)
-def test_saved_network_loads_the_same_with_names_and_dtype(tmp_path, caplog, id2label):
+def test_saved_network_loads_the_same_with_names_and_dtype(tmp_path, caplog, monkeypatch, id2label):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # to caplog
     model = tiny(class_dropout=0.1, id2label=id2label)
     model.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
