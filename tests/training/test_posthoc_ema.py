@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
-from tiny import largest_difference
+from tiny import largest_difference, write_class_folders
 
-from ddgan import train_ddgan
+from ddgan import finetune_few_step, train_class_conditional, train_ddgan
 from ddgan.core.errors import InputError
 from ddgan.scripts import train_classifier
 from ddgan.training.arguments import RunArguments
@@ -166,14 +166,34 @@ def test_a_dry_run_states_the_memory_and_the_disk_space(finetune, capsys):
     assert all(0 < size_written - float(size) * 1000 < 40_000 for size_written in written)  # names of tensors
 
 
-def test_every_network_with_a_pipeline_can_be_tracked_but_no_classifier(images, tmp_path):
-    small = "--image_size 8 --block_out_channels 8 16 --attention_resolutions 4 --discriminator_channels 4"
-    small += " --latent_dim 4 --latent_embed_dim 8 --layers_per_block 1 --report_to none --max_train_steps 2"
-    run = tmp_path / "gan"
+OTHER_NETWORKS = {
+    "ddgan": (
+        train_ddgan,
+        "--image_size 8 --block_out_channels 8 16 --attention_resolutions 4 --discriminator_channels 4 --latent_dim 4 "
+        "--latent_embed_dim 8 --layers_per_block 1",
+    ),
+    "few-step": (
+        finetune_few_step,
+        "--start_model {model} --num_inference_steps 2 --distillation_steps 1 --teacher_samples 8 --teacher_steps 2",
+    ),
+    "class-conditional": (train_class_conditional, "--start_model {model}"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_NETWORKS)
+def test_every_network_with_a_pipeline_can_be_tracked(tiny_model, images, tmp_path, kind):
+    command, flags = OTHER_NETWORKS[kind]
+    run = tmp_path / "run"
+    if kind == "class-conditional":
+        images = write_class_folders(tmp_path / "classes")
+    shared = f"--train_data_dir {images} --output_dir {run} --report_to none --max_train_steps 2 --batch_size 4"
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_ddgan.main(["--train_data_dir", str(images), "--output_dir", str(run), *small.split(), "--posthoc_ema"])
+    command.main([*shared.split(), *flags.format(model=tiny_model).split(), "--posthoc_ema"])
     saved = load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
     last = load_file(run / "ema_snapshots" / "step-00000002.safetensors")
     assert {f"{length}/{name}" for length in TRACKED_LENGTHS for name in saved} == last.keys()
+
+
+def test_a_classifier_cannot_be_tracked(images, tmp_path):
     with pytest.raises(InputError, match="--posthoc_ema is for pipelines"):
         train_classifier.main(["--train_data_dir", str(images), "--output_dir", str(tmp_path / "c"), "--posthoc_ema"])
