@@ -20,35 +20,21 @@ from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .commands.arguments import (
+    CLASS_CONDITIONAL_ARGUMENTS,
+    CLASSIFIER_ARGUMENTS,
+    DDGAN_ARGUMENTS,
+    FEW_STEP_ARGUMENTS,
+    FINETUNE_ARGUMENTS,
     ChooseEMAArguments,
-    ClassConditionalArguments,
-    ClassConditionalLearningRateArguments,
-    ClassConditionalRunArguments,
-    ClassifierArguments,
-    ClassifierDataArguments,
-    ClassifierLearningRateArguments,
-    ClassifierRunArguments,
     ConvertArguments,
-    DDGANArguments,
-    DDGANRunArguments,
     EvaluateArguments,
-    FewStepArguments,
-    FewStepRunArguments,
-    FinetuneArguments,
     GenerateArguments,
     PushArguments,
 )
 from .core.cli import read_config
 from .core.errors import InputError, RunError
 from .core.locations import EXAMPLES, find
-from .training.arguments import (
-    DataArguments,
-    EvaluationArguments,
-    LabelArguments,
-    LearningRateArguments,
-    RunArguments,
-    ValidationArguments,
-)
+from .training.arguments import DataArguments
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -147,14 +133,7 @@ def _nothing_left_behind() -> Iterator[None]:
             raise
 
 
-@_takes_flags_of(
-    RunArguments,
-    LearningRateArguments,
-    DataArguments,
-    EvaluationArguments,
-    ValidationArguments,
-    FinetuneArguments,
-)
+@_takes_flags_of(*FINETUNE_ARGUMENTS)
 def finetune(*arguments: Any) -> "FinishedRun":
     """Fine-tune an unconditional pipeline on images.
 
@@ -176,13 +155,7 @@ def finetune(*arguments: Any) -> "FinishedRun":
     return run(*arguments)
 
 
-@_takes_flags_of(
-    FewStepRunArguments,
-    DataArguments,
-    LabelArguments,
-    EvaluationArguments,
-    FewStepArguments,
-)
+@_takes_flags_of(*FEW_STEP_ARGUMENTS)
 def few_step(*arguments: Any) -> "FinishedRun":
     """Fine-tune a pipeline into one that samples in a few steps; see `finetune` and `ddgan few-step`."""
     from .commands.few_step import finetune_few_step
@@ -190,7 +163,7 @@ def few_step(*arguments: Any) -> "FinishedRun":
     return finetune_few_step(*arguments)
 
 
-@_takes_flags_of(DDGANRunArguments, DataArguments, LabelArguments, EvaluationArguments, DDGANArguments)
+@_takes_flags_of(*DDGAN_ARGUMENTS)
 def train_ddgan(*arguments: Any) -> "FinishedRun":
     """Train a Denoising Diffusion GAN; see `finetune` and `ddgan train-ddgan`."""
     from .commands.train_ddgan import train_ddgan as run
@@ -198,16 +171,7 @@ def train_ddgan(*arguments: Any) -> "FinishedRun":
     return run(*arguments)
 
 
-@_takes_flags_of(
-    ClassConditionalRunArguments,
-    ClassConditionalLearningRateArguments,
-    DataArguments,
-    LabelArguments,
-    EvaluationArguments,
-    ValidationArguments,
-    ClassConditionalArguments,
-    config=str(EXAMPLES / "recipes" / "class_conditional_tutorial.yaml"),
-)
+@_takes_flags_of(*CLASS_CONDITIONAL_ARGUMENTS, config=str(EXAMPLES / "recipes" / "class_conditional_tutorial.yaml"))
 def train_class_conditional(*arguments: Any) -> "FinishedRun":
     """Train a class-conditional diffusion model; see `finetune` and `ddgan train-class-conditional`."""
     from .commands.train_class_conditional import train_class_conditional as run
@@ -215,13 +179,7 @@ def train_class_conditional(*arguments: Any) -> "FinishedRun":
     return run(*arguments)
 
 
-@_takes_flags_of(
-    ClassifierRunArguments,
-    ClassifierLearningRateArguments,
-    ClassifierDataArguments,
-    LabelArguments,
-    ClassifierArguments,
-)
+@_takes_flags_of(*CLASSIFIER_ARGUMENTS)
 def train_classifier(*arguments: Any) -> "FinishedRun":
     """Train a classifier for evaluation, and measure its accuracy; see `finetune` and `ddgan train-classifier`.
 

@@ -10,10 +10,9 @@ result samples with the exact posterior steps of `DDPMScheduler`. It is a plain 
 From Python, call `ddgan.api.few_step`.
 """
 
-from ddgan.commands.arguments import FewStepArguments, FewStepRunArguments
+from ddgan.commands.arguments import FEW_STEP_ARGUMENTS
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import run_command
-from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,8 +21,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None = None, *more: type) -> tuple:
     """Parse the arguments of `run`, and those of `more` dataclasses."""
-    kinds = (FewStepRunArguments, DataArguments, LabelArguments, EvaluationArguments, FewStepArguments)
-    return parse_arguments(*kinds, *more, argv=argv)
+    return parse_arguments(*FEW_STEP_ARGUMENTS, *more, argv=argv)
 
 
 def run(*arguments) -> None:

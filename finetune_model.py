@@ -9,17 +9,10 @@ From Python, call `ddgan.api.finetune`.
 
 import sys
 
-from ddgan.commands.arguments import FinetuneArguments
+from ddgan.commands.arguments import FINETUNE_ARGUMENTS
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import run_command
 from ddgan.core.locations import EXAMPLES
-from ddgan.training.arguments import (
-    DataArguments,
-    EvaluationArguments,
-    LearningRateArguments,
-    RunArguments,
-    ValidationArguments,
-)
 
 # flags that name a model, data or settings; a command without any of them runs the demo
 NOT_THE_DEMO = {"--config", "--start_model", "--model_config", "--dataset_name", "--train_data_dir"}
@@ -34,16 +27,7 @@ def parse(argv: list[str] | None = None, *more: type) -> tuple:
     argv = sys.argv[1:] if argv is None else argv
     if not any(flag.split("=")[0] in NOT_THE_DEMO for flag in argv):
         argv = ["--config", str(EXAMPLES / "demo.yaml"), *argv]
-    return parse_arguments(
-        RunArguments,
-        LearningRateArguments,
-        DataArguments,
-        EvaluationArguments,
-        ValidationArguments,
-        FinetuneArguments,
-        *more,
-        argv=argv,
-    )
+    return parse_arguments(*FINETUNE_ARGUMENTS, *more, argv=argv)
 
 
 def run(*arguments) -> None:

@@ -8,15 +8,10 @@ From Python, call `ddgan.api.train_class_conditional`.
 
 import sys
 
-from ddgan.commands.arguments import (
-    ClassConditionalArguments,
-    ClassConditionalLearningRateArguments,
-    ClassConditionalRunArguments,
-)
+from ddgan.commands.arguments import CLASS_CONDITIONAL_ARGUMENTS
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import run_command
 from ddgan.core.locations import EXAMPLES
-from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments, ValidationArguments
 
 RECIPES = {name: EXAMPLES / "recipes" / f"class_conditional_{name}.yaml" for name in ("tutorial", "fast", "emoji_32")}
 
@@ -30,18 +25,7 @@ def parse(argv: list[str] | None = None, *more: type) -> tuple:
     argv = sys.argv[1:] if argv is None else argv
     if not any(flag.split("=")[0] in ("--config", "--recipe") for flag in argv):
         argv = ["--recipe", "tutorial", *argv]
-    return parse_arguments(
-        ClassConditionalRunArguments,
-        ClassConditionalLearningRateArguments,
-        DataArguments,
-        LabelArguments,
-        EvaluationArguments,
-        ValidationArguments,
-        ClassConditionalArguments,
-        *more,
-        argv=argv,
-        recipes=RECIPES,
-    )
+    return parse_arguments(*CLASS_CONDITIONAL_ARGUMENTS, *more, argv=argv, recipes=RECIPES)
 
 
 def run(*arguments) -> None:

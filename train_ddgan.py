@@ -8,11 +8,10 @@ From Python, call `ddgan.api.train_ddgan`.
 
 import sys
 
-from ddgan.commands.arguments import DDGANArguments, DDGANRunArguments
+from ddgan.commands.arguments import DDGAN_ARGUMENTS
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import run_command
 from ddgan.core.locations import EXAMPLES
-from ddgan.training.arguments import DataArguments, EvaluationArguments, LabelArguments
 
 DEFAULT_RECIPE = EXAMPLES / "recipes" / "ddgan_emoji_32.yaml"
 
@@ -26,8 +25,7 @@ def parse(argv: list[str] | None = None, *more: type) -> tuple:
     argv = sys.argv[1:] if argv is None else argv
     if not any(flag.split("=")[0] in ("--config", "--dataset_name", "--train_data_dir") for flag in argv):
         argv = ["--config", str(DEFAULT_RECIPE), *argv]
-    kinds = (DDGANRunArguments, DataArguments, LabelArguments, EvaluationArguments, DDGANArguments)
-    return parse_arguments(*kinds, *more, argv=argv)
+    return parse_arguments(*DDGAN_ARGUMENTS, *more, argv=argv)
 
 
 def run(*arguments) -> None:

@@ -1,7 +1,8 @@
 """Arguments of the commands, as dataclasses; nothing here imports PyTorch.
 
-Mistakes in them are therefore reported at once. Arguments that several commands share are in `sampling/arguments.py`
-and `training/arguments.py`.
+Mistakes in them are therefore reported at once. Training commands take several dataclasses, such as
+`FINETUNE_ARGUMENTS`, in the order of the parameters of the command in Python. Arguments that several commands share
+are in `sampling/arguments.py` and `training/arguments.py`.
 """
 
 import json
@@ -52,8 +53,11 @@ from ..training.arguments import (
     MAX_GRID_IMAGES,
     MAX_IMAGE_SIZE,
     DataArguments,
+    EvaluationArguments,
+    LabelArguments,
     LearningRateArguments,
     RunArguments,
+    ValidationArguments,
 )
 
 # --freeze choice -> substrings of the names of the parameters that are still trained
@@ -139,6 +143,16 @@ class FinetuneArguments(Arguments):
         resolve_paths(self, "model_config")
 
 
+FINETUNE_ARGUMENTS = (
+    RunArguments,
+    LearningRateArguments,
+    DataArguments,
+    EvaluationArguments,
+    ValidationArguments,
+    FinetuneArguments,
+)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # finetune_few_step.py
 
@@ -199,6 +213,15 @@ class FewStepRunArguments(UnclippedRunArguments):
     """The training run: its length, what it logs and what it saves."""
 
     _default_output_dir: ClassVar = "few-step-model"
+
+
+FEW_STEP_ARGUMENTS = (
+    FewStepRunArguments,
+    DataArguments,
+    LabelArguments,
+    EvaluationArguments,
+    FewStepArguments,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,6 +330,15 @@ class DDGANRunArguments(UnclippedRunArguments):
     """The training run: its length, what it logs and what it saves."""
 
     _default_output_dir: ClassVar = "ddgan-model"
+
+
+DDGAN_ARGUMENTS = (
+    DDGANRunArguments,
+    DataArguments,
+    LabelArguments,
+    EvaluationArguments,
+    DDGANArguments,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,6 +459,17 @@ class ClassConditionalRunArguments(RunArguments):
     )
 
 
+CLASS_CONDITIONAL_ARGUMENTS = (
+    ClassConditionalRunArguments,
+    ClassConditionalLearningRateArguments,
+    DataArguments,
+    LabelArguments,
+    EvaluationArguments,
+    ValidationArguments,
+    ClassConditionalArguments,
+)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # scripts/train_classifier.py
 
@@ -517,6 +560,15 @@ class ClassifierRunArguments(UnclippedRunArguments):
             raise InputError("--push_to_hub uploads pipelines, not classifiers: omit it.")
         if self.posthoc_ema:
             raise InputError("--posthoc_ema is for pipelines, whose samples are measured with each EMA: omit it.")
+
+
+CLASSIFIER_ARGUMENTS = (
+    ClassifierRunArguments,
+    ClassifierLearningRateArguments,
+    ClassifierDataArguments,
+    LabelArguments,
+    ClassifierArguments,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,15 +9,9 @@ out for testing. The run folder is also an `ImageClassifier` folder.
 From Python, call `ddgan.api.train_classifier`.
 """
 
-from ddgan.commands.arguments import (
-    ClassifierArguments,
-    ClassifierDataArguments,
-    ClassifierLearningRateArguments,
-    ClassifierRunArguments,
-)
+from ddgan.commands.arguments import CLASSIFIER_ARGUMENTS
 from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import run_command
-from ddgan.training.arguments import LabelArguments
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,15 +20,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None = None, *more: type) -> tuple:
     """Parse the arguments of `run`, and those of `more` dataclasses."""
-    return parse_arguments(
-        ClassifierRunArguments,
-        ClassifierLearningRateArguments,
-        ClassifierDataArguments,
-        LabelArguments,
-        ClassifierArguments,
-        *more,
-        argv=argv,
-    )
+    return parse_arguments(*CLASSIFIER_ARGUMENTS, *more, argv=argv)
 
 
 def run(*arguments) -> None:
