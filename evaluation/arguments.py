@@ -19,7 +19,7 @@ METRIC_NAMES = (
     "coverage",
     "near_copies",
     "nearest_training_ratio",
-    "memorised",
+    "memorized",
     "inception_score",
     "classifier_score",
     "modes",

@@ -208,7 +208,7 @@ def manifold_metrics(samples: torch.Tensor, reference: torch.Tensor) -> dict[str
         "density": (inside / (DENSITY_NEIGHBORS * count), DENSITY_NEIGHBORS),
         "coverage": ((nearest <= radii).double().mean().item(), DENSITY_NEIGHBORS),
     }
-    return {name: MetricValue(value, None, {"neighbours": k, "images": count}) for name, (value, k) in values.items()}
+    return {name: MetricValue(value, None, {"neighbors": k, "images": count}) for name, (value, k) in values.items()}
 
 
 def memorization_metrics(
@@ -220,7 +220,7 @@ def memorization_metrics(
 
     Returns:
         `nearest_training_ratio`: the median distance to the nearest training image, of samples over that of held-out
-        images; well below 1 where training images are repeated. `memorised`: the fraction of samples that are at least
+        images; well below 1 where training images are repeated. `memorized`: the fraction of samples that are at least
         as close to a training image as the closest 1% of the held-out images; about 0.01 where nothing is repeated.
 
     Raises:
@@ -241,7 +241,7 @@ def memorization_metrics(
     protocol = {"training_images": len(training), "samples": len(samples), "held_out_images": len(held_out)}
     return {
         "nearest_training_ratio": MetricValue(ratio, None, protocol),
-        "memorised": MetricValue(memorized, None, {**protocol, "quantile": CLOSE_QUANTILE}),
+        "memorized": MetricValue(memorized, None, {**protocol, "quantile": CLOSE_QUANTILE}),
     }
 
 
@@ -401,8 +401,8 @@ METRICS = {
         _HELD_OUT,
         lambda inputs: inputs.memorization_metrics["nearest_training_ratio"],
     ),
-    "memorised": Metric(
-        "memorized", _HELD_OUT, lambda inputs: inputs.memorization_metrics["memorised"], lower_is_better=True
+    "memorized": Metric(
+        "memorized", _HELD_OUT, lambda inputs: inputs.memorization_metrics["memorized"], lower_is_better=True
     ),
     "inception_score": Metric(
         "Inception score", frozenset({"inception_logits"}), lambda inputs: inception_score(inputs.inception_logits)

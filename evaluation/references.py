@@ -156,7 +156,7 @@ def measure_reference(
         # part of the cache key and the results: do not reword it, or existing ones no longer match
         preparation="as they are"
         if properties.size == measured_at
-        else f"cropped at the centre, to {measured_at}, {RESIZE}",
+        else f"cropped at the center, to {measured_at}, {RESIZE}",
     )
 
     def extract(batch: range) -> Features:

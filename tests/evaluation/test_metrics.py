@@ -166,7 +166,7 @@ def test_manifold_metrics_agree_with_torch_fidelity_and_the_formulas(pair):
     assert result["recall"] == pytest.approx(fidelity["recall"])
 
     among = torch.cdist(reference, reference, compute_mode="donot_use_mm_for_euclid_dist").sort(1).values
-    radii = among[:, 5]  # the first neighbour of an image is itself
+    radii = among[:, 5]  # the first neighbor of an image is itself
     across = torch.cdist(samples, reference, compute_mode="donot_use_mm_for_euclid_dist")
     assert result["density"] == pytest.approx((across <= radii).double().sum(1).mean().item() / 5)
     assert result["coverage"] == pytest.approx((across <= radii).any(0).double().mean().item())
@@ -233,12 +233,12 @@ def test_repeated_training_images_are_detected():
     copies = training[:150] + 1e-3 * features(150, 8, 5)
     result = metrics.memorization_metrics(fresh, training, held_out)
     assert result["nearest_training_ratio"].value == pytest.approx(1, abs=0.15)
-    assert result["memorised"].value < 0.05
+    assert result["memorized"].value < 0.05
     result = metrics.memorization_metrics(torch.cat([fresh[:150], copies]), training, held_out)
-    assert result["memorised"].value == pytest.approx(0.5, abs=0.03)
+    assert result["memorized"].value == pytest.approx(0.5, abs=0.03)
     assert metrics.memorization_metrics(copies, training, held_out)["nearest_training_ratio"].value < 0.05
     few_known = torch.cat([held_out, training[: len(held_out) // 20]])  # as in data with duplicates
-    assert metrics.memorization_metrics(training[:100], training, few_known)["memorised"].value == 1
+    assert metrics.memorization_metrics(training[:100], training, few_known)["memorized"].value == 1
     with pytest.raises(ValueError, match="At least half of the held-out images are among the training images"):
         metrics.memorization_metrics(fresh, training, training[:100])
 

@@ -499,9 +499,9 @@ def test_repeated_training_images_are_detected_with_held_out_ones(run, folders, 
         held_out.mkdir(exist_ok=True)
         os.link(path, held_out / f"{i}.png")
     repeated = values(run("--images", training, "--held_out", held_out, reference=training))
-    assert repeated["memorised@100"] == 1 and repeated["nearest_training_ratio@100"] < 1e-3
+    assert repeated["memorized@100"] == 1 and repeated["nearest_training_ratio@100"] < 1e-3
     fresh = values(run("--images", held_out, "--held_out", held_out, reference=training))
-    assert fresh["memorised@100"] <= 0.02 and fresh["nearest_training_ratio@100"] == pytest.approx(1)
+    assert fresh["memorized@100"] <= 0.02 and fresh["nearest_training_ratio@100"] == pytest.approx(1)
 
 
 @pytest.mark.skipif(not (SHARED / "MNIST").exists(), reason="MNIST is not next to this clone")
@@ -840,7 +840,7 @@ def test_gray_against_color_has_a_warning(run, folders, tmp_path):
 def test_resized_references_have_a_warning(run, folders, tmp_path):
     large = write_images(tmp_path / "large", 30, size=(16, 12))
     results = run("--images", folders["samples"], reference=large)
-    assert "16x12, were cropped at the centre, to 8x8, bicubic" in warnings(results)
+    assert "16x12, were cropped at the center, to 8x8, bicubic" in warnings(results)
     (cached,) = (tmp_path / "cache").glob("large-*.safetensors")
     samples = write_images(tmp_path / "small", 30, size=(6, 6))
     with pytest.raises(InputError, match=r"features in .* are those of images at 8x8, but the samples are 6x6\. Meas"):
