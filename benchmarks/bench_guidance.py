@@ -1,7 +1,7 @@
 """Effect and cost of guidance: loss by guidance scale, and time and memory of the two kinds of gradient.
 
     python benchmarks/bench_guidance.py
-    python benchmarks/bench_guidance.py --pictures docs/images
+    python benchmarks/bench_guidance.py --grid_dir docs/images
 
 It uses the embedded models with DDIM. Time and memory are measured on one CPU thread, or the GPU, in a separate
 process for each variant, and the variants alternate in each round, so that the ratios are robust to other load on the
@@ -193,7 +193,7 @@ def compare_costs(rounds: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, help="existing folder to save image grids in")
+    parser.add_argument("--grid_dir", type=Path, help="existing folder to save image grids in")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of time and memory per variant")
     parser.add_argument("--variant", choices=VARIANTS, help="measure only this variant, in this process")
     args = parser.parse_args()
@@ -203,5 +203,5 @@ if __name__ == "__main__":
     else:
         print(hardware())
         compare_costs(args.rounds)
-        compare_losses(args.pictures)
-        compare_steps(args.pictures)
+        compare_losses(args.grid_dir)
+        compare_steps(args.grid_dir)

@@ -1,7 +1,7 @@
 """Compare DDPM and DDIM by number of steps: sampling time, Frechet distance to real digits, and class accuracy.
 
     python benchmarks/bench_samplers.py --data_dir path/to/data
-    python benchmarks/bench_samplers.py --data_dir path/to/data --pictures docs/images
+    python benchmarks/bench_samplers.py --data_dir path/to/data --grid_dir docs/images
 
 It uses the embedded class-conditional model and classifier. All images in a column of the grid start from the same
 noise. The last rows leave out the noise that DDPM adds after each step.
@@ -71,8 +71,8 @@ if __name__ == "__main__":
     parser.add_argument("--data_dir", default="data", help="folder that contains torchvision's MNIST/raw")
     parser.add_argument("--model", default=str(MODELS / "mnist-28"), help="class-conditional pipeline of digits")
     parser.add_argument("--num_images", type=int, default=500, help="images per row of the table")
-    parser.add_argument("--pictures", type=Path, help="existing folder to save image grids in")
+    parser.add_argument("--grid_dir", type=Path, help="existing folder to save image grids in")
     args = parser.parse_args()
     disable_progress_bar()
     require_mnist(args.data_dir)
-    compare(args.model, args.data_dir, args.num_images, args.pictures)
+    compare(args.model, args.data_dir, args.num_images, args.grid_dir)
