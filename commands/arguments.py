@@ -170,7 +170,9 @@ class FewStepArguments(Arguments):
     )
     trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
     num_inference_steps: list[int] = option(
-        [4], "sampling steps; several numbers train one model for each of them, the first is its default", minimum=1
+        [4],
+        "sampling steps; with several numbers, one model learns all of them, and the first is its default",
+        minimum=1,
     )
     distillation_steps: int = option(
         500,
@@ -598,7 +600,8 @@ class GenerateArguments(SamplingArguments, PipelineArguments):
         "that of the steps), and save the --grid",
     )
     grid: bool = option(
-        False, f"arrange the first {GRID_IMAGES} images in grid.png, those of one of several --class_labels in line"
+        False,
+        f"arrange the first {GRID_IMAGES} images in grid.png, by column or row if there are several --class_labels",
     )
     intermediates: int | None = option(
         None, "show this many denoising steps of the first image in intermediates.png", minimum=1

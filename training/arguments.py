@@ -45,8 +45,8 @@ class DataArguments(Arguments):
     streaming: bool = option(False, "stream the dataset without a copy on disk; needs --max_train_steps")
     train_data_dir: str | None = option(
         None,
-        "folder of images, including subfolders (hidden ones and run folders excepted), .zip or .npz file, or "
-        "MNIST-style folder in torchvision's layout",
+        "folder of images, including subfolders (hidden ones and run folders excepted), .zip, .npz, .parquet, .arrow "
+        "or .tar file, or MNIST-style folder in torchvision's layout",
         objects=IMAGE_OBJECTS,
     )
     image_size: int | None = option(
