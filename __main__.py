@@ -93,7 +93,7 @@ def dispatch(argv: list[str]) -> None:
 
 def _output_dir(flags: list[str], default: str) -> Path:
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output_dir", default=default)
+    parser.add_argument("--output_dir", "--output-dir", default=default)
     return Path(parser.parse_known_args(flags)[0].output_dir).expanduser()
 
 

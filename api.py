@@ -31,7 +31,7 @@ from .commands.arguments import (
     GenerateArguments,
     PushArguments,
 )
-from .core.cli import read_config
+from .core.cli import default_of, read_config
 from .core.errors import InputError, RunError
 from .core.locations import EXAMPLES, find
 from .training.arguments import DataArguments
@@ -74,7 +74,7 @@ def _takes_flags_of(
         config: the default of the keyword `config`.
     """
     fields = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
-    parameters = [Parameter(name, Parameter.KEYWORD_ONLY, default=_default(fields[name])) for name in fields]
+    parameters = [Parameter(name, Parameter.KEYWORD_ONLY, default=default_of(fields[name])) for name in fields]
     if any(issubclass(kind, DataArguments) for kind in kinds):
         parameters.append(Parameter(_TRAIN_DATA, Parameter.KEYWORD_ONLY, default=None))
     parameters.append(Parameter(_CONFIG, Parameter.KEYWORD_ONLY, default=config))
@@ -101,10 +101,6 @@ def _takes_flags_of(
     return decorate
 
 
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
 def _values(kinds: tuple[type, ...], flags: dict[str, Any]) -> dict[str, Any]:
     """Return the values of the fields that are set, with `config` and `train_data` replaced by what they stand for."""
     flags = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
@@ -115,7 +111,8 @@ def _values(kinds: tuple[type, ...], flags: dict[str, Any]) -> dict[str, Any]:
         is_name = isinstance(images, str) and find(images) is None
         is_stream = flags.get("streaming") and not isinstance(images, str)
         flags["dataset_name" if is_name or is_stream else "train_data_dir"] = images
-    return (read_config(str(config), *kinds, overriding=flags) if config is not None else {}) | flags
+    overriding = [name for name, value in flags.items() if value is not None]
+    return (read_config(str(config), *kinds, overriding=overriding) if config is not None else {}) | flags
 
 
 @contextmanager

@@ -10,12 +10,12 @@ From Python, call `ddgan.api.finetune`.
 import sys
 
 from ddgan.commands.arguments import FINETUNE_ARGUMENTS
-from ddgan.core.cli import parse_arguments
+from ddgan.core.cli import flag_names, parse_arguments
 from ddgan.core.errors import run_command
 from ddgan.core.locations import EXAMPLES
 
 # flags that name a model, data or settings; a command without any of them runs the demo
-NOT_THE_DEMO = {"--config", "--start_model", "--model_config", "--dataset_name", "--train_data_dir"}
+NOT_THE_DEMO = {"config", "start_model", "model_config", "dataset_name", "train_data_dir"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None = None, *more: type) -> tuple:
     """Parse the arguments of `run`, and those of `more` dataclasses."""
     argv = sys.argv[1:] if argv is None else argv
-    if not any(flag.split("=")[0] in NOT_THE_DEMO for flag in argv):
+    if not NOT_THE_DEMO & flag_names(argv):
         argv = ["--config", str(EXAMPLES / "demo.yaml"), *argv]
     return parse_arguments(*FINETUNE_ARGUMENTS, *more, argv=argv)
 

@@ -9,7 +9,7 @@ From Python, call `ddgan.api.train_class_conditional`.
 import sys
 
 from ddgan.commands.arguments import CLASS_CONDITIONAL_ARGUMENTS
-from ddgan.core.cli import parse_arguments
+from ddgan.core.cli import flag_names, parse_arguments
 from ddgan.core.errors import run_command
 from ddgan.core.locations import EXAMPLES
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None = None, *more: type) -> tuple:
     """Parse the arguments of `run`, and those of `more` dataclasses."""
     argv = sys.argv[1:] if argv is None else argv
-    if not any(flag.split("=")[0] in ("--config", "--recipe") for flag in argv):
+    if not {"config", "recipe"} & flag_names(argv):
         argv = ["--recipe", "tutorial", *argv]
     return parse_arguments(*CLASS_CONDITIONAL_ARGUMENTS, *more, argv=argv, recipes=RECIPES)
 

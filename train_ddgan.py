@@ -9,7 +9,7 @@ From Python, call `ddgan.api.train_ddgan`.
 import sys
 
 from ddgan.commands.arguments import DDGAN_ARGUMENTS
-from ddgan.core.cli import parse_arguments
+from ddgan.core.cli import flag_names, parse_arguments
 from ddgan.core.errors import run_command
 from ddgan.core.locations import EXAMPLES
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None = None, *more: type) -> tuple:
     """Parse the arguments of `run`, and those of `more` dataclasses."""
     argv = sys.argv[1:] if argv is None else argv
-    if not any(flag.split("=")[0] in ("--config", "--dataset_name", "--train_data_dir") for flag in argv):
+    if not {"config", "dataset_name", "train_data_dir"} & flag_names(argv):
         argv = ["--config", str(DEFAULT_RECIPE), *argv]
     return parse_arguments(*DDGAN_ARGUMENTS, *more, argv=argv)
 

@@ -37,6 +37,7 @@ from ..guidance.arguments import (
     TOWARDS_HELP,
     clip_model_names,
     default_guidance_scale,
+    needs_clip,
     parse_color,
     split_loss,
 )
@@ -355,8 +356,8 @@ class ClassConditionalArguments(Arguments):
     _alternatives = (
         {"dataset", "dataset_name", "train_data_dir"},
         {"data_dir", "dataset_name", "train_data_dir"},
-        *({"start_model", name} for name in (*NETWORK_SETTINGS, "image_channels", "prediction_type")),
     )
+    _overrides: ClassVar = {"start_model": (*NETWORK_SETTINGS, "image_channels", "prediction_type")}
 
     dataset: str | None = option(
         None,
@@ -421,6 +422,7 @@ class ClassConditionalArguments(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
+        resolve_locations(self, "start_model")
         if self.start_model is not None:
             new = ClassConditionalArguments()
             changed = [f"--{name}" for name in NETWORK_SETTINGS if getattr(self, name) != getattr(new, name)]
@@ -429,7 +431,6 @@ class ClassConditionalArguments(Arguments):
                     f"--start_model {self.start_model} is trained as it is, and {', '.join(changed)} would describe a "
                     "new network: leave out one or the other."
                 )
-        resolve_locations(self, "start_model")
         if not self.block_out_channels:
             raise InputError("--block_out_channels needs at least one width.")
         if self.guidance_scale > 1 and not self.class_dropout:
@@ -643,7 +644,7 @@ class GenerateArguments(SamplingArguments, PipelineArguments):
             parse_color(self.color)
         for text in self.towards or []:
             split_loss(text)
-        if self.clip_prompt or self.towards:
+        if self.clip_prompt or any(map(needs_clip, self.towards or [])):
             self.clip_model = clip_model_names(self.clip_model)
         elif self.clip_model:
             raise InputError("--clip_model needs a --clip_prompt, or a CLIP loss in --towards.")

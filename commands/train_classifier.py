@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import EvalResult
 from tqdm.auto import tqdm
 
+from ..core.cli import default_of
 from ..core.errors import InputError, RunError
 from ..data.arguments import check_value_range
 from ..data.sources import ImageSource, Labels, MissingSplitError
@@ -251,7 +252,7 @@ def changed_flags(*arguments: Any) -> Iterator[str]:
     """Return the flags of all settings that differ from their defaults, except names and locations."""
     settings = settings_for_card(*arguments)
     for argument in chain.from_iterable(map(fields, arguments)):
-        default = argument.default if argument.default_factory is MISSING else argument.default_factory()
+        default = default_of(argument)
         value = settings.get(argument.name, default)
         if value == default or argument.name in ("model_save_name", "dataset_name", "report_to"):
             continue

@@ -8,7 +8,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sized
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -193,8 +194,9 @@ def parse_arguments(
 
     `--config file.yaml` sets values, which flags override. The file is flat: its keys are the names of the flags.
 
-    A dataclass may have a class attribute `_alternatives`, sets of mutually exclusive flags. A flag on the
-    command line then also overrides its alternatives in the file.
+    A dataclass may have a class attribute `_alternatives`, sets of mutually exclusive flags: a flag on the command
+    line then also overrides its alternatives in the file. `_overrides` lists flags that override others in the file,
+    but not the reverse.
 
     Args:
         recipes: YAML files of the script by name. `--recipe NAME` reads one; `--config` and flags override it.
@@ -206,14 +208,14 @@ def parse_arguments(
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(dataclass_types, recipes)
     known_flags = {flag for action in parser._actions for flag in action.option_strings}
-    alternatives = [group for kind in dataclass_types for group in getattr(kind, "_alternatives", ())]
+    overrides = _overrides(dataclass_types)
 
     files, _ = parser.parse_known_args([token for token in argv if token not in ("-h", "--help")])
     defaults: list[str] = []
     if files.config is not None:
-        defaults = _read_config(files.config, parser, alternatives, argv)
+        defaults = _read_config(files.config, parser, overrides, argv)
     if recipes and files.recipe:
-        defaults = _read_config(str(recipes[files.recipe]), parser, alternatives, defaults + argv) + defaults
+        defaults = _read_config(str(recipes[files.recipe]), parser, overrides, defaults + argv) + defaults
     values, unknown = parser.parse_known_args(defaults + argv)
     if unknown:
         raise InputError(f"{_unknown_flag(unknown[0].split('=')[0], known_flags)} --help lists the flags.")
@@ -240,11 +242,34 @@ def read_config(path: str, *dataclass_types: type, overriding: Iterable[str] = (
         InputError: see `parse_arguments`.
     """
     parser = _parser(dataclass_types, None)
-    alternatives = [group for kind in dataclass_types for group in getattr(kind, "_alternatives", ())]
-    tokens = _read_config(path, parser, alternatives, [f"--{name}" for name in overriding])
+    tokens = _read_config(path, parser, _overrides(dataclass_types), [f"--{name}" for name in overriding])
     values = parser.parse_args(tokens)
-    named = [token.split("=")[0].removeprefix("--") for token in tokens if token.startswith("--")]
-    return {name: getattr(values, name) for name in named if hasattr(values, name)}
+    actions = {flag: action for action in parser._actions for flag in action.option_strings}
+    named = [actions[flag].dest for token in tokens if (flag := token.split("=")[0]) in actions]
+    return {name: getattr(values, name) for name in named}
+
+
+def flag_names(tokens: Iterable[str]) -> set[str]:
+    """Return the names of the flags among command-line tokens, spelled with underscores and without values."""
+    return {token.split("=")[0].lstrip("-").replace("-", "_") for token in tokens if token.startswith("--")}
+
+
+def default_of(argument: dataclasses.Field) -> Any:
+    """Return the default of a dataclass field; `dataclasses.MISSING` if it has none."""
+    factory = argument.default_factory
+    return argument.default if factory is dataclasses.MISSING else factory()
+
+
+def _overrides(dataclass_types: Iterable[type]) -> dict[str, set[str]]:
+    """Return the flags that a flag on the command line overrides in a file, by its name; see `parse_arguments`."""
+    overrides: dict[str, set[str]] = defaultdict(set)
+    for kind in dataclass_types:
+        for group in getattr(kind, "_alternatives", ()):
+            for name in group:
+                overrides[name] |= group - {name}
+        for name, others in getattr(kind, "_overrides", {}).items():
+            overrides[name] |= set(others)
+    return overrides
 
 
 def write_config(path: Path, *arguments: Any) -> None:
@@ -265,7 +290,7 @@ def changed_values(path: Path, *arguments: Any) -> list[str]:
     if not isinstance(earlier, dict):
         return []
     fields = {field.name: field for part in arguments for field in dataclasses.fields(part)}
-    defaults = {name: field.default for name, field in fields.items() if field.default is not dataclasses.MISSING}
+    defaults = {name: default_of(field) for name, field in fields.items()}
     earlier, values = defaults | earlier, _plain_values(*arguments)  # a file of an earlier version lacks new flags
     return [
         f"--{name} {earlier.get(name)} -> {values.get(name)}"
@@ -311,9 +336,7 @@ def _add_flag(group: Any, argument: dataclasses.Field, annotation: Any) -> None:
     annotation, is_list = _value_type(annotation)
     if annotation == str | int:
         annotation = str
-    default = argument.default
-    if argument.default_factory is not dataclasses.MISSING:
-        default = argument.default_factory()
+    default = default_of(argument)
     options = {name: argument.metadata[name] for name in ("help", "choices") if name in argument.metadata}
     options |= {"default": default, "dest": argument.name}
     if is_list:
@@ -361,9 +384,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _read_config(
-    path: str, parser: argparse.ArgumentParser, alternatives: list[set[str]], overriding: list[str]
+    path: str, parser: argparse.ArgumentParser, overrides: Mapping[str, set[str]], overriding: list[str]
 ) -> list[str]:
-    """Convert a YAML file to command-line tokens, leaving out flags whose alternatives are among `overriding`."""
+    """Convert a YAML file to command-line tokens, without those that flags among the tokens `overriding` override."""
     file = Path(find(expand_user(path)) or path)
     if path and os.path.isdir(file):
         raise InputError(f"--config {path} is a folder: name a YAML file, such as the config.yaml of a run folder.")
@@ -379,8 +402,8 @@ def _read_config(
         raise InputError(f"--config {path} must contain one `flag: value` per line, like a run folder's config.yaml.")
 
     actions = {flag: action for action in parser._actions for flag in action.option_strings}
-    named = {token.split("=")[0].lstrip("-").replace("-", "_") for token in overriding if token.startswith("--")}
-    overridden = {name for group in alternatives if group & named for name in group - named}
+    named = flag_names(overriding)
+    overridden = {other for name in named for other in overrides.get(name, ())} - named
     tokens = []
     for name, value in values.items():
         action = actions.get(f"--{name}")
@@ -388,7 +411,7 @@ def _read_config(
             raise InputError(f"--config {path}: {_unknown_flag(f'--{name}', set(actions))}")
         if value is False and "no" in (action.choices or ()):  # YAML reads an unquoted no as false
             value = "no"
-        if value is not None and name not in overridden:
+        if value is not None and action.dest not in overridden:
             tokens += _tokens(f"--config {path}: {name}", action, f"--{name}", value)
     return tokens
 

@@ -548,9 +548,9 @@ def test_pushing_without_a_login_is_reported_before_training(finetune, tmp_path,
 def test_a_command_without_model_or_data_runs_the_demo(images):
     from ddgan import finetune_model
 
-    flags = ([], ["--resume_from_checkpoint", "latest"], [f"--train_data_dir={images}"])
-    runs = [finetune_model.parse(some)[0] for some in flags]
-    assert [run.output_dir for run in runs] == ["demo", "demo", "finetuned"]
+    flags = ([], ["--resume_from_checkpoint", "latest"], [f"--train_data_dir={images}"], ["--train-data-dir", images])
+    runs = [finetune_model.parse(list(map(str, some)))[0] for some in flags]
+    assert [run.output_dir for run in runs] == ["demo", "demo", "finetuned", "finetuned"]
     assert runs[0].num_samples == runs[1].num_samples != runs[2].num_samples
 
 

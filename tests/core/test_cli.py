@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from ddgan.core.cli import Arguments, option, parse_arguments, write_config
+from ddgan.core.cli import Arguments, changed_values, option, parse_arguments, read_config, write_config
 from ddgan.core.errors import InputError
 from ddgan.training.arguments import RunArguments
 
@@ -18,6 +18,7 @@ from ddgan.training.arguments import RunArguments
 @dataclass
 class Length(Arguments):
     _alternatives = ({"epochs", "steps"},)
+    _overrides: typing.ClassVar = {"share": ("rate", "widths")}
 
     epochs: int = option(1, "passes over the data", minimum=1)
     steps: int | None = option(None, "optimizer steps")
@@ -66,6 +67,20 @@ def test_a_flag_overrides_its_alternatives_in_a_file(tmp_path, flag):
     assert parse("--config", both)[0] == Length(3, 7)
 
 
+def test_a_flag_overrides_others_in_a_file_but_they_do_not_override_it(tmp_path):
+    config = write(tmp_path / "config.yaml", "share: 0.5\nrate: 0.1\nwidths: [4]\n")
+    length = parse("--config", config, "--share", "0.25")[0]
+    assert (length.share, length.rate, length.widths) == (0.25, 1.0, [8, 16])
+    length = parse("--config", config, "--rate", "0.2")[0]
+    assert (length.share, length.rate, length.widths) == (0.5, 0.2, [4])
+
+
+def test_a_file_that_python_reads_may_use_every_spelling(tmp_path):
+    config = write(tmp_path / "config.yaml", "output-dir: a\nno_shuffle: true\nsteps: 5\n")
+    assert read_config(config, Length, Other) == {"output_dir": "a", "shuffle": False, "steps": 5}
+    assert read_config(config, Length, Other, overriding=["epochs"]) == {"output_dir": "a", "shuffle": False}
+
+
 def test_values_have_the_types_of_their_fields():
     length, other = parse("--channels", "1", "--size", "large", "--precision", "bf16", "--no_shuffle")
     assert (length.shuffle, other) == (False, Other("bf16", 1, "large"))
@@ -103,6 +118,16 @@ def test_a_written_config_is_read_back_without_what_resumes_a_run(tmp_path):
     write_config(tmp_path / "config.yaml", length, other)
     other.resume_from_checkpoint = None
     assert parse("--config", str(tmp_path / "config.yaml")) == (length, other)
+
+
+def test_changed_values_are_named_also_where_an_earlier_file_lacks_a_flag(tmp_path):
+    earlier = parse("--epochs", "3")
+    write_config(tmp_path / "config.yaml", *earlier)
+    lines = (tmp_path / "config.yaml").read_text().splitlines()
+    at = lines.index("widths:")
+    write(tmp_path / "config.yaml", "\n".join(lines[:at] + lines[at + 3 :]))
+    assert changed_values(tmp_path / "config.yaml", *earlier) == []
+    assert changed_values(tmp_path / "config.yaml", *parse("--epochs", "4")) == ["--epochs 3 -> 4"]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +278,8 @@ EVERY_COMMAND = {
 @pytest.mark.parametrize("command", EVERY_COMMAND)
 def test_every_number_and_text_of_every_command_is_checked(command):
     module = importlib.import_module(f"ddgan.{command}")
-    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    values = [kind for value in vars(module).values() for kind in (value if isinstance(value, tuple) else [value])]
+    kinds = [kind for kind in values if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     kinds = [kind for kind in kinds if kind.__name__.endswith("Arguments")]
     assert kinds and all(issubclass(kind, Arguments) for kind in kinds)
     for kind in kinds:

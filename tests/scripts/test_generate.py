@@ -620,6 +620,7 @@ def test_settings_are_saved(whole):
         (["--class_labels", "one"], "not conditioned"),
         (["--guidance_gradient", "model"], "--color"),
         (["--clip_model", "ViT-B-32"], "--clip_prompt"),
+        (["--clip_model", "ViT-B-32", "--towards", "color:teal"], "or a CLIP loss in --towards"),
         (["--clip_prompt", "a rose", "--clip_model", "a", "b", "c"], "one name"),
         (["--clip_prompt", "a rose", "--clip_model", "./nowhere"], "nowhere cannot be loaded"),
         (["--color", "teal", "--class_labels", 1], "class"),
