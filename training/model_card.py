@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from ..core.errors import InputError, RunError
 from ..core.files import link_or_copy, replace_file, replace_folder
+from ..core.locations import is_url, url_name
 from ..core.run_files import PIPELINE_FILE
 from ..evaluation.reporting import format_value, full_title, model_index_entries
 from ..hub.cards import CardFacts, card_text, is_repo_id, replace_loaded, string_literal
@@ -191,13 +192,19 @@ def describe_precision(accelerator: Accelerator) -> str:
 
 
 def settings_for_card(*arguments: Any) -> dict[str, Any]:
-    """Return the hyperparameters of a run by flag name, with local paths cut to their last part."""
+    """Return the hyperparameters of a run by flag name, with local paths and URLs cut to their last part."""
     values = {name: value for part in arguments for name, value in asdict(part).items()}
     return {
-        name: Path(value).name if isinstance(value, str) and not is_repo_id(value) and "/" in value else value
+        name: _without_folder(value) if isinstance(value, str) else value
         for name, value in values.items()
         if value is not None and name not in _PRIVATE
     }
+
+
+def _without_folder(text: str) -> str:
+    if is_url(text):
+        return url_name(text)
+    return Path(text).name if "/" in text and not is_repo_id(text) else text
 
 
 def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:

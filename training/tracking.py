@@ -19,6 +19,7 @@ from PIL import Image
 from ..core.errors import InputError
 from ..core.extras import missing_extra
 from ..core.files import replace_file, unused_path
+from ..core.locations import is_url, url_name
 from ..evaluation.metrics import METRICS
 from ..evaluation.reporting import metric_title
 from .arguments import RunArguments
@@ -74,7 +75,9 @@ def start_trackers(accelerator: Accelerator, args: RunArguments, config: dict) -
     Raises:
         InputError: if a tracker does not start.
     """
-    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items() if v is not None}
+    texts = {name: str(value) for name, value in config.items() if value is not None}
+    texts = {name: url_name(text) if is_url(text) else text for name, text in texts.items()}  # queries may be secret
+    plain = {k: config[k] if isinstance(config[k], (int, float, bool)) else text for k, text in texts.items()}
     try:
         accelerator.init_trackers(
             args.wandb_project or args.model_save_name,

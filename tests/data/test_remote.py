@@ -19,6 +19,8 @@ from ddgan.core.errors import InputError
 from ddgan.core.files import location_name
 from ddgan.data.images import open_image
 from ddgan.data.sources import open_source, open_stream
+from ddgan.training.arguments import DataArguments
+from ddgan.training.model_card import settings_for_card
 
 
 def write_table(path: Path, values: range) -> None:
@@ -124,6 +126,11 @@ def test_urls_without_a_driver_are_refused_in_one_paragraph(tiny_model, tmp_path
         finetune_model.main(finetune_flags(tiny_model, "memory://a/b", tmp_path / "run"))
     with pytest.raises(InputError, match=r"--start_model memory://a/b: there is no such file or folder"):
         finetune_model.main(finetune_flags("memory://a/b", write_images(tmp_path / "i", 1), tmp_path / "run"))
+
+
+def test_the_query_of_a_url_is_not_on_the_card():
+    args = DataArguments(dataset_name="https://example.org/folder/train.parquet?signature=secret")
+    assert settings_for_card(args)["dataset_name"] == "train.parquet"
 
 
 def test_the_query_of_a_url_is_not_part_of_its_name():
