@@ -21,7 +21,7 @@ from ..core.locations import InMemory
 from ..core.locks import locked
 from ..core.threads import one_thread_per_operation
 from ..data.arguments import check_value_range
-from ..data.images import color_channels
+from ..data.images import color_channels, upright_size
 from ..data.preprocessing import Preprocessing, low_contrast
 from ..data.remote import local_copy
 from ..data.sources import ImageSource, check_dataset_options, open_source
@@ -304,15 +304,15 @@ class StoredSamples:
                 **({CLIP_GUIDANCE: guidance} if guidance else {}),
             },
         )
-        first = self.images.image(self.indices[0])
-        self.preprocessing = Preprocessing(self.facts.properties.channels, first.height, first.width)
+        width, height = upright_size(self.images.image(self.indices[0]))
+        self.preprocessing = Preprocessing(self.facts.properties.channels, height, width)
 
     def batch(self, indices: range) -> torch.Tensor:
         """Read images (N, C, H, W), uint8."""
         channels, height, width = self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width
         source_indices = [self.indices[i] for i in indices]
         for i in source_indices:
-            size = self.images.image(i).size
+            size = upright_size(self.images.image(i))
             if size != (width, height):
                 raise RunError(
                     f"The images differ in size: {self.source.name(self.indices[0])} is {width}x{height}, "

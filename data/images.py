@@ -107,11 +107,27 @@ def file_bytes(cell: Any) -> bytes:
 def upright(image: Image.Image) -> Image.Image:
     """Undo the EXIF orientation of an image; one whose EXIF data cannot be read counts as upright."""
     image.load()
-    try:
-        transposition = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow raises almost anything on damaged metadata
-        return image
+    transposition = _transposition(image)
     return image if transposition is None else image.transpose(transposition)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height that `upright` gives an image, without decoding it."""
+    swaps_sides = (
+        Image.Transpose.TRANSPOSE,
+        Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_90,
+        Image.Transpose.ROTATE_270,
+    )
+    width, height = image.size
+    return (height, width) if _transposition(image) in swaps_sides else (width, height)
+
+
+def _transposition(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises almost anything on damaged metadata
+        return None
 
 
 def stored_range(image: Image.Image) -> tuple[float, float]:

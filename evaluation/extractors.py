@@ -237,7 +237,7 @@ def _load_inception(weights: str | None) -> InceptionV3Compat:
             FeatureExtractorInceptionV3(INCEPTION, layers, feature_extractor_weights_path=tensors)
         )
     except Exception as error:  # from the download, the unpickler, or weights that do not fit
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if weights is None:
             raise ValueError(
                 f"The weights of {INCEPTION} could not be downloaded: {reason}. Download {file} from torch-fidelity's "

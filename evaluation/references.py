@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..core.errors import RunError
 from ..core.files import fingerprint
-from ..data.images import RESIZE, color_channels, open_image, to_bytes
+from ..data.images import RESIZE, color_channels, open_image, to_bytes, upright_size
 from ..data.preprocessing import Preprocessing, low_contrast, read_image
 from ..data.sources import ImageSource
 from .arguments import CACHE_DIR
@@ -186,7 +186,7 @@ def evenly_spaced(count: int) -> list[int]:
 
 def describe_images(images: list[Image.Image]) -> ImageProperties:
     """Describe the size, channels and file format of images."""
-    sizes = {f"{image.width}x{image.height}" for image in images}
+    sizes = {"{}x{}".format(*upright_size(image)) for image in images}
     return ImageProperties(
         size=sizes.pop() if len(sizes) == 1 else "of different sizes",
         channels=max(color_channels(image) for image in images),

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from ddgan.core.errors import InputError
 from ddgan.data.arguments import check_value_range
-from ddgan.data.images import BrokenImageError
+from ddgan.data.images import BrokenImageError, upright, upright_size
 from ddgan.data.preprocessing import Preprocessing, low_contrast, read_image
 
 
@@ -183,6 +183,9 @@ def test_every_orientation_is_undone_as_pillow_does(tmp_path, orientation):
     Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "photo.png")))
     assert np.array_equal(read_image(tmp_path / "photo.png", Preprocessing(1, 8, 8))[0], expected)
+    Image.new("L", (12, 8)).save(tmp_path / "wide.jpg", exif=exif)
+    wide = Image.open(tmp_path / "wide.jpg")
+    assert upright_size(wide) == upright(wide).size
 
 
 def test_images_of_another_shape_are_cropped_not_distorted():

@@ -837,6 +837,19 @@ def test_gray_against_color_has_a_warning(run, folders, tmp_path):
     assert "The samples are in color, but this classifier" in warnings(results)
 
 
+def test_the_size_of_images_is_that_after_their_orientation(run, folders, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    for name, turned in (("tall", range(30)), ("mixed", range(15))):
+        (tmp_path / name).mkdir()
+        for i, path in enumerate(sorted(write_images(tmp_path / f"{name}-images", 30, size=(12, 8)).iterdir())):
+            options = {"exif": exif} if i in turned else {}
+            Image.open(path).save(tmp_path / name / path.with_suffix(".jpg").name, **options)
+    assert run("--images", tmp_path / "tall", reference=tmp_path / "tall")["samples"]["size"] == "8x12"
+    with pytest.raises(RunError, match=r"differ in size: .* is (8x12|12x8), .* is (12x8|8x12)"):
+        run("--images", tmp_path / "mixed")
+
+
 def test_resized_references_have_a_warning(run, folders, tmp_path):
     large = write_images(tmp_path / "large", 30, size=(16, 12))
     results = run("--images", folders["samples"], reference=large)
