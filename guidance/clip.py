@@ -283,4 +283,5 @@ def half_on_gpu(device: torch.device) -> torch.dtype:
 
 
 def _as_rgb(images: torch.Tensor) -> torch.Tensor:
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+    """Return the colors of images: gray ones (1 or 2 channels) in all three channels; transparency is left out."""
+    return images[:, :1].expand(-1, 3, -1, -1) if images.shape[1] < 3 else images[:, :3]

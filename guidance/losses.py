@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..core.errors import InputError
+from ..data.images import CHANNEL_MODES
 from .arguments import MIRRORS, parse_color
 
 
@@ -163,6 +164,7 @@ class ReferenceLoss(GuidanceLoss):
     def __init__(self, reference: Image.Image, size: int = 8):
         if size < 1:
             raise InputError(f"`size` is {size}, but the grid must have at least 1 cell along each side.")
+        reference.load()  # a file is decoded only once, before threads use it
         self.reference, self.size = reference, size
 
     def __call__(self, images: torch.Tensor, step: int = 0) -> torch.Tensor:
@@ -172,7 +174,7 @@ class ReferenceLoss(GuidanceLoss):
                 f"The grid of {self.size}x{self.size} cells is finer than these images of {height}x{width} pixels. "
                 "Use a smaller `size`."
             )
-        fitted = ImageOps.fit(self.reference.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]), (width, height))
+        fitted = ImageOps.fit(self.reference.convert(CHANNEL_MODES[channels]), (width, height))
         reference = pil_to_tensor(fitted).to(images) / 127.5 - 1
         difference = F.adaptive_avg_pool2d(images - reference, self.size)
         return difference.square().mean((1, 2, 3))

@@ -13,7 +13,7 @@ LEGIBLE_SIDE = 96
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """Convert a uint8 array `(H, W, C)` to a PIL image: gray, RGB or RGBA for C = 1, 3, 4."""
+    """Convert a uint8 array `(H, W, C)` to a PIL image: gray, gray and alpha, RGB or RGBA for C = 1, 2, 3, 4."""
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
@@ -30,7 +30,7 @@ def image_grid(
     Small images are enlarged by the largest integer factor that keeps their longer side within `LEGIBLE_SIDE` pixels.
 
     Args:
-        images: Images of the same size and mode (gray, RGB or RGBA).
+        images: Images of the same size and mode: gray or RGB, with or without alpha.
         columns: Number of columns; None makes the grid about square.
         column_labels: Label above each column.
         row_labels: Label to the left of each row.
@@ -48,7 +48,7 @@ def image_grid(
     for index, image in enumerate(images):
         tile = image.resize((width, height), Image.Resampling.NEAREST)
         corner = (left + index % columns * (width + gutter), top + index // columns * (height + gutter))
-        grid.paste(tile, corner, tile if tile.mode == "RGBA" else None)
+        grid.paste(tile, corner, tile if tile.has_transparency_data else None)
     draw = ImageDraw.Draw(grid)
     for column, label in enumerate(column_labels):
         draw.text((left + column * (width + gutter) + width / 2, top / 2), label, "black", font, anchor="mm")

@@ -208,11 +208,11 @@ def test_prompts_have_weights_and_may_be_images(model):
     torch.testing.assert_close(away(images), -rose)
 
 
-@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("channels", [1, 2, 4])
 def test_gray_and_transparent_images_work(model, channels):
     loss = CLIPLoss("a red rose", model)
     images = noise(2, channels)
-    rgb = images.expand(-1, 3, -1, -1) if channels == 1 else images[:, :3]
+    rgb = images[:, :1].expand(-1, 3, -1, -1) if channels < 3 else images[:, :3]
     assert torch.equal(loss(images), loss(rgb.contiguous()))
 
 

@@ -114,10 +114,19 @@ def test_a_reference_is_compared_at_low_resolution_only():
     assert ReferenceLoss(black_and_white, 8)(torch.zeros(1, 1, 8, 8)).item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_damaged_reference_is_reported_when_it_is_opened(tmp_path):
+    PHOTO.save(tmp_path / "photo.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "photo.png").read_bytes()[:-200])
+    with pytest.raises(OSError, match="truncated"):
+        ReferenceLoss(Image.open(tmp_path / "cut.png"))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_a_reference_is_fitted_to_the_images(channels):
     red = Image.new("RGB", (40, 10), "red")
-    expected = {1: [-0.4], 3: [1, -1, -1], 4: [1, -1, -1, 1]}[channels]  # 76 of 255 is the luminance of red
+    expected = {1: [-0.4], 2: [-0.4, 1], 3: [1, -1, -1], 4: [1, -1, -1, 1]}[
+        channels
+    ]  # 76 of 255 is the luminance of red
     images = torch.tensor(expected).view(1, channels, 1, 1).expand(1, channels, 8, 6)
     assert ReferenceLoss(red, 2)(images).item() < 1e-4
 

@@ -53,6 +53,12 @@ def test_small_images_are_enlarged_by_an_integer_factor_without_blur(side, facto
     assert (tile == noise.repeat(factor, 0).repeat(factor, 1)).all()
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_transparent_images_are_put_on_white(channels):
+    transparent = to_pil(np.zeros((8, 8, channels), dtype=np.uint8))
+    assert set(image_grid([transparent]).get_flattened_data()) == {(255, 255, 255)}
+
+
 def test_rectangles_keep_their_aspect_ratio():
     grid = image_grid([flat("red", width=16, height=32)] * 2, columns=2)
     assert grid.size == (2 * 48 + 3 * GUTTER, 96 + 2 * GUTTER)
