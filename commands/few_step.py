@@ -14,7 +14,7 @@ from .. import ClassConditionalPipeline, UNetDiscriminator
 from ..core.errors import InputError
 from ..core.files import location_name
 from ..hub.cards import CardFacts, carry_over_license, string_literal
-from ..sampling.generation import PipelineSampler
+from ..sampling.generation import PipelineSampler, image_size
 from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments
 from ..training.ema import EMA, half_life
 from ..training.job import TrainedNetwork, TrainingJob
@@ -31,7 +31,7 @@ from ..training.objectives.few_step import (
 from ..training.run_folder import RunFolder
 from ..training.sample_grids import save_before_after
 from ..training.session import Session
-from ..training.start_model import TrainedUNet, image_size, load_start_model, model_classes
+from ..training.start_model import TrainedUNet, load_start_model, model_classes
 from ..training.teacher import Teacher, generate_samples
 from .arguments import FewStepArguments, FewStepRunArguments
 
@@ -83,7 +83,7 @@ def finetune_few_step(
     data = session.load_data(
         data_args,
         unet.config.in_channels,
-        image_size(unet),
+        image_size(unet.config),
         label_args if isinstance(start, ClassConditionalPipeline) else None,
         classes=model_classes(start),
     )

@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from ..core.errors import InputError
 from ..core.files import location_name
 from ..hub.cards import CardFacts, carry_over_license, string_literal
-from ..sampling.generation import PipelineSampler
+from ..sampling.generation import PipelineSampler, image_size
 from ..sampling.loading import ddim_usage
 from ..training.arguments import (
     DataArguments,
@@ -26,7 +26,7 @@ from ..training.objectives.denoising import DenoisingObjective
 from ..training.optimizers import adamw
 from ..training.sample_grids import save_before_after
 from ..training.session import Session
-from ..training.start_model import image_size, load_start_model, new_model
+from ..training.start_model import load_start_model, new_model
 from .arguments import TRAINED_PARTS, FinetuneArguments
 
 
@@ -58,7 +58,7 @@ def finetune(
         facts |= carry_over_license(args.start_model)
         facts["grids_before"] = {"": "The start model, from the same seeds."}
     unet = pipeline.unet
-    data = session.load_data(data_args, unet.config.in_channels, image_size(unet), validation=validation)
+    data = session.load_data(data_args, unet.config.in_channels, image_size(unet.config), validation=validation)
     trained_parameters = freeze(unet, args)
     if run.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -12,7 +12,7 @@ from .. import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
 from ..core.errors import InputError
 from ..core.files import location_name
 from ..hub.cards import CardFacts, carry_over_license, string_literal
-from ..sampling.generation import PipelineSampler
+from ..sampling.generation import PipelineSampler, image_size
 from ..sampling.loading import ddim_usage
 from ..training.arguments import DataArguments, EvaluationArguments, LabelArguments, ValidationArguments
 from ..training.ema import EMA
@@ -22,7 +22,7 @@ from ..training.model_card import FinishedRun, settings_for_card
 from ..training.objectives.denoising import ClassConditionalObjective
 from ..training.optimizers import adamw
 from ..training.session import Session
-from ..training.start_model import image_size, load_start_model, model_classes
+from ..training.start_model import load_start_model, model_classes
 from .arguments import (
     ClassConditionalArguments,
     ClassConditionalLearningRateArguments,
@@ -49,12 +49,13 @@ def train_class_conditional(
         RunError: if the run fails after it has started.
     """
     session = Session.open(run)
+    start = load_start(args, data_args)
     with session.accelerator.main_process_first():  # the other processes find the downloaded files
         chosen_data = choose_data(args, data_args)
-    start = load_start(args, data_args)
-    size = data_args.size or [28, 28] if start is None else list(image_size(start.unet))
+    size = data_args.size or [28, 28] if start is None else list(image_size(start.unet.config))
     channels = args.image_channels or 1 if start is None else start.unet.config.in_channels
-    data = session.load_data(chosen_data, channels, size, label_args, validation=validation)
+    known_classes = model_classes(start) if start else None
+    data = session.load_data(chosen_data, channels, size, label_args, classes=known_classes, validation=validation)
     classes = data.classes
     assert classes is not None  # images without labels raise an error
     labels, grid = session.plan_grid(classes)
@@ -70,7 +71,9 @@ def train_class_conditional(
         origin, facts = f" trained on {data.name}", {}
     else:
         assert args.start_model is not None
-        unet, scheduler = with_classes(start, classes, args), start.scheduler
+        unet, scheduler = start.unet, start.scheduler
+        if known_classes is None:
+            unet = ClassConditionedUnet.from_unet(unet, len(classes), args.class_dropout, dict(enumerate(classes)))
         origin = f": {location_name(args.start_model)}, fine-tuned on {data.name}"
         facts = {"base_model": location_name(args.start_model), **carry_over_license(args.start_model)}
     if run.gradient_checkpointing:
@@ -160,7 +163,8 @@ def load_start(
     """Return the start model; None for a new network.
 
     Raises:
-        InputError: see `load_start_model`, or if it generates images of other channels.
+        InputError: see `load_start_model`; or if its network is class-conditional, but no `ClassConditionedUnet`, or
+            was trained with another probability of the null class; or if it generates images of other channels.
     """
     if args.start_model is None:
         return None
@@ -171,6 +175,17 @@ def load_start(
         allow_classes=True,
         trust_remote_code=args.trust_remote_code,
     )
+    if isinstance(start, ClassConditionalPipeline):
+        if not isinstance(start.unet, ClassConditionedUnet):
+            raise InputError(
+                f"--start_model {args.start_model} has a class-conditional {type(start.unet).__name__}: start from an "
+                "unconditional UNet2DModel, or from a ClassConditionedUnet."
+            )
+        if start.unet.config.class_dropout != args.class_dropout:
+            raise InputError(
+                f"--class_dropout {args.class_dropout:g} does not fit --start_model {args.start_model}, which was "
+                f"trained with {start.unet.config.class_dropout:g}: pass this value."
+            )
     channels = start.unet.config.in_channels
     if args.image_channels not in (None, channels):
         raise InputError(
@@ -178,36 +193,6 @@ def load_start(
             f"{channels}."
         )
     return start
-
-
-def with_classes(
-    start: DDPMPipeline | ClassConditionalPipeline, classes: list[str], args: ClassConditionalArguments
-) -> ClassConditionedUnet:
-    """Return the network of a start model, which gets these classes if it has none.
-
-    Raises:
-        InputError: if it has other classes, or was trained with another probability of the null class.
-    """
-    unet = start.unet
-    if isinstance(start, DDPMPipeline):
-        return ClassConditionedUnet.from_unet(unet, len(classes), args.class_dropout, dict(enumerate(classes)))
-    if not isinstance(unet, ClassConditionedUnet):
-        raise InputError(
-            f"--start_model {args.start_model} has a class-conditional {type(unet).__name__}: start from an "
-            "unconditional UNet2DModel, or from a ClassConditionedUnet."
-        )
-    known = model_classes(start) or []
-    if known != classes:
-        raise InputError(
-            f"--start_model {args.start_model} has the classes {', '.join(known)}, and the images have "
-            f"{', '.join(classes)}: they must be the same, in the same order."
-        )
-    if unet.config.class_dropout != args.class_dropout:
-        raise InputError(
-            f"--class_dropout {args.class_dropout:g} does not fit --start_model {args.start_model}, which was trained "
-            f"with {unet.config.class_dropout:g}: pass this value."
-        )
-    return unet
 
 
 def build(args: ClassConditionalArguments, size: list[int], classes: list[str]) -> ClassConditionedUnet | ContextUnet:

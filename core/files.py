@@ -204,9 +204,10 @@ def fingerprint_parts(parts: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def digest_arrays(arrays: Mapping[str, Any]) -> str:
-    """Return the BLAKE2b of the contents of C-contiguous NumPy arrays and of their names."""
-    return fingerprint_parts(part for name, array in sorted(arrays.items()) for part in (name.encode(), array.data))
+def digest_tensors(tensors: Mapping[str, Any]) -> str:
+    """Return the BLAKE2b of the contents of contiguous tensors on the CPU, and of their names."""
+    parts = ((name.encode(), tensor.numpy().data) for name, tensor in sorted(tensors.items()))
+    return fingerprint_parts(itertools.chain.from_iterable(parts))
 
 
 def digest_files(paths: Iterable[Path]) -> list[tuple[int, str]]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..core.errors import write_problem
-from ..core.files import digest_arrays, remove_temporary_files, replace_file
+from ..core.files import digest_tensors, remove_temporary_files, replace_file
 from ..core.threads import run_in_threads
 from ..sampling.groups import split_into_groups
 
@@ -164,7 +164,7 @@ def locked_parts(folder: Path, accelerator: Accelerator) -> Iterator[Path | None
 def write_features(path: Path, features: Features, protocol: dict[str, Any] | None = None) -> None:
     """Write features and their protocol to a safetensors file, atomically."""
     tensors = {name: tensor.contiguous() for name, tensor in features.items()}
-    metadata = {"protocol": json.dumps(protocol or {}), "digest": _digest(tensors)}
+    metadata = {"protocol": json.dumps(protocol or {}), "digest": digest_tensors(tensors)}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -204,13 +204,9 @@ def load_features(path: Path) -> Features:
     with safe_open(path, "pt") as file:
         digest = (file.metadata() or {}).get("digest")
     features = load_file(path)
-    if not features or digest not in (None, _digest(features)):  # earlier versions wrote no digest
+    if not features or digest not in (None, digest_tensors(features)):  # earlier versions wrote no digest
         raise ValueError("its contents do not match their digest")
     return features
-
-
-def _digest(features: Features) -> str:
-    return digest_arrays({name: tensor.numpy() for name, tensor in features.items()})
 
 
 def read_protocol(path: Path) -> dict[str, Any]:

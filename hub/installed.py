@@ -38,16 +38,15 @@ def with_installed_classes(pipeline_class: type[DiffusionPipeline]) -> type[Diff
     return pipeline_class
 
 
-def installed_class(path_or_repo: str, **kwargs) -> type[DiffusionPipeline]:
+def installed_class(path_or_repo: str) -> type[DiffusionPipeline]:
     """Return the package's class for a pipeline folder or repository, or `DiffusionPipeline` if it has none.
 
     Args:
         path_or_repo: pipeline folder or repository on the Hub.
-        kwargs: arguments of `DiffusionPipeline.load_config`, such as `revision` and `cache_dir`.
 
     Raises:
         OSError: if there is no pipeline.
     """
-    name = DiffusionPipeline.load_config(path_or_repo, **kwargs)["_class_name"]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    name = DiffusionPipeline.load_config(path_or_repo)["_class_name"]  # pyright: ignore[reportCallIssue, reportArgumentType]
     name = name if isinstance(name, str) else name[-1]
     return getattr(import_module(_PACKAGE), name) if name in installed else DiffusionPipeline

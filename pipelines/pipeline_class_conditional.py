@@ -75,7 +75,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     @property
     def num_classes(self) -> int:
         """The number of classes, excluding the null class."""
-        if count := _count_classes(self.unet):
+        if count := count_classes(self.unet):
             return count
         raise ValueError(
             f"This {type(self.unet).__name__} is not conditioned on a class: its config has none of `num_classes`, "
@@ -376,6 +376,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 # recomputed from the clipped one; otherwise the two are inconsistent and lead away from the training
                 # data.
                 step_kwargs["use_clipped_model_output"] = use_null_class or active_guidance is not None
+            if not isinstance(self.scheduler, DDPMScheduler):  # only DDPM uses a learned variance in extra channels
+                output = output[:, : sample.shape[1]]
             sample = self.scheduler.step(output, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
@@ -460,7 +462,7 @@ class Autoguidance:
         self.channels = pipe.unet.config.in_channels
         self.prediction_types = [_prediction_type(part.scheduler) for part in (guide, pipe)]
         theirs, ours = _image_facts(guide.unet), _image_facts(pipe.unet)
-        if _count_classes(guide.unet) is None:  # like the null class, it guides away from images of any class
+        if count_classes(guide.unet) is None:  # like the null class, it guides away from images of any class
             theirs["classes"] = ours["classes"]
         if not (guide.unet.config.get("id2label") and pipe.unet.config.get("id2label")):
             theirs["class names"] = ours["class names"]
@@ -488,7 +490,7 @@ class Autoguidance:
         Raises:
             `ValueError`: If it does not take contexts, or has no null class although there is one among the labels.
         """
-        count = _count_classes(self.unet)
+        count = count_classes(self.unet)
         if count is None:
             return
         if class_labels.is_floating_point() and not self.unet.config.get("n_cfeat"):
@@ -522,7 +524,7 @@ class Autoguidance:
             t (`torch.Tensor`): The timestep.
             class_labels (`torch.Tensor`, *optional*): Its class labels.
         """
-        condition = {} if _count_classes(self.unet) is None else {"class_labels": class_labels}
+        condition = {} if count_classes(self.unet) is None else {"class_labels": class_labels}
         output = self.unet(model_input.to(self.unet.dtype), t, **condition, return_dict=False)[0]
         output = self._convert(output[:, : self.channels].to(prediction.dtype), model_input, t)
         difference = torch.zeros_like(prediction)
@@ -593,12 +595,12 @@ def _image_facts(unet: ModelMixin) -> dict[str, object]:
     return {
         "image size (height, width)": (size, size) if isinstance(size, int) else tuple(size),
         "channels": unet.config.in_channels,
-        "classes": _count_classes(unet),
+        "classes": count_classes(unet),
         "class names": [name for _, name in sorted((int(label), name) for label, name in pairs)],
     }
 
 
-def _count_classes(unet: ModelMixin) -> int | None:
+def count_classes(unet: ModelMixin) -> int | None:
     """Return the number of classes, excluding the null class; None if the network is not class-conditional."""
     sizes = (unet.config.get(name) for name in ("num_classes", "n_cfeat", "num_class_embeds"))
     return next(filter(None, sizes), None)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from .. import ClassConditionalPipeline, DDGANScheduler
 from ..core.errors import InputError, RunError
-from ..pipelines.pipeline_class_conditional import Autoguidance
+from ..pipelines.pipeline_class_conditional import Autoguidance, count_classes
 from .grids import to_pil
 from .loading import with_scheduler
 from .spacing import changed_spacing, check_steps
@@ -38,7 +38,7 @@ def sample(
     z_seeds: Sequence[int] | None = None,
     **options: Any,
 ) -> list[Image.Image]:
-    """Generate one image per seed: gray, RGB or RGBA, depending on the channels of the network.
+    """Generate one image per seed, with the channels of the network: gray or RGB, with or without alpha.
 
     All noise of an image comes from its own CPU generator, so that the image depends only on its seed: exactly, for a
     given device, number of threads and number of seeds, otherwise up to the rounding of the network's arithmetic;
@@ -93,7 +93,7 @@ def sample(
     parameters = inspect.signature(pipe.__call__).parameters
     needs_labels = getattr(parameters.get("class_labels"), "default", None) is inspect.Parameter.empty
     if isinstance(pipe, ConsistencyModelPipeline):  # without labels, it draws them from the global generator
-        needs_labels = num_classes(pipe.unet) is not None
+        needs_labels = count_classes(pipe.unet) is not None
     if class_labels is None and needs_labels:
         names = ", ".join(getattr(pipe, "labels", []))
         raise InputError(
@@ -214,10 +214,10 @@ class PipelineSampler:
         }
 
 
-def num_classes(network: ModelMixin) -> int | None:
-    """Return the number of classes, excluding the null class; None if the network is not class-conditional."""
-    sizes = (network.config.get(name) for name in ("num_classes", "n_cfeat", "num_class_embeds"))
-    return next(filter(None, sizes), None)
+def image_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the height and width of the images of a network from its config."""
+    size = config["sample_size"]
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def class_names(network: ModelMixin | None) -> dict[int, str]:
@@ -250,7 +250,7 @@ def class_label_ids(pipe: DiffusionPipeline, labels: Sequence[int | str]) -> lis
     Raises:
         InputError: If the network of the pipeline is not class-conditional or lacks one of these classes.
     """
-    if (unet := getattr(pipe, "unet", None)) is None or num_classes(unet) is None:
+    if (unet := getattr(pipe, "unet", None)) is None or count_classes(unet) is None:
         raise InputError("This network is not conditioned on a class: do not pass class labels.")
     try:
         return ClassConditionalPipeline(unet, pipe.scheduler).encode_class_labels(list(labels)).tolist()
@@ -290,8 +290,7 @@ def _denoise(
     except ValueError as error:
         raise InputError(str(error)) from error
     condition = _class_condition(unet, class_labels)
-    size, channels = unet.config.sample_size, unet.config.in_channels
-    height, width = (size, size) if isinstance(size, int) else size
+    channels, (height, width) = unet.config.in_channels, image_size(unet.config)
     accepted = inspect.signature(scheduler.step).parameters
     step_kwargs = {**step_options, "generator": generators} if "generator" in accepted else dict(step_options)
     scheduler.set_timesteps(num_inference_steps, device=unet.device)
@@ -312,7 +311,7 @@ def _denoise(
 
 
 def _class_condition(unet: ModelMixin, class_labels: Sequence[int | str] | None) -> dict[str, torch.Tensor]:
-    count = num_classes(unet)
+    count = count_classes(unet)
     if count is None and unet.config.get("class_embed_type"):
         raise InputError(
             f"This network is conditioned on vectors or numbers instead of classes (class_embed_type: "

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..data.images import CHANNEL_MODES
 from .arguments import VARY_COLUMNS
-from .generation import sample
+from .generation import image_size, sample
 from .loading import with_own_scheduler
 
 # On a CPU the time per image is nearly constant from batches of this many pixels on, see benchmarks/README.md.
@@ -108,7 +108,7 @@ def group_size(pipe: DiffusionPipeline, batch_size: int) -> int:
     config = _pixel_space_config(pipe)
     if config is None:
         return 1
-    height, width = _sample_size(config)
+    height, width = image_size(config)
     fitting = min(MAX_GROUP_SIZE, GROUP_PIXELS // (height * width))
     return 1 << max(0, fitting.bit_length() - 1)
 
@@ -118,7 +118,7 @@ def image_format(pipe: DiffusionPipeline) -> tuple[str, tuple[int, int]] | None:
     config = _pixel_space_config(pipe)
     if config is None or config.get("in_channels") not in CHANNEL_MODES:
         return None
-    height, width = _sample_size(config)
+    height, width = image_size(config)
     return CHANNEL_MODES[config["in_channels"]], (width, height)
 
 
@@ -127,8 +127,3 @@ def _pixel_space_config(pipe: DiffusionPipeline) -> Mapping[str, Any] | None:
     networks = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
     config = getattr(networks[0], "config", {}) if len(networks) == 1 else {}
     return config if config.get("sample_size") else None
-
-
-def _sample_size(config: Mapping[str, Any]) -> tuple[int, int]:
-    size = config["sample_size"]
-    return (size, size) if isinstance(size, int) else tuple(size)

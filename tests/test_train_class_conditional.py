@@ -301,7 +301,7 @@ def test_a_class_conditional_model_is_trained_further(train, tmp_path, kinds):
         train("other", "--start_model", first, network="")
     renamed = shutil.copytree(kinds, tmp_path / "renamed")
     (renamed / "c").rename(renamed / "d")
-    with pytest.raises(InputError, match="has the classes a, b, c, and the images have a, b, d"):
+    with pytest.raises(InputError, match="renamed has no 'c', and the model has no 'd'"):
         train("other", "--start_model", first, *GUIDED, network="", data=("--train_data_dir", renamed))
 
 
@@ -309,6 +309,14 @@ def test_a_start_model_replaces_the_network_of_a_recipe(unconditional):
     *_, args = arguments("--recipe", "fast", "--start_model", str(unconditional))
     assert (args.class_dropout, args.prediction_type) == (0.1, None)
     assert args.block_out_channels == ClassConditionalArguments().block_out_channels
+
+
+def test_a_learned_variance_is_only_used_by_ddpm(train, tmp_path):
+    tiny_pipeline(in_channels=1, out_channels=2).save_pretrained(tmp_path / "learned")
+    run = train("run", "--start_model", tmp_path / "learned", network="")
+    pipe = ClassConditionalPipeline.from_pretrained(run)
+    assert pipe.unet.config.out_channels == 2
+    assert sample(with_scheduler(pipe, "dpmsolver", 2), [0], 2, ["a"])[0].size == (8, 8)
 
 
 @pytest.mark.parametrize(

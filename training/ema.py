@@ -18,8 +18,7 @@ from .sharding import local_shards, num_shards, reshard
 class EMA:
     """The EMA weights of a network; with `--ema_decay 0` they are its own weights.
 
-    The trainer updates them after each optimizer step. An objective that needs an EMA teacher is given the same object
-    and calls it like the network.
+    The trainer updates them after each optimizer step.
 
     Args:
         network: the network whose weights are averaged, one of the pipeline's components.
@@ -63,17 +62,6 @@ class EMA:
             reshard(self.network)
             if self.average:
                 self.average.restore(local_shards(self.network.parameters()))
-
-    @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the network with its EMA weights, in evaluation mode and without gradients; not with FSDP."""
-        names = [name for name, _ in self.network.named_parameters()]
-        weights = dict(zip(names, self.average.shadow_params, strict=True)) if self.average else {}
-        self.network.eval()
-        try:
-            return torch.func.functional_call(self.network, weights, args, kwargs)
-        finally:
-            self.network.train()
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the EMA weights into a checkpoint: one file, or one for each process with FSDP."""

@@ -261,7 +261,7 @@ class Trainer:
             self.metrics = MetricsFile(self.folder.metrics, step)
             self.lowest_validation = lowest_validation_loss(read_metrics(self.folder.metrics))
         self.upload = BackgroundUpload(self.folder.path, self.repo_id) if self.repo_id else None
-        logger.info(opening(self.job, self.data, args, self.total_steps, self.accelerator))
+        logger.info(opening(self.job, self.data, self.total_steps, self.accelerator))
 
     def _run_steps(self) -> None:
         """Train to the last step, with everything that is due along the way.

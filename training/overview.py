@@ -18,9 +18,7 @@ from .plan import BatchPlan
 from .posthoc_ema import PosthocEMA
 
 
-def opening(
-    job: TrainingJob, data: TrainingData, args: RunArguments, total_steps: int, accelerator: Accelerator
-) -> str:
+def opening(job: TrainingJob, data: TrainingData, total_steps: int, accelerator: Accelerator) -> str:
     """Return the data, the length and the size of a run, in two sentences."""
     plan = data.plan
     images = f"{plan.num_images:,} images" if plan.num_images else "a stream of images"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..core.errors import InputError
-from ..core.files import digest_arrays, replace_file
+from ..core.files import digest_tensors, replace_file
 from .arguments import MAX_EMA_LENGTH, NUM_SNAPSHOTS, RunArguments
 from .run_folder import RunFolder
 from .sharding import gather_shards, local_shards, num_shards
@@ -103,7 +103,7 @@ class PosthocEMA:
                 if self.accelerator.is_main_process:
                     tensors[f"{length}/{name}"] = tensor.cpu().contiguous()
         if self.accelerator.is_main_process:
-            metadata = {_DIGEST: _digest(tensors)}
+            metadata = {_DIGEST: digest_tensors(tensors)}
             replace_file(self.folder.ema_snapshot(step), lambda path: save_file(tensors, path, metadata))
 
     def remove_after(self, step: int) -> None:
@@ -225,7 +225,7 @@ def _check_intact(path: Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             digest = (file.metadata() or {}).get(_DIGEST)
-        intact = digest == _digest(load_file(path))
+        intact = digest == digest_tensors(load_file(path))
     except (OSError, SafetensorError):
         intact = False
     if not intact:
@@ -233,7 +233,3 @@ def _check_intact(path: Path) -> None:
             f"The EMA snapshot {path} is damaged. Move it out of the folder: most lengths can be computed from the "
             "other snapshots."
         )
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    return digest_arrays({name: tensor.numpy() for name, tensor in tensors.items()})

@@ -11,7 +11,8 @@ from ..core.errors import InputError, naming_file
 from ..core.files import location_name
 from ..core.locations import InMemory
 from ..data.images import CHANNEL_MODES
-from ..sampling.generation import class_names, num_classes
+from ..pipelines.pipeline_class_conditional import count_classes
+from ..sampling.generation import class_names
 from ..sampling.loading import load_pipeline, read_components
 from ..sampling.steps import trained_steps
 
@@ -77,7 +78,7 @@ def load_start_model(
             f"--start_model {start_model} is a few-step model already, for {' or '.join(map(str, steps))} steps: "
             "start from the model that it was made from."
         )
-    classes = num_classes(unet)
+    classes = count_classes(unet)
     if isinstance(unet, UNet2DModel) and unet.class_embedding is not None and not classes:
         raise InputError(f"The UNet of {start_model} embeds classes, but its config has no num_class_embeds.")
     if classes and not allow_classes:
@@ -210,9 +211,3 @@ def _check_size(unet: TrainedUNet, start_model: str | InMemory, size: Sequence[i
             f"{factor}; {size[0]} x {size[1]} is not. The nearest possible sizes are {lower[0]} x {lower[1]} and "
             f"{upper[0]} x {upper[1]}."
         )
-
-
-def image_size(unet: TrainedUNet) -> tuple[int, int]:
-    """Return the height and width of the images that a UNet generates."""
-    size = unet.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)

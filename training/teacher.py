@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from .. import ClassConditionalPipeline
 from ..core.errors import RunError, write_problem
-from ..core.files import digest_arrays, fingerprint, replace_file
+from ..core.files import digest_tensors, fingerprint, replace_file
+from ..sampling.generation import image_size
 from ..sampling.loading import pipeline_hash
 from .objectives.few_step import CLEAN, FewStepProcess, TeacherSamples
 from .randomness import PerSampleRNG, fold_in
-from .start_model import image_size
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Teacher:
         rng = PerSampleRNG([fold_in(seed, index) for index in indices], device)
         labels = self._labels(indices, rng)
         unet = self.pipeline.unet.eval()
-        sample = rng.normal(unet.config.in_channels, *image_size(unet))
+        sample = rng.normal(unet.config.in_channels, *image_size(unet.config))
         noisy, nodes = [], set(self.process.timesteps.tolist())
         for timestep, next_timestep in pairwise([*self.timesteps, CLEAN]):
             if timestep in nodes:
@@ -160,7 +160,7 @@ class _SampleFile:
             if metadata.get(_FINGERPRINT) != self.fingerprint:
                 return 0
             tensors = self.read()
-            if metadata.get(_DIGEST) in (None, _digest(tensors)):  # earlier versions wrote no digest
+            if metadata.get(_DIGEST) in (None, digest_tensors(tensors)):  # earlier versions wrote no digest
                 return len(tensors["images"])
         except (OSError, SafetensorError):
             pass
@@ -178,14 +178,10 @@ class _SampleFile:
             RunError: if it cannot be written.
         """
         try:
-            metadata = {_FINGERPRINT: self.fingerprint, _DIGEST: _digest(tensors)}
+            metadata = {_FINGERPRINT: self.fingerprint, _DIGEST: digest_tensors(tensors)}
             replace_file(self.path, lambda path: save_file(tensors, path, metadata))
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"The samples of the start model could not be written to {self.path}: {write_problem(error)}. Free "
                 "some space, or use fewer of them (--teacher_samples), then run the same command again."
             ) from error
-
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    return digest_arrays({name: tensor.numpy() for name, tensor in tensors.items()})

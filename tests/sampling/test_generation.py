@@ -15,7 +15,8 @@ from tiny import level_difference, tiny_pipeline, tiny_unet
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
 from ddgan.core.errors import InputError, RunError
-from ddgan.sampling.generation import class_names, num_classes, parse_class_labels, sample
+from ddgan.pipelines.pipeline_class_conditional import count_classes
+from ddgan.sampling.generation import class_names, parse_class_labels, sample
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 from ddgan.sampling.traces import intermediates
 
@@ -267,10 +268,10 @@ def test_classes_can_be_given_by_label_or_name():
 
 
 def test_the_number_of_classes_is_read_from_the_config_of_any_network():
-    assert num_classes(tiny_unet()) is None
-    assert num_classes(tiny_unet(num_class_embeds=3)) == 3
-    assert num_classes(ContextUnet(n_feat=8, n_cfeat=4, class_dropout=0.1)) == 4
-    assert num_classes(ClassConditionedUnet(num_classes=7, class_dropout=0.1)) == 7
+    assert count_classes(tiny_unet()) is None
+    assert count_classes(tiny_unet(num_class_embeds=3)) == 3
+    assert count_classes(ContextUnet(n_feat=8, n_cfeat=4, class_dropout=0.1)) == 4
+    assert count_classes(ClassConditionedUnet(num_classes=7, class_dropout=0.1)) == 7
 
 
 def test_digits_are_class_labels_and_other_texts_are_names():

@@ -8,7 +8,7 @@ from tiny import ROOT, level_difference, tiny_pipeline, tiny_unet
 from tiny_clip import save_clip
 
 from ddgan import CLIPLoss, ColorLoss, GuidedPipeline, SaturationLoss, SymmetryLoss, TotalVariationLoss
-from ddgan.sampling.generation import num_classes
+from ddgan.pipelines.pipeline_class_conditional import count_classes
 from ddgan.sampling.groups import GroupSampler, group_size, split_into_groups
 from ddgan.sampling.loading import load_pipeline, with_scheduler
 
@@ -34,7 +34,7 @@ def test_a_row_of_a_batch_does_not_depend_on_the_other_rows(folder):
     def inputs(seed: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         tensors = {name: torch.randn(size, *shape, generator=generator) for name, shape in shapes.items()}
-        if classes := num_classes(unet):
+        if classes := count_classes(unet):
             tensors["class_labels"] = torch.randint(classes, (size,), generator=generator)
         return tensors
 
