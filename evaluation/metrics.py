@@ -73,6 +73,12 @@ class Gaussian:
         array = _checked(features, min_images=2).numpy()
         return cls(array.mean(0), np.cov(array, rowvar=False).reshape(array.shape[1], -1))
 
+    @cached_property
+    def root(self) -> np.ndarray:
+        """R, (D, D), with `covariance` = R R^T."""
+        eigenvalues, eigenvectors = np.linalg.eigh(self.covariance)
+        return eigenvectors * np.sqrt(eigenvalues.clip(0))
+
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Compute |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), arXiv 1706.08500, equation (6).
@@ -84,14 +90,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         raise ValueError(f"The features have {len(a.mean)} and {len(b.mean)} dimensions: use one extractor for both.")
     if not all(np.isfinite(part).all() for part in (a.mean, a.covariance, b.mean, b.covariance)):
         raise ValueError("The mean or the covariance of the features is not finite.")
-    root_trace = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
+    root_trace = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
     difference = a.mean - b.mean
     return float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root_trace)
-
-
-def _root(covariance: np.ndarray) -> np.ndarray:
-    eigenvalues, eigenvectors = np.linalg.eigh(covariance)
-    return eigenvectors * np.sqrt(eigenvalues.clip(0))
 
 
 def frechet_bias(samples: torch.Tensor, reference: Gaussian) -> float:

@@ -34,8 +34,8 @@ def read_index(folder: Path) -> PipelineIndex:
         InputError: if it is missing or damaged, or names a file outside of the folder.
     """
     file = folder / PIPELINE_FILE
-    index = parse_index(read_json(file) if file.is_file() else {}, folder)
-    contents = read_json(file)
+    contents = read_json(file) if file.is_file() else {}
+    index = parse_index(contents, folder)
     for name in contents.keys() - index.components.keys():
         if (folder / name / "config.json").is_file() or (folder / name / "scheduler_config.json").is_file():
             raise InputError(

@@ -57,13 +57,14 @@ def pipeline_files(folder: Path) -> list[str]:
         InputError: if it is not a pipeline folder, its model_index.json or its card cannot be read, a component has
             its weights only as pickles, or one of these files is a symbolic link.
     """
+    components = read_index(folder).components
     files = [
         file
-        for name in read_index(folder).components
+        for name in components
         for file in (folder / name).glob("*")
         if _COMPONENT_FILES.fullmatch(file.name)
     ]
-    for name in read_index(folder).components:
+    for name in components:
         if (pickles := sorted((folder / name).glob("*.bin"))) and not any((folder / name).glob("*.safetensors")):
             raise InputError(
                 f"{pickles[0]} holds weights as a pickle, which is not published because loading it may run code. "

@@ -128,7 +128,7 @@ def generate_samples(teacher: Teacher, count: int, seed: int, path: Path, accele
 def _generate(teacher: Teacher, indices: range, seed: int, file: "_SampleFile", accelerator: Accelerator) -> None:
     """Generate the samples of these indices; the main process writes them to the file, after those it has."""
     rank, batch = accelerator.process_index, _BATCH_SIZE
-    parts = [file.read()] if indices.start else []
+    parts = [file.read()] if indices.start and accelerator.is_main_process else []
     last_write = time.monotonic()
     starts = indices[:: batch * accelerator.num_processes]
     for start in tqdm(starts, "sampling the start model", unit="batch", disable=rank > 0):
