@@ -24,6 +24,7 @@ from ..training.optimizers import adamw
 from ..training.session import Session
 from ..training.start_model import load_start_model, model_classes
 from .arguments import (
+    NETWORK_SETTINGS,
     ClassConditionalArguments,
     ClassConditionalLearningRateArguments,
     ClassConditionalRunArguments,
@@ -59,6 +60,8 @@ def train_class_conditional(
     classes = data.classes
     assert classes is not None  # images without labels raise an error
     labels, grid = session.plan_grid(classes)
+    arguments = (session.run, learning_rate, data_args, label_args, evaluation, validation, args)
+    settings = settings_for_card(*arguments)
     if start is None:
         torch.manual_seed(run.seed)  # same initial weights in every process and every run with this seed
         unet = build(args, size, classes)
@@ -76,6 +79,7 @@ def train_class_conditional(
             unet = ClassConditionedUnet.from_unet(unet, len(classes), args.class_dropout, dict(enumerate(classes)))
         origin = f": {location_name(args.start_model)}, fine-tuned on {data.name}"
         facts = {"base_model": location_name(args.start_model), **carry_over_license(args.start_model)}
+        settings = {name: value for name, value in settings.items() if name not in NETWORK_SETTINGS}
     if run.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     objective = ClassConditionalObjective(
@@ -88,7 +92,6 @@ def train_class_conditional(
 
     pipeline = ClassConditionalPipeline(unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    arguments = (session.run, learning_rate, data_args, label_args, evaluation, validation, args)
     card = CardFacts(
         title=run.model_save_name,
         summary=f"A class-conditional diffusion model{origin}, for images of {size[0]}x{size[1]} pixels. Its "
@@ -100,7 +103,7 @@ def train_class_conditional(
             scheduler=ddim_usage(pipeline, args.sample_steps),
             steps=args.sample_steps,
         ),
-        settings=settings_for_card(*arguments),
+        settings=settings,
         dataset=data.name,
         data_license=data.license,
         tags=["ddpm", "class-conditional", *(["fine-tuned"] if start else [])],

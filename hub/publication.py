@@ -59,10 +59,7 @@ def pipeline_files(folder: Path) -> list[str]:
     """
     components = read_index(folder).components
     files = [
-        file
-        for name in components
-        for file in (folder / name).glob("*")
-        if _COMPONENT_FILES.fullmatch(file.name)
+        file for name in components for file in (folder / name).glob("*") if _COMPONENT_FILES.fullmatch(file.name)
     ]
     for name in components:
         if (pickles := sorted((folder / name).glob("*.bin"))) and not any((folder / name).glob("*.safetensors")):

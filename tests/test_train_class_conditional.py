@@ -288,6 +288,7 @@ def test_an_unconditional_model_becomes_class_conditional(train, unconditional):
 
     card = (run / "README.md").read_text()
     assert "A class-conditional diffusion model: unconditional, fine-tuned on kinds" in card
+    assert "| class_dropout | 0.5 |" in card and "block_out_channels" not in card
     assert "license: mit" in card and "fine-tuned" in yaml.safe_load(card.split("---")[1])["tags"]
 
 
