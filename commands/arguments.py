@@ -83,8 +83,12 @@ MAX_WIDTH, MAX_LAYERS = 16_384, 100  # far above any network that can be trained
 CLASS_DATASETS = ("mnist", "fashion_mnist")
 # flags of train_class_conditional.py that describe a new network
 NETWORK_SETTINGS = (
-    *("unet", "block_out_channels", "class_emb_size"),
-    *("layers_per_block", "attention_levels", "norm_num_groups"),
+    "unet",
+    "block_out_channels",
+    "class_emb_size",
+    "layers_per_block",
+    "attention_levels",
+    "norm_num_groups",
 )
 MIN_WIDTH = 8  # channels of one attention head in the blocks of Diffusers
 

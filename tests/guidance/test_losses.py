@@ -124,9 +124,8 @@ def test_a_damaged_reference_is_reported_when_it_is_opened(tmp_path):
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_a_reference_is_fitted_to_the_images(channels):
     red = Image.new("RGB", (40, 10), "red")
-    expected = {1: [-0.4], 2: [-0.4, 1], 3: [1, -1, -1], 4: [1, -1, -1, 1]}[
-        channels
-    ]  # 76 of 255 is the luminance of red
+    gray, rgb = [-0.4], [1, -1, -1]  # 76 of 255 is the luminance of red
+    expected = {1: gray, 2: [*gray, 1], 3: rgb, 4: [*rgb, 1]}[channels]
     images = torch.tensor(expected).view(1, channels, 1, 1).expand(1, channels, 8, 6)
     assert ReferenceLoss(red, 2)(images).item() < 1e-4
 
