@@ -59,7 +59,7 @@ HEADLINE = """
 # Diffusion models
 Generate images in many steps or in few, and guide them towards a color, a text prompt or a class.
 """
-COLOR_EXAMPLES = [["#BB2266", 20], ["#44CCAA", 40]]
+COLOR_EXAMPLES = [["#BB2266", 10], ["#44CCAA", 15]]
 # JavaScript: put the settings of a tab into the address of the page, and of the Hub's page around it
 LINK = """(...values) => {{
     const kept = [...new URLSearchParams(location.search)].filter(([name]) => name.startsWith("__"));

@@ -44,7 +44,7 @@ MAX_SECONDS = 120  # for one request
 DEFAULT_STEPS = 40
 # guidance scales at that number of steps, with the gradient through the network; few-step models follow it less, see
 # docs/guidance.md
-DEFAULT_GUIDANCE, FEW_STEP_GUIDANCE = 20.0, 40.0
+DEFAULT_GUIDANCE, FEW_STEP_GUIDANCE = 10.0, 40.0
 DEFAULT_CLASS_GUIDANCE = 1.5  # best on digits, see docs/class_conditional.md
 MAX_CLASS_GUIDANCE = 10.0
 MAX_AUTOGUIDANCE = 5.0

@@ -213,16 +213,16 @@ def test_example_buttons_fill_in_the_fields(browser, address):
     with open_page(browser, address) as page:
         open_guidance(page)
         scale, swatch = page.get_by_label("number input for Guidance scale"), page.locator(".picker .dialog-button")
-        for color, value in (("#BB2266", "20"), ("#44CCAA", "40")):
+        for color, value in (("#BB2266", "10"), ("#44CCAA", "15")):
             page.get_by_text(f"{color} at scale {value}").click()
             page.wait_for_function("([field, value]) => field.value == value", arg=[scale.element_handle(), value])
             assert swatch.evaluate("e => e.style.background") == "rgb({}, {}, {})".format(*ImageColor.getrgb(color))
         set_steps(page, 8)
-        click(page, "#BB2266 at scale 20")
-        click(page, "#44CCAA at scale 40")
+        click(page, "#BB2266 at scale 10")
+        click(page, "#44CCAA at scale 15")
         with page.expect_request("**/queue/join*") as request:  # right after, with the filled-in values
             click(page, "Generate")
-        assert {"#44CCAA", 40} <= {x for x in request.value.post_data_json["data"] if isinstance(x, str | int)}
+        assert {"#44CCAA", 15} <= {x for x in request.value.post_data_json["data"] if isinstance(x, str | int)}
         guided, unguided = images_in(page, "guided-images"), images_in(page, "guided-unguided")
         assert color_distance(guided, "#44CCAA") < color_distance(unguided, "#44CCAA") - 3
 
