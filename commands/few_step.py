@@ -4,6 +4,7 @@ The network first learns from samples of the start model (distillation), then al
 its samples with the images (adversarial training).
 """
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,8 @@ from ..training.session import Session
 from ..training.start_model import TrainedUNet, load_start_model, model_classes
 from ..training.teacher import Teacher, generate_samples
 from .arguments import FewStepArguments, FewStepRunArguments
+
+logger = logging.getLogger(__name__)
 
 DISCRIMINATOR_HEAD_START = 100  # optimizer steps of the discriminator before the first adversarial step
 DDIM_STEPS = 40  # of the start model, for comparison
@@ -228,6 +231,12 @@ def check_length(run: FewStepRunArguments, data: TrainingData, distillation_step
             f"{data.name} has {plan.num_images} images, fewer than the {plan.global_batch_size} of one optimizer step "
             "(--batch_size x --grad_accumulation_steps x processes). A discriminator that sees every image in every "
             "step memorizes them: use more images or a smaller --batch_size."
+        )
+    if not adversarial_steps:
+        logger.warning(
+            f"The run has {total_steps} optimizer steps, so it ends with the first stage (--distillation_steps): it "
+            "has no discriminator and learns nothing from the training images. For adversarial training set a larger "
+            "--max_train_steps."
         )
     last_stage = adversarial_steps or distillation_steps
     steps = half_life(run, total_steps)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -385,7 +386,8 @@ def _one_line(text: str) -> str:
 
 
 def _packages() -> str:
-    versions = [f"{name} {version(name)}" for name in ("diffusers", "torch", "accelerate")]
+    used = ["diffusers", "torch", *(["accelerate"] if find_spec("accelerate") else [])]  # of the extra [train]
+    versions = [f"{name} {version(name)}" for name in used]
     return ", ".join([f"diffusers-ddgan {__version__}", *versions])
 
 

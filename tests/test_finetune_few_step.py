@@ -169,8 +169,9 @@ def test_each_column_of_the_metrics_begins_with_its_stage(few_step, monkeypatch)
     assert f"| generator loss | {last:.4f}, mean of the last 2 steps |" in card
 
 
-def test_a_run_that_ends_with_the_first_stage_has_no_discriminator(few_step):
+def test_a_run_that_ends_with_the_first_stage_has_no_discriminator(few_step, caplog):
     run = few_step("run", "--distillation_steps", 500, "--batch_size", 16)  # no discriminator could memorize 13 images
+    assert "The run has 4 optimizer steps, so it ends with the first stage" in caplog.text
     rows = read_metrics(run / "metrics.csv")
     assert len(rows) == 4
     names = ("learning_rate", "loss", "distillation", "grad_norm")

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -122,3 +124,16 @@ def test_invalid_input_is_refused_before_anything_is_written(tmp_path, golden):
     (tmp_path / "out" / ".tmp-files").mkdir(parents=True)  # as a killed command leaves them
     (tmp_path / "out" / ".lock").touch()
     ConvertArguments(str(path), output_dir=str(tmp_path / "out"))
+
+
+def test_the_base_installation_is_enough(tmp_path, golden):
+    _, config, generator = golden("generator_a")
+    torch.save(generator, tmp_path / "state.pth")
+    (tmp_path / "args.json").write_text(json.dumps(config))
+    flags = "--checkpoint_path state.pth --config_path args.json --output_dir converted --num_samples 2"
+    missing = ("accelerate", "datasets", "matplotlib", "tensorboard")
+    program = f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
+    program += f"from ddgan.scripts.convert_ddgan_checkpoint import main\nmain({flags.split()})"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    card = (tmp_path / "converted" / "README.md").read_text()
+    assert f"torch {version('torch')}." in card and "accelerate" not in card
