@@ -16,18 +16,21 @@ from ..core.errors import InputError, RunError, write_problem
 from ..core.files import replace_folder
 from ..core.locks import locked
 from ..core.threads import one_thread_per_operation
-from ..evaluation.extractors import FeatureExtractor
+from ..evaluation.extractors import ClassifierFeatures, FeatureExtractor
 from ..evaluation.metrics import METRICS, available_metrics
-from ..evaluation.reporting import format_value, full_title, metric_title, update_card
+from ..evaluation.references import Reference
+from ..evaluation.reporting import check_card, format_value, full_title, metric_title, update_card
 from ..evaluation.results import Results
+from ..hub.arguments import CARD_NAME
 from ..hub.cards import code_section, read_card, replace_loaded, string_literal, table
 from ..hub.folders import code_files
 from ..sampling.grids import image_grid
+from ..sampling.groups import split_into_groups
 from ..sampling.loading import load_pipeline
 from ..training.posthoc_ema import EMASnapshots
 from ..training.run_folder import RunFolder
 from .arguments import ChooseEMAArguments
-from .evaluate import PipelineSamples, measure, selected_extractor
+from .evaluate import PipelineSamples, load_references, measure, selected_extractor, user_errors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,16 +96,22 @@ def choose_ema(args: ChooseEMAArguments) -> ChosenEMA | None:
     snapshots = EMASnapshots.open(folder)
     _check_lengths(args, snapshots)
     extractor = selected_extractor(args.evaluation(), accelerator)
-    _check_metric(args, extractor)
     pipeline = load_pipeline(str(args.run), trust_remote_code=args.trust_remote_code)
     _check_network(pipeline, snapshots, folder)
     chosen = None
+    if (card := folder.path / CARD_NAME).is_file():
+        check_card(card)
     with locked(folder.path, accelerator, "--run"):
+        evaluation = args.evaluation(pipeline)
+        with one_thread_per_operation(accelerator.device) as threads, user_errors(RunError):
+            samples = PipelineSamples(evaluation, accelerator)
+            references = load_references(samples, extractor, evaluation, accelerator, threads)
+        _check_metric(args, extractor, references[0])
         results: dict[float | None, Results] = {}
         for length in (None, *args.lengths):
             if length is not None:
                 _set_weights(pipeline, snapshots, length)
-            measured = measure(args.evaluation(pipeline), accelerator, extractor=extractor)
+            measured = measure(args.evaluation(pipeline), accelerator, extractor=extractor, references=references)
             if measured:
                 key = _metric_key(args.best_metric, measured)
                 results[length] = measured
@@ -112,8 +121,9 @@ def choose_ema(args: ChooseEMAArguments) -> ChosenEMA | None:
             chosen = _choose(args, folder, snapshots, results)
             _set_weights(pipeline, snapshots, chosen.length)
             samples = PipelineSamples(args.evaluation(pipeline), accelerator)
+            groups = split_into_groups(min(_GRID_IMAGES, samples.count), samples.batch_size, samples.offset)
             with one_thread_per_operation(accelerator.device):
-                grid = image_grid(samples.sampler(range(min(_GRID_IMAGES, samples.batch_size - samples.offset))))
+                grid = image_grid([image for group in groups for image in samples.sampler(group)])
             try:
                 replace_folder(folder.posthoc, lambda path: _write(path, chosen, pipeline, grid, snapshots, folder))
             except OSError as error:
@@ -137,14 +147,20 @@ def _check_lengths(args: ChooseEMAArguments, snapshots: EMASnapshots) -> None:
         )
 
 
-def _check_metric(args: ChooseEMAArguments, extractor: FeatureExtractor) -> None:
+def _check_metric(args: ChooseEMAArguments, extractor: FeatureExtractor, reference: Reference | None) -> None:
     """Check that the samples can be measured with the metric that selects the length."""
-    classes = {"confusion"} if args.class_labels is not None else set()
-    measured = available_metrics(extractor.metric_inputs | classes)
+    inputs = set(extractor.metric_inputs)
+    if args.class_labels is not None and (args.classifier or isinstance(extractor, ClassifierFeatures)):
+        inputs.add("confusion")
+    has_statistics = reference is not None and reference.facts.statistics is not None
+    if has_statistics:
+        inputs.discard("reference")
+    measured = available_metrics(inputs)
     if args.best_metric not in measured:
+        cause = "with the mean and covariance of the reference alone" if has_statistics else "with these flags"
         raise InputError(
-            f"--best_metric is {args.best_metric}, which cannot be measured with these flags and {extractor.name}. "
-            f"These can: {', '.join(measured)}."
+            f"--best_metric is {args.best_metric}, which cannot be measured {cause} and {extractor.name}. These can: "
+            f"{', '.join(measured)}."
         )
 
 
@@ -168,18 +184,8 @@ def _set_weights(pipeline: DiffusionPipeline, snapshots: EMASnapshots, length: f
 
 
 def _metric_key(name: str, results: Results) -> str:
-    """Return the key `name@images` of a metric.
-
-    Raises:
-        InputError: if the reference, of which only the mean and covariance are known, does not allow it.
-    """
-    by_name = {key.partition("@")[0]: key for key in results.metrics}
-    if name not in by_name:
-        raise InputError(
-            f"--best_metric is {name}, which needs the features of the reference images, not only their mean and "
-            f"covariance. These can be measured: {', '.join(by_name)}."
-        )
-    return by_name[name]
+    """Return the key `name@images` of a metric."""
+    return next(key for key in results.metrics if key.partition("@")[0] == name)
 
 
 def _choose(

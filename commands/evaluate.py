@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ..core.accelerator import start_accelerate
 from ..core.errors import InputError, RunError, write_problem
@@ -39,7 +39,7 @@ from ..evaluation.references import (
     measure_reference,
     random_subset,
 )
-from ..evaluation.reporting import format_table, update_card
+from ..evaluation.reporting import check_card, format_table, update_card
 from ..evaluation.results import Results, compute_results
 from ..evaluation.saved_references import holds_statistics, read_features, read_statistics, save_statistics
 from ..sampling.generation import class_names, parse_class_labels, sample
@@ -64,6 +64,8 @@ def evaluate(args: EvaluateArguments) -> Results | None:
     """
     started = time.perf_counter()
     accelerator = start_accelerate()
+    if args.update_card:
+        check_card(args.card)
 
     def report(results: Results) -> None:
         with user_errors(InputError), naming_output(args):
@@ -80,6 +82,7 @@ def measure(
     accelerator: Accelerator,
     report: Callable[[Results], None] | None = None,
     extractor: FeatureExtractor | None = None,
+    references: tuple[Reference | None, Reference | None] | None = None,
 ) -> Results | None:
     """Measure the samples; every process must call this.
 
@@ -87,6 +90,7 @@ def measure(
         report: called with the results in the main process, before the features of the samples are removed from the
             cache. Without it they are kept, so that the same samples are not generated again.
         extractor: that of `args`, if it is loaded already.
+        references: the result of `load_references` for `args`, if they are loaded already.
 
     Returns:
         The results, in the main process.
@@ -98,12 +102,14 @@ def measure(
         extractor = extractor or selected_extractor(args, accelerator)
         with user_errors(InputError):
             classifier = select_classifier(args, extractor, accelerator.device)
-        samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args, classifier)
+        samples = PipelineSamples(args, accelerator) if args.pipeline else StoredSamples(args, classifier, accelerator)
         requested = None if args.stacked_mnist else requested_classes(samples, classifier)
         if args.stacked_mnist and samples.facts.properties.channels != 3:
             raise InputError("--stacked_mnist counts digits in three channels, but the images are gray.")
-        with user_errors(RunError):
-            reference, held_out = load_references(samples, extractor, args, accelerator, threads)
+        if references is None:
+            with user_errors(RunError):
+                references = load_references(samples, extractor, args, accelerator, threads)
+        reference, held_out = references
         folder = parts_folder(samples, extractor, classifier, args)
         results = None
         with saving_images(args, folder, accelerator), locked_parts(folder, accelerator) as parts:
@@ -168,6 +174,8 @@ def select_classifier(
     if args.classifier and args.classifier != args.feature_extractor:
         classifier = load_extractor(args.classifier, device=device)
     if not isinstance(classifier, ClassifierFeatures):
+        if args.pipeline and not args.classifier and not args.stacked_mnist:
+            return None  # the classes are only for sampling
         flag = "--stacked_mnist" if args.stacked_mnist else "--class_labels"
         raise InputError(f"{flag} needs the predictions of a classifier: pass its folder with --classifier.")
     classes = classifier.network.config.num_classes
@@ -192,7 +200,7 @@ def requested_classes(
     known, names = classifier.network.class_names, samples.class_names
     wanted = [names.get(label, label) if isinstance(label, int) else label for label in samples.labels]
     # existing images have the names of the classifier
-    if any(name in known for name in wanted) or not names or list(names.values()) == known:
+    if any(name in known for name in names.values()) or not names or list(names.values()) == known:
         numbers = [known.index(name) if name in known else name for name in wanted]
     else:
         numbers_by_name: dict[int | str, int] = {name: label for label, name in names.items()}
@@ -280,7 +288,7 @@ class PipelineSamples:
 class StoredSamples:
     """Existing images, all of one size, with the same attributes as `PipelineSamples`."""
 
-    def __init__(self, args: EvaluateArguments, classifier: ClassifierFeatures | None):
+    def __init__(self, args: EvaluateArguments, classifier: ClassifierFeatures | None, accelerator: Accelerator):
         assert args.images is not None
         self.class_names = dict(enumerate(classifier.network.class_names)) if classifier else {}
         self.labels = args.class_labels and parse_class_labels(args.class_labels, self.class_names)
@@ -291,12 +299,17 @@ class StoredSamples:
         self.count = args.num_images or total
         if self.count > total:
             raise InputError(f"--num_images is {self.count}, but {args.images} has {total} images.")
+        if self.count < MIN_IMAGES:
+            raise InputError(f"{args.images} has {total} images; there must be at least {MIN_IMAGES} to measure.")
         self.indices = range(self.count) if args.class_labels is not None else random_subset(total, self.count)
         guidance = None if isinstance(args.images, InMemory) else clip_guidance(Path(args.images))
         self.facts = SampleFacts(
             count=self.count,
             properties=describe_images([self.images.image(self.indices[i]) for i in evenly_spaced(self.count)]),
-            origin={"source": location_name(args.images), "contents": self.source.fingerprint(self.indices)},
+            origin={
+                "source": location_name(args.images),
+                "contents": self.images.fingerprint(self.indices, accelerator),
+            },
             settings={
                 "class_labels": self.labels,
                 "order": "natural order of the files, or as stored" if self.labels else None,
@@ -405,7 +418,10 @@ def saving_images(args: EvaluateArguments, parts: Path, accelerator: Accelerator
     """
     folder = args.save_images and Path(args.save_images)
     with locked(folder, accelerator, "--save_images") if folder else nullcontext():
-        if folder and contains_files(folder) and not parts.exists():
+        is_foreign = [
+            bool(folder) and contains_files(folder) and not parts.exists()
+        ]  # only the main process has parts
+        if broadcast_object_list(is_foreign)[0]:
             raise InputError(f"--save_images {folder} is not empty: name a new folder, so that no file is replaced.")
         accelerator.wait_for_everyone()
         if folder and accelerator.is_main_process:
@@ -442,6 +458,11 @@ def load_references(
         args.reference, source, args.num_reference, samples, extractor, args, accelerator, threads
     )
     require_images(MIN_IMAGES, args.reference, reference)
+    if args.save_statistics and reference.facts.statistics and not reference.facts.contents:
+        raise InputError(
+            f"--save_statistics {args.save_statistics} would state a protocol, but how the statistics in "
+            f"{args.reference} were measured is unknown. Copy that file instead."
+        )
     if args.save_statistics and accelerator.is_main_process:
         save_statistics(Path(args.save_statistics), reference, extractor, accelerator)
     if not args.held_out:
@@ -454,6 +475,11 @@ def load_references(
     held_out = load_reference(
         args.held_out, held_out_source or None, None, samples, extractor, args, accelerator, threads
     )
+    if held_out.facts.statistics is not None:
+        raise InputError(
+            f"Detecting memorization needs the features of the held-out images, but {args.held_out} has only their "
+            "mean and covariance. Pass the images themselves with --held_out."
+        )
     require_images(MIN_HELD_OUT, args.held_out, held_out)
     if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
         raise InputError(
@@ -532,7 +558,8 @@ def load_reference(
         count: size of a random subset; None means all.
 
     Raises:
-        InputError: if the features or statistics are of another extractor, or of images of another size.
+        InputError: if the features or statistics are of another extractor or of images of another size, or `count` is
+            larger than the number of images.
         RunError: if an image cannot be read.
     """
     height, width = samples.preprocessing.height, samples.preprocessing.width
@@ -541,6 +568,8 @@ def load_reference(
         if path.suffix == ".safetensors":
             return read_features(path, extractor, (height, width), accelerator)
         return read_statistics(path, location_name(location), extractor, (height, width))
+    if count and count > len(source):
+        raise InputError(f"--num_reference is {count}, but {location} has {len(source)} images.")
     return measure_reference(
         ReferenceImages(source, value_range=check_value_range(args.value_range)),
         location_name(location),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STACKED_MNIST_MODES = 1000
+_NUMBERED_CLASSES = 100  # with more, a confusion matrix is plotted without texts
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def class_accuracies(confusion: torch.Tensor) -> tuple[float, list[float | None]
 def confusion_matrix_plot(confusion: torch.Tensor, class_names: Sequence[str]) -> "Figure":
     """Plot a confusion matrix; each row is shaded by the fractions of its samples: darker is more.
 
+    With up to 100 classes it also has their names and the numbers of samples.
+
     Raises:
         ImportError: if matplotlib is not installed.
     """
@@ -111,17 +114,18 @@ def confusion_matrix_plot(confusion: torch.Tensor, class_names: Sequence[str]) -
     num_classes = len(class_names)
     fractions = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     shades = fractions.sqrt().numpy()  # the square root keeps rare confusions visible
-    side = 1.5 + 0.42 * num_classes
+    side = min(1.5 + 0.42 * num_classes, 45)  # inches
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shades, cmap="gray_r", vmin=0, vmax=1)
     for i in range(num_classes):
         for j in range(num_classes):
-            if confusion[i, j]:
+            if confusion[i, j] and num_classes <= _NUMBERED_CLASSES:
                 color = "white" if shades[i, j] > 0.5 else "black"
                 axes.text(j, i, str(confusion[i, j].item()), color=color, ha="center", va="center", fontsize=9)
-    axes.set_xticks(range(num_classes), class_names, rotation=90)
-    axes.set_yticks(range(num_classes), class_names)
+    if num_classes <= _NUMBERED_CLASSES:
+        axes.set_xticks(range(num_classes), class_names, rotation=90)
+        axes.set_yticks(range(num_classes), class_names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("requested class")
     return figure

@@ -47,8 +47,10 @@ class ReferenceImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def fingerprint(self, indices: Sequence[int]) -> str:
-        return self.source.fingerprint(indices)
+    def fingerprint(self, indices: Sequence[int], accelerator: Accelerator) -> str:
+        """Return a hash of the contents of these images, which one process reads; every process must call this."""
+        contents = [self.source.fingerprint(indices) if accelerator.is_main_process else ""]
+        return broadcast_object_list(contents)[0]
 
     def image(self, i: int) -> Image.Image:
         """Return image i, not yet decoded."""
@@ -138,14 +140,12 @@ def measure_reference(
     indices = random_subset(len(images), count)
     properties = describe_images([images.image(indices[i]) for i in evenly_spaced(count)])
     properties = replace(properties, channels=channels or properties.channels)
-    contents = [images.fingerprint(indices) if accelerator.is_main_process else None]  # one process reads the files
-    broadcast_object_list(contents)
     height, width = size
     measured_at = f"{width}x{height}"
     facts = ReferenceFacts(
         name=name,
         split=split,
-        contents=contents[0],
+        contents=images.fingerprint(indices, accelerator),
         images=count,
         of=len(images),
         size=properties.size,

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard
+from yaml import YAMLError
 
+from ..core.errors import naming_file
 from ..core.files import fingerprint, replace_file
 from .arguments import DINOV2, INCEPTION, STACKED_MNIST_SAMPLES
 from .facts import CLIP_GUIDANCE, EvaluationProtocol
@@ -178,6 +180,16 @@ def model_index_entries(
         )
         entries.append(entry)
     return entries
+
+
+def check_card(card_path: Path) -> None:
+    """Check that a model card can be updated.
+
+    Raises:
+        InputError: if its metadata are not valid YAML.
+    """
+    with naming_file(card_path, YAMLError):
+        ModelCard.load(card_path)
 
 
 def update_card(card_path: Path, results: "Results") -> None:

@@ -125,7 +125,7 @@ def compute_results(
     values = metrics.compute_metrics(MetricInputs(features["features"], **inputs))
     bias = None
     if reference and samples.count < ENOUGH_FOR_FID:
-        bias = metrics.frechet_bias(features["features"], reference.gaussian)
+        bias = metrics.frechet_bias(features["features"], reference.gaussian, values["fid"].value)
         values["fid"].protocol["estimated_bias"] = bias
 
     protocol = EvaluationProtocol(

@@ -51,9 +51,11 @@ class GroupSampler:
 
     def __post_init__(self):
         # guided sampling freezes the network for the time of a call, which would affect the other threads
-        for component in self.pipe.components.values():
-            if isinstance(component, torch.nn.Module):
-                component.requires_grad_(False)
+        guide = self.options.get("guide")
+        for pipe in (self.pipe, guide) if guide else (self.pipe,):
+            for component in pipe.components.values():
+                if isinstance(component, torch.nn.Module):
+                    component.requires_grad_(False)
 
     @property
     def offset(self) -> int:

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -160,6 +161,21 @@ def test_what_cannot_be_measured_is_reported_at_once(run, measurement, flags, me
     with pytest.raises(InputError, match=message):
         choose(run, "--lengths", "0.05", *measurement, *flags)
     assert not (run / "posthoc").exists()
+
+
+def test_a_metric_that_statistics_do_not_allow_is_reported_before_sampling(run, measurement, tmp_path):
+    features = np.random.default_rng(0).normal(size=(500, 192))
+    np.savez(tmp_path / "statistics.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    flags = [*measurement, "--reference", tmp_path / "statistics.npz", "--cache_dir", tmp_path / "cache"]
+    with pytest.raises(InputError, match="--best_metric is kid, which cannot be measured with the mean and cov"):
+        choose(run, "--lengths", "0.05", *flags, "--best_metric", "kid")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_grid_has_as_many_images_wherever_its_seeds_begin(run, measurement):
+    choose(run, "--lengths", "0.05", *measurement, "--seed", "31")  # the last of a group
+    width, height = Image.open(run / "posthoc" / "samples.png").size
+    assert width == height > 4 * 8
 
 
 def test_a_run_without_usable_snapshots_is_reported(run, measurement, tmp_path):

@@ -409,6 +409,19 @@ def test_statistics_of_another_protocol_are_refused(run, folders, tmp_path):
         run("--images", folders["samples"], reference=file)
 
 
+def test_statistics_of_an_unknown_protocol_do_not_get_one(run, folders, tmp_path):
+    features = np.random.default_rng(0).normal(size=(100, 16))
+    np.savez(tmp_path / "foreign.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    with pytest.raises(InputError, match=r"how the statistics in .*foreign\.npz were measured is unknown\. Copy"):
+        run(
+            *("--images", folders["samples"], "--save_statistics", tmp_path / "ours.npz"),
+            reference=tmp_path / "foreign.npz",
+        )
+    assert not (tmp_path / "ours.npz").exists()
+    with pytest.raises(InputError, match=r"needs the features of the held-out images, but .*foreign\.npz has only"):
+        run("--images", folders["samples"], "--held_out", tmp_path / "foreign.npz")
+
+
 def test_statistics_replace_only_statistics(run, folders, tmp_path):
     np.savez(tmp_path / "images.npz", arr_0=stack(folders["reference"]))
     before = (tmp_path / "images.npz").read_bytes()
@@ -591,6 +604,18 @@ def test_classes_of_a_pipeline_and_a_classifier_are_matched_by_name(run, tmp_pat
         InputError, match="--class_labels wasp: the classifier classifier has the classes 0 to 2, named"
     ):
         run("--pipeline", partly, *flags, "--class_labels", 0, "wasp", reference=None)
+    with pytest.raises(InputError, match="--class_labels wasp"):  # not the class with the same number
+        run("--pipeline", partly, *flags, "--class_labels", "wasp", reference=None)
+
+
+def test_a_conditional_pipeline_is_measured_without_a_classifier(run, folders, tmp_path):
+    named = named_pipeline(tmp_path / "named", ["ant", "bee", "cat"])
+    flags = [*SHORT, "--num_images", 12, "--feature_extractor", "pixels-8x8", "--class_labels", "ant", "cat"]
+    results = run("--pipeline", named, *flags)
+    assert results["metrics"]["fid@12"]["value"] > 0 and "class_accuracy@12" not in results["metrics"]
+    assert results["samples"]["class_labels"] == ["ant", "cat"]
+    with pytest.raises(InputError, match="--class_labels needs the predictions of a classifier"):
+        run("--images", folders["samples"], *flags[-5:])
 
 
 def test_existing_images_are_paired_with_their_classes_in_natural_order(run, tmp_path):
@@ -780,6 +805,11 @@ def test_a_model_card_is_only_updated_on_request(run, folders, tmp_path):
     (tmp_path / "model" / "README.md").write_text("# Mine\n")
     run(*flags)
     assert (tmp_path / "model" / "README.md").read_text() == "# Mine\n"
+    damaged = "---\ntitle: a: b\n---\n# Mine\n"
+    (tmp_path / "model" / "README.md").write_text(damaged)
+    with pytest.raises(InputError, match=r"README\.md cannot be read .*mapping values are not allowed here"):
+        run(*flags, "--update_card")
+    assert (tmp_path / "model" / "README.md").read_text() == damaged
 
 
 @pytest.mark.parametrize(
@@ -867,6 +897,8 @@ def test_resized_references_have_a_warning(run, folders, tmp_path):
         ([], "either --pipeline"),
         (["--images", "SAMPLES", "--num_images", 41], "has 40 images"),
         (["--images", "SAMPLES", "--num_images", 11], "at least 12"),
+        (["--images", "FEW"], "11 images; there must be at least 12 to measure"),
+        (["--images", "SAMPLES", "--num_reference", 61], "--num_reference is 61, but .* has 40 images"),
         (["--images", "SAMPLES", "--output", "."], r"--output \. is a folder"),
         (["--images", "SAMPLES", "--reference", "nowhere.npz"], "no such file"),
         (
@@ -880,8 +912,9 @@ def test_resized_references_have_a_warning(run, folders, tmp_path):
         (["--images", "SAMPLES", "--held_out", "SAMPLES"], "at least 100"),
     ],
 )
-def test_unusable_flags_are_rejected(run, folders, flags, message, caplog):
-    names = {"MODEL": folders["model"], "SAMPLES": folders["samples"]}
+def test_unusable_flags_are_rejected(run, folders, tmp_path, flags, message, caplog):
+    few = write_images(tmp_path / "few", 11)
+    names = {"MODEL": folders["model"], "SAMPLES": folders["samples"], "FEW": few}
     with pytest.raises(InputError, match=message):
         run(*(names.get(flag, flag) for flag in flags))
     assert "different names" not in caplog.text
