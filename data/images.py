@@ -101,6 +101,8 @@ def file_bytes(cell: Any) -> bytes:
             return b""
     if content is not None or cell is None or isinstance(cell, dict):
         return content or b""
+    if isinstance(cell, Image.Image) and cell.mode in ("P", "PA"):  # the pixels are indices of colors
+        cell = cell.convert("RGBA")
     return np.asarray(cell).tobytes()
 
 

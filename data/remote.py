@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from shutil import SameFileError
 
 from huggingface_hub import hf_hub_download
 
@@ -60,5 +62,6 @@ def local_copy(location: str) -> str:
     # the cache of `datasets` names files by a hash, without a suffix
     named = downloaded.with_name(f"{downloaded.name}-{url_name(location)}")
     if not named.exists():
-        link_or_copy(downloaded, named)
+        with suppress(FileExistsError, SameFileError):  # another process was faster
+            link_or_copy(downloaded, named)
     return str(named)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePath, PurePosixPath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -117,10 +117,12 @@ class ImageSubset:
 
     Args:
         indices: the indices of these images in the source.
+        labels: the labels of the source by column, as far as they have been read; subsets of one source share them.
     """
 
-    def __init__(self, source: ImageSource, indices: Sequence[int]):
+    def __init__(self, source: ImageSource, indices: Sequence[int], labels: dict[str | None, Labels] | None = None):
         self.source, self.indices, self.split = source, indices, source.split
+        self._labels = {} if labels is None else labels
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -136,7 +138,9 @@ class ImageSubset:
 
     def labels(self, column: str | None) -> Labels:
         """Return the classes of these images; `classes` includes those without images in the subset."""
-        labels = self.source.labels(column)
+        if column not in self._labels:
+            self._labels[column] = self.source.labels(column)
+        labels = self._labels[column]
         assert labels.numbers is not None  # only streams have none
         return Labels(labels.classes, [labels.numbers[i] for i in self.indices])
 
@@ -785,6 +789,11 @@ class _Request:
         """The folder of a local dataset."""
         return self.path if self.path.is_dir() else self.path.parent if self.path.exists() else None
 
+    @cached_property
+    def has_dataset_files(self) -> bool:
+        """Whether the path is a folder with files that make it a dataset."""
+        return _has_dataset_files(self.path)
+
     @property
     def split_or_default(self) -> str:
         """The split to read of a source that has splits."""
@@ -927,7 +936,7 @@ def _open_zip(request: _Request) -> ImageSource | None:
 
 def _open_idx_folder(request: _Request) -> ImageSource | None:
     folder = request.path
-    if request.folder_as != "images" and _has_dataset_files(folder):
+    if request.folder_as != "images" and request.has_dataset_files:
         return None
     files = {
         split: [*folder.glob(f"raw/{prefix}-images-idx3-ubyte"), *folder.glob(f"*/raw/{prefix}-images-idx3-ubyte")]
@@ -958,7 +967,7 @@ def _open_image_folder(request: _Request) -> ImageSource | None:
     if not folder.is_dir():
         return None
     if request.folder_as != "images" and (
-        _has_dataset_files(folder) or request.config or "[" in request.split_or_default
+        request.has_dataset_files or request.config or "[" in request.split_or_default
     ):
         return None
     subfolders = {child.name for child in folder.iterdir() if child.is_dir() and not _is_ignored(child)}
@@ -966,7 +975,7 @@ def _open_image_folder(request: _Request) -> ImageSource | None:
     try:
         return FolderImages(folder / split, split) if split else FolderImages(folder)
     except InputError:
-        if _has_dataset_files(folder) or request.folder_as == "dataset":
+        if request.has_dataset_files or request.folder_as == "dataset":
             return None
         raise
 
@@ -1014,7 +1023,9 @@ def _has_dataset_files(folder: Path) -> bool:
     if card.is_file() and re.search(rb"^configs:", card.read_bytes(), re.MULTILINE):
         return True
     has_image, seen = False, 0
-    for _, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_ignored(Path(root, name))]
+        files = [name for name in files if not _is_left_out(name)]
         suffixes = {PurePath(name).suffix for name in (*folders, *files)}
         if suffixes & _DATASET_SUFFIXES:
             return True

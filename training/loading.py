@@ -505,7 +505,8 @@ def hold_out(source: ImageSource, fraction: float, seed: int = _FIXED_SEED) -> t
     if count >= len(source):
         raise InputError(f"Holding out {count} of {len(source)} images leaves none to train on.")
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ImageSubset(source, sorted(order[count:])), ImageSubset(source, sorted(order[:count]))
+    labels: dict[str | None, Labels] = {}
+    return ImageSubset(source, sorted(order[count:]), labels), ImageSubset(source, sorted(order[:count]), labels)
 
 
 def _location(args: DataArguments) -> str | InMemory:

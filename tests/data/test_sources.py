@@ -17,6 +17,7 @@ from pyarrow import parquet
 from tiny import ROOT, make_dataset, write_images, write_shard
 
 from ddgan.core.errors import InputError
+from ddgan.core.locations import InMemory
 from ddgan.data.images import IMAGE_SUFFIXES, BrokenImageError, open_image
 from ddgan.data.preprocessing import Preprocessing, read_image
 from ddgan.data.sources import (
@@ -201,6 +202,14 @@ def test_contents_in_another_container_have_the_same_fingerprint(tmp_path):
     expected = open_source(str(folder)).fingerprint(range(4))
     assert open_source(str(zip_folder(folder, tmp_path / "images.zip"))).fingerprint(range(4)) == expected
     assert open_source(str(folder)).fingerprint(range(5)) != expected
+
+
+def test_the_colors_of_palette_images_are_part_of_their_fingerprint():
+    images = [Image.new("P", (2, 2)) for _ in range(2)]
+    for image, color in zip(images, ((255, 0, 0), (0, 0, 255)), strict=True):
+        image.putpalette(color)
+    fingerprints = [open_source(InMemory([image] * 2)).fingerprint([0]) for image in images]
+    assert fingerprints[0] != fingerprints[1]
 
 
 def test_fingerprints_do_not_change_between_versions(tmp_path):
@@ -532,8 +541,9 @@ def test_hidden_files_and_run_folders_are_ignored(tmp_path):
     (folder / "saved" / "config.yaml").write_text("seed: 0\n")
     (folder / "saved" / "model_index.json").write_text("{}")
     write_images(folder / "samples", 1)  # an ordinary name outside of run folders
-    source = open_folder(folder)
-    assert len(source) == 5
+    (folder / "run" / "metrics.csv").write_text("step\n")
+    for source in (open_folder(folder), open_source(str(folder))):  # a run does not make the folder a dataset
+        assert len(source) == 5
     grids = open_folder(folder / "run")  # unless it is named itself
     assert len(grids) == 2
 
