@@ -5,10 +5,10 @@
     run = finetune(start_model="google/ddpm-celebahq-256", train_data=images, image_size=64, max_train_steps=1000)
     run.pipeline(num_inference_steps=40).images[0]
 
-Each function is named like its command and takes the flags as keywords, with the same defaults and checks. Where a
-flag names a pipeline, it takes a `DiffusionPipeline`, too; where it names images, a list of PIL images, a
-`datasets.Dataset` or a `datasets.DatasetDict`. A YAML file for `--config` is passed as `config`. Importing this module
-is cheap: PyTorch and Diffusers are imported by the first call.
+Each function is named like its command and takes the flags as keywords, with the same checks; without data, the
+settings of the demo are not loaded. Where a flag names a pipeline, it takes a `DiffusionPipeline`, too; where it names
+images, a list of PIL images, a `datasets.Dataset` or a `datasets.DatasetDict`. A YAML file for `--config` is passed as
+`config`. Importing this module is cheap: PyTorch and Diffusers are imported by the first call.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from .commands.arguments import (
     GenerateArguments,
     PushArguments,
 )
-from .core.cli import default_of, read_config
+from .core.cli import default_of, expand_user, read_config
 from .core.errors import InputError, RunError
 from .core.locations import EXAMPLES, find
 from .training.arguments import DataArguments
@@ -108,7 +108,7 @@ def _values(kinds: tuple[type, ...], flags: dict[str, Any]) -> dict[str, Any]:
     if images is not None:
         if named := [name for name in ("dataset_name", "train_data_dir") if flags.get(name) is not None]:
             raise InputError(f"{_TRAIN_DATA} and {named[0]} both name the images to train on. Use only one of them.")
-        is_name = isinstance(images, str) and find(images) is None
+        is_name = isinstance(images, str) and find(expand_user(images)) is None
         is_stream = flags.get("streaming") and not isinstance(images, str)
         flags["dataset_name" if is_name or is_stream else "train_data_dir"] = images
     overriding = [name for name, value in flags.items() if value is not None]

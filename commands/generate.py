@@ -110,9 +110,10 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
         size = 1  # the CLIP model takes most of the time, and much memory for each image
     num_inference_steps = args.num_inference_steps or next(iter(trained_steps(pipe)), None)
     guidance_scale = args.guidance_scale
-    if args.is_guided and guidance_scale is None:
-        timesteps = pipe.scheduler.config.num_train_timesteps
-        guidance_scale = default_guidance_scale(num_inference_steps or min(DEFAULT_STEPS, timesteps))
+    if args.is_guided:
+        num_inference_steps = num_inference_steps or min(DEFAULT_STEPS, pipe.scheduler.config.num_train_timesteps)
+        if guidance_scale is None:
+            guidance_scale = default_guidance_scale(num_inference_steps)
     gradient = (args.guidance_gradient or default_gradient(pipe)) if args.is_guided else None
     others = {"guidance_scale": guidance_scale, "guide": guide, "eta": args.eta}
     options: dict[str, Any] = args.guidance | {name: value for name, value in others.items() if value is not None}
@@ -150,7 +151,7 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     if not args.overwrite:
         check_settings(output, settings)
     labels = class_label_ids(pipe, class_labels) if class_labels else None
-    pipe = with_scheduler(pipe, args.scheduler, args.num_inference_steps)
+    pipe = with_scheduler(pipe, args.scheduler, num_inference_steps)
     if args.is_guided:
         try:
             pipe = GuidedPipeline.from_pipe(pipe)
@@ -262,19 +263,22 @@ def check_settings(output: Path, settings: dict) -> None:
     Raises:
         InputError: if the settings of the images in the folder are different, unknown or cannot be read.
     """
-    if not existing_files(output / IMAGES):
+    others = [path for name in (GRID, INTERMEDIATES) if (path := output / name).exists()]
+    has_images, has_settings = bool(existing_files(output / IMAGES)), (output / SETTINGS).exists()
+    if not (has_images or has_settings or others):
         return
     remedy = "Choose another --output_dir, or replace them with --overwrite"
-    if not (output / SETTINGS).exists():
-        raise InputError(
-            f"{output / IMAGES} contains images, but there is no {SETTINGS} with their settings. {remedy}."
-        )
+    if not has_settings:
+        found = f"{output / IMAGES} contains images" if has_images else f"There is {others[0]}"
+        raise InputError(f"{found}, but no {SETTINGS} with the settings. {remedy}.")
     try:
         existing = dict(json.loads((output / SETTINGS).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise InputError(
             f"{output / SETTINGS} is damaged, so the settings of the images beside it are unknown ({error}). {remedy}."
         ) from error
+    if not has_images and "contents" in existing:  # what an earlier command left
+        return
     changes = [
         f"{name} was {existing.get(name)}, is {value}"
         for name, value in settings.items()

@@ -218,6 +218,16 @@ def test_nothing_is_added_to_images_with_unknown_settings(tiny_model, whole):
         generate.main(flags(tiny_model, whole))
 
 
+def test_files_of_another_origin_are_not_replaced(tiny_model, tmp_path):
+    for name in ("grid.png", "generate.json"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(InputError, match=r"grid\.png, but no generate\.json|contents was None"):
+            generate.main(flags(tiny_model, folder, "--grid"))
+        assert (folder / name).read_text() == "{}"
+
+
 TINY_CONDITIONED = {
     "sample_size": 8,
     "num_classes": 3,
