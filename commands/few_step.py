@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline
 
 from .. import ClassConditionalPipeline, UNetDiscriminator
 from ..core.errors import InputError
@@ -32,7 +32,7 @@ from ..training.objectives.few_step import (
 from ..training.run_folder import RunFolder
 from ..training.sample_grids import save_before_after
 from ..training.session import Session
-from ..training.start_model import TrainedUNet, load_start_model, model_classes
+from ..training.start_model import load_start_model, model_classes
 from ..training.teacher import Teacher, generate_samples
 from .arguments import FewStepArguments, FewStepRunArguments
 
@@ -95,7 +95,6 @@ def finetune_few_step(
     distillation_steps = min(args.distillation_steps, total_steps)
     check_length(run, data, distillation_steps)
 
-    remove_learned_variance(unet)
     discriminator = None
     if total_steps > distillation_steps:
         torch.manual_seed(run.seed)  # the same initial heads in every process and every run with this seed
@@ -178,6 +177,14 @@ def check_start_model(start: DiffusionPipeline, args: FewStepArguments) -> None:
         raise InputError(
             f"--num_inference_steps {steps}: the noise process of {args.start_model} has only {timesteps} timesteps."
         )
+    scheduler = few_step_scheduler(start.scheduler, args.num_inference_steps)
+    for count in args.num_inference_steps:
+        scheduler.set_timesteps(count)
+        if scheduler.timesteps.min() < 0:  # a rounding error of Diffusers
+            raise InputError(
+                f"--num_inference_steps {count}: DDPMScheduler cannot space {count} of {timesteps} timesteps "
+                "evenly. Use another number."
+            )
     if args.teacher_steps > timesteps:
         raise InputError(
             f"--teacher_steps is {args.teacher_steps}; it must be at most {timesteps}, the timesteps of the noise "
@@ -247,18 +254,6 @@ def check_length(run: FewStepRunArguments, data: TrainingData, distillation_step
             f"only {last_stage} steps, so it would hardly change the saved network. Train for more steps, or use a "
             f"shorter average: --ema_decay {0.5 ** (10 / last_stage):.3g} has a half-life of a tenth of them."
         )
-
-
-def remove_learned_variance(unet: TrainedUNet) -> None:
-    """Keep only the output channels that predict the image: the variance of posterior steps is known."""
-    channels = unet.config.in_channels
-    if unet.config.out_channels == channels:
-        return
-    conv_out = (unet if isinstance(unet, UNet2DModel) else unet.unet).conv_out
-    conv_out.out_channels = channels
-    for name, parameter in list(conv_out.named_parameters()):
-        setattr(conv_out, name, torch.nn.Parameter(parameter.detach()[:channels].clone()))
-    unet.register_to_config(out_channels=channels)
 
 
 def compared_samples(

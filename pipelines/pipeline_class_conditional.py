@@ -351,6 +351,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if self.do_classifier_free_guidance:
             null_class = 0 if class_labels.is_floating_point() else self.num_classes
             class_labels = torch.cat([torch.full_like(class_labels, null_class), class_labels])
+        channels = self.unet.config.in_channels
+        variance_type = self.scheduler.config.variance_type if isinstance(self.scheduler, DDPMScheduler) else None
+        uses_variance = variance_type in ("learned", "learned_range")  # in further channels of the prediction
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"eta": eta, "generator": generator}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
@@ -364,20 +367,22 @@ class ClassConditionalPipeline(DiffusionPipeline):
             scaled = self.scheduler.scale_model_input(sample, t)
             model_input = (torch.cat([scaled, scaled]) if use_null_class else scaled).to(self.unet.dtype)
             labels = class_labels if use_null_class else conditional_labels
-            output = self.unet(model_input, t, class_labels=labels, return_dict=False)[0].to(dtype)
-            conditional = output
+            predictions = self.unet(model_input, t, class_labels=labels, return_dict=False)[0].to(dtype)
+            conditional = predictions[-len(sample) :]
+            output = conditional.clone()  # with a learned variance in further channels, which is not guided
             if use_null_class:
-                unconditional, conditional = output.chunk(2)
-                output = unconditional + self.class_guidance_scale * (conditional - unconditional)
+                unconditional = predictions[: len(sample)]
+                guided = unconditional + self.class_guidance_scale * (conditional - unconditional)
+                output[:, :channels] = guided[:, :channels]
             if active_guidance is not None:
-                output = output + active_guidance.update(conditional, scaled, t, conditional_labels)
+                output += active_guidance.update(conditional, scaled, t, conditional_labels)
             if "use_clipped_model_output" in accepted:
                 # Guided predictions leave the range of images. Where DDIM clips the predicted image, the noise must be
                 # recomputed from the clipped one; otherwise the two are inconsistent and lead away from the training
                 # data.
                 step_kwargs["use_clipped_model_output"] = use_null_class or active_guidance is not None
-            if not isinstance(self.scheduler, DDPMScheduler):  # only DDPM uses a learned variance in extra channels
-                output = output[:, : sample.shape[1]]
+            if not uses_variance:
+                output = output[:, :channels]
             sample = self.scheduler.step(output, t, sample, **step_kwargs).prev_sample
 
             if callback_on_step_end is not None:
@@ -537,7 +542,7 @@ class Autoguidance:
         if source == target:
             return output
         sigma = noise_level(self.scheduler, t)
-        signal, noise = 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
+        signal, noise = 1 / math.hypot(1, sigma), math.sin(math.atan(sigma))  # 0 and 1 for an infinite sigma
         x_0 = output
         if source == "epsilon":
             x_0 = (x - noise * output) / signal

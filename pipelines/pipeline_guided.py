@@ -277,6 +277,8 @@ class GuidedPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         sample = latents.to(device, dtype) * self.scheduler.init_noise_sigma
         takes_z = "z" in _forward_parameters(self.unet)
+        variance_type = self.scheduler.config.variance_type if isinstance(self.scheduler, DDPMScheduler) else None
+        uses_variance = variance_type in ("learned", "learned_range")  # in further channels of the prediction
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
 
@@ -321,9 +323,9 @@ class GuidedPipeline(DiffusionPipeline):
                     guidance_losses[i] = losses.detach()
                     progress_bar.set_postfix(loss=f"{guidance_losses[i].mean():.4g}")
 
-                # 4. step; only DDPM uses a learned variance in the extra output channels
+                # 4. step
                 output = output.detach()
-                if not isinstance(self.scheduler, DDPMScheduler):
+                if not uses_variance:
                     output = output[:, :channels]
                 if "use_clipped_model_output" in accepted:  # for the reason given in ClassConditionalPipeline
                     step_kwargs["use_clipped_model_output"] = active_guidance is not None

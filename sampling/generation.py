@@ -291,6 +291,8 @@ def _denoise(
         raise InputError(str(error)) from error
     condition = _class_condition(unet, class_labels)
     channels, (height, width) = unet.config.in_channels, image_size(unet.config)
+    variance_type = scheduler.config.variance_type if isinstance(scheduler, DDPMScheduler) else None
+    uses_variance = variance_type in ("learned", "learned_range")  # in further channels of the prediction
     accepted = inspect.signature(scheduler.step).parameters
     step_kwargs = {**step_options, "generator": generators} if "generator" in accepted else dict(step_options)
     scheduler.set_timesteps(num_inference_steps, device=unet.device)
@@ -304,7 +306,7 @@ def _denoise(
             output = output + active_guidance.update(output, model_input, t, **condition)
         if "use_clipped_model_output" in accepted:  # for the reason given in ClassConditionalPipeline
             step_kwargs["use_clipped_model_output"] = active_guidance is not None
-        if not isinstance(scheduler, DDPMScheduler):  # only DDPM uses a learned variance in the extra channels
+        if not uses_variance:
             output = output[:, :channels]
         sample = scheduler.step(output, t, sample, **step_kwargs).prev_sample
     return sample

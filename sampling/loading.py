@@ -58,8 +58,8 @@ def load_pipeline(
         pipe.set_progress_bar_config(disable=True)
         for component in pipe.components.values():
             parameters = component.parameters() if isinstance(component, torch.nn.Module) else ()
-            if dtype and any(parameter.dtype != dtype for parameter in parameters):
-                component.to(dtype)
+            if any(parameter.dtype != (dtype or torch.float32) for parameter in parameters):
+                component.to(dtype or torch.float32)
         _check_components(pipe, path_or_repo)
         return pipe.to(device)
     with _pipeline_errors(path_or_repo):

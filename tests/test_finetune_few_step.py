@@ -308,6 +308,7 @@ def test_a_few_step_model_is_neither_a_start_model_nor_resumed_for_other_numbers
         ("--num_inference_steps 4 1001", "--num_inference_steps 1001: .*only 1000 timesteps"),
         ("--teacher_steps 1001", "--teacher_steps is 1001; it must be at most 1000"),
         ("--num_inference_steps 0", "at least 1"),
+        ("--num_inference_steps 4 61", "--num_inference_steps 61: DDPMScheduler cannot space 61 of 1000 timesteps"),
         ("--num_inference_steps 2 2", "twice"),
         ("--instance_noise 2", "--instance_noise is 2.0; it must be at most 1"),
         ("--gamma -1", "at least 0"),

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 
 from .. import ClassConditionalPipeline, ClassConditionedUnet
@@ -48,7 +49,7 @@ def load_start_model(
 
     Returns:
         A `DDPMPipeline` with an unconditional `UNet2DModel`, or a `ClassConditionalPipeline` with a
-        `ClassConditionedUnet` or a `UNet2DModel` with `num_class_embeds`.
+        `ClassConditionedUnet` or a `UNet2DModel` with `num_class_embeds`, in float32 and without a learned variance.
 
     Raises:
         InputError: if the pipeline is not found, needs `trust_remote_code` or is of another kind, or if its UNet
@@ -87,10 +88,13 @@ def load_start_model(
             "ddgan train-class-conditional and ddgan few-step also take class-conditional ones."
         )
     _use_size(unet, start_model, size)
+    remove_learned_variance(unet)
     unet.register_to_config(_name_or_path=location_name(start_model))  # not its path on this machine
     # the network will no longer be what few-step fine-tuning made it
     config = {name: value for name, value in pipeline.scheduler.config.items() if name != "_num_inference_steps"}
     scheduler = DDPMScheduler.from_config(config)
+    if scheduler.config.variance_type in ("learned", "learned_range"):
+        scheduler.register_to_config(variance_type="fixed_small")
     if prediction_type:
         scheduler.register_to_config(prediction_type=prediction_type)
     pipeline_class = ClassConditionalPipeline if classes else DDPMPipeline
@@ -127,10 +131,23 @@ def new_model(config: str, size: Sequence[int] | None = None, prediction_type: s
             f"--model_config {config} is class-conditional. ddgan train-class-conditional trains such networks."
         )
     _use_size(unet, config, size)
+    remove_learned_variance(unet)
     # with trailing timesteps, samples in a few steps start from noise (arXiv 2305.08891, sec. 3.3)
     scheduler = DDPMScheduler(timestep_spacing="trailing")
     scheduler.register_to_config(prediction_type=prediction_type or "epsilon")
     return DDPMPipeline(unet, scheduler)
+
+
+def remove_learned_variance(unet: TrainedUNet) -> None:
+    """Keep only the output channels that predict the image: no loss here trains a variance."""
+    channels = unet.config.in_channels
+    if unet.config.out_channels == channels:
+        return
+    conv_out = (unet if isinstance(unet, UNet2DModel) else unet.unet).conv_out
+    conv_out.out_channels = channels
+    for name, parameter in list(conv_out.named_parameters()):
+        setattr(conv_out, name, torch.nn.Parameter(parameter.detach()[:channels].clone()))
+    unet.register_to_config(out_channels=channels)
 
 
 def _use_size(unet: TrainedUNet, name: str | InMemory, size: Sequence[int] | None) -> None:
@@ -142,6 +159,12 @@ def _use_size(unet: TrainedUNet, name: str | InMemory, size: Sequence[int] | Non
     channels, outputs = unet.config.in_channels, unet.config.out_channels
     if channels not in CHANNEL_MODES:
         raise InputError(f"The UNet of {name} takes {channels} channels; images have 1 to 4.")
+    config = unet.config if isinstance(unet, UNet2DModel) else unet.unet.config
+    if config.time_embedding_type == "fourier":
+        raise InputError(
+            f"The UNet of {name} takes the logarithm of a noise level of a VE process (time_embedding_type: fourier), "
+            "not a timestep of DDPM's."
+        )
     if outputs not in (channels, 2 * channels):
         raise InputError(
             f"The UNet of {name} takes {channels} channels and returns {outputs}; it must return as many, or twice as "

@@ -301,6 +301,35 @@ def test_guidance_applies_to_the_noise_levels_of_the_interval(name, kind):
     assert torch.equal(latents(pipe, [2, 1], **arguments, **outside), unguided)
 
 
+@pytest.mark.parametrize("variance_type", ["learned_range", "fixed_small"])
+def test_a_learned_variance_is_used_by_ddpm_and_not_guided(variance_type):
+    pipe = pipeline(class_conditioned(out_channels=2))
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type=variance_type)
+    seen, step = [], pipe.scheduler.step
+
+    def recorded(output, *args, **kwargs):
+        seen.append(output)
+        return step(output, *args, **kwargs)
+
+    pipe.scheduler.step = recorded
+    start = torch.randn(1, 1, 8, 12, generator=seeded(0))
+    for scale in (1.0, 4.0):
+        latents(pipe, 1, latents=start, guidance_scale=scale, num_inference_steps=1)
+    plain, guided = seen
+    assert not torch.equal(plain[:, :1], guided[:, :1])
+    assert plain.shape[1] == guided.shape[1] == (2 if variance_type == "learned_range" else 1)
+    torch.testing.assert_close(plain[:, 1:], guided[:, 1:], **ROUNDING)
+
+
+def test_a_guide_is_converted_where_there_is_only_noise():
+    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    guide, pipe = pipeline(prediction_type="sample"), pipeline(prediction_type="v_prediction")
+    for part in (guide, pipe):
+        part.scheduler = DDIMScheduler.from_config(part.scheduler.config, **zero_snr)
+    images = latents(pipe, [2, 1], guide=guide, guidance_scale=2.0, num_inference_steps=2)
+    assert images.isfinite().all()
+
+
 @pytest.mark.parametrize("target", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("source", ["epsilon", "sample", "v_prediction"])
 def test_predictions_of_a_guide_are_converted(source, target):

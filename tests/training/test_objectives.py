@@ -67,12 +67,6 @@ def test_min_snr_weights_are_finite_without_any_signal(prediction_type):
     assert (losses > 0).all() == (prediction_type == "epsilon")  # an image without any signal says nothing about x_0
 
 
-def test_a_learned_variance_is_ignored():
-    scheduler = DDPMScheduler(variance_type="learned_range")
-    _, noise, _ = noising(scheduler)
-    assert loss(scheduler, torch.cat([noise, torch.ones_like(noise)], dim=1)).max() < 1e-10
-
-
 def test_logit_normal_timesteps_have_a_standard_normal_logit():
     seen = []
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
     DDIMScheduler,
@@ -18,6 +19,7 @@ from tiny import tiny_unet
 
 from ddgan import DDGANScheduler
 from ddgan.core.errors import InputError
+from ddgan.core.locations import InMemory
 from ddgan.sampling.steps import trained_steps
 from ddgan.training.start_model import load_start_model
 
@@ -72,6 +74,22 @@ def test_samplers_of_the_same_noise_process_are_accepted(tmp_path, scheduler):
     loaded = load_start_model(str(tmp_path)).scheduler
     assert loaded.config.prediction_type == "v_prediction"
     assert loaded.alphas_cumprod.tolist() == saved.alphas_cumprod.tolist()
+
+
+def test_a_pipeline_in_half_precision_is_trained_in_float32():
+    pipe = DDPMPipeline(tiny_unet().bfloat16(), DDPMScheduler())
+    assert load_start_model(InMemory(pipe)).unet.dtype == torch.float32
+    assert pipe.unet.dtype == torch.bfloat16
+
+
+def test_a_learned_variance_is_removed(tmp_path):
+    unet = tiny_unet(out_channels=6)
+    DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path)
+    loaded = load_start_model(str(tmp_path))
+    assert loaded.scheduler.config.variance_type == "fixed_small"
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 900])
+    with torch.no_grad():
+        assert torch.equal(loaded.unet(x, t).sample, unet(x, t).sample[:, :3])
 
 
 def test_a_few_step_model_loses_its_number_of_steps(tmp_path):

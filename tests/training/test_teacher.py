@@ -8,12 +8,12 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from tiny import tiny_classes, tiny_unet
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet
-from ddgan.commands.few_step import remove_learned_variance
 from ddgan.core.errors import RunError
 from ddgan.training import teacher as teacher_module
 from ddgan.training.objectives.few_step import FewStepProcess, FewStepSetup, GeneratorObjective, TeacherSamples
 from ddgan.training.objectives.micro_batch import MicroBatch
 from ddgan.training.randomness import PerSampleRNG, fold_in
+from ddgan.training.start_model import remove_learned_variance
 from ddgan.training.teacher import Teacher, generate_samples
 
 CPU = torch.device("cpu")

@@ -41,8 +41,6 @@ class DenoisingObjective:
         noise = batch.rng.normal(*images.shape[1:])
         noisy = self.scheduler.add_noise(images, noise, timesteps)  # pyright: ignore[reportArgumentType]
         prediction = network(noisy, timesteps, return_dict=False)[0]
-        if prediction.shape[1] == 2 * images.shape[1]:  # the second half is a learned variance
-            prediction = prediction.chunk(2, dim=1)[0]
         prediction_type = self.scheduler.config.prediction_type
         if prediction_type == "epsilon":
             target = noise
