@@ -67,6 +67,10 @@ class Preprocessing:
             pixels = pixels.flip(2)
         return pixels.to(torch.float32).div_(127.5).sub_(1.0)
 
+    def fit(self, image: Image.Image) -> torch.Tensor:
+        """Return an image as the network's input, without random choices if it is cropped at the center."""
+        return self.finish(self.load(image), sample_key=0)
+
     def _convert(self, image: Image.Image) -> Image.Image:
         value_range = self.value_range
         if value_range is None and (image.mode[0] == "I" or image.mode == "F"):

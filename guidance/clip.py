@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import affine, horizontal_flip, pil_to_tensor, resized_crop
+from torchvision.transforms.v2.functional import affine, horizontal_flip, resized_crop
 
 from ..core.errors import InputError
 from ..core.extras import missing_extra
 from ..core.locations import hub_problem
+from ..data.preprocessing import Preprocessing
 from ..sampling.loading import realign_parameters
 from .arguments import DEFAULT_MODEL
 from .losses import GuidanceLoss
@@ -100,8 +101,8 @@ class CLIPLoss(GuidanceLoss):
         if isinstance(prompt, str):
             return self.encoder.embed_text(prompt)
         height, width = self.encoder.size
-        fitted = ImageOps.fit(prompt.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-        return self.encoder.embed_images(pil_to_tensor(fitted)[None].to(self.encoder.device) / 127.5 - 1)
+        image = Preprocessing(3, height, width, center_crop=True).fit(prompt)
+        return self.encoder.embed_images(image[None].to(self.encoder.device))
 
 
 def squared_great_circle(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from torchvision.transforms.v2.functional import pil_to_tensor
+from PIL import Image
 
 from ..core.errors import InputError
-from ..data.images import CHANNEL_MODES
+from ..data.preprocessing import Preprocessing
 from .arguments import MIRRORS, parse_color
 
 
@@ -166,6 +165,7 @@ class ReferenceLoss(GuidanceLoss):
             raise InputError(f"`size` is {size}, but the grid must have at least 1 cell along each side.")
         reference.load()  # a file is decoded only once, before threads use it
         self.reference, self.size = reference, size
+        self._fitted: dict[torch.Size, torch.Tensor] = {}  # by the shape of the images
 
     def __call__(self, images: torch.Tensor, step: int = 0) -> torch.Tensor:
         channels, height, width = images.shape[1:]
@@ -174,9 +174,10 @@ class ReferenceLoss(GuidanceLoss):
                 f"The grid of {self.size}x{self.size} cells is finer than these images of {height}x{width} pixels. "
                 "Use a smaller `size`."
             )
-        fitted = ImageOps.fit(self.reference.convert(CHANNEL_MODES[channels]), (width, height))
-        reference = pil_to_tensor(fitted).to(images) / 127.5 - 1
-        difference = F.adaptive_avg_pool2d(images - reference, self.size)
+        if images.shape[1:] not in self._fitted:
+            fitted = Preprocessing(channels, height, width, center_crop=True).fit(self.reference)
+            self._fitted[images.shape[1:]] = fitted
+        difference = F.adaptive_avg_pool2d(images - self._fitted[images.shape[1:]].to(images.device), self.size)
         return difference.square().mean((1, 2, 3))
 
 

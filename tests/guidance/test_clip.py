@@ -312,6 +312,11 @@ def test_the_distance_of_a_reference_image_to_itself_is_zero(model):
     loss = CLIPLoss(random_image(), model)
     pixels = pil_to_tensor(random_image())[None] / 127.5 - 1
     assert squared_great_circle(loss.encoder.embed_images(pixels), loss.targets).item() < 1e-5
+    transparent = random_image().convert("RGBA")
+    transparent.putalpha(0)  # shown as white
+    white = torch.ones_like(pixels)
+    targets = CLIPLoss(transparent, model).targets
+    assert squared_great_circle(loss.encoder.embed_images(white), targets).item() < 1e-5
 
 
 @pytest.mark.parametrize("gradient", ["sample", "model"])

@@ -1,5 +1,8 @@
 """Guidance losses without a pretrained model."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -128,6 +131,25 @@ def test_a_reference_is_fitted_to_the_images(channels):
     expected = {1: gray, 2: [*gray, 1], 3: rgb, 4: [*rgb, 1]}[channels]
     images = torch.tensor(expected).view(1, channels, 1, 1).expand(1, channels, 8, 6)
     assert ReferenceLoss(red, 2)(images).item() < 1e-4
+
+
+@pytest.mark.parametrize("change", ["turned", "transparent", "16 bits"])
+def test_a_reference_is_read_like_a_training_image(change):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255  # the upper half is white
+    image = Image.fromarray(pixels)
+    if change == "turned":
+        buffer, exif = io.BytesIO(), Image.Exif()
+        exif[0x0112] = 3  # upside down
+        image.rotate(180).save(buffer, "PNG", exif=exif)
+        image = Image.open(buffer)
+    elif change == "transparent":
+        image = Image.new("RGBA", (8, 8), "black")
+        image.putalpha(Image.fromarray(255 - pixels[..., 0]))
+    else:
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    upper = torch.cat([torch.ones(1, 3, 4, 8), -torch.ones(1, 3, 4, 8)], 2)
+    assert ReferenceLoss(image, 4)(upper).item() < 1e-4
 
 
 @pytest.mark.parametrize(
