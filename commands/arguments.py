@@ -756,8 +756,8 @@ class MeasurementArguments(SamplingArguments):
     )
     class_labels: list[str | int] | None = option(
         None,
-        "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal; their accuracy is measured "
-        "if --feature_extractor or --classifier is a classifier",
+        "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal; a classifier "
+        "(--classifier or --feature_extractor) measures their accuracy",
     )
     cache_dir: str = option(str(CACHE_DIR), "folder for cached features")
 

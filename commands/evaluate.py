@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from ..core.accelerator import start_accelerate
+from ..core.accelerator import one_process_first, start_accelerate
 from ..core.errors import InputError, RunError, write_problem
 from ..core.files import contains_files, fingerprint, location_name, remove_temporary_files, replace_file
 from ..core.locations import InMemory
@@ -497,7 +497,7 @@ def open_reference(
     Raises:
         InputError: if there are no such images.
     """
-    with accelerator.main_process_first():
+    with one_process_first(accelerator):
         path = Path("" if isinstance(location, InMemory) else local_copy(location))
         if path.is_file() and (path.suffix == ".safetensors" or (path.suffix == ".npz" and holds_statistics(path))):
             return None

@@ -9,6 +9,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from torchvision.datasets import MNIST, FashionMNIST
 
 from .. import ClassConditionalPipeline, ClassConditionedUnet, ContextUnet
+from ..core.accelerator import one_process_first
 from ..core.errors import InputError
 from ..core.files import location_name
 from ..hub.cards import CardFacts, carry_over_license, string_literal
@@ -51,7 +52,7 @@ def train_class_conditional(
     """
     session = Session.open(run)
     start = load_start(args, data_args)
-    with session.accelerator.main_process_first():  # the other processes find the downloaded files
+    with one_process_first(session.accelerator):  # of those that download the images
         chosen_data = choose_data(args, data_args)
     size = data_args.size or [28, 28] if start is None else list(image_size(start.unet.config))
     channels = args.image_channels or 1 if start is None else start.unet.config.in_channels

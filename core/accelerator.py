@@ -30,6 +30,13 @@ _HOW_TO_START = (
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def one_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """Let the main process go first, then one process of each other machine: the others find what these download."""
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
+        yield
+
+
 def start_accelerate(grad_accumulation_steps: int | None = None, **options: Any) -> Accelerator:
     """Return an `Accelerator` that connects all processes of the launcher, on CPUs if there is no GPU.
 

@@ -168,6 +168,7 @@ def test_model_config_trains_from_scratch(tiny_model, images, tmp_path):
         ({"block_out_channels": [8]}, "is not the config of a UNet2DModel: "),
         ({"class_embed_type": "timestep"}, "is class-conditional"),
         ({"in_channels": 7}, "takes 7 channels"),
+        ({"time_embedding_type": "fourier"}, "takes the logarithm of a noise level of a VE process"),
         ({"out_channels": 5}, "takes 3 channels and returns 5; it must return as many, or twice as many"),
         ({"sample_size": "8"}, "sample_size .* is '8'; it must be a positive integer"),
         ({"sample_size": -8}, "sample_size .* is -8; it must be a positive integer"),
@@ -457,18 +458,28 @@ def test_a_run_whose_files_are_removed_continues_and_can_be_resumed(finetune, tm
 
 def test_grids_of_different_sizes_are_not_combined(finetune):
     run = finetune("run", "--max_train_steps", 2, "--num_samples", 4)
-    before = (run / "before_after.png").read_bytes()
+    assert (run / "before_after.png").exists()
     finetune("run", "--max_train_steps", 3, "--num_samples", 9, "--resume_from_checkpoint", "latest")
-    assert (run / "before_after.png").read_bytes() == before
+    assert not (run / "before_after.png").exists()  # that of step 2 would pass for one of step 3
+    assert "before_after.png" not in (run / "README.md").read_text()
+
+
+def test_a_run_that_starts_again_replaces_the_grid_of_step_0(finetune):
+    run = finetune("run", "--max_train_steps", 1)
+    grid = run / "samples" / "step-00000000.png"
+    before = grid.read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    finetune("run", "--max_train_steps", 1, "--seed", 5, "--resume_from_checkpoint", "latest")
+    assert grid.read_bytes() != before
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG", None])
 def test_damaged_grids_do_not_end_a_run(finetune, caplog, content):
     run = finetune("run", "--max_train_steps", 2)
-    before, grid = (run / "before_after.png").read_bytes(), run / "samples" / "step-00000000.png"
+    grid = run / "samples" / "step-00000000.png"
     grid.write_bytes(grid.read_bytes()[:-50] if content is None else content)
     finetune("run", "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
-    assert (run / "before_after.png").read_bytes() == before and f"{grid} is damaged" in caplog.text
+    assert not (run / "before_after.png").exists() and f"{grid} is damaged" in caplog.text
 
 
 def test_a_resumed_run_uses_its_own_learning_rate(finetune):

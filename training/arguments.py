@@ -68,8 +68,13 @@ class DataArguments(Arguments):
     skip_broken_images: bool = option(False, "skip images that cannot be read, and count them")
     cache_images: bool = option(False, "cache the decoded, resized images in memory (images x channels x H x W bytes)")
     dataloader_num_workers: int = option(
-        0, "worker processes that load images ahead of the training loop", minimum=0, maximum=1024
+        0,
+        "worker processes that load images ahead of the training loop, at most one for a stream",
+        minimum=0,
+        maximum=1024,
     )
+
+    _overrides: ClassVar = {"streaming": ("cache_images",)}  # of a recipe
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,6 +92,8 @@ class DataArguments(Arguments):
         check_value_range(self.value_range)
         if self.streaming and not self.dataset_name:
             raise InputError("--streaming needs a dataset: pass it with --dataset_name.")
+        if self.streaming and self.cache_images:
+            raise InputError("--cache_images has no effect with --streaming, whose images are read once: omit it.")
 
     @property
     def size(self) -> list[int] | None:

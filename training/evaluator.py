@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
+from ..core.accelerator import one_process_first
 from ..core.errors import InputError, RunError
 from ..core.files import fingerprint
 from ..data.preprocessing import Preprocessing
@@ -188,7 +189,7 @@ class Evaluator:
         self.size = data.preprocessing.height, data.preprocessing.width
         self.labels = list(range(len(data.classes))) if data.classes else None
         try:
-            with accelerator.main_process_first():  # downloads weights that the others then find
+            with one_process_first(accelerator):  # of those that download the weights
                 self.extractor = load_extractor(args.feature_extractor or INCEPTION, args.extractor_weights)
             self.classifier = None
             if isinstance(self.extractor, ClassifierFeatures) and self.extractor.network.class_names == data.classes:

@@ -271,7 +271,8 @@ class Trainer:
         """
         args = self.args
         due, step = self._samplers_due(), self.progress.step
-        self._save_samples({name: due[name] for name in due if not self.folder.grid(step, name).exists()})
+        # a resumed run has its grid already; that of step 0 may be of an earlier attempt
+        self._save_samples({name: due[name] for name in due if not (step and self.folder.grid(step, name).exists())})
         batches = self.data.batches(self.progress.step, self.total_steps, self.position.value)
         # closing ends the data loader workers; messages are printed above the progress bar
         with closing(batches), self._progress_bar() as self.bar, logging_redirect_tqdm(tqdm_class=tqdm):

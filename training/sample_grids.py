@@ -48,6 +48,8 @@ def save_before_after(
 ) -> None:
     """Save grids of step 0 and of `step` side by side, if there are any before and after and all have the same size.
 
+    Otherwise an earlier such image is removed.
+
     Args:
         before, after: the names of these grids by caption (see `before_after`); missing grids are left out.
     """
@@ -58,6 +60,8 @@ def save_before_after(
         rows.append({caption: grid for caption, grid in grids.items() if grid is not None})
     if all(rows) and len({image.size for row in rows for image in row.values()}) == 1:  # or --num_samples has changed
         replace_file(folder.before_after, before_after(*rows).save)
+    else:
+        folder.before_after.unlink(missing_ok=True)  # that of an earlier attempt or of fewer steps
 
 
 def _read_grid(path: Path) -> Image.Image | None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tiny import make_dataset, write_images, write_shard
 
+from ddgan.core.cli import parse_arguments
 from ddgan.core.errors import InputError, RunError
 from ddgan.data.arguments import check_value_range
 from ddgan.data.preprocessing import Preprocessing
@@ -115,6 +116,14 @@ def test_cells_without_an_image_are_broken_images(tmp_path):
     args = DataArguments(dataset_name=str(tmp_path), skip_broken_images=True)
     (batch,) = TrainingData(args, Preprocessing(1, 8, 8), 0, **PLAN).batches(0, 1, None)
     assert sorted(first_pixels(batch)) == [7, 9, 9]
+
+
+def test_a_stream_cannot_be_cached(tmp_path):
+    with pytest.raises(InputError, match="--cache_images has no effect with --streaming"):
+        DataArguments(dataset_name=str(tmp_path), streaming=True, cache_images=True)
+    (tmp_path / "recipe.yaml").write_text("cache_images: true\n")
+    flags = ["--dataset_name", str(tmp_path), "--streaming", "--config", str(tmp_path / "recipe.yaml")]
+    assert not parse_arguments(DataArguments, argv=flags)[0].cache_images
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -129,7 +129,8 @@ class GradientPenalties:
         r2_gamma: weight of R2; 0 turns it off.
         interval: optimizer steps between penalties, starting at step 0.
         finite_differences: estimate the squared norm as (D(x + step noise) - D(x))^2 / step^2 with standard normal
-            noise (arXiv 2501.08316), which needs no second derivative and is exact on average for small steps.
+            noise (arXiv 2501.08316), which needs no second derivative and is exact on average for small steps, but for
+            the statistics of the batch that the discriminator appends to its features.
         step: standard deviation of that noise, for images in [-1, 1].
     """
 

@@ -178,7 +178,7 @@ class FewStepSetup:
         """Return timesteps and images for the discriminator; clean images may get noise, independent of each other."""
         rng, shape = samples.rng, images[0].shape[1:]
         noised = (rng.uniform() < self.instance_noise) & (s == CLEAN)
-        timesteps = torch.where(noised, rng.integers((self.process.top + 1) // 4), s)
+        timesteps = torch.where(noised, rng.integers(max(1, (self.process.top + 1) // 4)), s)
         images = tuple(
             torch.where(_per_image(noised), self.process.add_noise(part, timesteps, rng.normal(*shape)), part)
             for part in images
@@ -214,12 +214,16 @@ class DiscriminatorObjective:
             generated = setup.less_noisy(samples, image, transition)
         real = setup.real(samples, transition)
         timesteps, real, fake = setup.add_instance_noise(samples, transition.s, real, generated)
-        noise = [self.step * samples.rng.normal(*real.shape[1:]) for _ in range(2)]
-        images = torch.cat([real, fake, real + noise[0], fake + noise[1]])
-        conditions = {name: labels.repeat(4) for name, labels in conditions.items()}
-        real, fake, *shifted = discriminator(images, timesteps.repeat(4), **conditions).float().chunk(4)
-        change = torch.stack([(shifted[0] - real).mean(1), (shifted[1] - fake).mean(1)])
-        penalty = self.gamma / (2 * self.step**2) * change.square().sum(0)
+        images = [real, fake]
+        if self.gamma:
+            images += [part + self.step * samples.rng.normal(*part.shape[1:]) for part in images]
+        count = len(images)
+        conditions = {name: labels.repeat(count) for name, labels in conditions.items()}
+        logits = discriminator(torch.cat(images), timesteps.repeat(count), **conditions).float().chunk(count)
+        real, fake = logits[:2]
+        penalty = torch.zeros(len(real), device=real.device)
+        for part, shifted in zip(logits, logits[2:], strict=False):  # no pairs without penalties
+            penalty = penalty + self.gamma / (2 * self.step**2) * (shifted - part).mean(1).square()
         loss = (F.softplus(-real) + F.softplus(fake)).mean(1) + penalty
         real, fake = real.mean(1), fake.mean(1)
         return {"loss": loss, "real": real, "fake": fake, "penalty": penalty, "accuracy": (real > fake).float()}
