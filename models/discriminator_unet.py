@@ -37,7 +37,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
 
     The head of the lowest resolution sees the output of the mid block, the others that of the last residual (and
     attention) block before each downsampling. Attention runs in [`AttnProcessor`], since fused attention kernels have
-    no second derivative, which gradient penalties need. Autocast does not apply.
+    no second derivative, which exact gradient penalties need. Autocast does not apply.
 
     Args:
         unet_config (`dict`): arguments of the [`UNet2DModel`].
