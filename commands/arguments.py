@@ -125,7 +125,7 @@ class FinetuneArguments(Arguments):
     model_config: str | None = option(
         None, "train from scratch instead: config.json of a UNet2DModel, or the folder that contains it"
     )
-    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
+    trust_remote_code: bool = option(False, "run Python code that comes with the start model")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
         None, "what the network predicts (default: same as the start model; epsilon with --model_config)"
     )
@@ -173,7 +173,7 @@ class FewStepArguments(Arguments):
         "pipeline folder or Hub repository of an unconditional UNet2DModel or a ClassConditionedUnet to start from",
         objects="a DiffusionPipeline",
     )
-    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
+    trust_remote_code: bool = option(False, "run Python code that comes with the start model")
     num_inference_steps: list[int] = option(
         [4],
         "sampling steps; with several numbers, one model learns all of them, and the first is its default",
@@ -242,10 +242,10 @@ class DDGANArguments(Arguments):
     _argument_group_name = "DDGAN"
 
     num_train_timesteps: int = option(4, "denoising steps T", minimum=1, maximum=1000)
-    beta_min: float = option(0.1, "noise process: lowest rate", above=0)
-    beta_max: float = option(20.0, "noise process: highest rate", above=0)
+    beta_min: float = option(0.1, "noise process: rate (vp) or variance (geometric) at the start", above=0)
+    beta_max: float = option(20.0, "noise process: rate (vp) or variance (geometric, below 1) at the end", above=0)
     variance_schedule: Literal["vp", "geometric", "cosine"] = option(
-        "vp", "noise process: how its variance grows; cosine ignores the rates"
+        "vp", "noise process: how its variance grows; cosine ignores --beta_min and --beta_max"
     )
 
     image_channels: Literal[1, 2, 3, 4] = option(3, "channels of the images: gray, gray and alpha, RGB, RGBA")
@@ -259,8 +259,8 @@ class DDGANArguments(Arguments):
     layers_per_block: int = option(2, "generator: residual blocks per level", minimum=1, maximum=MAX_LAYERS)
     attention_resolutions: list[int] | None = option(
         None,
-        "generator: feature map heights with attention, besides the lowest level; 0: none (default: the largest of at "
-        "most 16)",
+        "generator: heights of feature maps with attention, in addition to the middle block; 0: none (default: the "
+        "largest of at most 16)",
         minimum=0,
     )
     latent_dim: int = option(100, "generator: length of the latent z", minimum=1, maximum=MAX_WIDTH)
@@ -282,12 +282,13 @@ class DDGANArguments(Arguments):
     lr_g: float = option(1.6e-4, "learning rate of the generator", above=0)
     lr_d: float = option(1.25e-4, "learning rate of the discriminator", above=0)
     adam_beta1: float = option(0.5, "Adam: decay of the mean of the gradients", minimum=0, below=1)
-    adam_beta2: float = option(0.9, "Adam: decay of the mean of their squares", minimum=0, below=1)
+    adam_beta2: float = option(0.9, "Adam: decay of the mean of the squared gradients", minimum=0, below=1)
     lr_min: float = option(
-        1e-5, "final learning rate of both, after a cosine decay that is constant within an epoch", minimum=0
+        1e-5, "final learning rate of both networks, after a cosine decay in steps of one epoch", minimum=0
     )
     gan_loss: Literal["non_saturating", "relativistic"] = option(
-        "non_saturating", "the paper's loss, or the one that compares the logits of real and generated images"
+        "non_saturating",
+        "that of the paper (non_saturating), or one that compares logits of real and generated images (relativistic)",
     )
     r1_gamma: float = option(0.05, "weight of the gradient penalty R1, on real images; 0 turns it off", minimum=0)
     r2_gamma: float = option(0.0, "weight of the gradient penalty R2, on generated images; 0 turns it off", minimum=0)
@@ -378,10 +379,11 @@ class ClassConditionalArguments(Arguments):
         "unconditional UNet2DModel, which gets the classes, or of an earlier result of this command",
         objects="a DiffusionPipeline",
     )
-    trust_remote_code: bool = option(False, "run Python code that comes with that pipeline")
+    trust_remote_code: bool = option(False, "run Python code that comes with the start model")
 
     unet: Literal["class_conditioned", "context"] = option(
-        "class_conditioned", "pass the class as extra input channels, or as factors of the features"
+        "class_conditioned",
+        "how the class enters: as extra input channels (class_conditioned), or as factors of the features (context)",
     )
     image_channels: Literal[1, 2, 3, 4] | None = option(
         None,
@@ -432,8 +434,8 @@ class ClassConditionalArguments(Arguments):
             changed = [f"--{name}" for name in NETWORK_SETTINGS if getattr(self, name) != getattr(new, name)]
             if changed:
                 raise InputError(
-                    f"--start_model {self.start_model} is trained as it is, and {', '.join(changed)} would describe a "
-                    "new network: leave out one or the other."
+                    f"--start_model {self.start_model} has an architecture already, and {', '.join(changed)} would "
+                    "describe a new network: omit one or the other."
                 )
         if not self.block_out_channels:
             raise InputError("--block_out_channels needs at least one width.")
@@ -531,11 +533,10 @@ class ClassifierDataArguments(DataArguments):
         super().__post_init__()
         if not self.dataset_name and not self.train_data_dir:
             raise InputError("Pass the labeled images with either --dataset_name or --train_data_dir.")
-        if self.streaming or self.resolution:
-            raise InputError(
-                "A classifier takes square images (--image_size instead of --resolution), and images are held out for "
-                "testing, so they cannot be streamed: omit --streaming."
-            )
+        if self.resolution:
+            raise InputError("A classifier takes square images: pass --image_size instead of --resolution.")
+        if self.streaming:
+            raise InputError("Test images are held out, which a stream does not allow: omit --streaming.")
 
 
 @dataclass
@@ -597,16 +598,16 @@ class GenerateArguments(SamplingArguments, PipelineArguments):
         16, "images per batch on an accelerator; on a CPU it depends on the image size only", minimum=1
     )
     class_labels: list[str | int] | None = option(
-        None, "classes of the images, used in turn, by label or by name: --class_labels 0 1 Sandal"
+        None, "classes of the images, in turn, as labels or names: --class_labels 0 1 Sandal"
     )
     vary: Literal["z", "noise"] | None = option(
         None,
-        f"for a DDGAN: along each row of {VARY_COLUMNS} images, vary only the latents z, or only the noise (x_T and "
+        f"for a DDGAN: along each row of {VARY_COLUMNS} images, vary only the latent z, or only the noise (x_T and "
         "that of the steps), and save the --grid",
     )
     grid: bool = option(
         False,
-        f"arrange the first {GRID_IMAGES} images in grid.png, by column or row if there are several --class_labels",
+        f"save the first {GRID_IMAGES} images as grid.png, with a column or row for each of several --class_labels",
     )
     intermediates: int | None = option(
         None, "show this many denoising steps of the first image in intermediates.png", minimum=1
@@ -617,10 +618,10 @@ class GenerateArguments(SamplingArguments, PipelineArguments):
     clip_model: list[str] | None = option(None, CLIP_MODEL_HELP)
     guidance_scale: float | None = option(
         None,
-        "guidance scale of --color, --clip_prompt and --towards; larger images need a larger one, and a negative one "
-        f"guides away from them (default: {default_guidance_scale(1):g} / number of steps). Without these, that of "
-        "--autoguidance or, without it, of classifier-free guidance towards --class_labels, from 1 (none) to "
-        f"{MAX_CLASS_GUIDANCE_SCALE}",
+        "scale of guidance by --color, --clip_prompt and --towards: larger images need a larger scale, and a negative "
+        f"one guides away from the target (default: {default_guidance_scale(1):g} / number of steps). Without these "
+        "flags: scale of --autoguidance if it is set, otherwise of classifier-free guidance towards --class_labels, "
+        f"from 1 (none) to {MAX_CLASS_GUIDANCE_SCALE}",
         minimum=-MAX_GUIDANCE_SCALE,
         maximum=MAX_GUIDANCE_SCALE,
     )
@@ -654,7 +655,9 @@ class GenerateArguments(SamplingArguments, PipelineArguments):
             raise InputError("--clip_model needs a --clip_prompt, or a CLIP loss in --towards.")
         if self.is_guided:
             if self.guidance_scale == 0:
-                raise InputError("With --guidance_scale 0 the guidance has no effect: omit its target.")
+                raise InputError(
+                    "With --guidance_scale 0 guidance has no effect: omit --color, --clip_prompt and --towards."
+                )
             if self.class_guidance_scale is not None:
                 raise InputError(
                     "Guidance by a loss does not work with classifier-free guidance: omit --class_guidance_scale, or "
@@ -725,14 +728,15 @@ class MeasurementArguments(SamplingArguments):
 
     num_images: int | None = option(
         None,
-        f"images to measure (default: {DEFAULT_NUM_IMAGES:,} of a pipeline, {STACKED_MNIST_SAMPLES:,} with "
-        "--stacked_mnist; all of --images, of which fewer are a random subset, or with --class_labels the first)",
+        f"images to measure (default: {DEFAULT_NUM_IMAGES:,} samples of a --pipeline, {STACKED_MNIST_SAMPLES:,} with "
+        "--stacked_mnist, all of --images); fewer of --images are a random subset or, with --class_labels, the first",
         minimum=MIN_IMAGES,
     )
     reference: str | None = option(
         None,
-        "images to measure against: folder, MNIST-style folder, dataset folder or Hub dataset, .npz, .parquet, or "
-        "statistics: an .npz with mu and sigma, or a .safetensors file of cached features; or the URL of a file",
+        "images to measure against: folder, MNIST-style folder, dataset folder or Hub dataset, .npz, .zip, .parquet, "
+        ".arrow or .tar file; instead of images also an .npz with mu and sigma, or a .safetensors file of cached "
+        "features; or the URL of a file",
         objects=IMAGE_OBJECTS,
     )
     reference_split: str | None = option(None, "split of the reference (default: train, if it has splits)")
@@ -749,14 +753,14 @@ class MeasurementArguments(SamplingArguments):
     feature_extractor: str | None = option(None, f"network that computes the features: {EXTRACTOR_HELP}")
     extractor_weights: str | None = option(None, WEIGHTS_HELP)
     classifier: str | None = option(
-        None, "classifier folder that predicts classes and digits (default: the feature extractor, if it is one)"
+        None, "folder of a classifier of classes or digits (default: the feature extractor, if it is a classifier)"
     )
     batch_size: int = option(
         64, "images per forward pass; for samples on a CPU it depends on the image size only", minimum=1
     )
     class_labels: list[str | int] | None = option(
         None,
-        "class of each image, used in turn, by label or by name: --class_labels 0 1 Sandal; a classifier "
+        "classes of the images, in turn, as labels or names: --class_labels 0 1 Sandal; a classifier "
         "(--classifier or --feature_extractor) measures their accuracy",
     )
     cache_dir: str = option(str(CACHE_DIR), "folder for cached features")
@@ -768,7 +772,7 @@ class EvaluateArguments(MeasurementArguments, PipelineArguments):
 
     images: str | None = option(
         None,
-        "existing images to measure instead of --pipeline: folder of images or shards, .parquet, or .npz with arr_0",
+        "existing images to measure instead of --pipeline, in any form that --reference takes images in",
         objects=IMAGE_OBJECTS,
     )
     held_out: str | None = option(
@@ -845,7 +849,7 @@ class EvaluateArguments(MeasurementArguments, PipelineArguments):
         if self.image_column and not (self.images or self.reference):
             raise InputError(f"--image_column {self.image_column} needs a dataset: pass --images or --reference.")
         if self.value_range and not (self.images or self.reference):
-            raise InputError("--value_range is that of image files: pass some with --images or --reference.")
+            raise InputError("--value_range applies to image files: pass some with --images or --reference.")
 
     def _check_statistics(self, path: Path) -> None:
         """Check that statistics can be written to a file.
@@ -988,7 +992,7 @@ class SpaceArguments(Arguments):
         None, "pipeline folders or Hub repositories to offer (default: the embedded models)"
     )
     clip_model: str | None = option(
-        None, f"CLIP model for text guidance (default: {DEFAULT_MODEL}, if it is in the cache of the Hub)"
+        None, f"CLIP model for text guidance (default: {DEFAULT_MODEL}, if it is in the local cache of the Hub)"
     )
     autoguidance: str | None = option(
         None, "worse version of a pipeline for autoguidance, such as an earlier checkpoint: folder or Hub repository"

@@ -275,7 +275,7 @@ def _section(chosen: ChosenEMA, snapshots: EMASnapshots) -> str:
         f"([arXiv 2312.02696](https://arxiv.org/abs/2312.02696)) at step {chosen.step:,}, with a standard deviation "
         f"of {chosen.length:g} times the number of steps, computed after training from {len(snapshots.files)} "
         f"snapshots. This length was selected by {title} among those below, where `{AS_SAVED}` are the weights that "
-        f"the run has saved itself. The protocol is that of the evaluation below.\n\n{table(rows)}\n\n"
+        f"the run itself saved. The protocol is that of the evaluation below.\n\n{table(rows)}\n\n"
         f"![{caption}]({PLOT})\n\n*{caption}*"
     )
 
@@ -293,7 +293,7 @@ def _plot(chosen: ChosenEMA) -> "Figure":
     saved = chosen.results[None]
     axes.axhline(saved.metrics[chosen.metric].value, color="C2", linewidth=1, label=AS_SAVED)
     if floor := saved.floors.get(chosen.metric.partition("@")[0]):
-        axes.axhline(floor.value, color="0.6", linestyle="--", linewidth=1, label="halves of the reference")
+        axes.axhline(floor.value, color="0.6", linestyle="--", linewidth=1, label="floor (halves of the reference)")
     axes.set_xscale("log")
     axes.set_xticks(lengths, [f"{length:g}" for length in lengths])
     axes.minorticks_off()

@@ -94,7 +94,7 @@ def convert_checkpoint(args: ConvertArguments, output: Path) -> None:
         "network evaluations.",
         usage=USAGE.format(model=string_literal(output.resolve().name)),
         training_heading="Conversion",
-        samples={"samples.png": f"Seeds 0 to {len(images) - 1}, nothing left out."} if images else {},
+        samples={"samples.png": f"Seeds 0 to {len(images) - 1}, uncurated."} if images else {},
         training={
             "network": f"{type(generator).__name__}, {generator.num_parameters():,} parameters",
             "image size": f"{size}x{size}, {generator.config.in_channels} channels",

@@ -200,7 +200,7 @@ def requested_classes(
     known, names = classifier.network.class_names, samples.class_names
     wanted = [names.get(label, label) if isinstance(label, int) else label for label in samples.labels]
     # existing images have the names of the classifier
-    if any(name in known for name in names.values()) or not names or list(names.values()) == known:
+    if not names or any(name in known for name in names.values()):
         numbers = [known.index(name) if name in known else name for name in wanted]
     else:
         numbers_by_name: dict[int | str, int] = {name: label for label, name in names.items()}
@@ -418,10 +418,9 @@ def saving_images(args: EvaluateArguments, parts: Path, accelerator: Accelerator
     """
     folder = args.save_images and Path(args.save_images)
     with locked(folder, accelerator, "--save_images") if folder else nullcontext():
-        is_foreign = [
-            bool(folder) and contains_files(folder) and not parts.exists()
-        ]  # only the main process has parts
-        if broadcast_object_list(is_foreign)[0]:
+        # of the main process, which alone writes the parts
+        has_other_files = [bool(folder) and contains_files(folder) and not parts.exists()]
+        if broadcast_object_list(has_other_files)[0]:
             raise InputError(f"--save_images {folder} is not empty: name a new folder, so that no file is replaced.")
         accelerator.wait_for_everyone()
         if folder and accelerator.is_main_process:
@@ -537,7 +536,7 @@ def check_reference_options(
     if isinstance(samples, StoredSamples):
         references.append((args.images or "", samples.source))
     if args.value_range and not references:
-        raise InputError(f"--value_range is that of image files, but {args.reference} holds only features: omit it.")
+        raise InputError(f"--value_range applies to image files, but {args.reference} has only features: omit it.")
     check_dataset_options(references or [(args.reference or "", None)], {"image_column": args.image_column})
 
 
@@ -616,7 +615,10 @@ def print_results(results: Results, args: EvaluateArguments) -> None:
         print(f"{part.replace('_', ' ')}: {text}")
     if results.floors:
         halves = results.floors["fid"].protocol["halves"]
-        print(f"floor: {halves[0]:,} images of one half of the reference against {halves[1]:,} of the other")
+        print(
+            f"floor (real-vs-real baseline): {halves[0]:,} images of one half of the reference against {halves[1]:,} "
+            "of the other"
+        )
     if results.classes:
         for name, accuracy in results.classes.accuracies.items():
             print(f"accuracy of {name}: {'no sample' if accuracy is None else f'{accuracy:.2%}'}")

@@ -163,15 +163,15 @@ def generate_images(args: GenerateArguments, accelerator: Accelerator, threads: 
     if args.intermediates:
         check_traceable(pipe)
     if args.vary and "z_generator" not in inspect.signature(pipe.__call__).parameters:
-        raise InputError(f"--vary {args.vary} needs a DDGAN, because a {type(pipe).__name__} has no latents z.")
+        raise InputError(f"--vary {args.vary} needs a DDGAN, because a {type(pipe).__name__} has no latent z.")
     check_call(pipe, num_inference_steps, labels and labels[:1], **options)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         prepare(output, settings, args.overwrite)
         if gradient == "model" and not args.guidance_gradient:
             print(
-                "In few steps the images hardly follow guidance unless its gradient passes through the network, so it "
-                "does: --guidance_gradient model."
+                "In few steps, images hardly follow guidance unless its gradient passes through the network, so "
+                "--guidance_gradient model is used."
             )
     accelerator.wait_for_everyone()
 

@@ -155,8 +155,8 @@ def choose_data(args: ClassConditionalArguments, data_args: DataArguments) -> Da
             raise InputError(
                 f"The images of {dataset_class.__name__} are not in {folder} (expected "
                 f"{' and '.join(file.name for file in files)} in its subfolder raw), and downloading them failed: "
-                f"{' '.join(str(error).split())} Set --data_dir to the folder that contains {dataset_class.__name__}, "
-                "or name other images with --dataset_name or --train_data_dir."
+                f"{' '.join(str(error).split()).rstrip('.')}. Set --data_dir to the folder that contains "
+                f"{dataset_class.__name__}, or name other images with --dataset_name or --train_data_dir."
             ) from error
     return replace(data_args, train_data_dir=str(folder))
 

@@ -236,7 +236,7 @@ def card_facts(
         ),
         settings=settings_for_card(*arguments),
         limits="It recognizes only the classes and the kind of images that it was trained on.",
-        protocol="The test images were not trained on. They are center-cropped and not augmented.",
+        protocol="The test images were not used for training. They are center-cropped and not augmented.",
         sections={
             "Augmentation": f"Rotation by up to {strength * ROTATION:g} degrees, scaling by {strength * SCALING:.0%}, "
             f"translation by {strength * SHIFT:.0%}{', horizontal flips' if data_args.random_flip else ''}, noise of "

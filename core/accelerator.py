@@ -69,7 +69,9 @@ def start_accelerate(grad_accumulation_steps: int | None = None, **options: Any)
         # the plugin keeps Accelerate from dividing the loss, too
         accelerator = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), **options)
     except (ImportError, ValueError) as error:
-        raise InputError(f"Accelerate cannot start as it is configured: {error} {_ADVICE}") from error
+        raise InputError(
+            f"Accelerate cannot start as it is configured: {str(error).rstrip('.')}. {_ADVICE}"
+        ) from error
     if accelerator.num_processes != processes:
         raise InputError(
             f"A launcher has started {processes} processes, but Accelerate connects {accelerator.num_processes} of "

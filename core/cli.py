@@ -29,7 +29,7 @@ _BOOLEANS: dict[str, bool] = {
 
 _RANGE, _OBJECTS = "range", "objects"  # keys in the metadata of a field
 _LARGEST_INT = 2**31 - 1
-_EMPTY = "Pass a value, or omit it (is a variable of your shell not set?)."
+_EMPTY = "Pass a value, or omit the flag (is a shell variable unset?)."
 _NOT_SAVED = ("resume_from_checkpoint", "dry_run")  # a repeated run starts from step 0
 _MAX_CONFIG_SIZE = 1_000_000  # bytes
 

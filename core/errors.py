@@ -120,7 +120,7 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         print(
             f"\nerror in process {rank}: the connection to another process was lost. If that process has printed no "
-            "error, it was killed, often for too little memory. A training run resumes with --resume_from_checkpoint "
+            "error, it was killed, often because memory ran out. Resume a training run with --resume_from_checkpoint "
             "latest.",
             file=sys.stderr,
         )

@@ -14,7 +14,7 @@ def missing_extra(package: str, extra: str | None = None) -> str:
     """
     names = {requirement: _name(requirement) for requirement in _requirements(extra)}
     missing = [requirement for requirement, name in names.items() if name == package or not _is_installed(name)]
-    of_extra = f", of the extra [{extra}]," if names else ""
+    of_extra = f" (of the extra [{extra}])" if names else ""
     return f"{package}{of_extra} is not installed. Run pip install {shlex.join(missing or [package])}"
 
 

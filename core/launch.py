@@ -24,7 +24,7 @@ class LaunchArguments(Arguments):
 
     num_processes: int | None = option(
         None,
-        "number of processes on all machines, one per GPU; on a machine without GPUs, on the CPU (default: as "
+        "number of processes on all machines, one per GPU, or on the CPU of machines without GPUs (default: as "
         "configured in Accelerate, otherwise one for each GPU)",
         minimum=1,
     )
@@ -114,7 +114,9 @@ def _start(options: Namespace) -> None:
         if failure.exitcode >= 0:
             sys.exit(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name
-        print(f"\nerror: process {rank} was killed by {name}; SIGKILL often means too little memory", file=sys.stderr)
+        print(
+            f"\nerror: process {rank} was killed by {name}; SIGKILL often means that memory ran out", file=sys.stderr
+        )
         sys.exit(128 - failure.exitcode)
     except SignalException as error:
         sys.exit(128 + error.sigval)

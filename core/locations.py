@@ -175,8 +175,8 @@ def _offline_problem(repo_id: str, repo_type: str) -> str | None:
     if _is_cached(repo_id, repo_type):
         return None
     return (
-        "the Hugging Face Hub is not asked because HF_HUB_OFFLINE is set, and the repository is not in the local "
-        "cache. Pass the path of a folder, or unset it."
+        "the Hugging Face Hub is not contacted because HF_HUB_OFFLINE is set, and the repository is not in the local "
+        "cache. Pass the path of a folder, or unset HF_HUB_OFFLINE."
     )
 
 

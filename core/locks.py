@@ -145,13 +145,15 @@ def _acquire(folder: Path, flag: str = "--output_dir", record_owner: bool = True
             if owner["host"] != socket.gethostname():  # a file server may not know that the host is down
                 if_gone = f" If that process no longer exists, remove {folder / LOCK}."
         raise InputError(
-            f"{folder} is in use: {described}. Wait until that has ended, stop it, or choose another folder with "
+            f"{folder} is in use: {described}. Wait until it has finished, stop it, or choose another folder with "
             f"{flag}.{if_gone}"
         ) from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno in USER_ERRNOS:
             raise
-        logger.warning("%s is on a file system without locks (%s): do not start two commands in it.", folder, error)
+        logger.warning(
+            "%s is on a file system without locks (%s): do not run two commands that write to it.", folder, error
+        )
         return None
     if record_owner:
         owner = {

@@ -722,8 +722,8 @@ def _require_classes(values: Sequence[Any], place: str) -> None:
     distinct = len(set(values))
     if distinct > max(_FEW_CLASSES, len(values) / 2):
         raise InputError(
-            f"The {place} contains {distinct} different labels for {len(values)} images: these are not classes. Name "
-            "another column with --label_column."
+            f"The {place} contains {distinct} different labels for {len(values)} images: these are not classes. Use "
+            "labels that several images share or, for a dataset, another --label_column."
         )
 
 

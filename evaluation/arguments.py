@@ -83,5 +83,5 @@ def resolve_extractor(arguments: Any) -> None:
     if arguments.extractor_weights:
         raise InputError(
             f"--extractor_weights {arguments.extractor_weights} are for {INCEPTION}, DINOv2 and CLIP, but "
-            f"--feature_extractor {arguments.feature_extractor} is a classifier with weights of its own: omit it."
+            f"--feature_extractor {arguments.feature_extractor} is a classifier with its own weights: omit the former."
         )

@@ -180,8 +180,8 @@ def _cache(path: Path, features: Features, protocol: dict[str, Any] | None = Non
 
 def _warn_not_cached(folder: Path, error: Exception) -> None:
     logger.warning(
-        f"Features are not cached: {folder} cannot be written ({write_problem(error)}). --cache_dir names another "
-        "folder."
+        f"Features are not cached: {folder} cannot be written ({write_problem(error)}). Choose another folder with "
+        "--cache_dir or, in a training run, with the environment variable HF_HOME."
     )
 
 

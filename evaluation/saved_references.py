@@ -122,7 +122,8 @@ def _check_protocol(path: Path, protocol: dict[str, Any], extractor: FeatureExtr
         raise InputError(
             f"The features in {path} are those of {protocol.get('extractor', 'an unknown network')} with the weights "
             f"{protocol.get('extractor_digest', 'unknown')}, not of {facts.name} with the weights {facts.digest}. "
-            "Choose that extractor, or measure the reference images themselves."
+            "Pass the network that computed them with --feature_extractor and --extractor_weights, or measure the "
+            "reference images themselves."
         )
     if protocol.get("resize", facts.resize) != facts.resize:
         raise InputError(

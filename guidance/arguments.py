@@ -114,8 +114,8 @@ def parse_color(text: str) -> tuple[float, float, float]:
         red, green, blue, *_ = ImageColor.getrgb(text)
     except ValueError:
         raise InputError(
-            f"{text!r} is not a known color. Use '#BB2266', a CSS name such as 'teal', or red, green and blue from 0 "
-            "to 1."
+            f"{text!r} is not a known color. Use '#BB2266', a CSS name such as 'teal' or, in Python, red, green and "
+            "blue from 0 to 1."
         ) from None
     return red / 255, green / 255, blue / 255
 

@@ -16,7 +16,9 @@ def check_repo_id(repo_id: str) -> None:
     """
     owner, *rest = repo_id.split("/")
     if owner in ("datasets", "spaces") and len(rest) == 2:
-        raise InputError(f"{repo_id} is one of the Hub's {owner}, but a pipeline goes to a model: user/name.")
+        raise InputError(
+            f"{repo_id} names one of the Hub's {owner}, but a pipeline is uploaded to a model repository: user/name."
+        )
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

@@ -37,7 +37,7 @@ def save_samples(pipe: DiffusionPipeline, folder: Path) -> None:
         settings = [f"Seeds 0 to 8, {len(pipe.scheduler.timesteps)} steps"]
         settings += ["the classes in turn"] * ("class_labels" in arguments) + ["no guidance"] * ("loss" in arguments)
         caption = PngInfo()
-        caption.add_text("Caption", f"{', '.join(settings)}; nothing left out.")
+        caption.add_text("Caption", f"{', '.join(settings)}; uncurated.")
         factor = max(1, 96 // max(images[0].size))
         images = [image.resize((factor * image.width, factor * image.height), Image.NEAREST) for image in images]
         temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")

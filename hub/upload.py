@@ -74,7 +74,7 @@ def who_am_i() -> str:
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise InputError(
             f"The token of {user['name']} is read-only: create one with write access at "
-            f"{HfApi().endpoint}/settings/tokens, and log in with it by `hf auth login`."
+            f"{HfApi().endpoint}/settings/tokens, and log in with it using `hf auth login`."
         )
     return user["name"]
 
@@ -187,8 +187,8 @@ class Repository:
             return
         if private and not info.private:
             raise InputError(
-                f"{self.repo_id} already exists and is public: make it private at {self.url}/settings, leave "
-                "--private out, or choose another name."
+                f"{self.repo_id} already exists and is public: make it private at {self.url}/settings, omit "
+                "--private (--hub_private in a training run), or choose another name."
             )
 
     def _create(self, private: bool, options: dict[str, Any]) -> None:
@@ -448,7 +448,9 @@ def _user_error(error: Exception, name: str) -> Exception:
         return InputError("Nothing can be uploaded while HF_HUB_OFFLINE is set: unset it.")
     status = hub_error.response.status_code if (hub_error := _hub_error(error)) else None
     if status == 401:
-        return InputError("The Hub rejects this token: log in again with `hf auth login`, or set HF_TOKEN again.")
+        return InputError(
+            "The Hub rejects this token: log in again with `hf auth login`, or set HF_TOKEN to a valid one."
+        )
     if status == 403:
         return InputError(
             f"You have no write access to {name}: {_reason(error)} Choose another repository, or a token that has it."

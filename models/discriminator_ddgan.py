@@ -69,7 +69,7 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
 
     Raises:
         `ValueError`: If `down_blocks` and `block_out_channels` differ in length, or if `sample_size` is too small for
-            the number of downsampling blocks.
+            the number of downsampling blocks, or not divisible by 2**wavelet_levels.
     """
 
     _supports_gradient_checkpointing = True

@@ -31,8 +31,8 @@ class UNetDiscriminatorHead(nn.Module):
 class UNetDiscriminator(ModelMixin, ConfigMixin):
     """The encoder of a [`UNet2DModel`] with a small convolutional head at each of its lowest resolutions.
 
-    It judges an image at a given noise level. Copied from the pretrained UNet that is fine-tuned (`from_unet`), the
-    encoder has useful features at every noise level from the first step on, as in
+    It classifies an image at a given noise level as real or generated. Copied from the pretrained UNet that is
+    fine-tuned (`from_unet`), the encoder has useful features at every noise level from the first step on, as in
     [UFOGen](https://arxiv.org/abs/2311.09257) and [SiDA](https://arxiv.org/abs/2410.14919).
 
     The head of the lowest resolution sees the output of the mid block, the others that of the last residual (and
@@ -86,7 +86,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_unet(cls, unet: ModelMixin, num_heads: int = 3) -> "UNetDiscriminator":
-        """Builds a discriminator, in float32, whose encoder is a copy of a UNet's.
+        """Build a discriminator, in float32, whose encoder is a copy of a UNet's.
 
         Args:
             unet ([`UNet2DModel`] or `ClassConditionedUnet`): the network to copy, unconditional or class-conditional.
@@ -115,7 +115,7 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Judges images.
+        """Classify images as real or generated.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): The images, real or generated.
@@ -133,8 +133,8 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
         class_conditional = self.class_embedding is not None or self.input_class_embedding is not None
         if (class_labels is None) == class_conditional:
             raise ValueError(
-                f"`class_labels` must be passed exactly if the UNet is class-conditional, but it is "
-                f"{'' if class_conditional else 'not '}class-conditional."
+                "`class_labels` must be passed if and only if the UNet is class-conditional, which this one is"
+                f"{'' if class_conditional else ' not'}."
             )
 
         # gradient penalties compare logits that are almost equal, which mixed precision would round away

@@ -425,7 +425,8 @@ class NCSNpp(ModelMixin, AttentionMixin, ConfigMixin):
             network sees and predicts sub-bands, at 1/2**wavelet_levels of the resolution, instead of pixels.
 
     Raises:
-        `ValueError`: If an option has an unknown value, or `sample_size` is too small for the number of levels.
+        `ValueError`: If an option has an unknown value, `sample_size` is too small for the number of levels or not
+            divisible by 2**wavelet_levels, or `id2label` does not name each class once.
     """
 
     _supports_gradient_checkpointing = True

@@ -460,7 +460,7 @@ class Autoguidance:
             if part.unet.config.get("latent_dim"):
                 raise ValueError(
                     f"Autoguidance does not work with the {type(part.unet).__name__} of a Denoising Diffusion GAN, "
-                    "which generates an image from latents z instead of predicting the mean of all possible ones."
+                    "which generates an image from a latent z instead of predicting the mean of all possible ones."
                 )
         _check_has_noise_levels(pipe.scheduler)
         self.unet, self.scheduler, self.scale, self.interval = guide.unet, pipe.scheduler, scale, interval

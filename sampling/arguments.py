@@ -47,14 +47,14 @@ class SamplingArguments(Arguments):
     )
     eta: float | None = option(
         None,
-        "scale of the noise that DDGAN and DDIM steps add; 0 is deterministic after the first noise and, for a DDGAN, "
-        "z; above 1, a DDGAN's samples have more variety (default: 1 for a DDGAN, 0 for DDIM)",
+        "scale of the noise that each DDGAN or DDIM step adds; at 0 only the initial noise and, for a DDGAN, z are "
+        "random; above 1, a DDGAN's samples have more variety (default: 1 for a DDGAN, 0 for DDIM)",
         minimum=0,
     )
     guidance_scale: float | None = option(
         None,
-        "scale of classifier-free guidance of a class-conditional pipeline or, with --autoguidance, of that (default: "
-        "1, no guidance)",
+        "scale of classifier-free guidance for a class-conditional pipeline or, with --autoguidance, of autoguidance "
+        "(default: 1, no guidance)",
         minimum=1,
         maximum=MAX_CLASS_GUIDANCE_SCALE,
     )

@@ -52,7 +52,7 @@ def sample(
             pipeline, otherwise all timesteps of training for DDPM and at most 50 for other schedulers in these two
             pipelines, and the default in any other pipeline. A few-step pipeline warns once about other numbers.
         class_labels: One class per seed if the network is class-conditional: a label or, if there are names, a name.
-        z_seeds: For a DDGAN, one seed per image for the latents z, which do not repeat the noise of the same seed in
+        z_seeds: For a DDGAN, one seed per image for the latent z, which does not repeat the noise of the same seed in
             `seeds`. By default they come from the generator of all other noise.
         options: Further arguments for the call of the pipeline, such as the loss of a guided one. `eta`, the scale of
             the noise in each step, is also for plain pipelines with a scheduler whose `step` takes it. So are `guide`,
@@ -67,7 +67,7 @@ def sample(
     """
     for seed in (*seeds, *(z_seeds or ())):
         if seed not in range(1 << 32):  # a CPU generator takes 32 bits: others would repeat the image of another seed
-            raise InputError(f"The seed {seed} is not from 0 to {(1 << 32) - 1}.")
+            raise InputError(f"The seed is {seed}; it must be from 0 to {(1 << 32) - 1}.")
     if num_inference_steps is not None:
         check_steps(pipe.scheduler, num_inference_steps)
     if "eta" in options and "eta" not in inspect.signature(pipe.scheduler.step).parameters:
@@ -269,7 +269,7 @@ def _check_finite(images: torch.Tensor, seeds: Sequence[int]) -> None:
     if broken := [str(seed) for seed, is_finite in zip(seeds, finite, strict=True) if not is_finite]:
         raise RunError(
             f"The image of seed {', '.join(broken)} is not finite and would be black. The weights are damaged, the "
-            "guidance scale is too large, or fp16 is too small for this network: use fp32 or bf16."
+            "guidance scale is too large, or the network exceeds the range of fp16 (use fp32 or bf16)."
         )
 
 

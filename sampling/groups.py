@@ -36,7 +36,7 @@ class GroupSampler:
         num_inference_steps: As for `sample`.
         class_labels: Classes of the images, used in turn: image i has the class `class_labels[i % len(class_labels)]`.
         options: Further arguments, as for `sample`.
-        vary: For a DDGAN, what varies along each row of `VARY_COLUMNS` consecutive images: the latents z, or all other
+        vary: For a DDGAN, what varies along each row of `VARY_COLUMNS` consecutive images: the latent z, or all other
             noise. It has the seed `seed` + column, and the other one, fixed in a row, `seed` + row. Each row has one
             class.
     """

@@ -232,7 +232,7 @@ def _hub_problem(error: BaseException) -> str | None:
         causes.append(cause)
     uncached = "and its files are not in the local cache. Pass the path of a folder, or"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        return f"the Hugging Face Hub is not asked because HF_HUB_OFFLINE is set, {uncached} unset it."
+        return f"the Hugging Face Hub is not contacted because HF_HUB_OFFLINE is set, {uncached} unset HF_HUB_OFFLINE."
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         return f"the Hugging Face Hub cannot be reached ({causes[-1]}), {uncached} try again later."
     return None

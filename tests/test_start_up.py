@@ -74,7 +74,7 @@ WRONG = {  # command -> flags and the message about them
         (f"{MODEL} --towards reference:nowhere.png", "there is no file nowhere.png"),
         (f"{MODEL} --towards color", "'color' is invalid: it needs an argument: color:#BB2266"),
         (f"{MODEL} --towards 0*symmetry", "'0*symmetry' is invalid: with the weight 0 it has no effect"),
-        (f"{MODEL} --color teal --guidance_scale 0", "With --guidance_scale 0 the guidance has no effect"),
+        (f"{MODEL} --color teal --guidance_scale 0", "With --guidance_scale 0 guidance has no effect"),
         (f"{MODEL} --color teal --guidance_scale 1e30", "--guidance_scale is 1e+30; it must be at most 1000000.0"),
         (
             f"{MODEL} --class_labels 0 --guidance_scale -1",
@@ -88,7 +88,7 @@ WRONG = {  # command -> flags and the message about them
         (f"{MODEL} --feature_extractor inception", "one of the extractors inception-v3-compat"),
         (f"{MODEL} --classifier nowhere", "--classifier nowhere does not exist"),
         (f"{MODEL} --classifier . --guidance_scale 0.5", "--guidance_scale is 0.5; it must be at least 1"),
-        (f"{MODEL} --classifier . --value_range 0 9", "--value_range is that of image files"),
+        (f"{MODEL} --classifier . --value_range 0 9", "--value_range applies to image files"),
         ("--images . --classifier . --guidance_scale 2", "--guidance_scale 2.0 is for sampling a --pipeline"),
         (f"{MODEL} --classifier . --output /dev/null/x", "--output /dev/null/x cannot be created: Not a directory"),
         (f"{MODEL} --classifier . --output /dev/null", "/dev/null is not a regular file. Choose another file."),

@@ -36,7 +36,7 @@ class DataArguments(Arguments):
     dataset_name: str | None = option(
         None,
         "dataset on the Hub, or a local one: a folder, or a .parquet, .arrow, .tar, .zip or .npz file, or the URL of "
-        "such files (default: the embedded emoji, unless the command states otherwise)",
+        "such files (default: the embedded emoji; MNIST for ddgan train-class-conditional)",
         objects=IMAGE_OBJECTS,
     )
     dataset_config: str | None = option(None, "configuration of that dataset, if it has several")
@@ -51,7 +51,7 @@ class DataArguments(Arguments):
     )
     image_size: int | None = option(
         None,
-        "train at this height and width (default: that of the start model or of the command)",
+        "train at this height and width (default: those of the start model; for a new network 28 or 32)",
         minimum=1,
         maximum=MAX_IMAGE_SIZE,
     )
@@ -110,11 +110,11 @@ class RunArguments(Arguments):
     _default_output_dir: ClassVar = "finetuned"
 
     # __post_init__ replaces None in these two and in report_to
-    output_dir: str = option(None, "the run folder (default: --model_save_name)")
+    output_dir: str = option(None, "the run folder (default: --model_save_name, or a fixed name for each command)")
     model_save_name: str = option(
         None, "name of the model on its card and on the Hub (default: the name of --output_dir)"
     )
-    seed: int = option(0, "random seed; runs with the same seed and settings are identical", minimum=0)
+    seed: int = option(0, "random seed; on a CPU, runs with the same seed and settings are identical", minimum=0)
     batch_size: int = option(16, "images in a micro-batch of one process", minimum=1)
     grad_accumulation_steps: int = option(1, "micro-batches of each process in one optimizer step", minimum=1)
     num_epochs: int = option(10, "passes over the images", minimum=1)
@@ -208,7 +208,8 @@ class EvaluationArguments(Arguments):
         for argument in fields(self):
             if self.eval_every is None and (value := getattr(self, argument.name)) != argument.default:
                 raise InputError(
-                    f"--{argument.name} {value} has no effect without --eval_every: set it, or omit this."
+                    f"--{argument.name} {value} has no effect without --eval_every: set --eval_every, or omit "
+                    f"--{argument.name}."
                 )
 
 
@@ -219,7 +220,7 @@ class ValidationArguments(Arguments):
     _argument_group_name = "validation"
 
     validation_fraction: float = option(
-        0.0, "share of the images to hold out from training for the validation loss; 0: none", minimum=0, below=1
+        0.0, "fraction of the images to hold out for the validation loss; 0: none", minimum=0, below=1
     )
     validation_every: int = option(
         200,
@@ -231,8 +232,8 @@ class ValidationArguments(Arguments):
         super().__post_init__()
         if self.validation_every != type(self).validation_every and not self.validation_fraction:
             raise InputError(
-                f"--validation_every {self.validation_every} has no effect without --validation_fraction: set it, or "
-                "omit this."
+                f"--validation_every {self.validation_every} has no effect without --validation_fraction: set "
+                "--validation_fraction, or omit --validation_every."
             )
 
 
@@ -259,11 +260,11 @@ class LearningRateArguments(Arguments):
     )
     lr_warmup_steps: int = option(0, "optimizer steps of linear warmup from zero", minimum=0)
     adam_beta1: float = option(0.9, "AdamW: decay of the mean of the gradients", minimum=0, below=1)
-    adam_beta2: float = option(0.999, "AdamW: decay of the mean of their squares", minimum=0, below=1)
-    adam_weight_decay: float = option(1e-2, "AdamW: weight decay, times the learning rate", minimum=0)
-    adam_epsilon: float = option(1e-8, "AdamW: added to the root of the mean of the squares", above=0)
+    adam_beta2: float = option(0.999, "AdamW: decay of the mean of the squared gradients", minimum=0, below=1)
+    adam_weight_decay: float = option(1e-2, "AdamW: weight decay, multiplied by the learning rate", minimum=0)
+    adam_epsilon: float = option(1e-8, "AdamW: added to the denominator, for numerical stability", above=0)
     use_8bit_adam: bool = option(
-        False, "AdamW: keep both means in 8 bits (bitsandbytes), with about a quarter of the memory"
+        False, "AdamW: keep the optimizer state in 8 bits (bitsandbytes), in about a quarter of the memory"
     )
 
     def __post_init__(self):

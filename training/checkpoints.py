@@ -261,13 +261,12 @@ class Checkpoints:
             if saved != value:
                 advice = _REASONS.get(
                     key,
-                    "use the same images, --validation_fraction, network, trained parameters, prediction type, "
-                    "--seed, --ema_decay, --posthoc_ema, --use_8bit_adam, numbers of sampling steps, fp16 setting and "
-                    "global batch size (--batch_size x --grad_accumulation_steps x processes)",
+                    "use the settings in the config.yaml of the run folder, the same images and the same global batch "
+                    "size (--batch_size x --grad_accumulation_steps x processes)",
                 )
                 raise InputError(
-                    f"{checkpoint} was saved with {_INVARIANTS[key]} = {saved}, but this run has {value}, so it "
-                    f"cannot resume exactly; {advice}, or start a new run in another folder."
+                    f"{checkpoint} was saved with {_INVARIANTS[key]} = {saved}, but this run has {value}, so the "
+                    f"run cannot resume exactly; {advice}, or start a new run in another folder."
                 )
         if state["step"] > total_steps:
             raise InputError(

@@ -503,7 +503,9 @@ def hold_out(source: ImageSource, fraction: float, seed: int = _FIXED_SEED) -> t
     """
     count = max(1, round(fraction * len(source)))
     if count >= len(source):
-        raise InputError(f"Holding out {count} of {len(source)} images leaves none to train on.")
+        raise InputError(
+            f"Holding out {count} of {len(source)} images leaves none to train on: use more images, or hold out fewer."
+        )
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
     labels: dict[str | None, Labels] = {}
     return ImageSubset(source, sorted(order[count:]), labels), ImageSubset(source, sorted(order[:count]), labels)

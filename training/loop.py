@@ -252,7 +252,7 @@ class Trainer:
                         "--output_dir for a new run, or raise --num_epochs or --max_train_steps to continue this one."
                     )
                 if changes := changed_values(self.folder.config, *self.job.arguments):
-                    logger.info(f"Changed since then: {', '.join(changes)}.")
+                    logger.info(f"Settings changed since the last start: {', '.join(changes)}.")
         if is_main:
             self.checkpoints.set_aside_damaged()
             self.checkpoints.remove_after(step)
@@ -387,7 +387,9 @@ class Trainer:
         self._estimate_time(len(rows), speed)
         if self.metrics:
             if not self.folder.config.exists():
-                logger.warning(f"{self.folder.path} was removed or renamed during the run. The run continues there.")
+                logger.warning(
+                    f"{self.folder.path} was removed or renamed during the run, which continues to write to it."
+                )
                 self._write_config()
             self.metrics.append(rows)
         # the newest value of each column: some, such as a lazy penalty, have none at most steps

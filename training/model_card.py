@@ -277,14 +277,14 @@ def _evaluation_for_card(evaluations: EvaluationHistory, step: int) -> dict[str,
     networks = (last.extractor, last.extractor)
     table = {
         full_title(key, *networks): format_value(metric)
-        + (f" (training images: {format_value(last.floors[name])})" if name in last.floors else "")
+        + (f" (floor: {format_value(last.floors[name])})" if name in last.floors else "")
         for key, metric in last.metrics.items()
         for name in [key.partition("@")[0]]
     }
     if best.step != step:
         table["best in the run"] = f"{best.summary()}, after {best.step:,} steps: `best/` in the run folder"
     protocol = [f"{part.replace('_', ' ').capitalize()}: {text}." for part, text in last.protocol.items()]
-    notes = ["In parentheses: one half of the training images measured against the other half."]
+    notes = ["In parentheses: the floor (real-vs-real baseline), one half of the training images against the other."]
     if last.step != step:
         notes.append(f"These numbers are from step {last.step:,}, not from the weights here.")
     text = "\n\n".join([" ".join(notes + protocol), *(f"**Warning:** {warning}" for warning in last.warnings)])
@@ -330,7 +330,7 @@ def print_summary(run: FinishedRun) -> None:
         lines.append(f"{facts.broken_images} broken images were skipped.")
     if evaluations.last:
         lines.append(f"{evaluations.count} evaluations took {evaluations.seconds / 60:.1f} minutes of that time.")
-    lines += ["", f"model folder   {run.folder}"]
+    lines += ["", f"run folder     {run.folder}"]
     lines += format_rows({name: path for name, path in files.items() if path.exists()})
     if best := evaluations.best:
         lines.append(f"best model     {folder.best}: step {best.step}, {best.summary()}")

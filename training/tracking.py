@@ -284,7 +284,9 @@ def plot_evaluations(metrics_path: Path, plot_path: Path, history: EvaluationHis
         if style.limits:
             axes.set_ylim(*style.limits)
     title = metric_title(best.by_name()[best.best_metric][0], best.extractor).partition("@")[0]
-    all_axes[0].set_title(f"dashed: halves of the training images; line: best {title}, step {best.step}", fontsize=9)
+    all_axes[0].set_title(
+        f"dashed: floor (halves of the training images); line: best {title}, step {best.step}", fontsize=9
+    )
     all_axes[-1].set_xlabel("optimizer step")
     replace_file(plot_path, lambda temporary: figure.savefig(temporary, dpi=110))
 

@@ -229,7 +229,7 @@ def generation_tab(models: dict[str, Model]) -> SimpleNamespace:
                 [("z and noise", "both"), ("z only", "z"), ("noise only", "noise")],
                 value="both",
                 label="What differs between the images",
-                info="The latents z, the noise (at the start and in each step), or both. If not both, in one class.",
+                info="The latent z, the noise (initial and in each step), or both. Unless both vary, in one class.",
                 visible=first.is_ddgan,
             )
             button = gr.Button("Generate", variant="primary")
@@ -291,8 +291,7 @@ def guidance_tab(models: dict[str, Model], clip: str | None, why_no_clip: str) -
                 step=0.5,
                 precision=1,
                 label="Guidance scale",
-                info=f"Strength of the guidance in any number of steps, as a scale at {DEFAULT_STEPS} steps; "
-                "0 turns it off.",
+                info=f"Strength of the guidance, as a scale at {DEFAULT_STEPS} steps; 0 turns it off.",
             )
             button = gr.Button("Generate", variant="primary", elem_id="generate-guided")
             with gr.Row(visible=first_kind == "color") as examples:
@@ -577,7 +576,7 @@ def main() -> None:
     except OSError as error:
         raise InputError(
             f"The page cannot be served (--host {args.host or 'default'}, --port {args.port or 'default'}): the port "
-            "is in use, or the host is not an address of this machine. Choose others."
+            "is in use, or the host is not an address of this machine. Choose another --port or --host."
         ) from error
 
 

@@ -173,7 +173,7 @@ class GenerationRequest:
         scheduler: a key of `SCHEDULERS`, or `as-saved`.
         seed: seed of the first image; image i is generated from `seed + i`.
         label: a class of the model, or `ALL_CLASSES`.
-        vary: for a DDGAN, what differs between the images, the latents z or all other noise; None for both. All images
+        vary: for a DDGAN, what differs between the images, the latent z or all other noise; None for both. All images
             then have one class, the first one for `ALL_CLASSES`.
         autoguidance: scale of autoguidance, at least 1 (none); ignored by models without a guide.
 
@@ -506,7 +506,7 @@ def user_message(error: Exception) -> str:
     if isinstance(error, (InputError, RunError)):
         return str(error)
     traceback.print_exception(error)
-    return "Something went wrong in this app. Its log has the details."
+    return "Something went wrong. Try other settings; the details are in the log of the app."
 
 
 def enlarge(image: Image.Image) -> Image.Image:

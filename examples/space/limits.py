@@ -21,7 +21,7 @@ class RequestLimits:
             await self.app(scope, receive, send)
             return
         if scope["path"].rstrip("/").rpartition("/")[2] in CLOSED:
-            await PlainTextResponse("This app takes no files.", 404)(scope, receive, send)
+            await PlainTextResponse("This app does not accept uploads.", 404)(scope, receive, send)
             return
         body, is_complete = b"", False
         while not is_complete:

@@ -206,7 +206,7 @@ def test_empty_texts_are_refused(value, tmp_path):
 
 
 def test_an_empty_list_is_refused_unless_it_replaces_a_default():
-    with pytest.raises(InputError, match=r"--sizes is empty\. Pass a value, or omit it"):
+    with pytest.raises(InputError, match=r"--sizes is empty\. Pass a value, or omit the flag"):
         parse("--sizes")
 
 

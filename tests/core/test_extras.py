@@ -17,7 +17,7 @@ def requirements(monkeypatch):
 
 
 def test_the_command_installs_all_that_is_missing_of_an_extra():
-    message = "lost-1, of the extra [train], is not installed. Run pip install 'lost-1>=1.1' 'lost-2>=1.2'"
+    message = "lost-1 (of the extra [train]) is not installed. Run pip install 'lost-1>=1.1' 'lost-2>=1.2'"
     assert missing_extra("lost-1", "train") == message
     assert missing_import(ModuleNotFoundError(name="lost_1.part")) == f"{message}."
     assert missing_extra("trackio") == "trackio is not installed. Run pip install trackio"
@@ -45,5 +45,5 @@ def test_a_command_without_its_extra_ends_with_one_paragraph(capsys):
     with pytest.raises(SystemExit, match="2"):
         run_command(main)
     assert capsys.readouterr().err.startswith(
-        "\nerror: This command needs a package: lost-2, of the extra [train], is not installed. Run "
+        "\nerror: This command needs a package: lost-2 (of the extra [train]) is not installed. Run "
     )

@@ -25,7 +25,7 @@ from ddgan.training.arguments import DataArguments
 def test_a_repository_that_is_not_cached_is_refused_in_offline_mode(tmp_path, monkeypatch, kind, name, values):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=rf"--{name} ann/it: .* not asked because HF_HUB_OFFLINE is set"):
+    with pytest.raises(InputError, match=rf"--{name} ann/it: .* not contacted because HF_HUB_OFFLINE is set"):
         kind(**{name: "ann/it"}, **values)
     repo_type = "datasets" if name in ("dataset_name", "reference") else "models"
     Path(tmp_path, f"{repo_type}--ann--it").mkdir()

@@ -511,7 +511,7 @@ def test_an_image_folder_needs_no_datasets_library(images, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert len(open_folder(images)) == 13
     with pytest.raises(
-        InputError, match=r"datasets, of the extra \[train\], is not installed\. Run pip install 'datasets>="
+        InputError, match=r"datasets \(of the extra \[train\]\) is not installed\. Run pip install 'datasets>="
     ):
         open_dataset("some/thing")
 

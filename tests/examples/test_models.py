@@ -57,7 +57,7 @@ def test_a_self_contained_folder_is_embedded_without_its_code(tmp_path):
 def test_a_published_folder_contains_its_code_and_loads_with_diffusers_alone(folder, tmp_path):
     before, pipe = contents(folder), load_pipeline(str(folder))
     pipe.save_pretrained(tmp_path)
-    with snapshot(folder, "ann/model") as copy:
+    with snapshot(shutil.copytree(folder, tmp_path / "model"), "ann/model") as copy:
         code = code_files(Path(copy))
         published = DiffusionPipeline.from_pretrained(copy, trust_remote_code=True)
         card = Path(copy, CARD_NAME).read_text(encoding="utf-8")

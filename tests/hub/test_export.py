@@ -320,7 +320,7 @@ def test_a_pushed_card_shows_samples_of_the_pipeline(saved, local_hub, monkeypat
     pipe.push_to_hub("ann/model")
     there = local_hub.files("ann/model")
     card = there["README.md"].decode()
-    assert "![Seeds 0 to 8, 4 steps; nothing left out.](card_samples.png)" in card
+    assert "![Seeds 0 to 8, 4 steps; uncurated.](card_samples.png)" in card
     shown = Image.open(io.BytesIO(there["card_samples.png"])).crop((96, 96, 192, 192))
     expected = pipe(batch_size=9, generator=[torch.Generator().manual_seed(seed) for seed in range(9)]).images[4]
     assert shown.tobytes() == expected.convert("RGB").resize((96, 96), Image.Resampling.NEAREST).tobytes()
@@ -345,9 +345,7 @@ def test_sample_images_are_generated_in_evaluation_mode(tmp_path):
     pipe.unet.train()
     save_samples(pipe, tmp_path)
     first = (tmp_path / "card_samples.png").read_bytes()
-    assert Image.open(io.BytesIO(first)).info["Caption"] == (
-        "Seeds 0 to 8, 20 steps, the classes in turn; nothing left out."
-    )
+    assert Image.open(io.BytesIO(first)).info["Caption"] == ("Seeds 0 to 8, 20 steps, the classes in turn; uncurated.")
     save_samples(pipe, tmp_path)
     assert (tmp_path / "card_samples.png").read_bytes() == first
     assert all(module.training for module in pipe.unet.modules())

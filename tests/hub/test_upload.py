@@ -344,7 +344,7 @@ def test_a_missing_login_and_missing_write_access_are_reported(local_hub, folder
         with pytest.raises(InputError, match=r"You have no write access to ann/\w+: You do not have the rights"):
             refused()
     monkeypatch.setenv("HF_TOKEN", "hf_ann_reads")
-    with pytest.raises(InputError, match=r"The token of ann is read-only: create one .* by `hf auth login`"):
+    with pytest.raises(InputError, match=r"The token of ann is read-only: create one .* using `hf auth login`"):
         who_am_i()
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     for refused in (who_am_i, lambda: repository.upload(folder, "mine now"), repository.open):
@@ -366,7 +366,10 @@ def test_offline_mode_is_reported_at_once(local_hub, monkeypatch, waits):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("datasets/ann/model", "datasets/ann/model is one of the Hub's datasets, but a pipeline goes to a model"),
+        (
+            "datasets/ann/model",
+            "datasets/ann/model names one of the Hub's datasets, but a pipeline is uploaded to a model",
+        ),
         ("model", "model has no owner: name it user/model"),
         ("ann/mod el", "'ann/mod el' cannot be the name of a repository"),
         ("ann/taken", r"The name ann/taken is taken: ann/taken is a dataset\. Choose another one"),

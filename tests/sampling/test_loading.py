@@ -114,7 +114,7 @@ def test_files_missing_in_the_cache_are_reported_with_the_reason(local_hub, monk
 
 def test_offline_mode_is_named_as_the_reason(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"is not asked because HF_HUB_OFFLINE is set, .*unset it\."):
+    with pytest.raises(InputError, match=r"is not contacted because HF_HUB_OFFLINE is set, .*unset HF_HUB_OFFLINE\."):
         load_pipeline("ann/model")
 
 

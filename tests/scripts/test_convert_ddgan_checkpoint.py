@@ -71,7 +71,7 @@ def test_a_checkpoint_becomes_a_pipeline_folder(tmp_path, golden, training_state
     assert f"| network | NCSNpp, {pipe.unet.num_parameters():,} parameters |" in card
     assert f"| image size | {config['image_size']}x{config['image_size']}, " in card
     assert f"Made with diffusers-ddgan {version('diffusers-ddgan')}, diffusers " in card
-    assert ("](samples.png)\n\n*Seeds 0 to 1, nothing left out.*" in card) == training_state
+    assert ("](samples.png)\n\n*Seeds 0 to 1, uncurated.*" in card) == training_state
     assert (output / "samples.png").exists() == training_state
     assert ("| weights | EMA, from the state of the optimizer |" in card) == training_state
     if training_state:

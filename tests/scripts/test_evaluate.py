@@ -447,7 +447,8 @@ def test_features_of_another_network_are_rejected(run, folders, tmp_path):
     run("--images", folders["samples"])
     (cached,) = (tmp_path / "cache").glob("*.safetensors")
     with pytest.raises(
-        InputError, match=r"are those of color with the weights \w+, not of gray with the weights \w+\. Choose"
+        InputError,
+        match=r"are those of color with the weights \w+, not of gray with the weights \w+\. Pass the network",
     ):
         run("--images", folders["samples"], "--feature_extractor", folders["gray"], reference=cached)
     content = cached.read_bytes()
@@ -493,9 +494,7 @@ def test_settings_without_effect_are_refused(run, folders, tmp_path, reference, 
 def test_a_value_range_without_image_files_is_refused(run, folders, tmp_path):
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(192), sigma=np.eye(192))
     flags = ("--pipeline", folders["model"], *SHORT, "--num_images", 12, "--value_range", 0, 99)
-    with pytest.raises(
-        InputError, match=r"--value_range is that of image files, but .*statistics\.npz holds only feat"
-    ):
+    with pytest.raises(InputError, match=r"--value_range applies to image files, but .*statistics\.npz has only feat"):
         run(*flags, reference=tmp_path / "statistics.npz")
 
 
@@ -720,7 +719,7 @@ def test_the_table_has_each_number_with_its_floor(run, folders, capsys):
         (line,) = (line for line in printed.splitlines() if line.startswith(f"{name}@40 "))
         entry = results["metrics"][f"{key}@40"]
         assert f"{entry['value']:.4g}" in line and f"{entry['floor']['value']:.4g}" in line
-    assert "floor: 20 images of one half of the reference against 20 of the other" in printed
+    assert "floor (real-vs-real baseline): 20 images of one half of the reference against 20 of the other" in printed
 
 
 def test_features_of_clip_give_cmmd(run, folders, clip, capsys):

@@ -357,7 +357,7 @@ def test_few_step_pipelines_are_guided_through_their_network(tmp_path, capsys):
     for name, more in (("default", []), ("model", ["--guidance_gradient", "model"])):
         generate.main(flags(tmp_path / "model", tmp_path / name, *color, *more))
         printed = capsys.readouterr().out
-        assert ("its gradient passes through the network, so it does: --guidance_gradient model" in printed) == (
+        assert ("its gradient passes through the network, so --guidance_gradient model is used" in printed) == (
             name == "default"
         )
     generate.main(flags(tmp_path / "model", tmp_path / "sample", *color, "--guidance_gradient", "sample"))
@@ -634,7 +634,7 @@ def test_settings_are_saved(whole):
         (["--clip_prompt", "a rose", "--clip_model", "a", "b", "c"], "one name"),
         (["--clip_prompt", "a rose", "--clip_model", "./nowhere"], "nowhere cannot be loaded"),
         (["--color", "teal", "--class_labels", 1], "class"),
-        (["--vary", "z"], "--vary z needs a DDGAN, because a DDPMPipeline has no latents z"),
+        (["--vary", "z"], "--vary z needs a DDGAN, because a DDPMPipeline has no latent z"),
         (["--vary", "noise", "--color", "teal"], "--vary does not work with guidance: omit --color"),
         (["--eta", -1], "--eta is -1"),
         (["--scheduler", "ddim", "--eta", 1.5], "An eta of 1.5 is for DDGANs: that of a DDIMScheduler is at most 1"),

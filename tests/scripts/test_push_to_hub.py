@@ -222,7 +222,7 @@ def test_branches_pull_requests_and_spaces(local_hub, folder, checked, capsys, t
         (("--folder", "f", "--repo_id", "ann/model", "--create_pr", "--revision", "v2"), "omit --revision"),
         (("--folder", "f", "--repo_id", "ann/model", "--space", "--create_pr"), "a Space that loads .* main branch"),
         (("--folder", "f", "--repo_id", "ann/model", "--space", "--revision", "v2"), "or omit --space"),
-        (("--folder", "f", "--repo_id", "datasets/ann/model"), "is one of the Hub's datasets"),
+        (("--folder", "f", "--repo_id", "datasets/ann/model"), "names one of the Hub's datasets"),
     ],
 )
 def test_invalid_arguments_are_rejected_before_the_hub_is_contacted(local_hub, more, message):

@@ -236,7 +236,7 @@ def test_an_existing_classifier_is_not_overwritten(tmp_path):
         (["--train_data_dir", "sides", "--widths", "9"], "multiples of 8"),
         (["--train_data_dir", "sides", "--num_epochs", "0"], "at least 1"),
         (["--train_data_dir", "sides", "--resolution", "8", "16"], "square images"),
-        (["--dataset_name", "sides", "--streaming"], "cannot be streamed"),
+        (["--dataset_name", "sides", "--streaming"], "which a stream does not allow"),
         (["--train_data_dir", "sides", "--gradient_checkpointing"], "too small"),
         (["--train_data_dir", "sides", "--push_to_hub"], "uploads pipelines, not classifiers"),
     ],

@@ -84,7 +84,7 @@ def test_a_card_states_the_license_of_the_training_images(finetune, images, tmp_
     data = Path(shutil.copytree(images, tmp_path / "pictures"))
     (data / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     card = (finetune("run", "--train_data_dir", data) / "README.md").read_text()
-    assert "That of the training images, pictures, is `cc-by-4.0`, according to their dataset card" in card
+    assert "The license of the training images, pictures, is `cc-by-4.0`, according to their dataset card" in card
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def test_a_resumed_run_prints_which_settings_have_changed(finetune, caplog):
     finetune("run", "--num_epochs", 2, "--learning_rate", 2e-3, "--min_snr_gamma", 5, *resume)
     changed = "--num_epochs 1 -> 2, --learning_rate 0.01 -> 0.002, --random_flip True -> False"
     changed += ", --min_snr_gamma None -> 5.0."
-    assert caplog.messages.count(f"Changed since then: {changed}") == 1
+    assert caplog.messages.count(f"Settings changed since the last start: {changed}") == 1
     caplog.clear()
     finetune("run", "--num_epochs", 2, "--learning_rate", 2e-3, "--min_snr_gamma", 5, *resume)
     assert not any("Changed" in message for message in caplog.messages)

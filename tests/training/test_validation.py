@@ -97,7 +97,10 @@ def test_a_stream_is_refused(finetune, tmp_path):
 
 def test_a_run_resumes_only_with_the_same_images(finetune):
     finetune("run", "--num_epochs", 1, *HELD_OUT)
-    with pytest.raises(InputError, match=r"number of images = 10, but this run has 13.* --validation_fraction"):
+    with pytest.raises(
+        InputError,
+        match=r"number of images = 10, but this run has 13.* the same images and the same global batch size",
+    ):
         finetune("run", "--resume_from_checkpoint", "latest")
 
 

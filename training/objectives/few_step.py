@@ -60,12 +60,12 @@ class FewStepProcess:
         self.timesteps = self.transitions[:, 0].unique().flip(0)
 
     def add_noise(self, images: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """sqrt(alphas_cumprod) images + sqrt(1 - alphas_cumprod) noise; the images themselves at `CLEAN`."""
+        """Return sqrt(alphas_cumprod) images + sqrt(1 - alphas_cumprod) noise; the images themselves at `CLEAN`."""
         signal = self._alphas_cumprod(timesteps)
         return _scale(signal.sqrt(), images) + _scale((1 - signal).sqrt(), noise)
 
     def predicted_image(self, output: torch.Tensor, noisier: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_0 from the network's output at x_t."""
+        """Return x_0, (B, C, H, W), from the network's output at x_t."""
         signal = self._alphas_cumprod(t)
         if self.prediction_type == "sample":
             return output
@@ -74,7 +74,7 @@ class FewStepProcess:
         return _scale(signal.sqrt(), noisier) - _scale((1 - signal).sqrt(), output)
 
     def posterior_sample(self, image: torch.Tensor, transition: Transition, noise: torch.Tensor) -> torch.Tensor:
-        """x_s from q(x_s | x_t, x_0), equation (7) of arXiv 2006.11239 for steps of any size."""
+        """Sample x_s, (B, C, H, W), from q(x_s | x_t, x_0), equation (7) of arXiv 2006.11239 for steps of any size."""
         signal_t, signal_s = self._alphas_cumprod(transition.t), self._alphas_cumprod(transition.s)
         alpha = signal_t / signal_s
         mean = _scale(signal_s.sqrt() * (1 - alpha) / (1 - signal_t), image)
@@ -84,7 +84,7 @@ class FewStepProcess:
     def deterministic_step(
         self, image: torch.Tensor, noisier: torch.Tensor, t: torch.Tensor, s: torch.Tensor
     ) -> torch.Tensor:
-        """x_s with the same noise as in x_t, equation (12) of arXiv 2010.02502 for sigma = 0."""
+        """Return x_s with the same noise as in x_t, equation (12) of arXiv 2010.02502 for sigma = 0."""
         signal_t, signal_s = self._alphas_cumprod(t), self._alphas_cumprod(s)
         noise = _scale((1 - signal_t).rsqrt(), noisier) - _scale((signal_t / (1 - signal_t)).sqrt(), image)
         return _scale(signal_s.sqrt(), image) + _scale((1 - signal_s).sqrt(), noise)
@@ -201,7 +201,7 @@ class DiscriminatorObjective:
         self.setup, self.gamma, self.step = setup, gamma, step
 
     def __call__(self, discriminator: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
-        """`loss`, the mean logits of `real` and `fake` images, the `penalty`, and `accuracy`, each (B,).
+        """Return `loss`, the mean logits of `real` and `fake` images, the `penalty`, and `accuracy`, each (B,).
 
         `accuracy` is 1 where the real image has the higher logit. It is 0.5 on average for a discriminator that cannot
         tell them apart, also where the penalties keep its logits close to zero.
@@ -252,7 +252,7 @@ class GeneratorObjective:
         self.distillation_steps, self.distillation_weight = distillation_steps, distillation_weight
 
     def __call__(self, generator: torch.nn.Module, samples: MicroBatch) -> dict[str, torch.Tensor]:
-        """`loss` and those of its parts that this step has, `distillation` and `adversarial`, each (B,)."""
+        """Return `loss` and those of its parts that this step has, `distillation` and `adversarial`, each (B,)."""
         setup, is_adversarial = self.setup, samples.step >= self.distillation_steps
         weight = self.distillation_weight if is_adversarial else 1.0
         inputs, targets, transition, conditions = [], None, None, {}
