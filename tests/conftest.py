@@ -24,7 +24,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 GOLDEN = [Path(__file__).parent / "fixtures" / "golden", Path(__file__).parents[2] / "shared" / "golden"]
 # modules whose fixtures take longer than their tests: a single process runs the whole module
-TOGETHER = ("examples/test_space.py", "hub/test_export.py")
+TOGETHER = ("examples/test_space.py", "hub/test_export.py", "test_wheel.py", "test_start_up.py")
 
 
 class Scheduler(LoadScopeScheduling):

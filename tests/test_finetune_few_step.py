@@ -162,6 +162,8 @@ def test_each_column_of_the_metrics_begins_with_its_stage(few_step, monkeypatch)
         "g_adversarial": [0, 1],
     }
     assert all(0 <= row["d_accuracy"] <= 1 for row in rows[1:])
+    assert [row["g_learning_rate"] for row in rows] == pytest.approx([5e-5, 1e-4, 5e-4, 1e-3])
+    assert [row["d_learning_rate"] for row in rows[1:]] == pytest.approx([1e-5, 2e-5, 3e-5])
     assert Image.open(run / "loss.png").width > 500
     card = (run / "README.md").read_text()
     assert "| discriminator loss | " in card and "nan" not in card

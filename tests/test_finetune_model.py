@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -64,37 +63,6 @@ def test_a_run_folder_has_the_documented_files(finetune):
     assert (before != after).any()
 
 
-@pytest.mark.slow
-def test_the_result_loads_without_this_package(finetune, tmp_path):
-    run = finetune("run")
-    program = """
-import sys
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
-try:
-    import ddgan
-    sys.exit("ddgan is still importable")
-except ImportError:
-    pass
-import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
-for loader in (DDPMPipeline, DiffusionPipeline):
-    pipe = loader.from_pretrained(sys.argv[1])
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    image = pipe(num_inference_steps=40, generator=torch.Generator().manual_seed(0)).images[0]
-    print(type(pipe).__name__, image.size)
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(run)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.split("\n")[:2] == ["DDPMPipeline (8, 8)"] * 2, done.stderr
-
-
 def test_the_card_describes_the_run_and_its_snippet_works(finetune, monkeypatch):
     run = finetune("run", "--min_snr_gamma", 5)
     card = ModelCard.load(run / "README.md")
@@ -136,6 +104,7 @@ def test_the_flags_of_the_course_work(tiny_model, tmp_path, monkeypatch):
     finetune_model.main([*COURSE_FLAGS.format(model=tiny_model, data="faces").split(), "--sample_steps", "2"])
     config = yaml.safe_load((tmp_path / "vintageface" / "config.yaml").read_text())
     assert config["report_to"] == "wandb"
+    assert any(path.is_file() for path in (tmp_path / "vintageface" / "wandb").rglob("*"))
     assert len(read_metrics(tmp_path / "vintageface" / "metrics.csv")) == 16 * 2
     assert DDPMPipeline.from_pretrained("vintageface").unet.config.sample_size == 16
 
@@ -246,9 +215,41 @@ def test_without_ema_the_trained_weights_are_saved(finetune):
     assert largest_difference(saved_weights(run), weights(run)) == 0
 
 
-def test_gradient_checkpointing_changes_no_weight(finetune):
-    runs = [finetune("plain"), finetune("checkpointed", "--gradient_checkpointing")]
-    assert largest_difference(*map(weights, runs)) < 1e-6
+def test_gradient_checkpointing_and_channels_last_change_how_the_network_runs_and_not_its_loss(
+    finetune, monkeypatch, tmp_path
+):
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "no-dropout")
+    seen, train_step = {}, Trainer._train_step
+
+    def step(trainer, batches):
+        unet = trainer.networks[0].spec.network
+        is_channels_last = unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        seen[trainer.folder.path.name] = unet.is_gradient_checkpointing, is_channels_last
+        train_step(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    runs = [
+        finetune(name, *flags, "--start_model", tmp_path / "no-dropout", "--max_train_steps", 1)
+        for name, flags in (
+            ("plain", []),
+            ("checkpointed", ["--gradient_checkpointing"]),
+            ("last", ["--channels_last"]),
+        )
+    ]
+    assert seen == {"plain": (False, False), "checkpointed": (True, False), "last": (False, True)}
+    first, *others = (read_metrics(run / "metrics.csv")[0] for run in runs)
+    for other in others:
+        assert (other["loss"], other["grad_norm"]) == pytest.approx((first["loss"], first["grad_norm"]), rel=1e-5)
+
+
+def test_gradients_are_clipped_to_the_norm(finetune, tiny_model):
+    # with a large epsilon and the same learning rate, the first step of Adam is the gradient itself
+    flags = ("--max_train_steps", 1, "--lr_scheduler", "constant", "--learning_rate", 1e6, "--adam_epsilon", 1e6)
+    run = finetune("run", *flags, "--adam_weight_decay", 0, "--max_grad_norm", 0.05)
+    start, trained = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors"), weights(run)
+    moved = torch.cat([(trained[name] - start[name]).flatten() for name in start]).norm().item()
+    assert moved == pytest.approx(0.05, rel=0.01)
+    assert read_metrics(run / "metrics.csv")[0]["grad_norm"] > 0.05
 
 
 def test_compile_trains_the_same_network_and_saves_plain_names(finetune, monkeypatch):
@@ -308,13 +309,10 @@ def test_tensorboard_gets_numbers_and_images(finetune):
     assert [event.step for event in tracked.Images("samples")] == [0, 4]
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_other_trackers_start_offline(finetune, tracker, monkeypatch):
-    pytest.importorskip(tracker, reason=f"{tracker} is not installed")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run = finetune("run", "--report_to", tracker)
-    folder = run / "wandb" if tracker == "wandb" else Path(os.environ["TRACKIO_DIR"])
-    assert any(path.is_file() for path in folder.rglob("*"))
+def test_trackio_starts_offline(finetune):
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    finetune("run", "--report_to", "trackio")
+    assert any(path.is_file() for path in Path(os.environ["TRACKIO_DIR"]).rglob("*"))
 
 
 def test_a_tracker_that_is_not_installed_is_reported_before_training(finetune, monkeypatch, tmp_path):
@@ -341,21 +339,6 @@ def test_a_stream_is_trained_on_stopped_and_resumed_exactly(finetune, tmp_path):
 
 
 # ---- clear errors
-
-
-def test_an_unknown_flag_is_reported_with_the_closest_one(finetune):
-    with pytest.raises(InputError, match=r"Unknown flag --learning_rat\. Did you mean --learning_rate\?"):
-        finetune("run", "--learning_rat", "1e-4")
-    with pytest.raises(InputError, match=r"--batch_size.*: invalid int value: 'many'"):
-        finetune("run", "--batch_size", "many")
-
-
-def test_an_unknown_key_of_a_config_is_reported_with_the_closest_one(finetune, tmp_path):
-    (tmp_path / "c.yaml").write_text("num_epoch: 3\n")
-    with pytest.raises(InputError, match=r"c\.yaml: Unknown flag --num_epoch\. Did you mean --num_epochs\?"):
-        finetune("run", "--config", tmp_path / "c.yaml")
-    with pytest.raises(InputError, match=r"missing\.yaml does not exist"):
-        finetune("run", "--config", tmp_path / "missing.yaml")
 
 
 def test_errors_are_one_paragraph_without_a_traceback(tiny_model, images, tmp_path):
@@ -591,16 +574,11 @@ def test_a_model_folder_is_not_overwritten_and_other_files_are_kept(finetune, ti
     assert other.exists()
 
 
-@pytest.mark.parametrize("flags", ["--checkpoints_total_limit -1", "--sample_steps 0", "--dataloader_num_workers -1"])
-def test_numbers_that_are_too_small_are_rejected(finetune, flags):
-    with pytest.raises(InputError, match=rf"{flags.split()[0]} is -?\d; it must be at least [01]"):
-        finetune("run", *flags.split())
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--seed", "-1"], "must be at least 0"),
+        (["--sample_steps", "0"], "--sample_steps is 0; it must be at least 1"),
         (["--learning_rate", "nan"], "must be a finite number"),
         (["--ema_power", "-5"], "must be greater than 0"),
         (["--train_data_dir", ""], "--train_data_dir is empty"),

@@ -158,6 +158,7 @@ def test_the_run_equals_the_plain_computation_also_with_gradient_accumulation(tr
         suffix = f"_{i}" if i else ""
         network.load_state_dict(load_file(checkpoint / f"model{suffix}.safetensors"))
         optimizer.load_state_dict(torch.load(checkpoint / f"optimizer{suffix}.bin", weights_only=True))
+        assert tuple(optimizer.param_groups[0]["betas"]) == (0.5, 0.9)
 
     run = train("started", *GLOBAL_BATCH_8, *RESUME, *more)
     data = TrainingData(data_args, Preprocessing(3, 8, 8), 0, batch_size=4, accumulation=2, processes=1, seed=0)

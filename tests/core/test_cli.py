@@ -10,6 +10,7 @@ from typing import Literal
 
 import pytest
 
+from ddgan.__main__ import COMMANDS
 from ddgan.core.cli import Arguments, changed_values, option, parse_arguments, read_config, write_config
 from ddgan.core.errors import InputError
 from ddgan.training.arguments import RunArguments
@@ -271,12 +272,14 @@ EVERY_COMMAND = {
     "scripts.choose_ema": {"run": "my-run", "reference": "images"},
     "scripts.convert_ddgan_checkpoint": {"checkpoint_path": "a.pth", "output_dir": "out"},
     "scripts.push_to_hub": {"folder": "model", "repo_id": "a/b"},
+    "scripts.space": {},
     "examples.guided_sampling": {},
 }
 
 
 @pytest.mark.parametrize("command", EVERY_COMMAND)
 def test_every_number_and_text_of_every_command_is_checked(command):
+    assert {known.module for known in COMMANDS.values()} <= EVERY_COMMAND.keys()
     module = importlib.import_module(f"ddgan.{command}")
     values = [kind for value in vars(module).values() for kind in (value if isinstance(value, tuple) else [value])]
     kinds = [kind for kind in values if isinstance(kind, type) and dataclasses.is_dataclass(kind)]

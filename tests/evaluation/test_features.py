@@ -4,7 +4,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ddgan.core import files
 from ddgan.evaluation import features
 from ddgan.evaluation.features import cached_features, extract_features
 
@@ -147,8 +146,3 @@ def test_an_image_whose_features_are_not_finite_is_named():
 
     with pytest.raises(ValueError, match="features of image 7 are not finite"):
         extract_features(10, 4, extract, Accelerator())
-
-
-def test_fingerprints_depend_on_facts_not_on_their_order():
-    assert files.fingerprint({"a": 1, "b": [2]}) == files.fingerprint({"b": [2], "a": 1})
-    assert files.fingerprint({"a": 1}) != files.fingerprint({"a": 2})

@@ -173,7 +173,8 @@ def test_output_is_a_dataclass_or_an_equal_tuple():
     assert torch.equal(as_tuple[0], model(*inputs()).sample)
 
 
-def test_saved_network_loads_the_same_with_names_and_dtype(tmp_path, caplog):
+def test_saved_network_loads_the_same_with_names_and_dtype(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # to caplog
     model = tiny(class_dropout=0.1, id2label={0: "hero", 1: "food", 2: "spell"})
     model.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):

@@ -91,8 +91,8 @@ def test_transitions_are_the_steps_of_the_scheduler(config, count):
 
 def test_true_image_gives_the_forward_process_at_the_next_level():
     """The posterior of the forward process at t is the forward process at s: both have the same mean and variance."""
-    process = FewStepProcess(scheduler(), [4])
-    image, noise = torch.full((50_000, 1, 1, 1), 0.7), torch.randn(2, 50_000, 1, 1, 1)
+    process, seeded = FewStepProcess(scheduler(), [4]), torch.Generator().manual_seed(0)
+    image, noise = torch.full((50_000, 1, 1, 1), 0.7), torch.randn(2, 50_000, 1, 1, 1, generator=seeded)
     for t, s in process.transitions[1:]:
         t, s = t.expand(50_000), s.expand(50_000)
         transition = Transition(t, s, process.add_noise(image, t, noise[0]))

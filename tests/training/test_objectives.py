@@ -107,11 +107,3 @@ def test_the_null_class_has_the_given_probability_and_depends_on_the_key_alone()
     deviation = (probability * (1 - probability) / count) ** 0.5
     assert abs(seen.count(10) / count - probability) < 3 * deviation
     assert labels_seen(range(7, count), labels[7:], probability) == seen[7:]
-
-
-def test_random_numbers_depend_on_the_key_alone_and_streams_are_independent():
-    device = torch.device("cpu")
-    both, one = PerSampleRNG([3, 4], device), PerSampleRNG([4], device)
-    assert torch.equal(both.normal(5)[1:], one.normal(5))
-    assert torch.equal(both.integers(1000)[1:], one.integers(1000))
-    assert not torch.equal(PerSampleRNG([4], device, stream=1).normal(5), PerSampleRNG([4], device).normal(5))

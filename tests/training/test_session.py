@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate import debug_launcher, notebook_launcher
+from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline
 from tiny import largest_difference, weights
@@ -57,9 +57,3 @@ def test_python_and_the_command_line_train_the_same_weights(finetune, tiny_model
 def test_the_notebook_launcher_trains(tiny_model, images, tmp_path):
     notebook_launcher(finetune_function, arguments(tiny_model, images, tmp_path / "run"), num_processes=1)
     assert len(read_metrics(tmp_path / "run" / "metrics.csv")) == 2
-
-
-@pytest.mark.slow
-def test_two_processes_train_from_python(tiny_model, images, tmp_path):
-    debug_launcher(finetune_function, arguments(tiny_model, images, tmp_path / "run"), num_processes=2)
-    assert "| global batch size | 8, 2 processes |" in (tmp_path / "run" / "README.md").read_text()
