@@ -239,11 +239,11 @@ def train(problem: Gaussians | StackedMNIST, setting: Setting, seed: int, steps:
     return pipeline
 
 
-def samples(pipeline: DDGANPipeline, count: int, batch_size: int = 100) -> Iterable[torch.Tensor]:
+def samples(pipeline: DDGANPipeline, count: int, batch_size: int = 100, eta: float = 1.0) -> Iterable[torch.Tensor]:
     """Yield batches of samples."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(count // batch_size):
-        yield pipeline(batch_size=batch_size, generator=generator, output_type="latent").images  # pyright: ignore
+        yield pipeline(batch_size=batch_size, generator=generator, eta=eta, output_type="latent").images  # pyright: ignore
 
 
 def main() -> None:
@@ -254,6 +254,9 @@ def main() -> None:
     parser.add_argument(
         "--gamma", type=float, help="weight of the penalties in every step (default: 0.005, and 0.1 for StackedMNIST)"
     )
+    parser.add_argument(
+        "--eta", type=float, nargs="+", default=[1.0], help="scales of the noise of the sampling steps, a row for each"
+    )
     parser.add_argument("--settings", nargs="+", help="names of the compared settings (default: all)")
     args = parser.parse_args()
     stacked = args.stacked_mnist is not None
@@ -261,23 +264,24 @@ def main() -> None:
     gamma, seeds = args.gamma or (0.1 if stacked else 0.005), args.seeds or ([0] if stacked else [0, 1, 2])
     print(f"{args.steps} steps, gamma {gamma:g}, seeds {' '.join(map(str, seeds))}, {problem.num_samples} samples\n")
     print(
-        f"| | modes | KL | mean KL | {'confidence' if stacked else 'at a mode'} | minutes |\n|---|---|---|--:|--:|--:|"
+        f"| | eta | modes | KL | mean KL | {'confidence' if stacked else 'at a mode'} | minutes |\n"
+        "|---|--:|---|---|--:|--:|--:|"
     )
     compared = settings(gamma)
     for name in args.settings or compared:
-        coverages, fractions, start = [], [], time.perf_counter()
-        for seed in seeds:
-            pipeline = train(problem, compared[name], seed, args.steps)
-            coverage, fraction = problem.coverage(samples(pipeline, problem.num_samples))
-            coverages.append(coverage)
-            fractions.append(fraction)
+        start = time.perf_counter()
+        pipelines = [train(problem, compared[name], seed, args.steps) for seed in seeds]
         minutes = (time.perf_counter() - start) / 60 / len(seeds)
-        modes = ", ".join(str(coverage.modes) for coverage in coverages)
-        divergences = ", ".join(f"{coverage.kl:.2f}" for coverage in coverages)
-        mean = fmean(coverage.kl for coverage in coverages)
-        print(
-            f"| {name} | {modes} | {divergences} | {mean:.2f} | {fmean(fractions):.0%} | {minutes:.1f} |", flush=True
-        )
+        for eta in args.eta:
+            results = [problem.coverage(samples(pipe, problem.num_samples, eta=eta)) for pipe in pipelines]
+            coverages, fractions = zip(*results, strict=True)
+            modes = ", ".join(str(coverage.modes) for coverage in coverages)
+            divergences = ", ".join(f"{coverage.kl:.2f}" for coverage in coverages)
+            mean, fraction = fmean(coverage.kl for coverage in coverages), fmean(fractions)
+            print(
+                f"| {name} | {eta:g} | {modes} | {divergences} | {mean:.2f} | {fraction:.0%} | {minutes:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
