@@ -144,24 +144,47 @@ def gradient_norms(gan, batch):
     """Return the squared norms of D's gradient at the real and at the generated images of a batch."""
     t, less_noisy, noisier = gan.real_pair(batch)
     norms = []
-    for images in (less_noisy, gan.fake(gan.generator, batch, t, noisier)[0].detach()):
+    predicted, _ = gan.predict(gan.generator, batch, t, noisier)
+    for images in (less_noisy, gan.less_noisy(batch, t, noisier, predicted).detach()):
         images.requires_grad_()
         (gradient,) = torch.autograd.grad(gan.discriminator(images, t, noisier).sum(), images)
         norms.append(gradient.flatten(1).square().sum(1))
     return norms
 
 
-def test_reconstruction_is_the_error_of_the_clean_image_weighted_by_the_signal():
+def test_reconstruction_is_the_weighted_error_and_at_the_last_timestep_the_energy_score():
     gan, plain = tiny_gan(reconstruction_weight=3.0), tiny_gan()
     values = GeneratorObjective(gan)(gan.generator, micro_batch())
     batch = micro_batch()
     t, _, noisier = gan.real_pair(batch)
-    predicted = gan.predict(gan.generator, batch, t, noisier)
-    error = F.mse_loss(predicted, batch.images, reduction="none").mean(dim=(1, 2, 3))
-    torch.testing.assert_close(values["reconstruction"], 3.0 * gan.scheduler.alphas_cumprod[t] * error)
-    without = GeneratorObjective(plain)(plain.generator, micro_batch())
-    assert list(without) == ["loss"]
-    torch.testing.assert_close(values["loss"], without["loss"] + values["reconstruction"])
+    again = gan.is_noisiest(t).nonzero()[:, 0]
+    assert 0 < len(again) < len(t)
+    first, second = gan.predict(gan.generator, batch, t, noisier, again)
+    assert (first[again] - second).abs().mean() > 0
+
+    def distance(a, b):
+        return (a - b).flatten(1).norm(dim=1) / math.sqrt(a[0].numel())
+
+    expected = gan.scheduler.alphas_cumprod[t].float() * (first - batch.images).flatten(1).square().mean(1)
+    to_images = distance(first[again], batch.images[again]) + distance(second, batch.images[again])
+    expected[again] = (to_images - distance(first[again], second)) / 2
+    torch.testing.assert_close(values["reconstruction"], 3.0 * expected, rtol=0, atol=2e-3)
+    fake = gan.discriminate(gan.discriminator, batch, t, gan.less_noisy(batch, t, noisier, first), noisier)
+    torch.testing.assert_close(values["loss"], F.softplus(-fake) + values["reconstruction"])
+    assert list(GeneratorObjective(plain)(plain.generator, micro_batch())) == ["loss"]
+
+
+def test_at_the_last_timestep_the_distribution_of_the_images_is_better_than_their_mean():
+    """Images are black or white at random: predictions that are so as well have a lower loss than gray ones."""
+    gan, batch = tiny_gan(reconstruction_weight=1.0), micro_batch()
+    generator = torch.Generator().manual_seed(0)
+    batch.images, first, second = (
+        (torch.randint(2, (4000, 1, 1, 1), generator=generator) * 2.0 - 1).expand(-1, 3, 4, 4) for _ in range(3)
+    )
+    t, gray = torch.full((4000,), gan.scheduler.config.num_train_timesteps - 1), torch.zeros(4000, 3, 4, 4)
+    again = torch.arange(4000)
+    assert gan.reconstruction_loss(batch, t, first, again, second).mean() == pytest.approx(0.5, abs=0.05)
+    assert gan.reconstruction_loss(batch, t, gray, again, gray).mean() == pytest.approx(1.0, abs=0.01)
 
 
 def test_r2_is_the_penalty_of_generated_images():

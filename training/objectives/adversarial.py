@@ -17,6 +17,8 @@ from .micro_batch import MicroBatch
 GANLoss = Literal["non_saturating", "relativistic"]
 Augmentation = Callable[[torch.Tensor], torch.Tensor]
 
+_SMALLEST_SQUARE = 1e-6  # keeps the gradient of a distance finite where both images are equal
+
 
 @dataclass
 class GANSetup:
@@ -34,8 +36,7 @@ class GANSetup:
             generated pair with the same noisier image (arXiv 1807.00734).
         instance_noise: standard deviation of noise that is added to clean images, real and generated ones, before the
             discriminator (arXiv 1610.04490).
-        reconstruction_weight: weight of the mean squared error of the predicted clean image, times the signal level
-            `alphas_cumprod[t]` of the noisier image, in the loss of the generator.
+        reconstruction_weight: weight of `reconstruction_loss` in the loss of the generator.
     """
 
     generator: NCSNpp
@@ -63,31 +64,65 @@ class GANSetup:
         noise = batch.rng.normal(*shape), batch.rng.normal(*shape)
         return t, *self.scheduler.add_noise_pair(batch.images, t, noise=noise)
 
+    def is_noisiest(self, t: torch.Tensor) -> torch.Tensor:
+        """Return which timesteps (B,) are the last one, at which the noisier image is almost pure noise."""
+        return t == self.scheduler.config.num_train_timesteps - 1
+
     def predict(
-        self, generator: torch.nn.Module, batch: MicroBatch, t: torch.Tensor, noisier: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the generator's prediction of the clean image, from a random latent z."""
-        z = batch.rng.normal(self.generator.config.latent_dim)
-        return generator(noisier, t, z, batch.labels, return_dict=False)[0]
-
-    def fake(
-        self, generator: torch.nn.Module, batch: MicroBatch, t: torch.Tensor, noisier: torch.Tensor
+        self,
+        generator: torch.nn.Module,
+        batch: MicroBatch,
+        t: torch.Tensor,
+        noisier: torch.Tensor,
+        again: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a generated less noisy image, sampled from the posterior, and the predicted clean image."""
-        predicted = self.predict(generator, batch, t, noisier)
-        noise = batch.rng.normal(*noisier.shape[1:])
-        less_noisy = self.scheduler.step(predicted, t, noisier, variance_noise=noise, return_dict=False)[0]
-        return less_noisy, predicted
+        """Return the generator's predictions of the clean images, each from a random latent z.
 
-    def reconstruction_loss(self, predicted: torch.Tensor, batch: MicroBatch, t: torch.Tensor) -> torch.Tensor:
-        """Return the weighted squared error (B,) of predicted clean images.
-
-        The weight falls with the noise, because where the image is not determined by its noisy version, the best
-        prediction is blurred.
+        Args:
+            again: indices of the images that are predicted a second time, from other latents, in the same call of the
+                generator.
         """
-        signal = self.scheduler.alphas_cumprod.to(t.device)[t]
-        error = (predicted.float() - batch.images).square().mean(dim=(1, 2, 3))
-        return self.reconstruction_weight * signal * error
+        z, labels = batch.rng.normal(self.generator.config.latent_dim), batch.labels
+        if again is not None:
+            z = torch.cat([z, batch.rng.normal(self.generator.config.latent_dim)[again]])
+            t, noisier = torch.cat([t, t[again]]), torch.cat([noisier, noisier[again]])
+            labels = labels if labels is None else torch.cat([labels, labels[again]])
+        predicted = generator(noisier, t, z, labels, return_dict=False)[0]
+        return predicted[: len(batch.images)], predicted[len(batch.images) :]
+
+    def less_noisy(
+        self, batch: MicroBatch, t: torch.Tensor, noisier: torch.Tensor, predicted: torch.Tensor
+    ) -> torch.Tensor:
+        """Sample less noisy images from the posterior, given predictions of the clean ones."""
+        noise = batch.rng.normal(*noisier.shape[1:])
+        return self.scheduler.step(predicted, t, noisier, variance_noise=noise, return_dict=False)[0]
+
+    def reconstruction_loss(
+        self, batch: MicroBatch, t: torch.Tensor, predicted: torch.Tensor, again: torch.Tensor, second: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted loss (B,) of predicted clean images.
+
+        It is the mean squared error times the signal level `alphas_cumprod[t]`. The squared error is smallest for the
+        mean of all images that a noisy one can come from. At the last timestep these are all images, and the loss is
+        the energy score instead (arXiv 2502.02483, equation 8), the mean distance of two predictions to the image
+        minus half of their distance to each other. In expectation it is smallest if the predictions have the
+        distribution of the images. Distances are root mean squares over the pixels.
+
+        Args:
+            predicted: a prediction of each image.
+            again: indices of the last timesteps in `t`.
+            second: another prediction of each image with one of these, from an independent latent.
+        """
+
+        def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return ((a.float() - b.float()).square().mean(dim=(1, 2, 3)) + _SMALLEST_SQUARE).sqrt()
+
+        signal = self.scheduler.alphas_cumprod.to(t.device, torch.float32)[t]
+        loss = signal * (predicted.float() - batch.images).square().mean(dim=(1, 2, 3))
+        first, images = predicted[again], batch.images[again]
+        to_images = (distance(first, images) + distance(second, images)) / 2
+        loss = loss.index_copy(0, again, to_images - distance(first, second) / 2)
+        return self.reconstruction_weight * loss
 
     def add_instance_noise(self, batch: MicroBatch, t: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Return less noisy images of pairs; those without noise, at t = 0, get instance noise."""
@@ -190,7 +225,8 @@ class DiscriminatorObjective:
         gan = self.gan
         t, less_noisy, noisier = gan.real_pair(batch)
         with torch.no_grad():
-            fake_image, _ = gan.fake(gan.generator, batch, t, noisier)
+            predicted, _ = gan.predict(gan.generator, batch, t, noisier)
+            fake_image = gan.less_noisy(batch, t, noisier, predicted)
         logits, values = [], {}
         for name, images, gamma in zip(
             ("r1", "r2"), (less_noisy, fake_image), self.penalties.gammas(batch.step), strict=True
@@ -228,7 +264,9 @@ class GeneratorObjective:
         """Return `loss`, and with a reconstruction loss also its term `reconstruction`, each (B,)."""
         gan = self.gan
         t, less_noisy, noisier = gan.real_pair(batch)
-        fake_image, predicted = gan.fake(generator, batch, t, noisier)
+        again = gan.is_noisiest(t).nonzero()[:, 0] if gan.reconstruction_weight else None
+        predicted, second = gan.predict(generator, batch, t, noisier, again)
+        fake_image = gan.less_noisy(batch, t, noisier, predicted)
         fake_image = gan.add_instance_noise(batch, t, fake_image)
         fake, real = gan.discriminate(gan.discriminator, batch, t, fake_image, noisier), None
         if gan.loss == "relativistic":
@@ -236,7 +274,7 @@ class GeneratorObjective:
                 less_noisy = gan.add_instance_noise(batch, t, less_noisy)
                 real = gan.discriminate(gan.discriminator, batch, t, less_noisy, noisier)
         loss = gan.generator_loss(real, fake)
-        if not gan.reconstruction_weight:
+        if again is None:
             return {"loss": loss}
-        reconstruction = gan.reconstruction_loss(predicted, batch, t)
+        reconstruction = gan.reconstruction_loss(batch, t, predicted, again, second)
         return {"loss": loss + reconstruction, "reconstruction": reconstruction}
