@@ -352,8 +352,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             null_class = 0 if class_labels.is_floating_point() else self.num_classes
             class_labels = torch.cat([torch.full_like(class_labels, null_class), class_labels])
         channels = self.unet.config.in_channels
-        variance_type = self.scheduler.config.variance_type if isinstance(self.scheduler, DDPMScheduler) else None
-        uses_variance = variance_type in ("learned", "learned_range")  # in further channels of the prediction
+        uses_variance = takes_learned_variance(self.scheduler)
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"eta": eta, "generator": generator}
         step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
@@ -551,6 +550,11 @@ class Autoguidance:
         if target == "epsilon":
             return (x - signal * x_0) / noise
         return (signal * x - x_0) / noise if target == "v_prediction" else x_0
+
+
+def takes_learned_variance(scheduler: SchedulerMixin) -> bool:
+    """Return whether a scheduler takes a learned variance in further channels of the prediction."""
+    return isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in ("learned", "learned_range")
 
 
 def noise_level(scheduler: SchedulerMixin, t: torch.Tensor | float) -> float:

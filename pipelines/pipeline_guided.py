@@ -277,8 +277,7 @@ class GuidedPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         sample = latents.to(device, dtype) * self.scheduler.init_noise_sigma
         takes_z = "z" in _forward_parameters(self.unet)
-        variance_type = self.scheduler.config.variance_type if isinstance(self.scheduler, DDPMScheduler) else None
-        uses_variance = variance_type in ("learned", "learned_range")  # in further channels of the prediction
+        uses_variance = _takes_learned_variance(self.scheduler)
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs: dict[str, Any] = {"generator": generator} if "generator" in accepted else {}
 
@@ -603,6 +602,11 @@ def _frozen(*networks: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+def _takes_learned_variance(scheduler: SchedulerMixin) -> bool:
+    """Return whether a scheduler takes a learned variance in further channels of the prediction."""
+    return isinstance(scheduler, DDPMScheduler) and scheduler.config.variance_type in ("learned", "learned_range")
 
 
 def _forward_parameters(function: Callable) -> Mapping[str, inspect.Parameter]:

@@ -11,7 +11,6 @@ from diffusers import (
     ConsistencyModelPipeline,
     DDIMPipeline,
     DDPMPipeline,
-    DDPMScheduler,
     DiffusionPipeline,
     ModelMixin,
 )
@@ -20,7 +19,7 @@ from PIL import Image
 
 from .. import ClassConditionalPipeline, DDGANScheduler
 from ..core.errors import InputError, RunError
-from ..pipelines.pipeline_class_conditional import Autoguidance, count_classes
+from ..pipelines.pipeline_class_conditional import Autoguidance, count_classes, takes_learned_variance
 from .grids import to_pil
 from .loading import with_scheduler
 from .spacing import changed_spacing, check_steps
@@ -291,8 +290,7 @@ def _denoise(
         raise InputError(str(error)) from error
     condition = _class_condition(unet, class_labels)
     channels, (height, width) = unet.config.in_channels, image_size(unet.config)
-    variance_type = scheduler.config.variance_type if isinstance(scheduler, DDPMScheduler) else None
-    uses_variance = variance_type in ("learned", "learned_range")  # in further channels of the prediction
+    uses_variance = takes_learned_variance(scheduler)
     accepted = inspect.signature(scheduler.step).parameters
     step_kwargs = {**step_options, "generator": generators} if "generator" in accepted else dict(step_options)
     scheduler.set_timesteps(num_inference_steps, device=unet.device)
