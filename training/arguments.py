@@ -92,7 +92,7 @@ class DataArguments(Arguments):
         check_value_range(self.value_range)
         if self.streaming and not self.dataset_name:
             raise InputError("--streaming needs a dataset: pass it with --dataset_name.")
-        if self.streaming and self.cache_images:
+        if self.streaming and self.cache_images and not type(self).cache_images:
             raise InputError("--cache_images has no effect with --streaming, whose images are read once: omit it.")
 
     @property

@@ -200,7 +200,7 @@ def test_more_steps_than_trained_are_refused():
 
 @pytest.mark.parametrize("seed", [-1, 1 << 32])
 def test_seeds_that_would_repeat_another_image_are_refused(seed):
-    with pytest.raises(InputError, match=f"The seed {seed} is not from 0 to 4294967295"):
+    with pytest.raises(InputError, match=f"The seed is {seed}; it must be from 0 to 4294967295"):
         sample(tiny_pipeline(), [0, seed], 2)
 
 

@@ -32,7 +32,9 @@ def moments(run: Path) -> list[torch.Tensor]:
 
 def test_a_missing_package_is_reported_with_the_command_that_installs_it(finetune, tmp_path, monkeypatch):
     monkeypatch.setattr("ddgan.training.arguments.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"--use_8bit_adam needs a package: bitsandbytes, of .* pip install"):
+    with pytest.raises(
+        InputError, match=r"--use_8bit_adam needs a package: bitsandbytes .of the extra .* pip install"
+    ):
         finetune("run", "--use_8bit_adam")
     assert not (tmp_path / "run").exists()
 
