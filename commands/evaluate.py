@@ -466,19 +466,11 @@ def load_references(
         save_statistics(Path(args.save_statistics), reference, extractor, accelerator)
     if not args.held_out:
         return reference, None
-    if reference.facts.statistics is not None:
-        raise InputError(
-            f"Detecting memorization needs the features of the training images, but {args.reference} has only their "
-            "mean and covariance. Pass the images themselves with --reference."
-        )
+    require_features("training", "--reference", args.reference, reference)
     held_out = load_reference(
         args.held_out, held_out_source or None, None, samples, extractor, args, accelerator, threads
     )
-    if held_out.facts.statistics is not None:
-        raise InputError(
-            f"Detecting memorization needs the features of the held-out images, but {args.held_out} has only their "
-            "mean and covariance. Pass the images themselves with --held_out."
-        )
+    require_features("held-out", "--held_out", args.held_out, held_out)
     require_images(MIN_HELD_OUT, args.held_out, held_out)
     if held_out.facts.contents and held_out.facts.contents == reference.facts.contents:
         raise InputError(
@@ -581,6 +573,15 @@ def load_reference(
         count,
         threads=threads,
     )
+
+
+def require_features(kind: str, flag: str, location: str | InMemory, reference: Reference) -> None:
+    """Raise an error for saved statistics, which do not tell images apart."""
+    if reference.facts.statistics is not None:
+        raise InputError(
+            f"Detecting memorization needs the features of the {kind} images, but {location} has only their mean and "
+            f"covariance. Pass the images themselves with {flag}."
+        )
 
 
 def require_images(minimum: int, location: str | InMemory, reference: Reference) -> None:

@@ -56,10 +56,11 @@ def load_pipeline(
     if isinstance(path_or_repo, InMemory):
         pipe = copy.deepcopy(_pipeline_in_memory(path_or_repo))
         pipe.set_progress_bar_config(disable=True)
+        dtype = dtype or torch.float32
         for component in pipe.components.values():
             parameters = component.parameters() if isinstance(component, torch.nn.Module) else ()
-            if any(parameter.dtype != (dtype or torch.float32) for parameter in parameters):
-                component.to(dtype or torch.float32)
+            if any(parameter.dtype != dtype for parameter in parameters):
+                component.to(dtype)
         _check_components(pipe, path_or_repo)
         return pipe.to(device)
     with _pipeline_errors(path_or_repo):
