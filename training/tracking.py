@@ -26,6 +26,7 @@ from .arguments import RunArguments
 from .evaluator import EvaluationHistory
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,12 @@ class _PanelStyle:
     """Axes of a panel of the evaluation plot; the panel of each metric is in `METRICS`."""
 
     height: int = 2
-    scale: str = "linear"
+    log_scale: bool = False
     limits: tuple[float, float] | None = None
 
 
 _PANEL_STYLES = {
-    "fid": _PanelStyle(height=3, scale="log"),
+    "fid": _PanelStyle(height=3, log_scale=True),
     "fractions": _PanelStyle(height=3, limits=(-0.05, 1.05)),
 }
 
@@ -235,7 +236,7 @@ def plot_losses(metrics_path: Path, plot_path: Path, last_stage: int = 0) -> Non
         for axes in (losses, rates):
             axes.axvline(last_stage, color="0.4", linewidth=0.9, linestyle="--")
         losses.plot([], [], color="0.4", linewidth=0.9, linestyle="--", label=f"stage 2 begins at step {last_stage:,}")
-    losses.set_yscale("log")
+    _use_log_scale(losses)
     losses.set_ylabel("loss")
     losses.grid(alpha=0.3, which="both")
     losses.legend()
@@ -280,7 +281,8 @@ def plot_evaluations(metrics_path: Path, plot_path: Path, history: EvaluationHis
         axes.axvline(best.step, color="0.6", linewidth=0.9)
         axes.grid(alpha=0.3)
         axes.legend()
-        axes.set_yscale(style.scale)
+        if style.log_scale:
+            _use_log_scale(axes)
         if style.limits:
             axes.set_ylim(*style.limits)
     title = metric_title(best.by_name()[best.best_metric][0], best.extractor).partition("@")[0]
@@ -289,6 +291,16 @@ def plot_evaluations(metrics_path: Path, plot_path: Path, history: EvaluationHis
     )
     all_axes[-1].set_xlabel("optimizer step")
     replace_file(plot_path, lambda temporary: figure.savefig(temporary, dpi=110))
+
+
+def _use_log_scale(axes: "Axes") -> None:
+    """Label 1, 2 and 5 in each decade as plain numbers, which stay readable if the values span less than a decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _new_figure(height: float) -> "Figure":
