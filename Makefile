@@ -28,7 +28,7 @@ help:
 
 # the demos need less than the tests
 .venv/trains: pyproject.toml | .venv/bin/python
-	@test -e .venv/installed || $(BIN)/python -m pip install --disable-pip-version-check -e ".[train]"
+	@test .venv/installed -nt pyproject.toml || $(BIN)/python -m pip install --disable-pip-version-check -e ".[train]"
 	@touch $@
 
 demo: .venv/trains

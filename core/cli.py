@@ -391,7 +391,7 @@ def _read_config(
     if path and os.path.isdir(file):
         raise InputError(f"--config {path} is a folder: name a YAML file, such as the config.yaml of a run folder.")
     if not os.path.isfile(file):
-        raise InputError(f"--config {path} does not exist.")
+        raise InputError(f"--config {path} does not exist." if path else f"--config is empty. {_EMPTY}")
     if file.stat().st_size > _MAX_CONFIG_SIZE:
         raise InputError(f"--config {path} is too large for a list of flags.")
     try:
@@ -416,6 +416,12 @@ def _read_config(
     return tokens
 
 
+def _looks_like_flag(text: str) -> bool:
+    """Return whether argparse would read a text as a flag, not as a value."""
+    is_number = bool(re.fullmatch(r"-(\d+|\d*\.\d+)", text))
+    return text.startswith("--") or (text.startswith("-") and " " not in text and not is_number)
+
+
 def _tokens(location: str, action: argparse.Action, flag: str, value: Any) -> list[str]:
     """Convert a value in a YAML file to command-line tokens of its flag.
 
@@ -426,8 +432,8 @@ def _tokens(location: str, action: argparse.Action, flag: str, value: Any) -> li
     if any(isinstance(item, (dict, list, set, tuple)) or item is None for item in items):
         raise InputError(f"{location} must be a single value or a list of values.")
     if action.nargs == "*":
-        if text := next((item for item in items if isinstance(item, str) and item.startswith("--")), None):
-            raise InputError(f"{location} contains {text!r}; the values of a list must not begin with two hyphens.")
+        if text := next((item for item in items if isinstance(item, str) and _looks_like_flag(item)), None):
+            raise InputError(f"{location} contains {text!r}; the texts in a list must not begin with a hyphen.")
         return [flag, *map(str, items)]
     if isinstance(value, list):
         raise InputError(f"{location} takes a single value, not the list {value}.")

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ def naming_file(path: str | Path, *more_errors: type[Exception]) -> Iterator[Non
     """Convert library errors about a damaged or mislabeled file or folder to an error that names it.
 
     Args:
-        more_errors: exceptions to convert besides OSError, ValueError and BadZipFile.
+        more_errors: exceptions to convert besides OSError, ValueError and those of damaged archives.
 
     Raises:
         InputError: instead of these exceptions.
@@ -70,7 +71,7 @@ def naming_file(path: str | Path, *more_errors: type[Exception]) -> Iterator[Non
         yield
     except InputError:
         raise
-    except (OSError, ValueError, BadZipFile, *more_errors) as error:
+    except (OSError, ValueError, BadZipFile, zlib.error, *more_errors) as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         as_kind = f" as a {Path(path).suffix} file" if Path(path).suffix else ""
         raise InputError(f"{path} cannot be read{as_kind}; is it complete? ({reason[0]})") from error

@@ -1,6 +1,7 @@
 """Atomic writes, links, names and content hashes."""
 
 import errno
+import glob
 import hashlib
 import itertools
 import json
@@ -76,6 +77,8 @@ def check_can_write(path: str | Path, flag: str, is_folder: bool = True) -> None
             problem = f"{candidate} is not a regular file"
         elif not os.access(candidate, os.W_OK | os.X_OK if is_directory else os.W_OK):
             problem = f"{candidate} is read-only, or belongs to another user"
+        elif not is_directory and not os.access(candidate.absolute().parent, os.W_OK | os.X_OK):
+            problem = f"{candidate.absolute().parent} is read-only, or belongs to another user"
         break
     if problem:
         verb = "written to" if existing == path else "created"
@@ -84,13 +87,13 @@ def check_can_write(path: str | Path, flag: str, is_folder: bool = True) -> None
         )
 
 
-def remove_temporary_files(folder: Path, name: str = "*") -> None:
+def remove_temporary_files(folder: Path, name: str = "") -> None:
     """Remove the temporary files that killed processes have left in a folder, while no other process writes there.
 
     Args:
-        name: pattern of the names of the files that were written.
+        name: name of the file that was written, or how its name ends; by default any.
     """
-    for path in folder.glob(f"{TEMPORARY}{name}"):
+    for path in folder.glob(f"{TEMPORARY}*{glob.escape(name)}"):
         if path.is_file():
             path.unlink(missing_ok=True)
 
@@ -144,8 +147,12 @@ def _apply_umask(path: Path) -> None:
 
 
 def copy_folder(folder: Path, target: Path) -> None:
-    """Copy a folder with hard links, or with regular copies if the file system does not support them."""
-    shutil.copytree(folder, target, copy_function=lambda file, copy: link_or_copy(Path(file), Path(copy)))
+    """Copy a pipeline folder, with hard links to its weights. Users edit its other files in place."""
+
+    def copy(file: str, copied: str) -> None:
+        (link_or_copy if file.endswith(".safetensors") else shutil.copyfile)(Path(file), Path(copied))
+
+    shutil.copytree(folder, target, copy_function=copy)
 
 
 def link_or_copy(file: Path, target: Path) -> None:

@@ -187,7 +187,10 @@ def _is_cached(repo_id: str, repo_type: str) -> bool:
     folders = [Path(constants.HF_HUB_CACHE) / "--".join([f"{repo_type}s", *repo_id.split("/")])]
     if repo_type == "dataset":
         cache = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
-        folders.append(Path(cache) / repo_id.replace("/", "___"))
+        from datasets.naming import camelcase_to_snakecase
+
+        *user, name = repo_id.split("/")
+        folders.append(Path(cache) / "___".join([*user, camelcase_to_snakecase(name)]))
     return any(folder.is_dir() for folder in folders)
 
 

@@ -51,7 +51,7 @@ def locked(folder: Path, accelerator: Any = None, flag: str = "--output_dir") ->
     lock = _in_main_process(accelerator, lambda: _acquire(folder, flag))
     try:
         if accelerator and accelerator.num_processes > 1:
-            _check_shared(folder)
+            _check_shared(folder, flag)
         yield
     except Exception as error:
         if not is_disk_full(error):
@@ -175,7 +175,7 @@ def _read_owner(folder: Path) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) and {"command", "pid", "host", "since"} <= owner.keys() else None
 
 
-def _check_shared(folder: Path) -> None:
+def _check_shared(folder: Path, flag: str) -> None:
     """Check that all processes see the lock of the main process, that is, the same folder."""
     from accelerate.utils import broadcast_object_list, gather_object
 
@@ -188,7 +188,7 @@ def _check_shared(folder: Path) -> None:
     if hosts := sorted({host for host in gather_object([None if is_shared else socket.gethostname()]) if host}):
         raise InputError(
             f"{folder} is not the same folder on {' and '.join(hosts)} as on {owner['host']}, where the main process "
-            "runs. Choose an --output_dir on a file system that all machines share."
+            f"runs. Choose another folder with {flag}, on a file system that all machines share."
         )
 
 

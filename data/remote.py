@@ -2,19 +2,18 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from shutil import SameFileError
+from urllib.parse import unquote
 
 from huggingface_hub import hf_hub_download
 
 from ..core.errors import InputError
-from ..core.files import link_or_copy
+from ..core.files import link_or_copy, replace_file
 from ..core.locations import is_url, url_name
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as in URLs of WebDataset shards
-_HUB_FILE = re.compile(r"hf://(?:(datasets|spaces)/)?([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
+_HUB_FILE = re.compile(r"hf://(?:(datasets|spaces)/)?([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?/(.+)")
 _WHOLE_FILES = {".npz", ".zip", ".safetensors"}  # read from a local copy
 
 
@@ -34,6 +33,8 @@ def _expand(url: str) -> Iterator[str]:
         yield url
         return
     first, last = match[1], match[2]
+    if int(last) < int(first):
+        raise InputError(f"The range {match[0]} in {url} is empty: write the lower number first.")
     for number in range(int(first), int(last) + 1):
         yield from _expand(f"{url[: match.start()]}{number:0{len(first)}d}{url[match.end() :]}")
 
@@ -53,6 +54,7 @@ def local_copy(location: str) -> str:
     try:
         if match := _HUB_FILE.fullmatch(location):
             kind, repo_id, revision, path = match.groups()
+            revision = revision and unquote(revision)  # a slash in it may be written as %2F
             return hf_hub_download(repo_id, path, repo_type=kind and kind.removesuffix("s"), revision=revision)
         from datasets import DownloadManager
 
@@ -62,6 +64,5 @@ def local_copy(location: str) -> str:
     # the cache of `datasets` names files by a hash, without a suffix
     named = downloaded.with_name(f"{downloaded.name}-{url_name(location)}")
     if not named.exists():
-        with suppress(FileExistsError, SameFileError):  # another process was faster
-            link_or_copy(downloaded, named)
+        replace_file(named, partial(link_or_copy, downloaded))
     return str(named)

@@ -4,6 +4,7 @@
 the methods of `ImageSource` and a function that opens it, and add the function to `KINDS`.
 """
 
+import json
 import logging
 import math
 import os
@@ -198,6 +199,7 @@ class FolderImages:
             raise InputError(
                 f"There are no images in {folder} or its subfolders. Image files end in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}; torchvision's raw/train-images-idx3-ubyte is also supported."
+                + (f" Ignored: {_describe(ignored)}." if ignored else "")
             )
         if ignored and os.environ.get("RANK", "0") == "0":
             logger.info(f"{folder}: {len(self.paths)} images. Ignored: {_describe(ignored)}.")
@@ -303,7 +305,10 @@ def natural_order(name: str | PurePath) -> list[list[tuple[int, str, str]]]:
 
 
 def _image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """Return the images below a folder, and the number of ignored files by their suffix or system folder."""
+    """Return the images below a folder, and the number of ignored files by their suffix or system folder.
+
+    Symbolic links whose target does not exist are ignored files, too.
+    """
     paths, ignored, seen = [], Counter[str](), 0
     for root, folders, files in os.walk(folder, followlinks=True):
         seen += len(folders) + len(files)
@@ -313,12 +318,15 @@ def _image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
         folders[:] = [name for name in folders if not _is_ignored(Path(root, name))]
         for path in (Path(root, name) for name in files if not name.startswith(".")):
             if path.suffix.lower() in IMAGE_SUFFIXES:
-                paths.append(path)
+                if path.is_file():
+                    paths.append(path)
+                else:
+                    ignored["broken links"] += 1
             else:
                 ignored[path.suffix.lower() or "without a suffix"] += 1
         if not paths:
             _require_few(folder, seen)
-    return sorted((path for path in paths if path.is_file()), key=natural_order), ignored
+    return sorted(paths, key=natural_order), ignored
 
 
 def _require_few(folder: Path, count: int) -> None:
@@ -459,8 +467,8 @@ class IdxImages:
         labels = _read_idx(path, 1)
         _check_label_count(self.path, len(self), labels, path.name)
         numbers = labels.tolist()
-        names = FashionMNIST.classes if self.path.parent.parent.name == "FashionMNIST" else None
-        return _integer_labels(numbers, names, path.name)
+        names = FashionMNIST.classes if self.path.absolute().parent.parent.name == "FashionMNIST" else None
+        return _integer_labels(numbers, names, f"file {path}")
 
 
 class NpzImages:
@@ -502,7 +510,7 @@ class NpzImages:
         _require_no_column(column, self.path)
         numbers: list[int] = []
         for file, images in zip(self.files, self.arrays, strict=True):
-            with np.load(file) as arrays:
+            with naming_file(file), np.load(file) as arrays:
                 array = arrays.get("arr_1")
             if array is None or array.ndim != 1 or array.dtype.kind not in "iu":
                 raise InputError(
@@ -607,6 +615,7 @@ class DatasetImages:
     """
 
     def __init__(self, rows: "Dataset", column: str | None, split: str = "train", folder: Path | None = None):
+        rows = rows.with_format(None)  # a format or transform of the user's would change the rows
         self.rows, self.split, self.folder = rows, split, folder
         self.column = _image_column(rows, column)
         self._encoded = _undecoded(rows, [self.column])
@@ -816,7 +825,8 @@ def open_source(
     | an .npz file, or a folder of nothing else | the arrays `arr_0`, uint8, (N, H, W) or (N, H, W, C) |
     | a .zip file | its image files, of one split if it has a folder per split |
     | a .parquet, .arrow or .tar file | as read by `datasets`, a .tar file as WebDataset |
-    | a URL of such a file, or of several with `*` or `{000..063}` | the same; .npz and .zip files are downloaded |
+    | a URL of such a file | the same; .npz and .zip files are downloaded |
+    | a URL with `*` or `{000..063}` of several .parquet, .arrow or .tar files | the same |
     | a folder from `Dataset.save_to_disk` or `DatasetDict.save_to_disk` | its rows |
     | a folder with `raw/train-images-idx3-ubyte`, or a subfolder that has it | MNIST's idx format |
     | a folder of images | its image files, of one split if it has a subfolder per split |
@@ -829,9 +839,10 @@ def open_source(
         default_split: see `split`.
         config: configuration of a dataset that has several.
         image_column: the column of a dataset with the images; detected if None.
-        folder_as: how to read a folder that could be both. "images": as image files if it has any. "dataset" or None:
-            with `datasets` if it has .parquet, .arrow, .jsonl, .csv or .tar files, or a dataset card with
-            configurations. A folder without images is read with `datasets` if it has such files, or for "dataset".
+        folder_as: how to read a folder of both images and dataset files. "images": its image files. "dataset" or None:
+            with `datasets` if it has .parquet, .arrow, .jsonl, .csv or .tar files or a dataset card with
+            configurations, or if a configuration or a slice is requested; otherwise its image files. A folder without
+            images is read with `datasets` if it has such files, or for "dataset".
 
     Raises:
         InputError: if the location does not exist, is damaged, has no images or several sets of them, or has no
@@ -862,7 +873,7 @@ def check_dataset_options(
     for flag, value in options.items():
         if value:
             locations = " and ".join(str(location) for location, _ in sources)
-            raise InputError(f"--{flag} {value} is a setting of a dataset, and {locations} is none: omit it.")
+            raise InputError(f"--{flag} {value} is a setting of a dataset, not of {locations}: omit it.")
 
 
 def open_stream(
@@ -891,7 +902,7 @@ def open_stream(
 def _open_in_memory(value: Any, split: str | None, default_split: str, image_column: str | None) -> ImageSource:
     """Open an object of the `datasets` library or a list of images; see `open_source`."""
     if isinstance(value, (list, tuple)):
-        _require_no_split(split, "the list of images")
+        _require_no_split(split, "The list of images")
         if not value or isinstance(value[0], (dict, list, tuple)):
             raise InputError("Pass a list of images (PIL images, arrays or paths) with at least one.")
         return ListedImages(value)
@@ -917,7 +928,7 @@ def _open_in_memory(value: Any, split: str | None, default_split: str, image_col
 def _open_rows(rows: "Dataset", image_column: str | None, split: str) -> ImageSource:
     if len(rows) == 0:
         raise InputError("The dataset is empty.")
-    return DatasetImages(rows, image_column, split)
+    return DatasetImages(rows, image_column, split, Path())
 
 
 def _open_npz(request: _Request) -> ImageSource | None:
@@ -999,7 +1010,7 @@ KINDS: tuple[Callable[[_Request], ImageSource | None], ...] = (
 
 def _is_file(path: Path, *suffixes: str) -> bool:
     """Return whether a path names a file with one of these suffixes, existing or not."""
-    return path.suffix in suffixes and not path.is_dir()
+    return path.suffix.lower() in suffixes and not path.is_dir()
 
 
 def _npz_files(path: Path) -> list[Path]:
@@ -1055,12 +1066,15 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     elif _is_file(path, *_FILE_BUILDERS):
         files = [_existing_file(path)]
     elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():  # Dataset.save_to_disk
-        files = sorted(path.glob("*.arrow"))
+        files = _saved_files(path)
     elif (path / "dataset_dict.json").is_file() and not streaming:  # DatasetDict.save_to_disk
         _require_no_config(request)
         with naming_file(path, Exception):
             splits = datasets.load_from_disk(str(path))
         return _select_split(datasets, splits, request), request.split_or_default
+    elif (path / "dataset_dict.json").is_file():
+        _require_no_config(request)
+        return _stream_saved_split(datasets, request), request.split_or_default
     else:
         return _load_by_name(datasets, request, streaming), request.split_or_default
     _require_no_config(request)
@@ -1076,6 +1090,25 @@ def _load_dataset(request: _Request, streaming: bool) -> tuple[Any, str]:
     if request.split in _WHOLE:
         return rows, "all"
     return _select_split(datasets, {"train": rows}, request), request.split_or_default
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Return the files of a dataset from `Dataset.save_to_disk`, without those that `datasets` has cached there."""
+    with naming_file(folder / "state.json", KeyError, TypeError):
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / file["filename"] for file in state["_data_files"]]
+
+
+def _stream_saved_split(datasets: ModuleType, request: _Request) -> Any:
+    """Open a split of a folder from `DatasetDict.save_to_disk` as a stream."""
+    file, name = request.path / "dataset_dict.json", request.split_or_default
+    with naming_file(file, KeyError):
+        splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
+    if name not in splits:
+        raise MissingSplitError(f"{request.location} has no split {name}: its splits are {', '.join(splits)}.")
+    with naming_file(request.location, Exception):
+        files = [str(file) for file in _saved_files(request.path / name)]
+        return datasets.load_dataset("arrow", data_files=files, split="train", streaming=True)
 
 
 def _require_no_config(request: _Request) -> None:

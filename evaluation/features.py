@@ -128,7 +128,7 @@ def cached_features(
         return features
     with locked_parts(path.with_suffix(".parts"), accelerator) as parts:
         if parts:
-            remove_temporary_files(path.parent, f"*{path.name}")
+            remove_temporary_files(path.parent, path.name)
         features = extract_features(count, batch_size, extract, accelerator, parts, description, threads=threads)
         if features is not None and parts:
             _cache(path, features, protocol)

@@ -1,6 +1,7 @@
 """References that samples are compared with: features of images, cached, or saved mean and covariance."""
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -167,7 +168,8 @@ def measure_reference(
 
     # the device is included because rounding differs between a GPU and a CPU
     protocol = {**facts.as_dict(), **extractor.facts.as_dict(), "device": accelerator.device.type}
-    path = cache_dir / f"{name.replace('/', '-')}-{split}-{fingerprint(protocol)}.safetensors"
+    readable_name = re.sub(r"[^\w.-]+", "-", f"{name}-{split}")  # a slice, such as train[:10%], is no valid file name
+    path = cache_dir / f"{readable_name}-{fingerprint(protocol)}.safetensors"
     features = cached_features(
         path, protocol, count, batch_size, extract, accelerator, f"measuring {name}, {split}", threads
     )

@@ -41,8 +41,11 @@ def save_samples(pipe: DiffusionPipeline, folder: Path) -> None:
         factor = max(1, 96 // max(images[0].size))
         images = [image.resize((factor * image.width, factor * image.height), Image.NEAREST) for image in images]
         temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-        make_image_grid(images, 3, 3).save(temporary, pnginfo=caption)
-        os.replace(temporary, file)
+        try:
+            make_image_grid(images, 3, 3).save(temporary, pnginfo=caption)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
     except Exception as error:  # of any kind: the weights can be published without sample images
         file.unlink(missing_ok=True)
         warnings.warn(f"The model card has no sample images, because generating them failed: {error}", stacklevel=2)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -277,7 +278,7 @@ class Repository:
 
 
 class BackgroundUpload:
-    """Upload the state of a pipeline folder at each `push`, in a daemon thread that no process waits for on exit.
+    """Upload the state of a pipeline folder at each `push`, in a daemon thread that does not keep the process alive.
 
     If several states arrive during an upload, only the newest is uploaded next. Errors are logged and do not stop the
     caller.
@@ -333,7 +334,8 @@ class BackgroundUpload:
                 self.outcome = error
             for state, *_ in waiting:
                 if isinstance(state, TemporaryDirectory):
-                    state.cleanup()
+                    with suppress(OSError):  # files that are still open on a network drive cannot be removed
+                        state.cleanup()
 
 
 def upload_space(folder: Path, repo_id: str, private: bool = False) -> Uploaded:

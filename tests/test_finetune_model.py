@@ -661,3 +661,14 @@ def test_the_code_on_cards_is_valid_whatever_the_names(finetune, images, tmp_pat
         assert names["image"].size == (8, 8)
     with snapshot(run, "ann/model") as copy:
         assert 'DDPMPipeline.from_pretrained("ann/model")' in Path(copy, "README.md").read_text()
+
+
+def test_center_crop_takes_the_middle_of_every_image(finetune, tmp_path):
+    wide = write_images(tmp_path / "wide", 4, (16, 8))
+    for path in wide.iterdir():
+        (tmp_path / "middle").mkdir(exist_ok=True)
+        Image.open(path).crop((4, 0, 12, 8)).save(tmp_path / "middle" / path.name)
+    flags = ("--max_train_steps", 1, "--batch_size", 4, "--train_data_dir")
+    of_middle = finetune("of-middle", *flags, tmp_path / "middle")
+    assert largest_difference(weights(finetune("centered", *flags, wide, "--center_crop")), weights(of_middle)) == 0
+    assert largest_difference(weights(finetune("random", *flags, wide)), weights(of_middle)) > 0

@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 from tiny import (
     ROOT,
     command,
+    ended,
     free_port,
     largest_difference,
     make_dataset,
     tiny_pipeline,
     weights,
     write_class_folders,
+    write_idx,
 )
 from torchvision.datasets import MNIST
 
@@ -67,14 +69,10 @@ def kinds(tmp_path_factory) -> Path:
     return write_class_folders(tmp_path_factory.mktemp("data") / "kinds")
 
 
-def write_idx(raw: Path, prefix: str = "train") -> Path:
-    """Six images of 8x8 and their labels, as torchvision lays them out."""
-    raw.mkdir(parents=True)
-    header = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (6, 8, 8))
-    pixels = np.repeat(np.arange(6, dtype=np.uint8), 64)
-    (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-    labels = b"\0\0\x08\x01" + (6).to_bytes(4, "big") + bytes([0, 1, 2, 2, 1, 0])
-    (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+def write_digits(raw: Path, prefix: str = "train") -> Path:
+    """Write six images of 8x8 and their labels, as torchvision lays them out."""
+    write_idx(raw / f"{prefix}-images-idx3-ubyte", np.repeat(np.arange(6), 64).reshape(6, 8, 8))
+    write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.array([0, 1, 2, 2, 1, 0]))
     return raw
 
 
@@ -146,7 +144,7 @@ def test_config_yaml_repeats_the_run(train, tmp_path):
 
 
 def test_config_yaml_repeats_a_run_on_a_dataset_by_name(train, tmp_path):
-    write_idx(tmp_path / "data" / "MNIST" / "raw")
+    write_digits(tmp_path / "data" / "MNIST" / "raw")
     run = train("run", data=("--dataset", "mnist", "--data_dir", tmp_path / "data"))
     AcceleratorState._reset_state(reset_partial_state=True)
     train_class_conditional.main(["--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "again")])
@@ -178,9 +176,10 @@ def test_two_machines_resume_the_run_of_one_and_train_the_same_weights(train, ki
         launcher = (*torchrun, "--node_rank", rank)
         arguments, environment = command(SCRIPT, *data, *network, *flags, 3, launcher=launcher)
         nodes.append(subprocess.Popen(arguments, env=environment, text=True, stderr=subprocess.PIPE))
-    for node in nodes:
-        _, printed = node.communicate(timeout=300)
-        assert node.returncode == 0, printed
+    with ended(nodes):
+        for node in nodes:
+            _, printed = node.communicate(timeout=300)
+            assert node.returncode == 0, printed
     a, b = state(one), state(two)
     networks = [name for name in a if not name.startswith("optimizer")]
     assert max((a[name] - b[name]).abs().max() for name in networks) < 1e-6
@@ -342,7 +341,7 @@ def test_settings_that_contradict_a_start_model_are_refused(train, unconditional
     [("mnist", "MNIST", ["0", "1", "2"]), ("fashion_mnist", "FashionMNIST", ["T-shirt/top", "Trouser", "Pullover"])],
 )
 def test_torchvision_folders_are_named_as_datasets(train, tmp_path, dataset, folder, names):
-    write_idx(tmp_path / "data" / folder / "raw")
+    write_digits(tmp_path / "data" / folder / "raw")
     run = train("run", data=("--dataset", dataset, "--data_dir", tmp_path / "data"))
     assert list(ClassConditionalPipeline.from_pretrained(run).labels)[:3] == names
     assert f"trained on {folder}" in (run / "README.md").read_text()
@@ -364,7 +363,7 @@ def mirror(tmp_path, monkeypatch) -> Path:
 def test_missing_data_is_downloaded(train, tmp_path, mirror, monkeypatch):
     resources = []
     for prefix in ("train", "t10k"):
-        for file in write_idx(tmp_path / prefix, prefix).iterdir():
+        for file in write_digits(tmp_path / prefix, prefix).iterdir():
             packed = mirror / f"{file.name}.gz"
             packed.write_bytes(gzip.compress(file.read_bytes()))
             resources.append((packed.name, hashlib.md5(packed.read_bytes()).hexdigest()))
@@ -422,7 +421,7 @@ def test_images_without_classes_are_rejected(train, images, tmp_path):
 
 
 def test_the_split_determines_which_files_are_needed(tmp_path):
-    write_idx(tmp_path / "MNIST" / "raw", "t10k")
+    write_digits(tmp_path / "MNIST" / "raw", "t10k")
     *_, data_args, args = arguments("--data_dir", str(tmp_path), "--split", "test")
     chosen = choose_data(args, data_args)
     assert chosen.train_data_dir == str(tmp_path / "MNIST")

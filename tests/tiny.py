@@ -4,13 +4,16 @@ import io
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
 
 import datasets
 import numpy as np
@@ -72,6 +75,43 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (8, 8)) -> Pa
     for i in range(count):
         Image.fromarray(pixels.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
     return folder
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write an array of bytes in MNIST's idx format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the contents of the files below a folder, by their relative paths."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until a condition is true.
+
+    Raises:
+        TimeoutError: if it is not after this time.
+    """
+    waiting, end = Event(), time.monotonic() + seconds  # tests replace time.sleep
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        waiting.wait(0.02)
+
+
+@contextmanager
+def ended(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
+    """Kill those processes, and what they have started in their sessions, that still run after the block."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                (os.killpg if os.getpgid(process.pid) == process.pid else os.kill)(process.pid, signal.SIGKILL)
+            process.wait(60)
 
 
 def write_class_folders(folder: Path, count: int = 13) -> Path:

@@ -212,7 +212,7 @@ def test_an_empty_list_is_refused_unless_it_replaces_a_default():
 
 
 def test_an_empty_config_is_refused():
-    with pytest.raises(InputError, match="--config  does not exist"):
+    with pytest.raises(InputError, match=r"--config is empty\. Pass a value"):
         parse("--config", "")
 
 
@@ -240,7 +240,8 @@ def test_the_home_folder_is_expanded_everywhere(tmp_path, monkeypatch):
         (b"output_dir: [1, 2]\n", r"output_dir takes a single value, not the list \[1, 2\]"),
         (b"epochs: [1]\n", r"epochs takes a single value, not the list \[1\]"),
         (b"names: [a, null]\n", "names must be a single value or a list of values"),
-        (b"names: [a, --steps]\n", "names contains '--steps'; the values of a list must not begin with two hyphens"),
+        (b"names: [a, --steps]\n", "names contains '--steps'; the texts in a list must not begin with a hyphen"),
+        (b"names: [a, -x]\n", "names contains '-x'; the texts in a list must not begin with a hyphen"),
         (b"no_shuffle: [true]\n", r"no_shuffle takes a single value, not the list"),
         (b"no_shuffle: maybe\n", "no_shuffle is 'maybe'; it must be true or false"),
         (b"started: 2024-99-99\n", "is not valid YAML|Unknown flag"),

@@ -140,7 +140,7 @@ def connect_again(_folder):
 def test_a_killed_process_of_several_is_reported_by_the_others(tmp_path, killed, operation):
     context, port = multiprocessing.get_context("fork"), free_port()
     arguments = [(rank, tmp_path, port, killed, operation) for rank in (0, 1)]
-    processes = [context.Process(target=run_rank, args=args) for args in arguments]
+    processes = [context.Process(target=run_rank, args=args, daemon=True) for args in arguments]
     for process in processes:
         process.start()
     for process in processes:

@@ -102,10 +102,14 @@ def test_a_file_system_that_cannot_sync_folders_can_be_written_to(tmp_path, monk
 
 
 def test_a_copied_folder_keeps_its_contents_when_the_original_is_replaced(tmp_path):
-    replace_file(tmp_path / "first" / "file.txt", lambda path: path.write_text("old"))
+    for name in ("README.md", "unet.safetensors"):
+        replace_file(tmp_path / "first" / name, lambda path: path.write_text("old"))
     copy_folder(tmp_path / "first", tmp_path / "second")
-    replace_file(tmp_path / "first" / "file.txt", lambda path: path.write_text("new"))
-    assert (tmp_path / "second" / "file.txt").read_text() == "old"
+    assert (tmp_path / "second" / "unet.safetensors").samefile(tmp_path / "first" / "unet.safetensors")
+    replace_file(tmp_path / "first" / "unet.safetensors", lambda path: path.write_text("new"))
+    with open(tmp_path / "first" / "README.md", "a") as card:  # as an editor does
+        card.write(" and edited")
+    assert {path.read_text() for path in (tmp_path / "second").iterdir()} == {"old"}
 
 
 def test_hashes_do_not_change_between_versions():
@@ -141,14 +145,21 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     for name in (".tmp-0123abcd-a.png", ".tmp-0123abcd-b.png", "c.png"):
         (tmp_path / name).touch()
     (tmp_path / ".tmp-folder").mkdir()
-    remove_temporary_files(tmp_path, "*-a.png")
+    (tmp_path / ".tmp-0123abcd-train[:9].npz").touch()
+    remove_temporary_files(tmp_path, "-a.png")
+    remove_temporary_files(tmp_path, "train[:9].npz")
+    assert not (tmp_path / ".tmp-0123abcd-train[:9].npz").exists()
     assert not (tmp_path / ".tmp-0123abcd-a.png").exists() and (tmp_path / ".tmp-0123abcd-b.png").exists()
     remove_temporary_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-folder", "c.png"]
 
 
-def test_a_folder_or_file_that_cannot_be_written_is_reported_with_its_flag_and_not_created(tmp_path):
+def test_a_folder_or_file_that_cannot_be_written_is_reported_with_its_flag_and_not_created(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
+    (tmp_path / "read-only").mkdir()
+    (tmp_path / "read-only" / "file").touch()
+    can_write = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "read-only" and can_write(path, mode))
     for path in ("new/folder", "file"):
         check_can_write(tmp_path / path, "--output", is_folder=False)
     check_can_write(tmp_path / "new" / "folder", "--output_dir")
@@ -157,7 +168,8 @@ def test_a_folder_or_file_that_cannot_be_written_is_reported_with_its_flag_and_n
         (tmp_path / "file" / "new", False, "cannot be created: Not a directory. Choose another file"),
         (tmp_path / ("x" * 300), True, "cannot be created: File name too long"),
         ("/dev/null", False, "cannot be written to: /dev/null is not a regular file"),
+        (tmp_path / "read-only" / "file", False, "cannot be written to: .*/read-only is read-only, or belongs to"),
     ):
         with pytest.raises(InputError, match=f"^--output_dir {path} {problem}"):
             check_can_write(path, "--output_dir", is_folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "read-only"]

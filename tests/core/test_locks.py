@@ -135,7 +135,7 @@ def test_a_file_system_without_locks_can_be_used(tmp_path, monkeypatch, caplog, 
 def lock_own_folder(folders: Path) -> None:
     """Lock a folder that has the same name on two machines."""
     os.chdir(folders / str(torch.distributed.get_rank()))
-    message = "run is not the same folder on .* --output_dir on a file system that all machines share"
+    message = "run is not the same folder on .* with --output_dir, on a file system that all machines share"
     with pytest.raises(InputError, match=message), locked(Path("run"), Accelerator()):
         raise AssertionError("not reached")
 

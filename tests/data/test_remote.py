@@ -3,6 +3,7 @@
 import functools
 import http.server
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from tiny import finetune_flags, largest_difference, weights, write_images, writ
 from ddgan import finetune_model
 from ddgan.core.errors import InputError
 from ddgan.core.files import location_name
+from ddgan.data import remote
 from ddgan.data.images import open_image
+from ddgan.data.remote import local_copy
 from ddgan.data.sources import open_source, open_stream
 from ddgan.training.arguments import DataArguments
 from ddgan.training.model_card import settings_for_card
@@ -37,6 +40,10 @@ def files(tmp_path_factory) -> Path:
         write_table(folder / f"train-0{i}.parquet", values)
         write_shard(folder / f"train-0{i}.tar", values)
     np.savez(folder / "images.npz", arr_0=np.repeat(np.arange(9, dtype=np.uint8), 64).reshape(9, 8, 8))
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for i in range(9):
+            Image.new("L", (8, 8), i).save(tmp_path_factory.getbasetemp() / "image.png")
+            archive.write(tmp_path_factory.getbasetemp() / "image.png", f"{i}.png")
     (folder / "damaged.parquet").write_bytes((folder / "train-00.parquet").read_bytes()[:-100])
     return folder
 
@@ -81,7 +88,7 @@ def test_files_are_read_and_streamed_from_urls(storage, name):
 
 
 def test_single_files_are_read_from_urls(storage):
-    for name, count in (("train-00.parquet", 4), ("train-01.tar", 5), ("images.npz", 9)):
+    for name, count in (("train-00.parquet", 4), ("train-01.tar", 5), ("images.npz", 9), ("images.zip", 9)):
         source = open_source(f"{storage}/{name}")
         assert len({pixel(source[i]) for i in range(len(source))}) == len(source) == count
 
@@ -104,6 +111,27 @@ def test_files_that_cannot_be_read_are_named(storage, open_kind):
         InputError, match=r"://.*/folder is not the URL of files of images \(\.parquet, \.arrow, \.tar"
     ):
         open_kind(f"{storage}/folder")
+
+
+def test_an_empty_range_is_refused():
+    with pytest.raises(InputError, match=r"The range \{063\.\.000\} in memory://a-\{063\.\.000\}\.tar is empty"):
+        open_source("memory://a-{063..000}.tar")
+
+
+@pytest.mark.parametrize(
+    ("location", "revision", "path"),
+    [
+        ("hf://datasets/ann/digits/a/b.npz", None, "a/b.npz"),
+        ("hf://datasets/ann/digits@v1/b.npz", "v1", "b.npz"),
+        ("hf://datasets/ann/digits@refs/pr/1/b.npz", "refs/pr/1", "b.npz"),
+        ("hf://datasets/ann/digits@refs%2Fpr%2F1/b.npz", "refs/pr/1", "b.npz"),
+    ],
+)
+def test_a_file_on_the_hub_is_downloaded_from_its_revision(monkeypatch, location, revision, path):
+    requested = {}
+    monkeypatch.setattr(remote, "hf_hub_download", lambda *names, **more: requested.update(more, names=names) or "/x")
+    local_copy(location)
+    assert requested == {"names": ("ann/digits", path), "repo_type": "dataset", "revision": revision}
 
 
 def test_an_array_that_does_not_exist_is_named(storage):

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from pathlib import Path, PurePath
 from zipfile import ZipFile, ZipInfo
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from PIL import features as pillow_features
 from pyarrow import parquet
-from tiny import ROOT, make_dataset, write_images, write_shard
+from tiny import ROOT, make_dataset, write_idx, write_images, write_shard
 
 from ddgan.core.errors import InputError
 from ddgan.core.locations import InMemory
@@ -130,8 +131,11 @@ def test_datasets_on_disk_are_streamed(tmp_path, kind):
         write_shard(location, range(9))
     elif kind == "saved splits":
         datasets.DatasetDict(train=table(range(9)), test=table(range(20, 24))).save_to_disk(location)
+        shutil.copy(location / "train" / "data-00000-of-00001.arrow", location / "train" / "cache-0.arrow")
     else:
         table(range(9)).save_to_disk(tmp_path / "saved")
+        # as `Dataset.map` leaves in the folder
+        shutil.copy(tmp_path / "saved" / "data-00000-of-00001.arrow", tmp_path / "saved" / "cache-0.arrow")
         location = tmp_path / "saved" / "data-00000-of-00001.arrow" if kind == ".arrow" else tmp_path / "saved"
     stream = open_stream(str(location))
     rows = stream.select([stream.image_column, stream.label_column(None)])
@@ -176,6 +180,20 @@ def test_an_npz_file_with_a_changed_pixel_is_named(tmp_path):
     (tmp_path / "images.npz").write_bytes(content.replace(b"\7\7\7", b"\7\6\7", 1))
     with pytest.raises(InputError, match=r"images\.npz cannot be read as a \.npz file; .*Bad CRC-32"):
         open_source(str(tmp_path / "images.npz"))
+
+
+def test_a_damaged_compressed_npz_file_is_named(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 8), np.uint8)
+    np.savez_compressed(tmp_path / "images.npz", arr_0=pixels)
+    content = bytearray((tmp_path / "images.npz").read_bytes())
+    start = content.index(b"arr_0.npy") + 60
+    content[start : start + 20] = b"\xff" * 20
+    (tmp_path / "images.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"images\.npz cannot be read as a \.npz file"):
+        open_source(str(tmp_path / "images.npz"))
+    np.savez(tmp_path / "labels.npz", arr_0=pixels, arr_1=np.array(["a", None] * 4 + ["b"], dtype=object))
+    with pytest.raises(InputError, match=r"labels\.npz cannot be read as a \.npz file"):
+        open_source(str(tmp_path / "labels.npz")).labels(None)
 
 
 def test_pixels_have_the_same_fingerprint_in_one_file_and_in_several(tmp_path):
@@ -365,6 +383,34 @@ def test_a_split_of_images_without_splits_is_refused_instead_of_ignored(tmp_path
             open_stream(str(location), "test")
 
 
+def test_a_split_of_a_saved_dataset_is_streamed(tmp_path):
+    datasets.DatasetDict(train=table(range(9)), held_out=table(range(20, 24))).save_to_disk(tmp_path / "saved")
+    stream = open_stream(str(tmp_path / "saved"), "held_out")
+    assert len(list(stream.select([stream.image_column]))) == 4
+    with pytest.raises(MissingSplitError, match="has no split test: its splits are train, held_out"):
+        open_stream(str(tmp_path / "saved"), "test")
+
+
+def test_the_format_of_a_dataset_does_not_change_its_images(tmp_path):
+    rows = table(range(9))
+
+    def transform(batch):
+        return {"image": [image.rotate(90) for image in batch["image"]]}
+
+    for formatted in (rows.with_format("numpy"), rows.with_format("torch"), rows.with_transform(transform)):
+        source = open_source(InMemory(formatted))
+        assert first_pixels(source) == list(range(9))
+        assert list(source.labels(None).numbers) == [i % 2 for i in range(9)]
+
+
+def test_paths_in_a_dataset_in_memory_are_relative_to_the_working_folder(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", 2)
+    monkeypatch.chdir(tmp_path)
+    rows = datasets.Dataset.from_dict({"image": ["images/000.png", "images/001.png"]})
+    source = open_source(InMemory(rows.cast_column("image", datasets.Image())))
+    assert [open_image(source[i]).size for i in range(2)] == [(8, 8)] * 2
+
+
 def test_a_split_of_a_saved_dataset_or_a_part_of_it(tmp_path):
     splits = datasets.DatasetDict(train=table(range(9)), held_out=table(range(20, 24)))
     splits.save_to_disk(tmp_path / "saved")
@@ -516,6 +562,23 @@ def test_an_image_folder_needs_no_datasets_library(images, monkeypatch):
         open_dataset("some/thing")
 
 
+def test_broken_links_are_ignored_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write_images(tmp_path / "some", 2)
+    for folder in ("some", "none"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "linked.png").symlink_to(tmp_path / "nowhere.png")
+    assert len(open_folder(tmp_path / "some")) == 2
+    assert "2 images. Ignored: 1 broken links" in caplog.text
+    with pytest.raises(InputError, match=r"There are no images in .*none.* Ignored: 1 broken links"):
+        open_folder(tmp_path / "none")
+
+
+def test_suffixes_of_archives_may_be_in_capitals(tmp_path):
+    write_images(tmp_path / "images", 2)
+    assert len(open_source(str(zip_folder(tmp_path / "images", tmp_path / "IMAGES.ZIP")))) == 2
+
+
 def test_linked_folders_are_searched_once(tmp_path):
     write_images(tmp_path / "elsewhere" / "cat", 3)
     write_images(tmp_path / "images" / "ant", 2)
@@ -612,11 +675,8 @@ def test_odd_file_names_are_read(tmp_path):
 
 
 def test_a_torchvision_folder_is_read_as_torchvision_lays_it_out(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
     pixels = np.arange(5 * 16, dtype=np.uint8).reshape(5, 4, 4)
-    header = b"\0\0\x08\x03" + b"".join(int(n).to_bytes(4, "big") for n in pixels.shape)
-    (raw / "train-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+    write_idx(tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte", pixels)
     for folder in (tmp_path, tmp_path / "MNIST"):
         source = open_folder(folder)
         assert np.array_equal(np.stack([source[i] for i in range(len(source))]), pixels)
@@ -693,11 +753,8 @@ def test_integer_labels_are_the_classes_that_occur(tmp_path):
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((3, 8, 8), np.uint8), arr_1=np.array([10, 1, 2]))
     assert open_source(str(tmp_path / "images.npz")).labels(None) == expected
     raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    (raw / "train-images-idx3-ubyte").write_bytes(
-        b"\0\0\x08\x03" + bytes([0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 2, *[0] * 12])
-    )
-    (raw / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + bytes([0, 0, 0, 3, 10, 1, 2]))
+    write_idx(raw / "train-images-idx3-ubyte", np.zeros((3, 2, 2)))
+    write_idx(raw / "train-labels-idx1-ubyte", np.array([10, 1, 2]))
     assert open_folder(tmp_path / "MNIST").labels(None) == expected
     for kind, values in (("int64", [10, 1, 2]), ("string", ["10", "1", "2"])):
         features = datasets.Features({"label": datasets.Value(kind), "image": datasets.Image()})

@@ -8,7 +8,7 @@ import torch
 from datasets import load_dataset
 from diffusers import DDPMPipeline, DiffusionPipeline
 from huggingface_hub import ModelCard
-from tiny import ROOT
+from tiny import ROOT, contents
 
 from ddgan.evaluation.extractors import load_extractor
 from ddgan.examples.models.save_models import remove_code, save_configs
@@ -20,10 +20,6 @@ from ddgan.sampling.loading import load_pipeline, pipeline_hash, with_scheduler
 MODELS = ROOT / "examples" / "models"
 FOLDERS = sorted(index.parent for index in MODELS.glob("*/model_index.json"))
 every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @every_folder

@@ -4,19 +4,17 @@ import runpy
 import sys
 
 import numpy as np
-from tiny import ROOT
+from tiny import ROOT, write_idx
 
 from ddgan.data.sources import open_source
 
 
 def test_images_have_three_digits_and_the_label_of_all_three(tmp_path, monkeypatch):
     raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
     labels = np.arange(10, dtype=np.uint8)
     digits = np.broadcast_to((20 * labels)[:, None, None], (10, 28, 28))  # the gray value shows the digit
-    for name, array in (("images-idx3", digits), ("labels-idx1", labels)):
-        header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-        (raw / f"train-{name}-ubyte").write_bytes(header + array.tobytes())
+    write_idx(raw / "train-images-idx3-ubyte", digits)
+    write_idx(raw / "train-labels-idx1-ubyte", labels)
     script, output = ROOT / "examples" / "data" / "make_stacked_mnist.py", tmp_path / "stacked"
     monkeypatch.setattr(sys, "argv", [str(script), str(raw.parent), str(output), "--num_images", "50"])
     runpy.run_path(str(script), run_name="__main__")

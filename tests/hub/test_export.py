@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from huggingface_hub import ModelCard
 from in_a_fresh_process import refusal, sample
 from PIL import Image
-from tiny import ROOT, few_step_scheduler, tiny_unet
+from tiny import ROOT, ended, few_step_scheduler, tiny_unet
 
 import ddgan
 from ddgan import (
@@ -175,10 +175,11 @@ def test_folders_load_save_and_load_in_fresh_processes_at_once(saved, hub, tmp_p
         start("without_package", "two", "shared"),
         start("with_package", "three", "own"),
     ]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert "not expected" not in errors and "Expected types" not in errors and "might require" not in errors
+    with ended(running):
+        for process in running:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            assert "not expected" not in errors and "Expected types" not in errors and "might require" not in errors
 
     for output in ("one", "two"):
         for folder in filter(Path.is_dir, saved.iterdir()):

@@ -8,12 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from threading import Event
 
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, SpaceCard
-from tiny import tiny_pipeline
+from tiny import contents, ended, tiny_pipeline, wait_until
 
 from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.core.errors import InputError, RunError
@@ -78,10 +77,6 @@ def waits(monkeypatch) -> list[float]:
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     return waited
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def opened(**options) -> Repository:
@@ -587,8 +582,7 @@ def test_saves_are_uploaded_as_they_were_and_only_the_newest_of_those_that_wait(
     background = BackgroundUpload(run, "ann/model")
     step(run, 1)
     background.push("one")
-    while not local_hub.asked(COMMIT):
-        time.sleep(0.01)
+    wait_until(lambda: local_hub.asked(COMMIT))
     for number in (2, 3, 4):
         step(run, number)
         background.push(str(number))
@@ -605,14 +599,12 @@ def test_a_failed_upload_does_not_affect_the_next(local_hub, run, waits, caplog,
     background = BackgroundUpload(run, "ann/model")
     local_hub.fail(COMMIT, instead=403)
     background.push("one")
-    while background.outcome is None:
-        Event().wait(0.01)
+    wait_until(lambda: background.outcome)
     assert "upload of this save failed" in caplog.text
     with monkeypatch.context() as full:
         full.setattr(upload, "snapshot", disk_full)
         background.push("two")
-        while background.states.qsize() or not isinstance(background.outcome, OSError):
-            Event().wait(0.01)
+        wait_until(lambda: not background.states.qsize() and isinstance(background.outcome, OSError))
     step(run, 3)
     background.finish("three")
     assert uploaded(local_hub) == [3]
@@ -623,8 +615,7 @@ def test_a_folder_that_cannot_be_published_does_not_stop_the_caller(local_hub, r
     (run / "LICENSE").symlink_to(run / "README.md")
     background = BackgroundUpload(run, "ann/model")
     background.push("one")
-    while background.outcome is None:
-        Event().wait(0.01)
+    wait_until(lambda: background.outcome)
     assert "LICENSE is a symbolic link" in str(background.outcome)
     (run / "LICENSE").unlink()
     background.finish("two")
@@ -651,7 +642,7 @@ def test_a_process_can_exit_during_an_upload(local_hub, run):
         f"BackgroundUpload(Path({str(run)!r}), 'ann/model').push('one'); time.sleep(float(sys.argv[1]))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, "1000"])
-    while not local_hub.asked(COMMIT):
-        Event().wait(0.05)
-    process.send_signal(signal.SIGINT)
-    process.wait(60)  # long before the response
+    with ended([process]):
+        wait_until(lambda: local_hub.asked(COMMIT))
+        process.send_signal(signal.SIGINT)
+        process.wait(60)  # long before the response

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import ROOT, tiny_unet
+from tiny import ROOT, contents, tiny_unet
 
 from ddgan import DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.commands import push
@@ -48,10 +48,6 @@ def checked(monkeypatch) -> list:
 
 def flags(folder, *more) -> list[str]:
     return ["--folder", str(folder), "--repo_id", "ann/model", *more]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_folder_of_which_some_files_are_uploaded_is_listed_as_such(tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import ROOT, largest_difference, run_ranks
+from tiny import ROOT, largest_difference, run_ranks, write_idx
 
 from ddgan.commands.arguments import ClassifierDataArguments
 from ddgan.commands.train_classifier import open_splits
@@ -43,12 +43,6 @@ def write_classes(folder: Path, count: int) -> Path:
     return folder
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
-    path.write_bytes(header + array.tobytes())
-
-
 def train(data: tuple, output: Path, *flags) -> ImageClassifier:
     train_classifier.main([str(flag) for flag in (*data, "--output_dir", output, *SHORT, *flags)])
     return ImageClassifier.from_pretrained(output)
@@ -75,6 +69,23 @@ def test_a_folder_with_train_and_test_splits(tmp_path, capsys):
     classifier = train(("--train_data_dir", tmp_path / "sides"), tmp_path / "classifier")
     assert classifier.class_names == ["left", "right"]
     assert "of 14 images (the test split)" in capsys.readouterr().out
+
+
+def test_the_split_to_test_on_is_that_of_the_flag(tmp_path, capsys):
+    for split, count in (("train", 8), ("test", 7), ("validation", 5)):
+        write_classes(tmp_path / "sides" / split, count)
+    data = ("--train_data_dir", tmp_path / "sides", "--test_split", "validation")
+    train(data, tmp_path / "classifier", "--num_epochs", 1)
+    assert "of 10 images (the test split)" in capsys.readouterr().out
+
+
+def test_images_train_alike_from_memory_and_from_files_and_otherwise_with_another_augmentation(tmp_path):
+    data = ("--train_data_dir", write_classes(tmp_path / "sides", 8))
+    first, same, other = (
+        train(data, tmp_path / name, "--num_epochs", 1, *flags).head.weight
+        for name, flags in (("first", ()), ("same", ("--no_cache_images",)), ("other", ("--augmentation", 0)))
+    )
+    assert torch.equal(first, same) and not torch.equal(first, other)
 
 
 def test_the_images_to_train_on_are_not_the_test_split(tmp_path, capsys):
@@ -265,7 +276,7 @@ def test_broken_images_are_skipped_on_request(tmp_path, capsys):
     for number in range(10):  # some of them are held out
         (data / "left" / f"broken-{number}.png").write_bytes(b"not an image")
     train(("--train_data_dir", data), tmp_path / "run", "--num_epochs", 1, "--skip_broken_images")
-    assert "broken images were skipped" in capsys.readouterr().out
+    assert "Broken images skipped: " in capsys.readouterr().out
 
 
 def test_one_grayscale_image_among_color_images_is_converted(tmp_path):

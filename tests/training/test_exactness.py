@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import (
     ROOT,
     command,
+    ended,
     finetune_flags,
     free_port,
     largest_difference,
@@ -51,11 +52,23 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert largest_difference(load_file(a / unet), load_file(b / unet)) == 0
 
 
+started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    with ended(started):
+        yield
+    started.clear()
+
+
 def start(model: Path, images: Path, output: Path, *flags, launcher: Sequence = ()) -> subprocess.Popen:
     arguments, environment = command(SCRIPT, *finetune_flags(model, images, output, *flags), launcher=launcher)
-    return subprocess.Popen(
+    process = subprocess.Popen(
         arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
+    started.append(process)
+    return process
 
 
 def wait_for_rank(launcher: subprocess.Popen, rank: int, killed: int = 0) -> int:

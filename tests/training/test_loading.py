@@ -38,6 +38,23 @@ def test_the_arguments_name_the_images(tmp_path):
     assert data.name == "digits"
 
 
+def test_the_configuration_and_the_image_column_of_a_dataset(tmp_path):
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/train.parquet\n" for name in ("day", "night"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    features = datasets.Features({"scene": datasets.Image(), "edges": datasets.Image()})
+    for name, value in (("day", 10), ("night", 20)):
+        rows = {"scene": [Image.new("L", (8, 8), value)] * 4, "edges": [Image.new("L", (8, 8), value + 1)] * 4}
+        (tmp_path / "data" / name).mkdir()
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / name / "train.parquet")
+    for streaming in (False, True):
+        args = DataArguments(
+            dataset_name=str(tmp_path / "data"), dataset_config="night", image_column="edges", streaming=streaming
+        )
+        batch = next(TrainingData(args, Preprocessing(1, 8, 8), 0, **PLAN).batches(0, 1, None))
+        assert first_pixels(batch) == [21] * 4
+
+
 def test_the_embedded_dataset_is_the_default():
     data = TrainingData(DataArguments(), Preprocessing(3, 32, 32), 0, **PLAN)
     assert 500 <= len(data.source) <= 1000
