@@ -5,10 +5,11 @@
     run = finetune(start_model="google/ddpm-celebahq-256", train_data=images, image_size=64, max_train_steps=1000)
     run.pipeline(num_inference_steps=40).images[0]
 
-Each function is named like its command and takes the flags as keywords, with the same checks; without data, the
-settings of the demo are not loaded. Where a flag names a pipeline, it takes a `DiffusionPipeline`, too; where it names
-images, a list of PIL images, a `datasets.Dataset` or a `datasets.DatasetDict`. A YAML file for `--config` is passed as
-`config`. Importing this module is cheap: PyTorch and Diffusers are imported by the first call.
+Each function is named like its command and takes the flags as keywords, with the same checks. Unlike the commands,
+`finetune` and `train_ddgan` do not fall back to the demo's settings if no data are passed. Where a flag names a
+pipeline, it takes a `DiffusionPipeline`, too; where it names images, a list of PIL images, a `datasets.Dataset` or a
+`datasets.DatasetDict`. A YAML file for `--config` is passed as `config`. Importing this module is cheap: PyTorch and
+Diffusers are imported by the first call.
 """
 
 import dataclasses
@@ -126,7 +127,10 @@ def _nothing_left_behind() -> Iterator[None]:
             yield
         except RunStopped as stopped:
             if stopped.signal_name == "SIGINT":
-                raise KeyboardInterrupt("The run was stopped, and a checkpoint saved.") from None
+                raise KeyboardInterrupt(
+                    "The run was stopped after it had saved a checkpoint. Repeat the call with "
+                    "resume_from_checkpoint='latest'."
+                ) from None
             raise
 
 
@@ -221,7 +225,7 @@ def evaluate(*arguments: Any) -> "Results":
 
     Raises:
         InputError: if the arguments are invalid.
-        RunError: if an image cannot be read.
+        RunError: if an image cannot be read, or the results cannot be written.
     """
     from .commands.evaluate import evaluate as run
 

@@ -673,9 +673,11 @@ class GenerateArguments(SamplingArguments, PipelineArguments):
                 "--autoguidance_scale is for --autoguidance in addition to --color, --clip_prompt or --towards: "
                 "without these, pass --guidance_scale."
             )
-        elif self.guidance_gradient or (
-            self.guidance_scale is not None and not self.class_labels and not self.autoguidance
-        ):
+        elif self.guidance_gradient:
+            raise InputError(
+                "--guidance_gradient is for guidance by a loss: pass --color, --clip_prompt or --towards, or omit it."
+            )
+        elif self.guidance_scale is not None and not self.class_labels and not self.autoguidance:
             raise InputError(
                 "Guidance needs a target: pass --color, --clip_prompt or --towards, or a worse model with "
                 "--autoguidance, or for classifier-free guidance --class_labels."
@@ -995,7 +997,8 @@ class SpaceArguments(Arguments):
         None, f"CLIP model for text guidance (default: {DEFAULT_MODEL}, if it is in the local cache of the Hub)"
     )
     autoguidance: str | None = option(
-        None, "worse version of a pipeline for autoguidance, such as an earlier checkpoint: folder or Hub repository"
+        None,
+        "worse version of a pipeline for autoguidance, such as one trained for fewer steps: folder or Hub repository",
     )
     host: str | None = option(
         None,
@@ -1012,3 +1015,7 @@ class SpaceArguments(Arguments):
     def __post_init__(self):
         super().__post_init__()
         resolve_locations(self, "pipeline", "autoguidance")
+        if text := next((str(name) for name in self.pipeline or [] if "," in str(name)), None):
+            raise InputError(
+                f"--pipeline {text}: the web demo cannot use a folder with a comma in its name. Rename it."
+            )

@@ -4,9 +4,11 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ..core.accelerator import one_process_first, start_accelerate
 from ..core.errors import InputError, RunError, write_problem
+from ..core.extras import missing_extra
 from ..core.files import contains_files, fingerprint, location_name, remove_temporary_files, replace_file
 from ..core.locations import InMemory
 from ..core.locks import locked
@@ -42,6 +45,7 @@ from ..evaluation.references import (
 from ..evaluation.reporting import check_card, format_table, update_card
 from ..evaluation.results import Results, compute_results
 from ..evaluation.saved_references import holds_statistics, read_features, read_statistics, save_statistics
+from ..pipelines.pipeline_class_conditional import MAX_LISTED_CLASSES
 from ..sampling.generation import class_names, parse_class_labels, sample
 from ..sampling.groups import GroupSampler, group_size
 from ..sampling.loading import DTYPES, load_guide, load_pipeline, pipeline_hash, with_scheduler
@@ -98,6 +102,9 @@ def measure(
     Raises:
         InputError, RunError: see `evaluate`.
     """
+    for package in ("torch-fidelity", "matplotlib"):
+        if find_spec(package.replace("-", "_")) is None:
+            raise InputError(f"{missing_extra(package, 'eval')}.")
     with one_thread_per_operation(accelerator.device) as threads:
         extractor = extractor or selected_extractor(args, accelerator)
         with user_errors(InputError):
@@ -206,15 +213,21 @@ def requested_classes(
         numbers_by_name: dict[int | str, int] = {name: label for label, name in names.items()}
         numbers = [numbers_by_name.get(name, name) for name in wanted]
         logger.warning(
-            f"The classes of the pipeline ({', '.join(names.values())}) and of the classifier {classifier.name} "
-            f"({', '.join(known)}) have different names, so they are matched by number."
+            f"The classes of the pipeline ({_listed(names.values())}) and of the classifier {classifier.name} "
+            f"({_listed(known)}) have different names, so they are matched by number."
         )
     if unknown := [str(number) for number in numbers if number not in range(len(known))]:
         raise InputError(
             f"--class_labels {' '.join(dict.fromkeys(unknown))}: the classifier {classifier.name} has the classes 0 "
-            f"to {len(known) - 1}, named {', '.join(known)}."
+            f"to {len(known) - 1}, named {_listed(known)}."
         )
     return [int(number) for number in numbers]
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return the first names, for a message."""
+    first = list(islice(names, MAX_LISTED_CLASSES + 1))
+    return ", ".join(first[:MAX_LISTED_CLASSES]) + (", ..." if len(first) > MAX_LISTED_CLASSES else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,7 +424,7 @@ def saving_images(args: EvaluateArguments, parts: Path, accelerator: Accelerator
     """Lock the folder of `--save_images`, if there is one.
 
     Args:
-        parts: the folder of intermediate results; if it exists, an interrupted command is continued.
+        parts: the folder of intermediate results; if it has some, an interrupted command is continued.
 
     Raises:
         InputError: if another command is writing to it, or it contains files of anything but the continued command.
@@ -419,12 +432,15 @@ def saving_images(args: EvaluateArguments, parts: Path, accelerator: Accelerator
     folder = args.save_images and Path(args.save_images)
     with locked(folder, accelerator, "--save_images") if folder else nullcontext():
         # of the main process, which alone writes the parts
-        has_other_files = [bool(folder) and contains_files(folder) and not parts.exists()]
+        has_files = bool(folder) and contains_files(folder)
+        has_other_files = [has_files and not any(parts.glob("part-*"))]
         if broadcast_object_list(has_other_files)[0]:
             raise InputError(f"--save_images {folder} is not empty: name a new folder, so that no file is replaced.")
         accelerator.wait_for_everyone()
         if folder and accelerator.is_main_process:
             remove_temporary_files(folder)
+            if not has_files:  # the images of these parts have been removed
+                shutil.rmtree(parts, ignore_errors=True)
         yield
 
 
@@ -576,7 +592,7 @@ def load_reference(
 
 
 def require_features(kind: str, flag: str, location: str | InMemory, reference: Reference) -> None:
-    """Raise an error for saved statistics, which do not tell images apart."""
+    """Raise an error for saved statistics: detecting memorization needs the features of single images."""
     if reference.facts.statistics is not None:
         raise InputError(
             f"Detecting memorization needs the features of the {kind} images, but {location} has only their mean and "

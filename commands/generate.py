@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from accelerate import Accelerator
@@ -73,7 +73,15 @@ class GeneratedImages:
             image.load()
             yield image
 
-    def __getitem__(self, i: int) -> Image.Image:
+    @overload
+    def __getitem__(self, i: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Image.Image]: ...
+
+    def __getitem__(self, i: int | slice) -> Image.Image | list[Image.Image]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(len(self))[i]]
         i = range(len(self))[i]
         image = read_images(self.files.path(i))[i - self.files.images_of(i).start]
         image.load()

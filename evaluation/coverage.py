@@ -118,12 +118,10 @@ def confusion_matrix_plot(confusion: torch.Tensor, class_names: Sequence[str]) -
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shades, cmap="gray_r", vmin=0, vmax=1)
-    for i in range(num_classes):
-        for j in range(num_classes):
-            if confusion[i, j] and num_classes <= _NUMBERED_CLASSES:
-                color = "white" if shades[i, j] > 0.5 else "black"
-                axes.text(j, i, str(confusion[i, j].item()), color=color, ha="center", va="center", fontsize=9)
     if num_classes <= _NUMBERED_CLASSES:
+        for i, j in confusion.nonzero().tolist():
+            color = "white" if shades[i, j] > 0.5 else "black"
+            axes.text(j, i, str(confusion[i, j].item()), color=color, ha="center", va="center", fontsize=9)
         axes.set_xticks(range(num_classes), class_names, rotation=90)
         axes.set_yticks(range(num_classes), class_names)
     axes.set_xlabel("predicted class")

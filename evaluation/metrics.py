@@ -1,8 +1,8 @@
 """The table of metrics, `METRICS`, and the functions that compute them, all in float64.
 
-Features are tensors (N, D) on the CPU. No result depends on the order of their rows: before a random subset is
-taken, the rows are sorted by their contents. Every function raises `ValueError` for features that are not
-finite, have different dimensions, or are too few.
+Features are tensors (N, D) on the CPU. No result depends on the order of their rows, if no two have the same sum:
+before a random subset is taken, the rows are sorted by their sums. Every function raises `ValueError` for features
+that are not finite, have different dimensions, or are too few.
 
 To add a metric, write a function from `MetricInputs` to a `MetricValue`, add an entry to `METRICS` and its
 key to `arguments.METRIC_NAMES`.
@@ -242,7 +242,7 @@ def memorization_metrics(
     close = held_out_distances.quantile(CLOSE_QUANTILE)
     ratio = (sample_distances.median() / held_out_distances.median()).item()
     memorized = (sample_distances <= close).double().mean().item()
-    protocol = {"training_images": len(training), "samples": len(samples), "held_out_images": len(held_out)}
+    protocol = {"training_images": len(training), "images": len(samples), "held_out_images": len(held_out)}
     return {
         "nearest_training_ratio": MetricValue(ratio, None, protocol),
         "memorized": MetricValue(memorized, None, {**protocol, "quantile": CLOSE_QUANTILE}),
@@ -336,8 +336,8 @@ class Metric:
         lower_is_better: whether a lower value is better.
         panel: panel of a run's evaluation plot, which metrics may share; None if the metric is not plotted.
         is_headline: whether one-line summaries show the metric.
-        known_as: its names in papers by the extractor of the features, where they are other than `title`, or without
-            the extractor mean this one.
+        known_as: the name of the metric in papers for some extractors, by extractor. This name alone says which
+            network was used.
     """
 
     title: str
@@ -456,7 +456,7 @@ def reference_baseline(
 ) -> dict[str, MetricValue]:
     """Compute the metrics of one half of a reference against the other, the real-vs-real baseline ("floor").
 
-    Samples can fall below these values only by chance.
+    Samples can be better than these values only by chance, if their number is that of the first half.
 
     Args:
         count: number of images of the first half that stand in for samples, at most all of them.
@@ -507,7 +507,7 @@ def _checked_pair(a: torch.Tensor, b: torch.Tensor, min_images: int) -> tuple[to
 
 
 def _order(features: torch.Tensor) -> torch.Tensor:
-    """Return the indices of the rows in an order that does not depend on the current one."""
+    """Return the indices of the rows, sorted by their sums."""
     return features.sum(1).argsort(stable=True)
 
 

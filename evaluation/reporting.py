@@ -34,8 +34,8 @@ def metric_title(key: str, extractor: str) -> str:
 def full_title(key: str, extractor: str, classifier: str | None) -> str:
     """Return the name of a metric outside of its protocol, such as `FID@1000`, `FD-DINOv2@1000` or `FD@1000 (mnist)`.
 
-    Numbers of different networks are not comparable, so it contains the network, unless that is the Inception network
-    of papers or one by which the metric has its name.
+    Numbers of different networks are not comparable, so it contains the network, unless that is the Inception network,
+    as in papers, or the name of the metric already implies it, as that of FD-DINOv2.
 
     Args:
         key: `name@images`.
@@ -246,5 +246,5 @@ def _identity(entry: EvalResult) -> tuple:
 
 def _protocol_identity(protocol: dict[str, Any]) -> list[str]:
     """Return the parts of a protocol in which evaluations must agree to be the same one, repeated."""
-    samples = re.sub(r"(contents|seeds|step) [^,]*(, |$)", "", str(protocol.get("samples", "")))
+    samples = re.sub(r"\b(contents|seeds|step) [^,]*(, |$)", "", str(protocol.get("samples", "")))
     return [samples, *(str(protocol.get(part, "")) for part in ("reference", "held_out", "extractor", "classifier"))]

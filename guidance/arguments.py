@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from ..core.errors import InputError
@@ -94,12 +95,12 @@ def parse_number(text: str) -> float:
     """Parse a finite number.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the text is not a finite number.
     """
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not a finite number.")
-    return number
+    with suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise ValueError(f"{text!r} is not a finite number.")
 
 
 def parse_color(text: str) -> tuple[float, float, float]:

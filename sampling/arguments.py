@@ -60,7 +60,7 @@ class SamplingArguments(Arguments):
     )
     autoguidance: str | None = option(
         None,
-        "guide with a worse version of the pipeline, such as an earlier checkpoint: pipeline folder or Hub "
+        "guide with a worse version of the pipeline, such as one trained for fewer steps: folder or Hub "
         "repository; needs a --guidance_scale above 1",
         objects="a DiffusionPipeline",
     )
@@ -111,5 +111,5 @@ class SamplingArguments(Arguments):
                     f"--guidance_interval {' '.join(f'{level:g}' for level in interval)}: pass two noise levels, the "
                     "lower one first, for example 0.2 5."
                 )
-            if getattr(self, self.autoguidance_flag) is None:
-                raise InputError(f"--guidance_interval needs guidance: pass --{self.autoguidance_flag}.")
+            if self.autoguidance_flag == "guidance_scale" and self.guidance_scale is None:
+                raise InputError("--guidance_interval needs guidance: pass --guidance_scale.")

@@ -54,10 +54,10 @@ def sample(
         z_seeds: For a DDGAN, one seed per image for the latent z, which does not repeat the noise of the same seed in
             `seeds`. By default they come from the generator of all other noise.
         options: Further arguments for the call of the pipeline, such as the loss of a guided one. `eta`, the scale of
-            the noise in each step, is also for plain pipelines with a scheduler whose `step` takes it. So are `guide`,
-            a worse version of the pipeline for autoguidance (arXiv 2406.02507), its `guidance_scale` of at least 1 and
-            its `guidance_interval`, as described for `ClassConditionalPipeline`; that of a guided pipeline is its
-            `autoguidance_scale`.
+            the noise in each step, is also for plain pipelines with a scheduler whose `step` takes it. Plain pipelines
+            also take `guide`, a worse version of the pipeline for autoguidance (arXiv 2406.02507), with
+            `guidance_scale` (at least 1) and `guidance_interval`, as `ClassConditionalPipeline` does. In a guided
+            pipeline, the scale of the guide is `autoguidance_scale`.
 
     Raises:
         InputError: If there are more steps than in training, if class labels are missing, unexpected or unknown, if a

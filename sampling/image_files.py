@@ -65,8 +65,8 @@ class ImageFiles:
     def missing(self, size: int, offset: int, process: int, processes: int) -> tuple[int, list[list[int]]]:
         """Return the number of images of one process, and those that are missing among them, in groups.
 
-        An image is missing if the file that contains it does not exist, is damaged, or has fewer images or others
-        than expected.
+        An image is missing if the file that contains it does not exist, is damaged, or has too few images or
+        images of another mode or size.
 
         Args:
             size, offset: see `split_into_groups`.

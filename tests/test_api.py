@@ -159,6 +159,7 @@ def test_generate_and_evaluate_take_and_return_objects(tiny_model, pil_images, t
     samples = generate(pipeline=pipe, output_dir=tmp_path / "object", grid=True, **options)
     loaded = generate(pipeline=str(tiny_model), output_dir=tmp_path / "folder", **options)
     assert list(samples) == list(loaded) and len(samples) == 12
+    assert samples[1:3] == [samples[1], samples[2]] and samples[-1] == list(samples)[-1]
     assert samples.paths[3].name == "000003.png" and samples.grid.is_file() and loaded.grid is None
     guided = [
         generate(pipeline=pipe, autoguidance=guide, guidance_scale=2, output_dir=tmp_path / name, **options)

@@ -25,7 +25,7 @@ from ddgan.guidance.arguments import DEFAULT_MODEL
 from ddgan.hub.arguments import CARD_NAME
 from ddgan.hub.upload import SPACE_VARIABLE
 from ddgan.pipelines.pipeline_class_conditional import Autoguidance
-from ddgan.sampling.generation import sample
+from ddgan.sampling.generation import image_size, sample
 from ddgan.sampling.grids import steps_strip
 from ddgan.sampling.loading import SCHEDULERS, load_pipeline, with_scheduler
 from ddgan.sampling.steps import steps_warning, trained_steps
@@ -95,8 +95,7 @@ class Model:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of its images in pixels."""
-        size = self.pipe.unet.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
+        return image_size(self.pipe.unet.config)
 
     @property
     def parameters(self) -> int:

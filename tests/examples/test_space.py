@@ -25,14 +25,16 @@ from gradio_client import Client
 from gradio_client.utils import Status
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageColor
-from tiny import ROOT, few_step_scheduler, free_port, tiny_unet
+from tiny import ROOT, ended, few_step_scheduler, free_port, tiny_unet
 from tiny_clip import save_clip
 
 from ddgan import ClassConditionalPipeline, ClassConditionedUnet, ColorLoss, DDGANPipeline, GuidedPipeline
 from ddgan.core.errors import InputError, RunError
+from ddgan.core.locations import EXAMPLES
 from ddgan.hub.upload import Repository, upload_space
 from ddgan.sampling.generation import sample
 from ddgan.sampling.loading import with_scheduler
+from ddgan.scripts import space
 
 SPACE = ROOT / "examples" / "space"
 DDGAN = ROOT / "examples" / "models" / "ddgan-mnist-16"
@@ -67,16 +69,15 @@ def serve(command: list, log_file: Path | None = None, **environment):
     environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
     with open(log_file, "w+") if log_file else TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
+        with ended([process]):
             address = next(
                 (match[0] for line in process.stdout if (match := re.search(r"http://[\d.:]+", line))), None
             )
             log.seek(0)
             assert address, log.read()
             yield address
-        finally:
             process.terminate()
-            process.wait()
+            process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,25 @@ def address(models):
     with serve(command, models / "log.txt", **environment) as address:
         assert address == f"http://127.0.0.1:{command[-1]}"
         yield address
+
+
+def test_flags_of_the_command_are_settings_of_the_app(models, tmp_path, monkeypatch):
+    for name in ("DDGAN_PIPELINE", "DDGAN_CLIP", "DDGAN_AUTOGUIDANCE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(sys, "argv", ["ddgan"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    served = []
+    monkeypatch.setattr(runpy, "run_path", lambda path, run_name: served.append((path, run_name)))
+    rgb, few_step = models / "rgb-model", models / "few-step"
+    flags = ["--pipeline", rgb, few_step, "--clip_model", models / "clip", "--autoguidance", rgb, "--port", 7861]
+    space.main([str(flag) for flag in flags])
+    assert served == [(str(EXAMPLES / "space" / "app.py"), "__main__")]
+    assert os.environ["DDGAN_PIPELINE"] == f"{rgb},{few_step}"
+    assert (os.environ["DDGAN_CLIP"], os.environ["DDGAN_AUTOGUIDANCE"]) == (str(models / "clip"), str(rgb))
+    assert sys.argv[1:] == ["--port", "7861"]
+    (tmp_path / "a,b").symlink_to(rgb)
+    with pytest.raises(InputError, match=r"--pipeline .*/a,b: the web demo cannot use a folder with a comma"):
+        space.main(["--pipeline", str(tmp_path / "a,b")])
 
 
 @pytest.fixture(scope="module")

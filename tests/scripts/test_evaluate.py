@@ -232,6 +232,27 @@ def test_all_samples_are_saved_although_an_interrupted_evaluation_did_not_save_t
     assert sampled == [0]  # saved samples are not generated again
 
 
+def test_samples_whose_files_were_removed_after_an_interruption_are_generated_again(
+    run, folders, tmp_path, monkeypatch
+):
+    flags = ["--pipeline", folders["model"], *SHORT, "--num_images", 20, "--save_images", tmp_path / "saved"]
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr(metrics, "kernel_distance", stopped)
+        run(*flags)
+    shutil.rmtree(tmp_path / "saved")
+    run(*flags)
+    assert len(list((tmp_path / "saved").iterdir())) == 20
+
+
+@pytest.mark.parametrize("package", ["torch-fidelity", "matplotlib"])
+def test_a_missing_package_is_reported_before_sampling(run, folders, monkeypatch, sampled, package):
+    found = command.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: found(name) if name != package.replace("-", "_") else None)
+    with pytest.raises(InputError, match=rf"{package} \(of the extra \[eval\]\) is not installed"):
+        run("--pipeline", folders["model"], *SHORT, "--num_images", 20)
+    assert not sampled
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("few", "few has 11 images; .* at least 12"), ("other", "16 dimensions")]
 )
@@ -463,7 +484,7 @@ def test_features_of_another_network_are_rejected(run, folders, tmp_path):
         (
             "reference",
             ["--image_column", "x"],
-            "image_column x is a setting of a dataset, and .*reference and .*samples",
+            "image_column x is a setting of a dataset, not of .*reference and .*samples",
         ),
         (
             "statistics.npz",
@@ -476,7 +497,7 @@ def test_features_of_another_network_are_rejected(run, folders, tmp_path):
         ("rows.parquet", ["--reference_config", "a"], "rows.parquet has no configuration a"),
         ("reference", ["--held_out_split", "test"], "--held_out_split test needs --held_out"),
         (None, ["--num_reference", 20], "--num_reference 20 needs --reference"),
-        (None, ["--image_column", "x"], "image_column x is a setting of a dataset, and .*samples is none"),
+        (None, ["--image_column", "x"], "image_column x is a setting of a dataset, not of .*samples: omit"),
         ("reference", ["--scheduler", "ddim"], "--scheduler ddim is for sampling a --pipeline"),
         ("reference", ["--classifier", "color"], "--classifier .*gray predicts classes and digits"),
         ("reference", ["--extractor_weights", "x"], "--extractor_weights x are for inception-v3-compat, DINOv2"),
@@ -938,6 +959,31 @@ def test_a_damaged_file_is_named(run, folders, tmp_path, suffix):
     (tmp_path / f"damaged{suffix}").write_bytes(b"nothing of the kind")
     with pytest.raises(InputError, match=rf"damaged{suffix} cannot be read as a {suffix} file"):
         run("--images", folders["samples"], reference=tmp_path / f"damaged{suffix}")
+
+
+def test_a_reference_and_held_out_images_are_splits_of_a_dataset_with_configurations(run, folders, tmp_path):
+    numbers = {"train": range(100), "rest": range(100, 200)}
+    images = [Image.open(path) for path in sorted(write_images(tmp_path / "images", 200).iterdir())]
+    other = [Image.new("RGB", (8, 8))] * 100
+    features = datasets.Features({"photo": datasets.Image(), "mask": datasets.Image()})
+    (tmp_path / "data" / "b").mkdir(parents=True)
+    for split, part in numbers.items():
+        folder = tmp_path / split
+        folder.mkdir()
+        for i in part:
+            images[i].save(folder / f"{i}.png")
+        rows = {"photo": [images[i] for i in part], "mask": other}
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(tmp_path / "data" / "b" / f"{split}-00000-of-00001.parquet")
+    (tmp_path / "data" / "a.parquet").write_bytes(next((tmp_path / "data" / "b").iterdir()).read_bytes())
+    (tmp_path / "data" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: a.parquet\n- config_name: b\n  data_files:\n"
+        "  - split: train\n    path: b/train*\n  - split: rest\n    path: b/rest*\n---\n"
+    )
+    sampled = ("--images", folders["samples"], "--held_out")
+    names = ("--held_out_split", "rest", "--reference_config", "b", "--image_column", "photo")
+    of_dataset = values(run(*sampled, tmp_path / "data", *names, reference=tmp_path / "data"))
+    assert of_dataset == values(run(*sampled, tmp_path / "rest", reference=tmp_path / "train"))
 
 
 def test_held_out_images_must_not_be_the_reference(run, folders, tmp_path, sampled):

@@ -649,7 +649,8 @@ def test_settings_are_saved(whole):
         (["--autoguidance_scale", 2, "--color", "teal"], "--autoguidance_scale and .*: pass a worse version"),
         (["--autoguidance_scale", 2], "--autoguidance_scale is for --autoguidance in addition to --color"),
         (["--autoguidance", ".", "--autoguidance_scale", 0.5, "--color", "teal"], "--autoguidance_scale is 0.5"),
-        (["--guidance_interval", 0, 5, "--color", "teal"], "needs guidance: pass --autoguidance_scale"),
+        (["--guidance_interval", 0, 5, "--color", "teal"], "--guidance_interval are for autoguidance: pass a worse"),
+        (["--class_labels", 1, "--guidance_gradient", "model"], "--guidance_gradient is for guidance by a loss"),
         (
             ["--autoguidance", ".", "--autoguidance_scale", 2, "--class_guidance_scale", 2, "--color", "teal"],
             "omit --class_guidance_scale, or --color",
