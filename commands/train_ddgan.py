@@ -1,5 +1,6 @@
 """Train a Denoising Diffusion GAN (Xiao, Kreis, Vahdat, ICLR 2022)."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -44,7 +45,7 @@ def train_ddgan(
             f"--label_column {label_args.label_column}: labels are only read with --class_conditional. Add it, or "
             "omit --label_column."
         )
-    session = Session.open(run)
+    session = Session.open(run, supports_fp16=False)
     size = data_args.size or [32, 32]
     data = session.load_data(data_args, args.image_channels, size, label_args if args.class_conditional else None)
     labels, grid = session.plan_grid(data.classes)
@@ -114,6 +115,11 @@ def train_ddgan(
     return session.train(job, data, evaluation)
 
 
+def default_attention_resolutions(heights: Iterable[int]) -> list[int]:
+    """Return the largest of the heights of the feature maps that is small enough for attention, [0] for none."""
+    return [height for height in heights if 0 < height <= MAX_ATTENTION_HEIGHT][:1] or [0]
+
+
 def attention_resolutions(args: DDGANArguments, size: list[int]) -> list[int]:
     """Return the heights of the generator's feature maps with attention, [0] for none.
 
@@ -123,7 +129,7 @@ def attention_resolutions(args: DDGANArguments, size: list[int]) -> list[int]:
     check_wavelet_levels(args.wavelet_levels, *size)
     heights = [size[0] >> args.wavelet_levels + level for level in range(len(args.block_out_channels))]
     if args.attention_resolutions is None:
-        return [height for height in heights if 0 < height <= MAX_ATTENTION_HEIGHT][:1] or [0]
+        return default_attention_resolutions(heights)
     if others := [height for height in args.attention_resolutions if height not in (0, *heights)]:
         raise InputError(
             f"--attention_resolutions {others[0]}: at {size[0]}x{size[1]} pixels the feature maps of the "

@@ -63,9 +63,9 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         num_class_embeds (`int`, *optional*):
             Number of classes. Class embeddings condition the logits by projection (arXiv 1802.05637).
         wavelet_levels (`int`, defaults to 0):
-            Halves the resolution that many times by moving pixels to channels, to work at that of an [`NCSNpp`] with
-            the same number of levels. The convolution that follows is 1x1, so a wavelet transform, a rotation of these
-            channels, would give the same set of functions.
+            Halves the resolution that many times by moving pixels to channels, so that it works at the resolution of
+            an [`NCSNpp`] with the same number of levels. The convolution that follows is 1x1, so a wavelet transform,
+            a rotation of these channels, would give the same set of functions.
 
     Raises:
         `ValueError`: If `down_blocks` and `block_out_channels` differ in length, or if `sample_size` is too small for
@@ -106,7 +106,8 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
             inputs = "sub-bands of a wavelet transform" if wavelet_levels else "images"
             raise ValueError(
                 f"`down_blocks` halves the resolution {sum(down_blocks)} times, which is too often for {inputs} of "
-                f"{height}x{width} pixels: use fewer downsampling blocks or larger images."
+                f"{height}x{width} pixels: use larger images or fewer downsampling blocks (for training, "
+                "--discriminator small)."
             )
         self.gradient_checkpointing = False
 

@@ -148,13 +148,12 @@ class UNetDiscriminator(ModelMixin, ConfigMixin):
                 temb = temb + self.class_embedding(class_labels).to(sample.dtype)
 
             # 2. features at each resolution
-            if self.center_input_sample:
-                sample = 2 * sample - 1.0
-            inputs = [sample]
             if self.input_class_embedding is not None:
                 class_emb = self.input_class_embedding(class_labels).to(sample.dtype)
-                inputs.append(class_emb[:, :, None, None].expand(-1, -1, *sample.shape[2:]))
-            hidden_states, skip_sample, features = self.conv_in(torch.cat(inputs, dim=1)), sample, []
+                sample = torch.cat([sample, class_emb[:, :, None, None].expand(-1, -1, *sample.shape[2:])], dim=1)
+            if self.center_input_sample:
+                sample = 2 * sample - 1.0
+            hidden_states, skip_sample, features = self.conv_in(sample), sample, []
             for block in self.down_blocks:
                 if hasattr(block, "skip_conv"):
                     hidden_states, states, skip_sample = block(hidden_states, temb, skip_sample=skip_sample)

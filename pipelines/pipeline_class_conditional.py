@@ -319,10 +319,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
             [`~pipelines.ImagePipelineOutput`] or `tuple`: The generated images.
 
         Raises:
-            `ValueError`: If a label is out of range, a name is unknown (the message lists the nearest ones), contexts
-                have the wrong width, guidance is enabled without a null class, the guide is for other images, the
-                numbers of images contradict one another, `num_inference_steps` is below 1, or the scheduler is a
-                flow-matching one.
+            `ValueError`: If a label is out of range, a name is unknown (the message lists the classes or the nearest
+                ones), contexts have the wrong width, guidance is enabled without a null class, the guide is for other
+                images, the numbers of images contradict one another, `num_inference_steps` is below 1, or the
+                scheduler is a flow-matching one.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs

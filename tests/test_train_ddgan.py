@@ -62,6 +62,15 @@ def train(images, tmp_path):
     return run
 
 
+def test_the_large_discriminator_has_six_blocks(train, tmp_path):
+    data = write_images(tmp_path / "large", 4, (64, 64))
+    size = ("--image_size", 64, "--attention_resolutions", 0, "--max_train_steps", 1)
+    run = train("large-run", "--discriminator", "large", *size, data=data)
+    assert "| discriminator | large |" in (run / "README.md").read_text()
+    with pytest.raises(InputError, match=r"6 times, which is too often .*--discriminator small"):
+        train("too-small", "--discriminator", "large")
+
+
 @pytest.fixture
 def started(train) -> Path:
     """A run with global batches of 8 images, past the start, where the networks output almost nothing."""
@@ -301,7 +310,7 @@ def test_an_image_size_without_a_feature_map_of_16_is_trained_by_default(images,
         (["--lr_g", "0"], "--lr_g is 0.0; it must be greater than 0"),
         (["--block_out_channels", "8", "3"], "--block_out_channels is 3; it must be at least 4"),
         (["--lr_g", "5e-6"], "--lr_min is 1e-05, the final value of --lr_g 5e-06 and .* must not be greater"),
-        (["--mixed_precision", "fp16"], "fp16 needs a GPU"),
+        (["--mixed_precision", "fp16"], "would use fp16 .*gradients.* bf16"),
         (["--learning_rate", "1"], "Unknown flag --learning_rate"),
     ],
 )

@@ -146,7 +146,7 @@ class RunArguments(Arguments):
     checkpointing_steps: int = option(500, "optimizer steps between checkpoints; 0: only at the end", minimum=0)
     checkpoints_total_limit: int = option(2, "number of newest checkpoints to keep; 0 keeps all", minimum=0)
     resume_from_checkpoint: str | None = option(
-        None, "resume from this checkpoint folder of the run, or from the `latest`"
+        None, "resume from this checkpoint folder of the run, or from the newest one (`latest`)"
     )
     dry_run: bool = option(
         False, "load everything, print the sizes of the run, its memory and its disk space, and write nothing"

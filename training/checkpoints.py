@@ -51,10 +51,11 @@ _INVARIANTS = {
 # values in checkpoints of earlier versions, which did not save them
 _EARLIER = {"post-hoc EMA": False}
 
-# of those whose number of processes must be the same
+# why some of these need the same number of processes
 _REASONS = {
-    "processes": "each process has its own position in the stream: start as many processes",
-    "shards": "with FSDP, each process saves its own shards: start as many processes, with or without FSDP as before",
+    "processes": "each process has its own position in the stream: start the same number of processes",
+    "shards": "with FSDP, each process saves its own shards: start the same number of processes, and use FSDP only if "
+    "the earlier run did",
 }
 
 logger = logging.getLogger(__name__)

@@ -111,7 +111,7 @@ class Evaluation:
 
 @dataclass
 class EvaluationHistory:
-    """The evaluations of a run; the same in every process, and saved in checkpoints.
+    """The evaluations of a run, saved in checkpoints; the same in every process, but for `seconds`.
 
     Attributes:
         last: the newest evaluation.

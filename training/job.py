@@ -66,8 +66,8 @@ class TrainingJob:
             the networks still have the weights with which training started.
         finish: called in the main process with the run folder and the number of steps once everything is saved; the
             final card includes what it adds to the folder and to `card`.
-        last_stage: the optimizer step, from 0, at which the last stage of a run in stages begins, whose losses are
-            others than those before.
+        last_stage: the optimizer step, from 0, at which the last stage of a run in stages begins; its losses differ
+            from those of the earlier stages.
         monitor: reads the rows of metrics.csv as they are logged; returns a warning, or None.
         evaluation_monitor: likewise an evaluation, and the rows of metrics.csv with the comparable ones before it.
     """

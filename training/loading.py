@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _SHUFFLE_BLOCK = 1000  # stream rows that are shuffled together, held in memory undecoded
 _CHECKED_IMAGES = 1000  # images read once before training starts, to find broken ones early
 _MIN_VALIDATION_SAMPLES = 256  # in a validation loss; fewer held-out images are used with several timesteps and noises
-_FIXED_SEED = 0  # of what must be the same in all runs: the held-out images, and the random numbers of their loss
+_FIXED_SEED = 0  # of the held-out images and the random numbers of their loss, the same in all runs
 _REMEDY = "Repair or replace it, or pass --skip_broken_images to skip and count such images."
 
 
@@ -496,7 +496,7 @@ def open_training_source(args: DataArguments) -> ImageSource:
 
 
 def hold_out(source: ImageSource, fraction: float, seed: int = _FIXED_SEED) -> tuple[ImageSubset, ImageSubset]:
-    """Divide images at random into those to train on and a held-out share, by default alike in all runs on them.
+    """Split images at random into training and held-out images, by default in the same way in every run on them.
 
     Raises:
         InputError: if there is no image to train on.

@@ -41,7 +41,7 @@ from .progress import RunProgress
 from .randomness import PerSampleRNG, fold_in
 from .run_folder import RunFolder
 from .sample_grids import sample_grid
-from .sharding import full_tensor, gather_pipeline, local_shards
+from .sharding import full_tensor, gather_pipeline, local_shards, original_class
 from .step_log import StepLog
 from .stopping import RunStopped, StopRequest
 from .tracking import (
@@ -140,7 +140,7 @@ class Trainer:
             invariants=resume_invariants(job, self.plan, accelerator, args.posthoc_ema),
         )
         self.step_log = StepLog(accelerator, self.plan, self.checkpoints)
-        self.time_is_estimated = False
+        self.logged_steps, self.time_is_estimated = 0, False
         self.checked_step: int | None = None  # whose weights are known to be finite
         # opened by `train`, the first two only in the main process
         self.metrics: MetricsFile | None = None
@@ -185,16 +185,23 @@ class Trainer:
         return FinishedRun(self.folder.path, overview=rows if self.accelerator.is_main_process else None)
 
     def _activations(self, index: int, batch: Batch) -> int:
-        """Return the bytes that the loss of one network keeps for the backward pass, for one image."""
+        """Return the bytes that the loss of one network keeps for the backward pass of a micro-batch.
+
+        They grow linearly with the number of images, from what is kept once, such as weights in another precision.
+        """
         network, device = self.networks[index], self.accelerator.device
         assert batch.images is not None
-        labels = None if batch.labels is None else batch.labels[:1].to(device)
-        rng = PerSampleRNG(batch.keys[:1], device, index)
-        images = batch.images[:1].to(device).contiguous(memory_format=self.memory_format)
         others = [other.spec.network for other in self.networks if other is not network]
-        with _frozen(others), self.accelerator.no_sync(network.model):
-            objective = partial(network.spec.objective, network.model)
-            return saved_bytes(partial(objective, MicroBatch(images, labels, rng, 0)), network.model)
+        kept = []
+        for copies in ([0], [0, 0]):
+            labels = None if batch.labels is None else batch.labels[copies].to(device)
+            rng = PerSampleRNG([batch.keys[0]] * len(copies), device, index)
+            images = batch.images[copies].to(device).contiguous(memory_format=self.memory_format)
+            loss = partial(network.spec.objective, network.model, MicroBatch(images, labels, rng, 0))
+            with _frozen(others), self.accelerator.no_sync(network.model):
+                kept.append(saved_bytes(loss, [other.spec.network for other in self.networks]))
+        of_one, of_two = kept
+        return of_one + (self.args.batch_size - 1) * (of_two - of_one)
 
     def _train(self) -> FinishedRun:
         try:
@@ -384,7 +391,8 @@ class Trainer:
             return
         newest = rows[-1]
         speed = self.progress.clock.images_per_second(int(newest["images"]))
-        self._estimate_time(len(rows), speed)
+        self.logged_steps += len(rows)
+        self._estimate_time(speed)
         if self.metrics:
             if not self.folder.config.exists():
                 logger.warning(
@@ -406,10 +414,10 @@ class Trainer:
         if (warning := self.job.monitor(rows)) and self.accelerator.is_main_process:
             self.bar.write(warning)
 
-    def _estimate_time(self, steps: int, speed: float) -> None:
+    def _estimate_time(self, speed: float) -> None:
         """Log, once, how long the remaining steps will take at this speed, in images per second."""
         remaining = self.plan.images_seen(self.total_steps) - self.plan.images_seen(self.progress.step)
-        if self.time_is_estimated or steps < _LOG_EVERY or not remaining:
+        if self.time_is_estimated or self.logged_steps < _LOG_EVERY or not remaining:
             return
         self.time_is_estimated = True
         validation = ", validation losses" if self.data.validation_plan else ""
@@ -621,7 +629,7 @@ class Trainer:
             self.plan,
             self.total_steps,
             self.accelerator,
-            network=f"{type(network).__name__}, {count_parameters(network)[1]:,} parameters",
+            network=f"{original_class(network).__name__}, {count_parameters(network)[1]:,} parameters",
             image_size=describe_size(self.data.preprocessing),
             held_out=self.data.validation_plan and self.data.validation_plan.num_images,
             last_stage=self.job.last_stage,

@@ -91,7 +91,7 @@ class FinishedRun:
         facts: the facts of the run; None in processes other than the main one.
         card: the facts for the model card that the script knows; None like `facts`.
         upload: the outcome of the upload to the Hub, if there was one.
-        overview: of a dry run, which ends before the first step: its sizes and needs, by name.
+        overview: sizes, memory and disk space of a dry run, which ends before the first step, by name.
     """
 
     folder: Path
@@ -234,7 +234,8 @@ def write_card(folder: RunFolder, card: CardFacts, facts: RunFacts) -> None:
         card = replace(card, **_evaluation_for_card(evaluations, facts.step))
     grids = {folder.grid(facts.step, name): caption for name, caption in card.grids_after.items()}
     grids |= {folder.grid(0, name): caption for name, caption in card.grids_before.items()}
-    if len(grids) > 1 and folder.before_after.exists():  # shows them all
+    is_last = facts.step == facts.total_steps  # a longer run still has the file of the shorter one before
+    if len(grids) > 1 and is_last and folder.before_after.exists():  # shows them all
         grids = {folder.before_after: "Samples before and after training, from the same seeds."}
     captions = {
         **grids,
@@ -327,9 +328,9 @@ def print_summary(run: FinishedRun) -> None:
         f"{facts.waiting_share:.1%} of the training time was spent waiting for data.",
     ]
     if facts.broken_images:
-        lines.append(f"{facts.broken_images} broken images were skipped.")
+        lines.append(f"Broken images skipped: {facts.broken_images}.")
     if evaluations.last:
-        lines.append(f"{evaluations.count} evaluations took {evaluations.seconds / 60:.1f} minutes of that time.")
+        lines.append(f"Evaluations: {evaluations.count}, {evaluations.seconds / 60:.1f} minutes in total.")
     lines += ["", f"run folder     {run.folder}"]
     lines += format_rows({name: path for name, path in files.items() if path.exists()})
     if best := evaluations.best:

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from .evaluator import Evaluation
 
-# mean logits of the discriminator beyond these, on the correct sides, mean a loss below 0.014
+# with all logits of the discriminator beyond these, on the correct sides, its loss is below 0.014
 _SATURATED_LOGIT = 5
 # above the loss of a discriminator that always predicts 50%
 _LOSS_MARGIN = 0.01

@@ -16,6 +16,7 @@ from .model_card import describe_hardware, describe_precision
 from .optimizers import state_bytes
 from .plan import BatchPlan
 from .posthoc_ema import PosthocEMA
+from .sharding import local_shards, num_shards, original_class
 
 
 def opening(job: TrainingJob, data: TrainingData, total_steps: int, accelerator: Accelerator) -> str:
@@ -59,15 +60,15 @@ def overview(
         "length": length + (f", of which {first_step:,} are done" if first_step else ""),
         "batch": describe_batch(plan),
         "hardware": f"{describe_hardware(accelerator)}, {describe_precision(accelerator)}",
-        "memory": _memory(job, args, posthoc_ema, activations),
-        "disk": _disk(job, args, posthoc_ema, total_steps),
+        "memory": _memory(job, accelerator, posthoc_ema, activations),
+        "disk": _disk(job, args, accelerator, posthoc_ema, total_steps),
         "run folder": args.output_dir,
     }
 
 
-def saved_bytes(loss: Callable[[], object], network: torch.nn.Module) -> int:
+def saved_bytes(loss: Callable[[], object], networks: Iterable[torch.nn.Module]) -> int:
     """Return the bytes of the tensors that computing a loss keeps for the backward pass, without the parameters."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
     sizes: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,26 +83,29 @@ def saved_bytes(loss: Callable[[], object], network: torch.nn.Module) -> int:
     return sum(sizes.values())
 
 
-def _memory(job: TrainingJob, args: RunArguments, posthoc_ema: PosthocEMA, activations: Sequence[int] | None) -> str:
+def _memory(
+    job: TrainingJob, accelerator: Accelerator, posthoc_ema: PosthocEMA, activations: Sequence[int] | None
+) -> str:
     """Describe the memory of one process in a training step. Networks are updated one after the other."""
-    trained = sum(_trained_bytes(spec.network) for spec in job.networks)
     parts = {
-        "weights": sum(_bytes(spec.network.parameters()) for spec in job.networks),
-        "gradients": trained,
-        "optimizer": sum(state_bytes(spec.optimizer) for spec in job.networks),
+        "weights": sum(_bytes(local_shards(spec.network.parameters())) for spec in job.networks),
+        "gradients": max(_trained_bytes(spec.network) for spec in job.networks),
+        "optimizer": sum(state_bytes(spec.optimizer) for spec in job.networks) // num_shards(accelerator),
         "EMA": _bytes(job.ema.weights()),
     }
     if posthoc_ema.averages:
         parts["post-hoc EMA"] = _bytes(posthoc_ema.weights())
     more = ", and activations"
     if activations is not None:
-        parts["activations"] = max(activations) * args.batch_size
+        parts["activations"] = max(activations)
         more = ""
     listed = ", ".join(f"{format_size(size)} {name}" for name, size in parts.items())
     return f"about {format_size(sum(parts.values()))} per process, without libraries ({listed}){more}"
 
 
-def _disk(job: TrainingJob, args: RunArguments, posthoc_ema: PosthocEMA, total_steps: int) -> str:
+def _disk(
+    job: TrainingJob, args: RunArguments, accelerator: Accelerator, posthoc_ema: PosthocEMA, total_steps: int
+) -> str:
     """Describe the disk space for the pipeline, the checkpoints and the EMA snapshots.
 
     A checkpoint is removed after the next is written.
@@ -109,7 +113,8 @@ def _disk(job: TrainingJob, args: RunArguments, posthoc_ema: PosthocEMA, total_s
     weights = sum(_bytes(spec.network.parameters()) for spec in job.networks)
     optimizers = sum(state_bytes(spec.optimizer) for spec in job.networks)
     pipeline = _bytes(job.ema.network.parameters())
-    checkpoint = weights + optimizers + _bytes(job.ema.weights()) + _bytes(posthoc_ema.weights())
+    averages = (_bytes(job.ema.weights()) + _bytes(posthoc_ema.weights())) * num_shards(accelerator)
+    checkpoint = weights + optimizers + averages
     saves = -(-total_steps // args.checkpointing_steps) if args.checkpointing_steps else 1
     kept = min(saves, args.checkpoints_total_limit + 1) if args.checkpoints_total_limit else saves
     folder = Path(args.output_dir).absolute()
@@ -163,7 +168,7 @@ def describe_parameters(job: TrainingJob) -> str:
     for spec in job.networks:
         trained, total = count_parameters(spec.network)
         count = f"{trained:,}" + (f" of {total:,}" if trained < total else "")
-        parts.append(f"{count} parameters ({type(spec.network).__name__})")
+        parts.append(f"{count} parameters ({original_class(spec.network).__name__})")
     return " and ".join(parts)
 
 

@@ -44,8 +44,9 @@ def dot_products(step: Any, gamma: Any, other_step: Any, other_gamma: Any) -> An
     """Return the integrals over time of the products of power functions, float64 (algorithm 3).
 
     Args:
-        step, gamma: the steps t at which the ones end, and their exponents.
-        other_step, other_gamma: those of the others; all four are numbers or arrays, broadcast against each other.
+        step, gamma: the last steps t of the first functions, and their exponents.
+        other_step, other_gamma: those of the second functions; all four are numbers or arrays, broadcast against each
+            other.
     """
     ratio = step / other_step
     powers = ratio ** np.where(ratio < 1, other_gamma, -gamma)
@@ -71,7 +72,7 @@ class PosthocEMA:
     def prepare(self, accelerator: Accelerator) -> None:
         """Allocate the EMAs, once Accelerate has placed and sharded the network."""
         self.accelerator = accelerator
-        # objectives freeze parameters for a time, so those that are trained are remembered
+        # the training loop freezes networks for a time, so those parameters that are trained are remembered
         self.parameters = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         self.averages = [[shard.detach().clone() for shard in self._shards()] for _ in self.exponents]
 
@@ -135,7 +136,7 @@ class PosthocEMA:
 
 @dataclass(frozen=True)
 class EMASnapshots:
-    """The snapshots of a run, from which `weights` computes those of an EMA of any length.
+    """The snapshots of a run, from which `weights` computes the weights of an EMA of any length.
 
     Attributes:
         files: the snapshots by step.

@@ -2,7 +2,8 @@
 
 Every sample of every optimizer step has a key made from (seed, step, its position in the step), which seeds the
 generators of all its random numbers. A step therefore has the same result however it is split into micro-batches
-and processes, and a run resumes without saved random state.
+and processes, but for dropout and what a network computes across a micro-batch (the minibatch standard deviation of
+`DDGANDiscriminator`), and a run resumes without saved random state.
 
 PyTorch's generator on a CPU uses only the lower 32 bits of its seed, on a GPU all 64. On a CPU, two of the B samples
 of a step therefore share all their random numbers (timestep and noise, but not the crop and flip, whose generator uses

@@ -19,7 +19,14 @@ from ..data.arguments import check_value_range
 from ..data.preprocessing import Preprocessing
 from ..data.sources import ImageSource
 from ..sampling.grids import image_grid, rows_by_class
-from .arguments import DataArguments, EvaluationArguments, LabelArguments, RunArguments, ValidationArguments
+from .arguments import (
+    MAX_GRID_IMAGES,
+    DataArguments,
+    EvaluationArguments,
+    LabelArguments,
+    RunArguments,
+    ValidationArguments,
+)
 from .evaluator import Evaluator
 from .job import TrainingJob
 from .loading import TrainingData
@@ -86,7 +93,8 @@ class Session:
             labels: where the class labels are, if the run uses them.
             source: the images, if they are only a subset of those in `args`.
             classes: class names of the start model, which the labels must fit.
-            validation: which images to hold out, if the run can have a validation loss: that of its first network.
+            validation: which images to hold out; None if the run has no validation loss. The loss is that of the
+                first network.
         """
         height, width = size
         return TrainingData(
@@ -115,14 +123,16 @@ class Session:
     ) -> tuple[list[int] | None, Callable[[list[Image.Image]], Image.Image]]:
         """Plan the sample grids of the run, with one row per class if there are classes.
 
-        `run.num_samples` is then rounded up to full rows.
+        `run.num_samples` is then rounded up to full rows, as far as a grid may have so many images.
 
         Returns:
             `labels` and `grid` of a `TrainingJob`.
         """
         if not classes:
             return None, image_grid
-        labels, grid = rows_by_class(self.run.num_samples, classes)
+        classes = classes[:MAX_GRID_IMAGES]
+        most = MAX_GRID_IMAGES // len(classes) * len(classes)
+        labels, grid = rows_by_class(min(self.run.num_samples, most), classes)
         self.run = replace(self.run, num_samples=len(labels))
         return labels, grid
 

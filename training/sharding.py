@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +46,11 @@ def reshard(network: torch.nn.Module) -> None:
             module.reshard()
 
 
+def original_class(network: Any) -> Any:
+    """Return the class of a network, which FSDP replaces with a subclass."""
+    return type(network).__bases__[-1] if isinstance(network, FSDPModule) else type(network)
+
+
 def gather_pipeline(
     pipeline: DiffusionPipeline | ModelMixin, accelerator: Accelerator
 ) -> DiffusionPipeline | ModelMixin:
@@ -56,8 +62,7 @@ def gather_pipeline(
         if isinstance(component, FSDPModule):
             state = accelerator.get_state_dict(component)
             if accelerator.is_main_process:
-                network_class = type(component).__bases__[-1]  # FSDP replaces the class with a subclass
-                network = network_class.from_config(component.config)
+                network = original_class(component).from_config(component.config)
                 network.load_state_dict(state)
                 setattr(pipeline, name, network)
     return pipeline

@@ -275,7 +275,7 @@ def test_evaluations_are_printed_and_tracked(finetune, classifier, capsys):
     assert re.search(r"step 2: FD@13 \S+ \(floor \S+\), KD@13 \S+ ± \S+ \(floor \S+ ± \S+\)", output)
     assert "the best so far; it took" in output
     assert output.count("warning: Too few samples: 13.") == 1
-    assert "2 evaluations took" in output and f"best model     {run / 'best'}: step " in output
+    assert "Evaluations: 2, " in output and f"best model     {run / 'best'}: step " in output
     events = next(path for path in (run / "logs").rglob("events*") if path.parent.name == "run")
     tracked = EventAccumulator(str(events)).Reload()
     fids = {event.step: event.value for event in tracked.Scalars("fid@13")}

@@ -87,4 +87,4 @@ def test_saved_bytes_are_those_of_the_tensors_for_the_backward_pass():
     network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
     images = torch.rand(3, 8)
     # the inputs of the two linear layers; ReLU shares its output with the second
-    assert saved_bytes(lambda: network(images).sum(), network) == 4 * (3 * 8 + 3 * 16)
+    assert saved_bytes(lambda: network(images).sum(), [network]) == 4 * (3 * 8 + 3 * 16)

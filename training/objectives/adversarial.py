@@ -65,7 +65,7 @@ class GANSetup:
         return t, *self.scheduler.add_noise_pair(batch.images, t, noise=noise)
 
     def is_noisiest(self, t: torch.Tensor) -> torch.Tensor:
-        """Return which timesteps (B,) are the last one, at which the noisier image is almost pure noise."""
+        """Return which timesteps (B,) are T-1, at which the noisier image is almost pure noise."""
         return t == self.scheduler.config.num_train_timesteps - 1
 
     def predict(
@@ -102,15 +102,15 @@ class GANSetup:
     ) -> torch.Tensor:
         """Return the weighted loss (B,) of predicted clean images.
 
-        It is the mean squared error times the signal level `alphas_cumprod[t]`. The squared error is smallest for the
-        mean of all images that a noisy one can come from. At the last timestep these are all images, and the loss is
-        the energy score instead (arXiv 2502.02483, equation 8), the mean distance of two predictions to the image
-        minus half of their distance to each other. In expectation it is smallest if the predictions have the
-        distribution of the images. Distances are root mean squares over the pixels.
+        It is the mean squared error times the signal level `alphas_cumprod[t]`. The squared error is minimized by the
+        mean of all images that a noisy one can come from. At timestep T-1 these are all images, and the loss is the
+        energy score instead (arXiv 2502.02483, equation 8), the mean distance of two predictions to the image minus
+        half of their distance to each other. Its expectation is minimized if the predictions have the distribution of
+        the images. Distances are root mean squares over the pixels.
 
         Args:
             predicted: a prediction of each image.
-            again: indices of the last timesteps in `t`.
+            again: indices of the images at timestep T-1.
             second: another prediction of each image with one of these, from an independent latent.
         """
 
@@ -164,8 +164,8 @@ class GradientPenalties:
         r2_gamma: weight of R2; 0 turns it off.
         interval: optimizer steps between penalties, starting at step 0.
         finite_differences: estimate the squared norm as (D(x + step noise) - D(x))^2 / step^2 with standard normal
-            noise (arXiv 2501.08316), which needs no second derivative and is exact on average for small steps, but for
-            the statistics of the batch that the discriminator appends to its features.
+            noise (arXiv 2501.08316), which needs no second derivative. For small steps it is exact on average, except
+            that a logit also changes with the noise of the other pairs, through the minibatch standard deviation.
         step: standard deviation of that noise, for images in [-1, 1].
     """
 
