@@ -10,6 +10,7 @@ can be interrupted. `default` is what `ddgan few-step` does.
 import argparse
 import copy
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ddgan import UNetDiscriminator
 from ddgan.commands.few_step import DISCRIMINATOR_HEAD_START, few_step_scheduler
+from ddgan.data.images import to_bytes
 from ddgan.data.preprocessing import Preprocessing, read_image
 from ddgan.data.sources import open_source
 from ddgan.evaluation.extractors import load_extractor
@@ -188,12 +190,17 @@ class Ablation:
         cells = (source[index] for index in range(len(source)))
         self.images = torch.stack([preprocessing.finish(read_image(cell, preprocessing), 0) for cell in cells])
         self.folder.mkdir(parents=True, exist_ok=True)
+        known = {key: value for key, value in vars(args).items() if key != "settings"}
+        arguments = self.folder / "arguments.json"
+        if arguments.exists() and json.loads(arguments.read_text()) != known:
+            sys.exit(f"{self.folder} has results with other arguments ({arguments}): choose another --work_dir.")
+        arguments.write_text(json.dumps(known))
         teacher = Teacher(self.start, FewStepProcess(self.start.scheduler, STEP_COUNTS), TEACHER_STEPS)
         self.teacher = generate_samples(
             teacher, TEACHER_SAMPLES, 0, self.folder / "teacher.safetensors", Accelerator(cpu=True)
         )
         self.extractor = load_extractor(args.feature_extractor)
-        self.reference = self.extractor(((self.images / 2 + 0.5) * 255).round().to(torch.uint8))["features"]
+        self.reference = self.extractor(to_bytes(self.images))["features"]
 
     def micro_batch(self, step: int, network: int) -> MicroBatch:
         """Random images, half of them mirrored; others in each step and for each network."""

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
 from ddgan.commands.arguments import DISCRIMINATORS
+from ddgan.commands.train_ddgan import default_attention_resolutions
 from ddgan.training.objectives.adversarial import (
     DiscriminatorObjective,
     GANSetup,
@@ -44,6 +45,8 @@ class Configuration:
         channels: of the images.
         widths: channels of the levels of the generator, and of the reference.
         batch_size: images per iteration.
+        peak_batch_size: images per iteration when the peak memory of wavelet networks is measured, enough for
+            activations to outweigh libraries, weights and optimizer states.
         discriminator_width: width that the blocks of the discriminator multiply.
         large: use the paper's discriminator for 256x256 instead of that for 32x32.
         limits: upper limits of the ratios on a CPU: iteration, iteration with R1, sampling in four steps.
@@ -53,6 +56,7 @@ class Configuration:
     channels: int = 3
     widths: tuple[int, ...] = (128, 256, 256, 256)
     batch_size: int = 4 if DEVICE == "cpu" else 64
+    peak_batch_size: int = 32 if DEVICE == "cpu" else 64
     discriminator_width: int = 64
     large: bool = False
     limits: tuple[float, float, float] | None = None
@@ -64,7 +68,13 @@ CONFIGURATIONS = {
         channels=1, widths=(32, 64, 64), batch_size=32, discriminator_width=32, limits=(3.0, 4.2, 1.2)
     ),
     "64x64": Configuration(64, widths=(64, 128, 128, 128), batch_size=4 if DEVICE == "cpu" else 64),
-    "celebahq_256": Configuration(256, 3, (64, 64, 128, 128, 256, 256), 1 if DEVICE == "cpu" else 8, large=True),
+    "celebahq_256": Configuration(
+        256,
+        widths=(64, 64, 128, 128, 256, 256),
+        batch_size=1 if DEVICE == "cpu" else 8,
+        peak_batch_size=4 if DEVICE == "cpu" else 8,
+        large=True,
+    ),
 }
 COMPARED_TO_UNET = ("cifar10", "small")
 COMPARED_WITH_WAVELETS = ("cifar10", "64x64", "celebahq_256")
@@ -95,12 +105,22 @@ class DDGAN:
         autocast: bool = False,
         compiled: bool = False,
         wavelet_levels: int = 0,
+        batch_size: int | None = None,
     ):
         configuration = CONFIGURATIONS[name]
-        size, channels, self.batch_size = configuration.size, configuration.channels, configuration.batch_size
+        size, channels = configuration.size, configuration.channels
+        self.batch_size = batch_size or configuration.batch_size
         multiples, down_blocks = DISCRIMINATORS["large" if configuration.large else "small"]
         torch.manual_seed(0)
-        generator = NCSNpp(size, channels, channels, configuration.widths, wavelet_levels=wavelet_levels)
+        heights = [size >> wavelet_levels + level for level in range(len(configuration.widths))]
+        generator = NCSNpp(
+            size,
+            channels,
+            channels,
+            configuration.widths,
+            attention_resolutions=default_attention_resolutions(heights),
+            wavelet_levels=wavelet_levels,
+        )
         discriminator = DDGANDiscriminator(
             size,
             channels,
@@ -212,7 +232,6 @@ def peaks(ddgan: DDGAN) -> dict[str, float]:
     result = {"sampling GiB": peak_memory() / 2**30}
     for _ in range(2):  # from the second iteration on, optimizer states and gradients exist
         ddgan.iteration(True)
-        ddgan.iteration(False)
     return result | {"training GiB": peak_memory() / 2**30}
 
 
@@ -265,7 +284,7 @@ def compare(rounds: int) -> None:
 def compare_wavelets(names: Sequence[str], rounds: int) -> None:
     """Print the time and memory of networks on sub-bands, relative to the same networks on pixels."""
     print(f"\n{hardware()}; sub-bands relative to pixels, float32, medians of {rounds} rounds\n")
-    print("| | levels | iteration | with R1 | sample | peak GiB, training |\n|---|--:|--:|--:|--:|--:|")
+    print("| | levels | iteration | with R1 | sample | peak GiB, training |\n|---|--:|--:|--:|--:|---|")
     set_float32_precision("ieee")
     # first of all, since the peak of a subprocess is at least the memory of this process when it starts
     peak_gib = {
@@ -275,7 +294,7 @@ def compare_wavelets(names: Sequence[str], rounds: int) -> None:
     }
     works = (lambda ddgan: ddgan.iteration(False), lambda ddgan: ddgan.iteration(True), DDGAN.sample)
     for name in names:
-        size, batch_size = CONFIGURATIONS[name].size, CONFIGURATIONS[name].batch_size
+        configuration, size = CONFIGURATIONS[name], CONFIGURATIONS[name].size
         on_pixels = DDGAN(name)
         for levels in (1, 2):
             on_bands = DDGAN(name, wavelet_levels=levels)
@@ -285,11 +304,12 @@ def compare_wavelets(names: Sequence[str], rounds: int) -> None:
                     work(ddgan)
                 pairs = [[seconds(partial(work, ddgan)) for ddgan in (on_bands, on_pixels)] for _ in range(rounds)]
                 ratios.append(f"{median(bands / pixels for bands, pixels in pairs):.2f}")
-            peak = f"{peak_gib[name, levels]:.2f} instead of {peak_gib[name, 0]:.2f}"
-            label = f"{name}, {size}x{size}, batch {batch_size}"
+            bands, pixels = peak_gib[name, levels], peak_gib[name, 0]
+            peak = f"{bands / pixels:.2f}: {bands:.1f} instead of {pixels:.1f} (batch {configuration.peak_batch_size})"
+            label = f"{name}, {size}x{size}, batch {configuration.batch_size}"
             print(f"| {label} | {levels} | {' | '.join(ratios)} | {peak} |", flush=True)
     iteration, sample, peak = WAVELET_TARGETS
-    print(f"| *target, at most* | 1 | *{iteration}* | | *{sample}* | *{peak} of it* |")
+    print(f"| *target, at most* | 1 | *{iteration}* | | *{sample}* | *{peak}* |")
 
 
 if __name__ == "__main__":
@@ -306,8 +326,9 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.peaks:
-        name, level = args.peaks
-        print(json.dumps(peaks(DDGAN(name, wavelet_levels=int(level)))))
+        name, levels = args.peaks
+        ddgan = DDGAN(name, wavelet_levels=int(levels), batch_size=CONFIGURATIONS[name].peak_batch_size)
+        print(json.dumps(peaks(ddgan)))
     elif args.variant:
         name, variant = args.variant
         print(json.dumps(measure(name, variant, args.rounds)))

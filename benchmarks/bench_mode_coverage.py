@@ -30,6 +30,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from ddgan import DDGANDiscriminator, DDGANPipeline, DDGANScheduler, NCSNpp
+from ddgan.data.images import to_bytes
 from ddgan.evaluation.coverage import (
     ModeCoverage,
     gaussian_coverage,
@@ -194,8 +195,7 @@ class StackedMNIST:
         """Return the modes of samples, and the classifier's mean confidence."""
         digits, confidences = [], []
         for batch in batches:
-            pixels = ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            probabilities = self.classifier(pixels.flatten(0, 1)[:, None])["logits"].softmax(1)
+            probabilities = self.classifier(to_bytes(batch).flatten(0, 1)[:, None])["logits"].softmax(1)
             confidence, digit = probabilities.max(1)
             digits.append(digit.view(-1, 3))
             confidences.append(confidence)
@@ -257,11 +257,18 @@ def main() -> None:
     parser.add_argument(
         "--eta", type=float, nargs="+", default=[1.0], help="scales of the noise of the sampling steps, a row for each"
     )
-    parser.add_argument("--settings", nargs="+", help="names of the compared settings (default: all)")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=settings(0),
+        metavar="NAME",
+        help="names of the compared settings (default: all)",
+    )
     args = parser.parse_args()
     stacked = args.stacked_mnist is not None
     problem = StackedMNIST(args.stacked_mnist) if stacked else Gaussians()
-    gamma, seeds = args.gamma or (0.1 if stacked else 0.005), args.seeds or ([0] if stacked else [0, 1, 2])
+    gamma = args.gamma if args.gamma is not None else 0.1 if stacked else 0.005
+    seeds = args.seeds or ([0] if stacked else [0, 1, 2])
     print(f"{args.steps} steps, gamma {gamma:g}, seeds {' '.join(map(str, seeds))}, {problem.num_samples} samples\n")
     print(
         f"| | eta | modes | KL | mean KL | {'confidence' if stacked else 'at a mode'} | minutes |\n"

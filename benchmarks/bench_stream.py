@@ -140,7 +140,9 @@ def measure(folder: Path, images: int) -> str:
         process.join()
     numbers = [number for result in results for number in result[0]]
     once = sorted(numbers) == list(range(images))
-    growth = [max(memory.values()) - memory[SETTLED] for _, memory, _, _ in results]
+    growth = [
+        max(size for step, size in memory.items() if step >= SETTLED) - memory[SETTLED] for _, memory, _, _ in results
+    ]
     settled = [memory[SETTLED] for _, memory, _, _ in results]
     speed = sum(result[2] for result in results)
     checks = f"{yes_or_no(once)} | {yes_or_no(all(result[3] for result in results))}"
@@ -217,6 +219,10 @@ if __name__ == "__main__":
     if not args.work_dir:
         print("Pass a folder for the images with --work_dir. Skipping this benchmark.")
         raise SystemExit
+    if (least := (SETTLED + 100) * PROCESSES * BATCH_SIZE) > args.images:
+        parser.error(f"--images must be at least {least}, so that memory is measured after {SETTLED} steps")
+    if args.train_steps and args.train_steps <= SETTLED:
+        parser.error(f"--train_steps must be more than {SETTLED}, after which the growth of memory is measured")
     if args.train_steps:
         print("| | resident memory | growth after that | images per second | resumes exactly |")
         print("|---|--:|--:|--:|---|")

@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "examples" / "models"
 CLASSIFIER = ROOT / "examples" / "classifiers" / "mnist"
-BATCH_SIZE = 50  # images per batch when sampling and classifying digits
+BATCH_SIZE = 50  # images per batch when sampling digits
 
 
 def hardware() -> str:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,18 +50,23 @@ class Part:
         start = time.perf_counter()
         with log.open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, *self.command], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment()
+                [sys.executable, *self.command],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment(),
+                start_new_session=True,
             )
             try:
                 code = process.wait(self.minutes * 60)
                 end = "finished" if code == 0 else f"failed with exit code {code}"
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)
-                try:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+                with suppress(ProcessLookupError):  # what it has started and not ended
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
                 end = "stopped as planned" if self.stops else "stopped: out of time"
         return f"{end} after {(time.perf_counter() - start) / 60:.1f} minutes"
 
@@ -105,7 +111,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         result.append(Part("DDGAN", ["benchmarks/bench_ddgan.py", *variant], 3))
     else:
         result.append(Part("DDGAN", ["benchmarks/bench_ddgan.py", "--rounds", rounds], 5))
-        result.append(Part("Fine-tuning", ["benchmarks/bench_finetune.py"], 3))
+        result.append(Part("Fine-tuning", ["benchmarks/bench_finetune.py", "--rounds", "1", "--steps", "20"], 5))
     if args.mnist:
         stacked = args.output / "stacked-mnist"
         count = "64" if args.quick else "128000"
