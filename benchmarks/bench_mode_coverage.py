@@ -59,6 +59,7 @@ class Setting:
     loss: GANLoss = "non_saturating"
     penalties: GradientPenalties = field(default_factory=GradientPenalties)
     reconstruction_weight: float = 0.0
+    energy_weight: float = 0.0
     variance_schedule: str = "vp"
     d_steps: int = 1
 
@@ -74,8 +75,11 @@ def settings(gamma: float) -> dict[str, Setting]:
         "GAN, R1 and R2": Setting(penalties=exact),
         "relativistic, R1 and R2": Setting("relativistic", exact),
         "relativistic, R1 and R2, finite differences": Setting("relativistic", estimated),
-        "the same and reconstruction": Setting("relativistic", estimated, 20),
-        "the same and the cosine schedule": Setting("relativistic", estimated, 20, "cosine"),
+        "the last and squared error, cosine schedule": Setting("relativistic", estimated, 20, 0, "cosine"),
+        "the last and squared error, energy score": Setting("relativistic", estimated, 20, 20),
+        "the last and squared error, energy score, cosine schedule": Setting(
+            "relativistic", estimated, 20, 20, "cosine"
+        ),
     }
 
 
@@ -213,6 +217,7 @@ def train(problem: Gaussians | StackedMNIST, setting: Setting, seed: int, steps:
         scheduler,
         loss=setting.loss,
         reconstruction_weight=setting.reconstruction_weight,
+        energy_weight=setting.energy_weight,
     )
     objectives = DiscriminatorObjective(gan, setting.penalties), GeneratorObjective(gan)
     networks = (discriminator, generator)

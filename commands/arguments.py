@@ -303,7 +303,10 @@ class DDGANArguments(Arguments):
         maximum=10,
     )
     reconstruction_weight: float = option(
-        0.0, "weight of a loss of the predicted clean image; speeds up training on small data", minimum=0
+        0.0, "weight of the squared error of the predicted clean image; speeds up training on small data", minimum=0
+    )
+    energy_weight: float = option(
+        0.0, "weight of the energy score of two predictions from the noisiest images, for varied samples", minimum=0
     )
     d_steps: int = option(
         1, "updates of the discriminator, one in each step, per update of the generator", minimum=1, maximum=100

@@ -64,6 +64,7 @@ def train_ddgan(
         args.gan_loss,
         args.instance_noise,
         args.reconstruction_weight,
+        args.energy_weight,
     )
     finite_differences = args.gradient_penalty == "finite_differences"
     penalties = GradientPenalties(args.r1_gamma, args.r2_gamma, args.lazy_reg, finite_differences)

@@ -233,11 +233,11 @@ def test_the_loss_and_the_penalties_are_those_of_the_flags(train):
     first, second = read_metrics(run / "metrics.csv")
     assert first["d_loss"] == pytest.approx(math.log(2) + first["d_r1"] + first["d_r2"], abs=1e-3)
     assert second["g_loss"] == pytest.approx(math.log(2), abs=0.05)
-    assert "g_reconstruction" not in first
-    run = train("reconstruction", "--reconstruction_weight", 20, "--max_train_steps", 1)
+    assert "g_reconstruction" not in first and "g_energy" not in first
+    run = train("reconstruction", "--reconstruction_weight", 20, "--energy_weight", 20, "--max_train_steps", 1)
     (row,) = read_metrics(run / "metrics.csv")
-    assert row["g_reconstruction"] > 0
-    assert row["g_loss"] == pytest.approx(math.log(2) + row["g_reconstruction"], abs=1e-3)
+    assert row["g_reconstruction"] > 0 and row["g_energy"] > 0
+    assert row["g_loss"] == pytest.approx(math.log(2) + row["g_reconstruction"] + row["g_energy"], abs=1e-3)
 
 
 def test_networks_on_wavelet_sub_bands_train_and_are_saved(train):

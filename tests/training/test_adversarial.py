@@ -152,8 +152,8 @@ def gradient_norms(gan, batch):
     return norms
 
 
-def test_reconstruction_is_the_weighted_error_and_at_the_last_timestep_the_energy_score():
-    gan, plain = tiny_gan(reconstruction_weight=3.0), tiny_gan()
+def test_the_squared_error_and_the_energy_score_are_terms_of_the_loss():
+    gan, plain = tiny_gan(reconstruction_weight=3.0, energy_weight=2.0), tiny_gan()
     values = GeneratorObjective(gan)(gan.generator, micro_batch())
     batch = micro_batch()
     t, _, noisier = gan.real_pair(batch)
@@ -165,26 +165,25 @@ def test_reconstruction_is_the_weighted_error_and_at_the_last_timestep_the_energ
     def distance(a, b):
         return (a - b).flatten(1).norm(dim=1) / math.sqrt(a[0].numel())
 
-    expected = gan.scheduler.alphas_cumprod[t].float() * (first - batch.images).flatten(1).square().mean(1)
+    error = gan.scheduler.alphas_cumprod[t].float() * (first - batch.images).flatten(1).square().mean(1)
+    torch.testing.assert_close(values["reconstruction"], 3.0 * error)
     to_images = distance(first[again], batch.images[again]) + distance(second, batch.images[again])
-    expected[again] = (to_images - distance(first[again], second)) / 2
-    torch.testing.assert_close(values["reconstruction"], 3.0 * expected, rtol=0, atol=2e-3)
+    score = torch.zeros(len(t)).index_copy(0, again, (to_images - distance(first[again], second)) / 2)
+    torch.testing.assert_close(values["energy"], 2.0 * score, rtol=0, atol=2e-3)
     fake = gan.discriminate(gan.discriminator, batch, t, gan.less_noisy(batch, t, noisier, first), noisier)
-    torch.testing.assert_close(values["loss"], F.softplus(-fake) + values["reconstruction"])
+    torch.testing.assert_close(values["loss"], F.softplus(-fake) + values["reconstruction"] + values["energy"])
     assert list(GeneratorObjective(plain)(plain.generator, micro_batch())) == ["loss"]
 
 
-def test_at_the_last_timestep_the_distribution_of_the_images_is_better_than_their_mean():
-    """Images are black or white at random: predictions that are so as well have a lower loss than gray ones."""
-    gan, batch = tiny_gan(reconstruction_weight=1.0), micro_batch()
+def test_the_energy_score_of_the_distribution_of_the_images_is_better_than_that_of_their_mean():
+    """Images are black or white at random: predictions that are so as well have a lower score than gray ones."""
     generator = torch.Generator().manual_seed(0)
-    batch.images, first, second = (
+    images, first, second = (
         (torch.randint(2, (4000, 1, 1, 1), generator=generator) * 2.0 - 1).expand(-1, 3, 4, 4) for _ in range(3)
     )
-    t, gray = torch.full((4000,), gan.scheduler.config.num_train_timesteps - 1), torch.zeros(4000, 3, 4, 4)
-    again = torch.arange(4000)
-    assert gan.reconstruction_loss(batch, t, first, again, second).mean() == pytest.approx(0.5, abs=0.05)
-    assert gan.reconstruction_loss(batch, t, gray, again, gray).mean() == pytest.approx(1.0, abs=0.01)
+    gray = torch.zeros(4000, 3, 4, 4)
+    assert GANSetup.energy_score(images, first, second).mean() == pytest.approx(0.5, abs=0.05)
+    assert GANSetup.energy_score(images, gray, gray).mean() == pytest.approx(1.0, abs=0.01)
 
 
 def test_r2_is_the_penalty_of_generated_images():

@@ -36,7 +36,8 @@ class GANSetup:
             generated pair with the same noisier image (arXiv 1807.00734).
         instance_noise: standard deviation of noise that is added to clean images, real and generated ones, before the
             discriminator (arXiv 1610.04490).
-        reconstruction_weight: weight of `reconstruction_loss` in the loss of the generator.
+        reconstruction_weight: weight of `squared_error` in the loss of the generator.
+        energy_weight: weight of `energy_score` in the loss of the generator.
     """
 
     generator: NCSNpp
@@ -46,6 +47,7 @@ class GANSetup:
     loss: GANLoss = "non_saturating"
     instance_noise: float = 0.0
     reconstruction_weight: float = 0.0
+    energy_weight: float = 0.0
 
     def discriminator_loss(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         """Return the loss (B,) of the discriminator from its logits (B,)."""
@@ -97,32 +99,27 @@ class GANSetup:
         noise = batch.rng.normal(*noisier.shape[1:])
         return self.scheduler.step(predicted, t, noisier, variance_noise=noise, return_dict=False)[0]
 
-    def reconstruction_loss(
-        self, batch: MicroBatch, t: torch.Tensor, predicted: torch.Tensor, again: torch.Tensor, second: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the weighted loss (B,) of predicted clean images.
+    def squared_error(self, images: torch.Tensor, t: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        """Return the mean squared error (B,) of predicted clean images, times the signal level `alphas_cumprod[t]`.
 
-        It is the mean squared error times the signal level `alphas_cumprod[t]`. The squared error is minimized by the
-        mean of all images that a noisy one can come from. At timestep T-1 these are all images, and the loss is the
-        energy score instead (arXiv 2502.02483, equation 8), the mean distance of two predictions to the image minus
-        half of their distance to each other. Its expectation is minimized if the predictions have the distribution of
-        the images. Distances are root mean squares over the pixels.
+        It is minimized by the mean of all images that a noisy one can come from.
+        """
+        signal = self.scheduler.alphas_cumprod.to(t.device, torch.float32)[t]
+        return signal * (predicted.float() - images).square().mean(dim=(1, 2, 3))
 
-        Args:
-            predicted: a prediction of each image.
-            again: indices of the images at timestep T-1.
-            second: another prediction of each image with one of these, from an independent latent.
+    @staticmethod
+    def energy_score(images: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Return the energy score (B,) of two predictions of each clean image, from independent latents.
+
+        It is their mean distance to the image minus half of their distance to each other (arXiv 2502.02483, equation
+        8). Its expectation is minimized if predictions have the distribution of the images that a noisy one can come
+        from. Distances are root mean squares over the pixels.
         """
 
         def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             return ((a.float() - b.float()).square().mean(dim=(1, 2, 3)) + _SMALLEST_SQUARE).sqrt()
 
-        signal = self.scheduler.alphas_cumprod.to(t.device, torch.float32)[t]
-        loss = signal * (predicted.float() - batch.images).square().mean(dim=(1, 2, 3))
-        first, images = predicted[again], batch.images[again]
-        to_images = (distance(first, images) + distance(second, images)) / 2
-        loss = loss.index_copy(0, again, to_images - distance(first, second) / 2)
-        return self.reconstruction_weight * loss
+        return (distance(first, images) + distance(second, images) - distance(first, second)) / 2
 
     def add_instance_noise(self, batch: MicroBatch, t: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """Return less noisy images of pairs; those without noise, at t = 0, get instance noise."""
@@ -261,10 +258,13 @@ class GeneratorObjective:
         self.gan = gan
 
     def __call__(self, generator: torch.nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Return `loss`, and with a reconstruction loss also its term `reconstruction`, each (B,)."""
+        """Return `loss`, (B,), and those of its terms `reconstruction` and `energy` that have a weight.
+
+        The energy score is computed at the timestep T-1, where a noisy image can come from any image, and 0 at others.
+        """
         gan = self.gan
         t, less_noisy, noisier = gan.real_pair(batch)
-        again = gan.is_noisiest(t).nonzero()[:, 0] if gan.reconstruction_weight else None
+        again = gan.is_noisiest(t).nonzero()[:, 0] if gan.energy_weight else None
         predicted, second = gan.predict(generator, batch, t, noisier, again)
         fake_image = gan.less_noisy(batch, t, noisier, predicted)
         fake_image = gan.add_instance_noise(batch, t, fake_image)
@@ -273,8 +273,10 @@ class GeneratorObjective:
             with torch.no_grad():
                 less_noisy = gan.add_instance_noise(batch, t, less_noisy)
                 real = gan.discriminate(gan.discriminator, batch, t, less_noisy, noisier)
-        loss = gan.generator_loss(real, fake)
-        if again is None:
-            return {"loss": loss}
-        reconstruction = gan.reconstruction_loss(batch, t, predicted, again, second)
-        return {"loss": loss + reconstruction, "reconstruction": reconstruction}
+        loss, terms = gan.generator_loss(real, fake), {}
+        if gan.reconstruction_weight:
+            terms["reconstruction"] = gan.reconstruction_weight * gan.squared_error(batch.images, t, predicted)
+        if again is not None:
+            score = gan.energy_weight * gan.energy_score(batch.images[again], predicted[again], second)
+            terms["energy"] = torch.zeros_like(loss).index_copy(0, again, score)
+        return {"loss": loss + sum(terms.values()), **terms}
