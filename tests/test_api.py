@@ -108,7 +108,7 @@ def test_ctrl_c_saves_a_checkpoint_and_raises_keyboard_interrupt(tiny_model, ima
 
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
     call = partial(finetune, start_model=tiny_model, train_data=images, output_dir=tmp_path / "run", **SHORT)
-    with pytest.raises(KeyboardInterrupt, match="checkpoint saved"):
+    with pytest.raises(KeyboardInterrupt, match="saved a checkpoint"):
         call()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
     assert not AcceleratorState._shared_state

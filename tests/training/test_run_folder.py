@@ -99,7 +99,7 @@ def test_latest_skips_a_checkpoint_in_which_any_file_is_damaged(finetune, tmp_pa
     checkpoints, original = Checkpoints(run / "checkpoints", 0, Accelerator(), [], {}), tmp_path / "original"
     assert checkpoints.find("latest") == newest and not checkpoints.damaged
     checkpoints.invariants = {"shards": 2}
-    with pytest.raises(InputError, match=r"FSDP shards = 1, but this run has 2, .* start as many processes"):
+    with pytest.raises(InputError, match=r"FSDP shards = 1, but this run has 2, .* the same number of processes"):
         checkpoints.check(newest, 2)
     newest.rename(original)
     names = {path.relative_to(original).as_posix() for path in original.rglob("*") if path.is_file()}
