@@ -274,7 +274,8 @@ def load_models() -> dict[str, Model]:
     one or some of them.
 
     Returns:
-        The models by name: color models before others, and among these few-step models, which are fast, first.
+        The models by name: color models before others; among these few-step models, which are fast, first; and among
+        few-step models fine-tuned ones first, which are better than DDGANs of the same images (docs/few_step.md).
 
     Raises:
         InputError: if no pipeline is found, one of them cannot be used here, or the guide fits none of them.
@@ -323,8 +324,8 @@ def find_model(models: Mapping[str, Model], name: Any) -> Model:
     return models[name]
 
 
-def _rank(model: Model) -> tuple[bool, bool]:
-    return not model.is_color, not model.is_few_step
+def _rank(model: Model) -> tuple[bool, bool, bool]:
+    return not model.is_color, not model.is_few_step, model.is_ddgan
 
 
 def unique_names(paths_or_repos: list[str]) -> dict[str, str]:

@@ -622,6 +622,7 @@ def test_the_embedded_models_are_the_default_with_few_steps_and_color_first(gene
     assert set(models) == {index.parent.name for index in (ROOT / "examples" / "models").glob("*/model_index.json")}
     ranks = [(model.is_color, model.is_few_step) for model in models.values()]
     assert ranks == sorted(ranks, reverse=True) and ranks[0] == (True, True)
+    assert list(models)[:2] == ["twemoji-few-steps", "ddgan-emoji-32"]
     assert isinstance(models["ddgan-mnist-16"].pipe, DDGANPipeline)
     # the measured scales of guidance, and pairs of the same images and size
     assert models["twemoji-few-steps"].guidance == 4 * models["noto-emoji-32"].guidance
@@ -630,7 +631,11 @@ def test_the_embedded_models_are_the_default_with_few_steps_and_color_first(gene
     pairs = {
         model.name: generation["most_similar"](model, many).name for model in models.values() if model.is_few_step
     }
-    assert pairs == {"twemoji-few-steps": "noto-emoji-32", "ddgan-mnist-16": "mnist-28"}
+    assert pairs == {
+        "twemoji-few-steps": "noto-emoji-32",
+        "ddgan-emoji-32": "noto-emoji-32",
+        "ddgan-mnist-16": "mnist-28",
+    }
 
 
 def test_folders_with_the_same_name_are_listed_with_their_parents(generation, monkeypatch, models, tmp_path):
