@@ -89,7 +89,7 @@ def compare_scales(
         for scale in SCALES:
             print(f"{model.name}, gradient {gradient}, scale {scale}", end=": ")
             rows += sample(pipe, loss, scale, classifier=classifier, gradient=gradient)
-            labels.append(f"{gradient} {scale}")
+            labels.append(f"{gradient}, scale {scale}")
     save(rows, labels, folder, name)
 
 
@@ -103,7 +103,7 @@ def compare_steps(folder: Path | None) -> None:
             for gradient, scale in (("sample", 0.0), ("sample", default), ("model", default)):
                 print(f"{model.name}, {steps} steps, gradient {gradient}, scale {scale:g}", end=": ")
                 rows += sample(pipe, GREEN, scale, num_inference_steps=steps, gradient=gradient)
-                labels.append(f"{gradient} {scale:g}" if scale else "unguided")
+                labels.append(f"{gradient}, scale {scale:g}" if scale else "unguided")
             if steps == 4:
                 save(rows, labels, folder, "guidance_few_steps.png")
 

@@ -21,8 +21,8 @@ DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "exampl
 # files and folders that users of the documented commands have, besides the outputs of other commands and path/to/...
 FILES = ["netG_1200.pth", "rose.png", "my-run/config.yaml"]
 FOLDERS = (
-    "data/MNIST ddgan-emoji-32 ddgan-stacked-mnist demo digits/best generated/images mnist MNIST my-run noto-emoji-32 "
-    "my-worse-model stacked-mnist untrained"
+    "data/MNIST ddgan-stacked-mnist demo digits/best generated/images mnist MNIST my-run noto-emoji-32 "
+    "my-worse-model second-run stacked-mnist untrained widened"
 )
 
 
