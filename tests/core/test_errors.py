@@ -12,7 +12,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
-from tiny import free_port
+from tiny import free_port, wait_until
 from torch import distributed
 
 from ddgan.core.errors import InputError, RunError, naming_file, run_command
@@ -105,9 +105,11 @@ def test_bad_input_of_another_process_alone_is_reported(capsys, monkeypatch):
 def run_rank(rank, folder, port, killed, operation):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     distributed.init_process_group("gloo")
+    printed = folder / "stderr"
     if rank == killed:
+        wait_until(printed.exists)  # the other process may still be connecting
         os.kill(os.getpid(), signal.SIGKILL)
-    sys.stderr = (folder / "stderr").open("w")
+    sys.stderr = printed.open("w")
 
     def main():
         operation(folder)
